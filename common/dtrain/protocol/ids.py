@@ -1,0 +1,57 @@
+"""Names and numbers that identify things, as types.
+
+``parse_name`` is the only way from a string of the outside world to a name:
+what it returns is safe inside an etcd key, a store path and a log line.
+"""
+
+import re
+from typing import NewType
+
+from dtrain.protocol.errors import ErrorCode, Refused
+
+ClusterName = NewType("ClusterName", str)
+JobName = NewType("JobName", str)
+AgentName = NewType("AgentName", str)
+ReplicaId = NewType("ReplicaId", str)
+
+Uid = NewType("Uid", str)
+"""One submission of a job; a name used again gets a new uid."""
+
+Term = NewType("Term", int)
+"""Create revision of the leader key: strictly increasing, one per leadership."""
+
+Attempt = NewType("Attempt", int)
+"""Number of a (re)start of a job; 0 means that none has begun."""
+
+Rank = NewType("Rank", int)
+Step = NewType("Step", int)
+"""Steps completed: a checkpoint of step 40 holds the state after 40 steps."""
+
+Seq = NewType("Seq", int)
+"""Number of a checkpoint of one job; never used twice, aborted ones included."""
+
+Incarnation = NewType("Incarnation", str)
+"""One life of an agent process; tells a restarted agent from its former self."""
+
+Revision = NewType("Revision", int)
+"""An etcd revision."""
+
+NAME_LENGTH_MAX = 63
+_NAME = re.compile(r"[a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?")
+
+
+def parse_name(text: str, what: str) -> str:
+    """Return ``text`` if it may name a ``what``; names become keys and paths.
+
+    Raises:
+        Refused: the text is not 1 to 63 lower-case letters, digits and inner
+            hyphens, so ``..``, ``/``, control characters and Unicode never
+            reach a key or a path.
+    """
+    if _NAME.fullmatch(text):
+        return text
+    raise Refused(
+        ErrorCode.BAD_NAME,
+        f"{text[:80]!r} cannot name a {what}",
+        fix="use 1 to 63 lower-case letters, digits and inner hyphens, such as train-7b",
+    )

@@ -1,0 +1,6 @@
+"""A whole dtrain cluster on this machine, as child processes.
+
+etcd, an S3 server, coordinators and agents, on loopback, in one folder.
+``dtrain up`` and ``dtrain run``, the demo, the end-to-end tests and the
+benchmarks all start their servers here. Read ``cluster.py`` first.
+"""

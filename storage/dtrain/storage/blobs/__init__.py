@@ -1,0 +1,1 @@
+"""Blobs: the port and its backends. Read ``port.py`` first."""

@@ -1,0 +1,91 @@
+"""What dtrain needs of an object store: the specification of every backend.
+
+Blobs are immutable. A key is written once, under a name that is never used
+again; nothing is overwritten or renamed, so a late writer of an abandoned
+attempt cannot change what a reader sees. Listings and presence decide nothing:
+the commit record in etcd does.
+
+Keys are relative, ``/``-separated, ASCII, without empty, ``.`` or ``..`` parts.
+Implementations are safe to call from several threads, are not shared across
+``fork``, and do not retry: callers retry through ``dtrain.runtime.retry``.
+
+Outcomes: ``Unavailable`` (try again), ``OutcomeUnknown`` (a write may be there),
+``Refused`` (permission, bad key, checksum refused), ``NotFound``.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+PART_BYTES = 16 * 1024 * 1024
+"""Size of a chunk: of an upload part, of a digest and of a ranged read alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlobInfo:
+    """``crc32c`` is the store's own full-object value in hex, or "" if it has none."""
+
+    key: str
+    size_bytes: int
+    crc32c: str = ""
+
+
+class BlobStore(Protocol):
+    """One place for blobs: a bucket with a prefix, or a directory."""
+
+    @property
+    def uri(self) -> str:
+        """The URI that opens this store again."""
+        ...
+
+    def put(self, key: str, parts: "list[memoryview] | list[bytes]", *, chunk_crcs: list[int]) -> BlobInfo:
+        """Write a blob and return once it is durable and its checksum confirmed.
+
+        ``parts`` are consecutive chunks of PART_BYTES (the last may be
+        shorter); ``chunk_crcs`` holds the CRC32C of each. Writing the same
+        bytes to the same key again succeeds (a lost answer was repeated).
+
+        Raises:
+            Refused: ``BLOB_EXISTS``, the key holds other bytes.
+        """
+        ...
+
+    def get(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
+        """Read a range. A blob that ends early raises Refused(BLOB_CORRUPT).
+
+        Raises:
+            NotFound: ``BLOB_NOT_FOUND``.
+        """
+        ...
+
+    def head(self, key: str) -> BlobInfo: ...
+
+    def list(self, prefix: str) -> Iterator[BlobInfo]:
+        """Yield blobs under ``prefix`` in key order, abandoned uploads not included."""
+        ...
+
+    def list_unfinished(self, prefix: str) -> Iterator[str]:
+        """Yield tokens of uploads under ``prefix`` that were never completed."""
+        ...
+
+    def discard_unfinished(self, token: str) -> None:
+        """Abandon an upload; gone already is fine."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Delete; gone already is fine."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def check_key(key: str) -> str:
+    """Return ``key`` if it is a valid blob key.
+
+    Raises:
+        ValueError: it is not; keys are built by code, so this is a bug.
+    """
+    parts = key.split("/")
+    if not key.isascii() or not key.isprintable() or any(p in ("", ".", "..") for p in parts):
+        raise ValueError(f"bad blob key {key!r}")
+    return key
