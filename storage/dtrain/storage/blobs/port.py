@@ -5,15 +5,17 @@ again; nothing is overwritten or renamed, so a late writer of an abandoned
 attempt cannot change what a reader sees. Listings and presence decide nothing:
 the commit record in etcd does.
 
-Keys are relative, ``/``-separated, ASCII, without empty, ``.`` or ``..`` parts.
-Implementations are safe to call from several threads, are not shared across
-``fork``, and do not retry: callers retry through ``dtrain.runtime.retry``.
+Keys are relative, ``/``-separated, ASCII, without parts that are empty or begin
+with a dot. Implementations are safe to call from several threads, are not shared
+across ``fork``, and do not retry: callers retry through ``dtrain.runtime.retry``.
+The one exception is a part of a multipart upload, which costs less to send again
+than the whole blob.
 
 Outcomes: ``Unavailable`` (try again), ``OutcomeUnknown`` (a write may be there),
 ``Refused`` (permission, bad key, checksum refused), ``NotFound``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,7 +40,7 @@ class BlobStore(Protocol):
         """The URI that opens this store again."""
         ...
 
-    def put(self, key: str, parts: "list[memoryview] | list[bytes]", *, chunk_crcs: list[int]) -> BlobInfo:
+    def put(self, key: str, parts: Sequence[bytes | memoryview], *, chunk_crcs: Sequence[int]) -> BlobInfo:
         """Write a blob and return once it is durable and its checksum confirmed.
 
         ``parts`` are consecutive chunks of PART_BYTES (the last may be
@@ -46,12 +48,18 @@ class BlobStore(Protocol):
         bytes to the same key again succeeds (a lost answer was repeated).
 
         Raises:
-            Refused: ``BLOB_EXISTS``, the key holds other bytes.
+            Refused: ``BLOB_EXISTS``, the key holds other bytes;
+                ``BLOB_CORRUPT``, a part is not what its CRC says, and nothing
+                is visible; ``STORE_REFUSED``, see its ``fix``.
+            ValueError: the parts are not chunked as above: a bug.
         """
         ...
 
     def get(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
-        """Read a range. A blob that ends early raises Refused(BLOB_CORRUPT).
+        """Read a range, to the end if ``length`` is None.
+
+        A blob that ends early raises Refused(BLOB_CORRUPT). What was read is not
+        verified: digests are with the caller, in the manifest.
 
         Raises:
             NotFound: ``BLOB_NOT_FOUND``.
@@ -85,7 +93,16 @@ def check_key(key: str) -> str:
     Raises:
         ValueError: it is not; keys are built by code, so this is a bug.
     """
-    parts = key.split("/")
-    if not key.isascii() or not key.isprintable() or any(p in ("", ".", "..") for p in parts):
+    if not key.isascii() or not key.isprintable() or any(p[:1] in ("", ".") for p in key.split("/")):
         raise ValueError(f"bad blob key {key!r}")
     return key
+
+
+def check_prefix(prefix: str) -> str:
+    """Return ``prefix`` if keys can begin with it: any start of a key, "" included.
+
+    Raises:
+        ValueError: no key can; a bug, as for ``check_key``.
+    """
+    check_key(prefix + "x")
+    return prefix

@@ -1,0 +1,37 @@
+"""Records about the cluster itself: leader, replicas, cordons."""
+
+from dataclasses import dataclass
+
+from dtrain.protocol.ids import AgentName, ReplicaId
+
+
+@dataclass(frozen=True, slots=True)
+class LeaderRecord:
+    """Value of the leader key; the term is the key's create revision, not in here."""
+
+    replica: ReplicaId
+    address: str
+    nonce: str
+    since: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaRecord:
+    """A coordinator replica, under its own lease."""
+
+    replica: ReplicaId
+    address: str
+    version: str = ""
+    host: str = ""
+    pid: int = 0
+    since: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cordon:
+    """An agent that gets no new ranks."""
+
+    agent: AgentName
+    reason: str
+    by: str = ""
+    until: str = ""

@@ -1,0 +1,204 @@
+"""Values to JSON and back, driven by their dataclass fields.
+
+Every record carries ``"v": 1``. Unknown fields are ignored, so that a newer
+writer does not break an older reader; an unknown major version is refused.
+None and empty collections are left out: records are read by people, in
+``etcdctl``. Input is bounded in size and depth before it is trusted.
+"""
+
+import dataclasses
+import enum
+import functools
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from dtrain.protocol.errors import ErrorCode, Refused
+
+VERSION = 1
+RECORD_BYTES_MAX = 256 * 1024
+DEPTH_MAX = 32
+
+T = TypeVar("T")
+
+
+def encode(value: Any) -> bytes:
+    """Encode a record as one compact line of JSON with its version first."""
+    return dumps({"v": VERSION, **to_json(value)})
+
+
+def decode(kind: type[T], data: bytes | str, *, bytes_max: int = RECORD_BYTES_MAX) -> T:
+    """Decode a record.
+
+    Raises:
+        Refused: BAD_RECORD; not JSON, too large or deep, of another major
+            version, or a field is missing or of the wrong type.
+    """
+    document = loads(data, bytes_max=bytes_max)
+    if not isinstance(document, dict):
+        raise _bad(kind.__name__, "is not a JSON object")
+    version = document.get("v", VERSION)
+    if version != VERSION:
+        raise Refused(
+            ErrorCode.BAD_RECORD,
+            f"{kind.__name__} has version {version!r}; this dtrain reads version {VERSION}",
+            fix="upgrade coordinators and agents to the release that wrote it",
+        )
+    return from_json(kind, document)
+
+
+def dumps(document: Any) -> bytes:
+    """Compact JSON; NaN and infinities are refused: they are not JSON."""
+    return json.dumps(document, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def canonical(document: Any) -> bytes:
+    """JSON whose bytes are a function of the value, for digests."""
+    return json.dumps(
+        document, separators=(",", ":"), sort_keys=True, ensure_ascii=True, allow_nan=False
+    ).encode()
+
+
+def loads(data: bytes | str, *, bytes_max: int = RECORD_BYTES_MAX) -> Any:
+    """Parse JSON of the outside world: bounded, and without duplicate keys."""
+    if len(data) > bytes_max:
+        raise _bad("a record", f"is larger than {bytes_max} bytes")
+    try:
+        document = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise _bad("a record", f"is not valid JSON ({error})") from error
+    _check_depth(document, DEPTH_MAX)
+    return document
+
+
+def to_json(value: Any) -> dict[str, Any]:
+    """A dataclass as a JSON object, None and empty collections left out."""
+    result = {}
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        if item is None or (isinstance(item, (tuple, list, Mapping, str)) and not item):
+            continue
+        result[field.name] = _plain(item)
+    return result
+
+
+def from_json(kind: type[T], document: Any, where: str = "") -> T:
+    """Build a ``kind`` (a dataclass) from a JSON object, checking every type."""
+    return typing.cast(T, _build(kind, document, where or kind.__name__))
+
+
+def _plain(item: Any) -> Any:
+    if isinstance(item, enum.Enum):
+        return item.value
+    if dataclasses.is_dataclass(item) and not isinstance(item, type):
+        return to_json(item)
+    if isinstance(item, Mapping):
+        return {str(key): _plain(part) for key, part in item.items()}
+    if isinstance(item, (tuple, list)):
+        return [_plain(part) for part in item]
+    return item
+
+
+def _build(kind: Any, item: Any, where: str) -> Any:
+    if kind is Any:
+        return item
+    while isinstance(kind, typing.NewType):
+        kind = kind.__supertype__
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        (inner,) = [arm for arm in typing.get_args(kind) if arm is not types.NoneType]
+        return None if item is None else _build(inner, item, where)
+    if origin is tuple:
+        if not isinstance(item, list):
+            raise _bad(where, "is not a list")
+        element = typing.get_args(kind)[0]
+        return tuple(_build(element, part, f"{where}[{i}]") for i, part in enumerate(item))
+    if origin is not None:  # Mapping[str, X]
+        if not isinstance(item, dict):
+            raise _bad(where, "is not an object")
+        element = typing.get_args(kind)[1]
+        return {key: _build(element, part, f"{where}.{key}") for key, part in item.items()}
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(typing.cast(type, kind), item, where)
+    return _build_scalar(kind, item, where)
+
+
+def _build_scalar(kind: Any, item: Any, where: str) -> Any:
+    if issubclass(kind, enum.Enum):
+        try:
+            return kind(item)
+        except ValueError as error:
+            raise _bad(where, f"is {item!r}, not one of {', '.join(str(m.value) for m in kind)}") from error
+    if kind is float and type(item) is int:
+        return float(item)
+    if type(item) is not kind:
+        raise _bad(where, f"is {type(item).__name__}, not {kind.__name__}")
+    return item
+
+
+def _build_dataclass(kind: type, item: Any, where: str) -> Any:
+    if not isinstance(item, dict):
+        raise _bad(where, "is not an object")
+    arguments = {}
+    for name, (hint, default) in _fields(kind).items():
+        if name in item:
+            arguments[name] = _build(hint, item[name], f"{where}.{name}")
+        elif default is _REQUIRED:
+            # Empty collections and strings are left out when written.
+            empty = _empty(hint)
+            if empty is _REQUIRED:
+                raise _bad(where, f"has no {name}")
+            arguments[name] = empty
+    return kind(**arguments)
+
+
+_REQUIRED = object()
+
+
+@functools.cache
+def _fields(kind: type) -> dict[str, tuple[Any, Any]]:
+    hints = typing.get_type_hints(kind)
+    found = {}
+    for field in dataclasses.fields(kind):
+        missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        found[field.name] = (hints[field.name], _REQUIRED if missing else None)
+    return found
+
+
+def _empty(hint: Any) -> Any:
+    while isinstance(hint, typing.NewType):
+        hint = hint.__supertype__
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return None
+    if origin is tuple:
+        return ()
+    if origin is not None:
+        return {}
+    return "" if hint is str else _REQUIRED
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("an object has a key twice")
+    return result
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _check_depth(item: Any, left: int) -> None:
+    if left == 0:
+        raise _bad("a record", f"is nested deeper than {DEPTH_MAX}")
+    parts = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+    for part in parts:
+        if isinstance(part, (dict, list)):
+            _check_depth(part, left - 1)
+
+
+def _bad(where: str, what: str) -> Refused:
+    return Refused(ErrorCode.BAD_RECORD, f"{where} {what}")

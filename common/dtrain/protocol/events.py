@@ -1,0 +1,62 @@
+"""What happened, why, and to whom: the bounded history of a job.
+
+Reasons are public interface: stable, CamelCase, never renamed.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from dtrain.protocol.ids import Attempt, Term
+
+EVENTS_KEPT = 200
+"""Events of one job in etcd; the oldest goes when a new one comes."""
+
+
+class EventType(StrEnum):
+    """Normal progress, or something an operator may want to look at."""
+
+    NORMAL = "Normal"
+    WARNING = "Warning"
+
+
+class EventReason(StrEnum):
+    """Every reason an event can have."""
+
+    JOB_SUBMITTED = "JobSubmitted"
+    ATTEMPT_STARTED = "AttemptStarted"
+    ALL_RANKS_TRAINING = "AllRanksTraining"
+    RESTORED = "RestoredFromCheckpoint"
+    CHECKPOINT_COMMITTED = "CheckpointCommitted"
+    CHECKPOINT_ABORTED = "CheckpointAborted"
+    CHECKPOINT_SETTLED = "CheckpointSettled"
+    CHECKPOINT_QUARANTINED = "CheckpointQuarantined"
+    RANK_EXITED = "RankExited"
+    RANK_SIGNALED = "RankSignaled"
+    AGENT_LOST = "AgentLost"
+    PREPARE_TIMEOUT = "PrepareTimeout"
+    LEADER_CHANGED = "LeaderChanged"
+    BUDGET_EXHAUSTED = "BudgetExhausted"
+    DO_NOT_RETRY = "DoNotRetry"
+    JOB_SUCCEEDED = "JobSucceeded"
+    JOB_FAILED = "JobFailed"
+    JOB_CANCELLED = "JobCancelled"
+    PLAN_FAILED = "PlanFailed"
+    STORE_UNAVAILABLE = "StoreUnavailable"
+    USER_REQUESTED = "UserRequested"
+    BRAKE_ON = "BrakeOn"
+
+
+@dataclass(frozen=True, slots=True)
+class EventRecord:
+    """One event. ``object`` names what it is about: ``rank/3``, ``agent/gpu-02``, ``checkpoint/7``."""
+
+    term: Term
+    seq: int
+    type: EventType
+    reason: EventReason
+    message: str
+    object: str = ""
+    attempt: Attempt = Attempt(0)
+    count: int = 1
+    first: str = ""
+    last: str = ""

@@ -1,0 +1,204 @@
+"""A job: what a user asks for, what is wanted of it now, and what it has become.
+
+``JobSpec`` and ``Intent`` are written for operators, ``JobStatus`` by the
+leader alone. Phases and their groupings are here, importing nothing that acts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from dtrain.protocol.ids import AgentName, Attempt, JobName, Rank, Seq, Step, Term, Uid
+from dtrain.protocol.snapshot import Failure
+
+EXIT_CODE_DO_NOT_RETRY = 93
+"""A rank that exits with it ends the job: the cluster-wide convention for 'do not requeue'."""
+
+
+class JobPhase(StrEnum):
+    r"""Where a job stands. A phase changes only in a fenced transaction of the leader.
+
+    ::
+
+        QUEUED -> STARTING -> RUNNING -> SUCCEEDED
+                      \          \
+                       +-> RECOVERING -> STARTING ...      (a rank, agent or machine was lost)
+                       +-> CANCELLING -> CANCELLED         (an operator asked)
+                       +-> FAILED                          (budget spent, or not to be retried)
+    """
+
+    QUEUED = "QUEUED"
+    STARTING = "STARTING"
+    RUNNING = "RUNNING"
+    RECOVERING = "RECOVERING"
+    CANCELLING = "CANCELLING"
+    CANCELLED = "CANCELLED"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+
+
+TERMINAL_PHASES = frozenset({JobPhase.SUCCEEDED, JobPhase.FAILED, JobPhase.CANCELLED})
+"""A job never leaves these; a new submission has a new uid."""
+
+PLACED_PHASES = frozenset({JobPhase.STARTING, JobPhase.RUNNING, JobPhase.CANCELLING})
+"""Phases in which ``JobStatus.members`` occupy slots."""
+
+
+class EntryKind(StrEnum):
+    """How the training program is started."""
+
+    SCRIPT = "script"
+    MODULE = "module"
+    COMMAND = "command"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The program: a script path, a module name, or an executable, and its arguments."""
+
+    kind: EntryKind
+    target: str
+    args: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointPolicy:
+    """When and where checkpoints are taken.
+
+    ``store`` "": the cluster's default store. ``every_steps`` and
+    ``every_seconds`` 0: not by steps, not by time; a final checkpoint is always
+    taken. ``keep_last`` committed ones are kept. ``timeout_s`` is the time from
+    opening one to its commit, after which it is aborted.
+    """
+
+    store: str = ""
+    every_steps: int = 0
+    every_seconds: float = 0.0
+    keep_last: int = 3
+    timeout_s: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class RestartPolicy:
+    """At most ``max_restarts`` in ``window_s``; a committed checkpoint gives them all back."""
+
+    max_restarts: int = 10
+    window_s: float = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """A validated job. ``nnodes_min`` to ``nnodes_max`` machines, ``nproc_per_node`` ranks on each."""
+
+    name: JobName
+    uid: Uid
+    entry: Entry
+    nnodes_min: int = 1
+    nnodes_max: int = 1
+    nproc_per_node: int = 1
+    working_dir: str = ""
+    env: Mapping[str, str] = field(default_factory=dict)
+    preload: tuple[str, ...] = ()
+    checkpoint: CheckpointPolicy = CheckpointPolicy()
+    restarts: RestartPolicy = RestartPolicy()
+    shutdown_grace_s: float = 30.0
+    submitted_at: str = ""
+    request_id: str = ""
+    """Chosen by the client: submitting again with the same one changes nothing."""
+
+
+class Wanted(StrEnum):
+    """What an operator wants of a job."""
+
+    RUN = "run"
+    CANCEL = "cancel"
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """The operator's side. A new ``checkpoint_token`` asks for one checkpoint now."""
+
+    uid: Uid
+    wanted: Wanted = Wanted.RUN
+    checkpoint_token: str = ""
+    by: str = ""
+    at: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One machine's part in an attempt: ranks ``first_rank`` to ``first_rank + nproc - 1``.
+
+    ``incarnation`` is the agent's life that was chosen; the same agent under
+    another incarnation has forgotten nothing, but is asked again.
+    """
+
+    agent: AgentName
+    node_rank: int
+    first_rank: Rank
+    nproc: int
+    incarnation: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RestorePoint:
+    """The checkpoint an attempt starts from, fixed before any command leaves."""
+
+    seq: Seq
+    step: Step
+    manifest: str
+    """Key of the manifest in the job's store."""
+    digest: str
+    """SHA-256 of the manifest's bytes as stored, in hex."""
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """One machine-readable statement on a job."""
+
+    type: str
+    status: str
+    """``True``, ``False`` or ``Unknown``."""
+    reason: str = ""
+    message: str = ""
+    last_transition: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """What the leader has decided; everything a successor needs to go on.
+
+    ``restarts`` are the wall times (epoch seconds) of restarts that count
+    against the budget; policies may use the wall clock, safety never does.
+    ``seq_last`` is the last checkpoint number given out: after an abort nothing
+    else remembers it. ``token_done`` is the last checkpoint token answered.
+    """
+
+    term: Term
+    uid: Uid
+    phase: JobPhase
+    reason: str = ""
+    attempt: Attempt = Attempt(0)
+    members: tuple[Member, ...] = ()
+    restore: RestorePoint | None = None
+    restarts: tuple[float, ...] = ()
+    seq_last: Seq = Seq(0)
+    token_done: str = ""
+    event_last: int = 0
+    store: str = ""
+    """The store this job uses, fixed at its first start ("": checkpoints are off)."""
+    step: Step = Step(0)
+    """Newest step known when this record was written; live progress is in the snapshots."""
+    failure: Failure | None = None
+    """Root cause of the newest failed attempt."""
+    final_tries: int = 0
+    """How often the checkpoint at the end of training was tried in this attempt."""
+    since: str = ""
+    """When the phase began (UTC)."""
+    finished_at: str = ""
+    conditions: tuple[Condition, ...] = ()
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the current attempt."""
+        return sum(member.nproc for member in self.members)

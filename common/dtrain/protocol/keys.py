@@ -1,0 +1,134 @@
+"""Where each record lives, and the parser that inverts it.
+
+Grouped by writer, so that etcd roles can be least-privilege. Sequence numbers
+are zero-padded: key order is number order.
+"""
+
+from dataclasses import dataclass
+
+from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId, Seq
+
+ROOT = "/dtrain/"
+SEQ_DIGITS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """One key taken apart: ``kind`` and the names in it.
+
+    ``kind`` is one of: leader, coordinator, node, worker, cordon, spec, intent,
+    status, open, checkpoint, latest, pin, garbage, bad, event.
+    """
+
+    kind: str
+    job: JobName = JobName("")
+    agent: AgentName = AgentName("")
+    seq: Seq = Seq(0)
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Key builder of one cluster."""
+
+    cluster: ClusterName
+
+    @property
+    def root(self) -> str:
+        """Prefix of everything this cluster owns."""
+        return f"{ROOT}{self.cluster}/"
+
+    @property
+    def leader(self) -> str:
+        return f"{self.root}leader"
+
+    def coordinator(self, replica: ReplicaId) -> str:
+        return f"{self.root}coordinators/{replica}"
+
+    @property
+    def agents(self) -> str:
+        return f"{self.root}agents/"
+
+    def node(self, agent: AgentName) -> str:
+        return f"{self.root}agents/{agent}/node"
+
+    def worker(self, agent: AgentName, job: JobName) -> str:
+        return f"{self.root}agents/{agent}/workers/{job}"
+
+    def workers_of(self, agent: AgentName) -> str:
+        return f"{self.root}agents/{agent}/workers/"
+
+    def cordon(self, agent: AgentName) -> str:
+        return f"{self.root}cordons/{agent}"
+
+    @property
+    def jobs(self) -> str:
+        return f"{self.root}jobs/"
+
+    def job(self, job: JobName) -> str:
+        """Prefix of one job's records."""
+        return f"{self.root}jobs/{job}/"
+
+    def spec(self, job: JobName) -> str:
+        return f"{self.job(job)}spec"
+
+    def intent(self, job: JobName) -> str:
+        return f"{self.job(job)}intent"
+
+    def status(self, job: JobName) -> str:
+        return f"{self.job(job)}status"
+
+    def open(self, job: JobName, seq: Seq) -> str:
+        return f"{self.job(job)}open/{seq:0{SEQ_DIGITS}d}"
+
+    def checkpoint(self, job: JobName, seq: Seq) -> str:
+        return f"{self.job(job)}checkpoints/{seq:0{SEQ_DIGITS}d}"
+
+    def latest(self, job: JobName) -> str:
+        return f"{self.job(job)}latest"
+
+    def pins(self, job: JobName, seq: Seq) -> str:
+        """Prefix of all pins on one checkpoint."""
+        return f"{self.job(job)}pins/{seq:0{SEQ_DIGITS}d}/"
+
+    def garbage(self, job: JobName, seq: Seq) -> str:
+        return f"{self.job(job)}garbage/{seq:0{SEQ_DIGITS}d}"
+
+    def bad(self, job: JobName, seq: Seq) -> str:
+        return f"{self.job(job)}bad/{seq:0{SEQ_DIGITS}d}"
+
+    def event(self, job: JobName, seq: int) -> str:
+        return f"{self.job(job)}events/{seq:0{SEQ_DIGITS}d}"
+
+    def parse(self, key: str) -> Parsed | None:
+        """Take a key apart; None for one that is not ours or of a newer version."""
+        if not key.startswith(self.root):
+            return None
+        match key[len(self.root) :].split("/"):
+            case ["leader"]:
+                return Parsed("leader")
+            case ["coordinators", name]:
+                return Parsed("coordinator", name=name)
+            case ["agents", agent, "node"]:
+                return Parsed("node", agent=AgentName(agent))
+            case ["agents", agent, "workers", job]:
+                return Parsed("worker", job=JobName(job), agent=AgentName(agent))
+            case ["cordons", agent]:
+                return Parsed("cordon", agent=AgentName(agent))
+            case ["jobs", job, ("spec" | "intent" | "status" | "latest") as kind]:
+                return Parsed(kind, job=JobName(job))
+            case ["jobs", job, folder, seq] if folder in _SEQ_FOLDERS and seq.isdecimal():
+                return Parsed(_SEQ_FOLDERS[folder], job=JobName(job), seq=Seq(int(seq)))
+            case ["jobs", job, "pins", seq, reader] if seq.isdecimal():
+                return Parsed("pin", job=JobName(job), seq=Seq(int(seq)), name=reader)
+            case _:
+                return None
+
+
+_SEQ_FOLDERS = {
+    "open": "open",
+    "checkpoints": "checkpoint",
+    "garbage": "garbage",
+    "bad": "bad",
+    "events": "event",
+}

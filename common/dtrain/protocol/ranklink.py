@@ -1,0 +1,182 @@
+"""What a rank and its agent say to each other: JSON lines over a Unix socket.
+
+The SDK connects to the socket named by DTRAIN_AGENT_SOCKET, says ``Hello`` and
+from then on sends ``Report`` whenever its state changed: always the whole
+state, so that a lost or repeated one does no harm and a restarted agent knows
+everything after the first. The agent answers ``Welcome`` and sends orders.
+A line is one object ``{"type": <class name>, ...}`` of at most LINE_BYTES_MAX.
+
+The agent may go and come back at any time: the SDK reconnects for ever and
+training never waits for it, except to restore and for the last checkpoint.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dtrain.protocol import codec
+from dtrain.protocol.errors import ErrorCode, Refused
+from dtrain.protocol.ids import Attempt, JobName, Rank, Seq, Step, Uid
+from dtrain.protocol.snapshot import SaveProblem, WorkerPhase
+
+LINE_BYTES_MAX = 1024 * 1024
+
+ENV_SOCKET = "DTRAIN_AGENT_SOCKET"
+ENV_JOB = "DTRAIN_JOB"
+ENV_UID = "DTRAIN_JOB_UID"
+ENV_ATTEMPT = "DTRAIN_ATTEMPT"
+ENV_ARENA_FD = "DTRAIN_ARENA_FD"
+"""Descriptor of the memfd that the launcher keeps for this local rank. It
+outlives the rank, so a sealed snapshot can be uploaded after a crash."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A frozen snapshot in the arena: a complete safetensors file plus its index.
+
+    ``path`` opens the arena in any process of the same user
+    (``/proc/<launcher>/fd/<n>``). ``index`` is JSON: ``{"tensors": {name:
+    TensorEntry with b=0 and off counted from the start of the blob}, "objects":
+    {name: ObjectEntry}, "layout": hash}``.
+    """
+
+    seq: Seq
+    nonce: str
+    step: Step
+    path: str
+    offset: int
+    size_bytes: int
+    index_offset: int
+    index_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreFailed:
+    """The rank could not load what it was given; training has not begun."""
+
+    seq: Seq
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First line of a connection."""
+
+    v: int
+    job: JobName
+    uid: Uid
+    attempt: Attempt
+    rank: Rank
+    local_rank: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The rank's whole state.
+
+    ``phase`` is RESTORING until its state is loaded, then TRAINING; DONE once
+    the training loop has ended for good. ``sealed`` stays set until the agent
+    sends the outcome of that checkpoint.
+    """
+
+    phase: WorkerPhase
+    step: Step
+    last_step: Step | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    sealed: Sealed | None = None
+    problem: SaveProblem | None = None
+    restore_failed: RestoreFailed | None = None
+    wants_restore: bool = False
+    """The rank is ready to load and waits for ``RestorePlan``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """Answer to ``Hello``. Not accepted: the attempt is over, the rank must exit."""
+
+    accepted: bool
+    checkpoints: bool
+    """False: the job has no store; nothing will be saved or restored."""
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RestorePlan:
+    """Where the restored bytes are; every one of them has been verified.
+
+    ``seq`` None: there is no checkpoint, start from scratch. ``manifest_path``
+    holds the decompressed manifest's JSON (``manifest_bytes`` long);
+    ``blobs[i]`` is where blob ``i`` of it lies.
+    """
+
+    seq: Seq | None
+    step: Step = Step(0)
+    manifest_path: str = ""
+    manifest_offset: int = 0
+    manifest_bytes: int = 0
+    blobs: tuple["BlobPlace", ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BlobPlace:
+    """A blob's bytes: ``size_bytes`` at ``offset`` of the file or memfd at ``path``."""
+
+    path: str
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Seal a snapshot at the boundary of ``step``; report a problem if it has passed."""
+
+    seq: Seq
+    nonce: str
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Checkpoint ``seq`` is committed or will never be: its slot is free.
+
+    ``final``: this was the checkpoint at the end of training; the rank may exit.
+    """
+
+    seq: Seq
+    committed: bool
+    final: bool
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StopRank:
+    """The attempt is over; the rank should leave its loop at the next step."""
+
+    why: str
+
+
+Message = Hello | Report | Welcome | RestorePlan | Begin | Outcome | StopRank
+_TYPES: dict[str, type] = {
+    kind.__name__: kind for kind in (Hello, Report, Welcome, RestorePlan, Begin, Outcome, StopRank)
+}
+
+
+def encode_line(message: Message) -> bytes:
+    """One line, newline included."""
+    return codec.dumps({"type": type(message).__name__, **codec.to_json(message)}) + b"\n"
+
+
+def decode_line(line: bytes) -> Message:
+    """Parse one line.
+
+    Raises:
+        Refused: BAD_RECORD.
+    """
+    document = codec.loads(line, bytes_max=LINE_BYTES_MAX)
+    if not isinstance(document, dict) or document.get("type") not in _TYPES:
+        raise Refused(ErrorCode.BAD_RECORD, "a line from a rank has no known type")
+    message: Any = codec.from_json(_TYPES[document["type"]], document)
+    assert dataclasses.is_dataclass(message)
+    return message  # type: ignore[return-value]

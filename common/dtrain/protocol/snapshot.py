@@ -1,0 +1,183 @@
+"""What comes up from an agent: its node record and one snapshot per job.
+
+A snapshot is the sole input to reconciliation; an RPC's answer never is. It is
+written under the agent's lease, at once for changes of phase and errors, and at
+most every two seconds for progress.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from dtrain.protocol.ids import AgentName, Attempt, Incarnation, Rank, Seq, Step, Uid
+
+SNAPSHOT_BYTES_SOFT = 4 * 1024
+SNAPSHOT_BYTES_MAX = 16 * 1024
+"""etcd keeps every version: a larger snapshot is cut before it is written."""
+
+
+class WorkerPhase(StrEnum):
+    """Phase of one machine's part of a job, and of each rank.
+
+    IDLE holds nothing. STARTING kills what is left of older attempts and readies
+    the launcher. READY: prepared, nothing of an older attempt is alive. RESTORING
+    from START until every local rank has its state. DONE: every local rank
+    exited with 0. ERROR: a local rank failed, or the command could not be done.
+    """
+
+    IDLE = "IDLE"
+    STARTING = "STARTING"
+    READY = "READY"
+    RESTORING = "RESTORING"
+    TRAINING = "TRAINING"
+    CHECKPOINTING = "CHECKPOINTING"
+    DONE = "DONE"
+    ERROR = "ERROR"
+
+
+class FailureKind(StrEnum):
+    """What ended a rank or an attempt, causes before consequences."""
+
+    SIGNAL = "signal"
+    EXIT = "exit"
+    EXCEPTION = "exception"
+    AGENT_LOST = "agent-lost"
+    UNREACHABLE = "unreachable"
+    PREPARE = "prepare"
+    RESTORE = "restore"
+    COLLECTIVE = "collective"
+    """An aborted collective: almost always the victim of another rank's end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One failure, with enough to understand it without the machine."""
+
+    kind: FailureKind
+    message: str
+    agent: AgentName = AgentName("")
+    attempt: Attempt = Attempt(0)
+    rank: Rank | None = None
+    pid: int | None = None
+    exit_code: int | None = None
+    signal: int | None = None
+    step: Step = Step(0)
+    at: float = 0.0
+    """Wall time, epoch seconds: orders failures across machines for people."""
+    log_tail: str = ""
+    """Last lines of the rank's log, at most 2 KiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class DurablePart:
+    """One rank's part of a checkpoint, confirmed by the store."""
+
+    seq: Seq
+    attempt: Attempt
+    step: Step
+    rank: Rank
+    nonce: str
+    """Nonce of the open record: ties the part to one intent."""
+    manifest: str
+    """Store key of the rank manifest."""
+    digest: str
+    """SHA-256 of the rank manifest's bytes as stored, in hex."""
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SaveProblem:
+    """Why a rank has no part in checkpoint ``seq``: too late, or a failed copy or upload."""
+
+    seq: Seq
+    rank: Rank
+    late: bool
+    step: Step
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class BadBlob:
+    """Evidence that a committed checkpoint does not hold what its manifest says."""
+
+    seq: Seq
+    blob: str
+    chunk: int
+    expected: str
+    found: str
+    rank: Rank
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RankState:
+    """One rank as its agent sees it.
+
+    ``last_step`` is set once the rank has announced the end of its training and
+    waits for the final checkpoint. ``exit_code`` is negative for a signal.
+    """
+
+    rank: Rank
+    pid: int
+    phase: WorkerPhase
+    step: Step = Step(0)
+    last_step: Step | None = None
+    exit_code: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    sdk: bool = False
+    """The rank has joined through the SDK: it can be checkpointed."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommandOutcome:
+    """The newest command an agent has taken on for a job."""
+
+    id: str
+    kind: str
+    ok: bool
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSnapshot:
+    """State of one job on one agent."""
+
+    agent: AgentName
+    uid: Uid
+    incarnation: Incarnation
+    attempt: Attempt
+    phase: WorkerPhase
+    ranks: tuple[RankState, ...] = ()
+    command: CommandOutcome | None = None
+    saving: tuple[Seq, ...] = ()
+    """Checkpoints accepted whose outcome this agent does not know yet."""
+    durable: tuple[DurablePart, ...] = ()
+    problems: tuple[SaveProblem, ...] = ()
+    failure: Failure | None = None
+    bad: BadBlob | None = None
+    rendezvous: str = ""
+    """host:port of the attempt's TCPStore, on the member that serves it."""
+    restored: bool = False
+    """Every local rank has restored and verified its state."""
+    at: float = 0.0
+    """Wall time of writing, epoch seconds, for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRecord:
+    """One machine: written when its agent's session begins, under its lease."""
+
+    agent: AgentName
+    incarnation: Incarnation
+    address: str
+    """host:port of the agent's gRPC service."""
+    host: str
+    """Address that other machines' ranks reach it under."""
+    slots: int
+    """Ranks it can run at once."""
+    boot_id: str = ""
+    pid: int = 0
+    gpus: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
+    version: str = ""
+    since: str = ""

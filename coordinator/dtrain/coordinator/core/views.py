@@ -1,0 +1,122 @@
+"""What a decision is made from: one job, the fleet, and the moment.
+
+Views are built from the mirror of etcd plus a few facts that this leader saw
+for itself since it took office. Instants are of the local monotonic clock.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord, Quarantine
+from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId, Seq, Term
+from dtrain.protocol.job import Intent, JobSpec, JobStatus
+from dtrain.protocol.snapshot import NodeRecord, WorkerSnapshot
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored(Generic[T]):
+    """A record with the revision it was read at; ``seen_at`` is when this leader first saw it."""
+
+    value: T
+    mod_revision: int
+    create_revision: int = 0
+    seen_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Result of verifying one open checkpoint against the store.
+
+    ``ok``: the merged manifest is durable at ``manifest``. Not ok and
+    ``retry``: the store did not answer; not ok and not ``retry``: this
+    checkpoint can never be committed.
+    """
+
+    seq: Seq
+    nonce: str
+    ok: bool
+    problem: str = ""
+    retry: bool = False
+    manifest: str = ""
+    manifest_bytes: int = 0
+    digest: str = ""
+    size_bytes: int = 0
+    at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """Everything known of one job."""
+
+    name: JobName
+    spec: Stored[JobSpec] | None = None
+    intent: Stored[Intent] | None = None
+    status: Stored[JobStatus] | None = None
+    open: tuple[Stored[OpenRecord], ...] = ()
+    """By seq."""
+    commits: tuple[Stored[CommitRecord], ...] = ()
+    """By seq."""
+    latest: Stored[Latest] | None = None
+    bad: Mapping[Seq, Quarantine] = field(default_factory=dict)
+    garbage: tuple[Stored[Garbage], ...] = ()
+    pinned: frozenset[Seq] = frozenset()
+    events: tuple[int, ...] = ()
+    """Sequence numbers of the events in etcd, ascending."""
+    workers: Mapping[AgentName, Stored[WorkerSnapshot]] = field(default_factory=dict)
+    departed: Mapping[AgentName, WorkerSnapshot] = field(default_factory=dict)
+    """Last snapshot of agents whose key has vanished during the current attempt."""
+    verdicts: Mapping[tuple[Seq, str], Verdict] = field(default_factory=dict)
+    """By (seq, nonce): what this leader has verified."""
+    collected: frozenset[Seq] = frozenset()
+    """Tombstones whose blobs this leader has deleted."""
+    swept_at: float | None = None
+    """When orphans of this job were last swept by this leader; None: not yet."""
+    store_ok: bool | None = None
+    """Whether the job's store answered a probe; None: not probed yet."""
+    store_problem: str = ""
+    quarantined: str = ""
+    """Not empty: deciding about this job crashed repeatedly; leave it alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentView:
+    """One agent with a live session."""
+
+    node: NodeRecord
+    seen_at: float
+    """When this leader first saw this incarnation."""
+
+
+@dataclass(frozen=True, slots=True)
+class FleetView:
+    """The machines, and what limits their use."""
+
+    cluster: ClusterName
+    replica: ReplicaId
+    term: Term
+    took_office_at: float
+    agents: Mapping[AgentName, AgentView] = field(default_factory=dict)
+    lost_at: Mapping[AgentName, float] = field(default_factory=dict)
+    """Agents whose session this leader saw end (not those missing from the start)."""
+    cordoned: frozenset[AgentName] = frozenset()
+    used: Mapping[AgentName, int] = field(default_factory=dict)
+    """Slots taken by the placed attempts of *other* jobs."""
+    unreachable: Mapping[AgentName, float] = field(default_factory=dict)
+    """Agents that refused or did not answer the newest command, since when."""
+    brake: str = ""
+    """Not empty: why nothing may be declared lost or started elsewhere."""
+    agent_ttl_s: float = 10.0
+    default_store: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """The inputs of a decision that are not state: time and one random draw."""
+
+    now: float
+    wall: float
+    nonce: str
+    """Fresh, unguessable, 16 hex digits: names whatever this decision creates."""

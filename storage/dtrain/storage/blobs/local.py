@@ -1,0 +1,281 @@
+"""Blobs as files of one folder: a disk for one machine, a network mount for several.
+
+A blob is written under ``.incoming/<nonce>/<key>``, synced, and then *linked* to
+its key: a link, unlike a rename, fails where the key exists, so that nothing is
+ever overwritten and a reader sees whole blobs only. The name is durable once the
+folder that holds it, and every folder above it up to the root, is synced.
+
+The file system must have hard links, and they must be atomic (NFS's are).
+"""
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused, Unavailable
+from dtrain.storage.blobs import digest, outcomes
+from dtrain.storage.blobs.port import PART_BYTES, BlobInfo, check_key, check_prefix
+
+INCOMING = ".incoming"
+_TOKEN = re.compile(r"(?P<key>.+)\?upload=(?P<nonce>[0-9a-f]{16})")
+_RELINK_LIMIT = 5
+
+
+class LocalBlobs:
+    """Implements ``BlobStore`` in a folder, which must exist: a missing one may be a lost mount."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._synced: set[Path] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def uri(self) -> str:
+        return self._root.as_uri()
+
+    def put(self, key: str, parts: Sequence[bytes | memoryview], *, chunk_crcs: Sequence[int]) -> BlobInfo:
+        path = self._path(key)
+        chunks = outcomes.views(parts, chunk_crcs)
+        size = sum(len(chunk) for chunk in chunks)
+        upload = self._root / INCOMING / secrets.token_hex(8)
+        incoming = upload / key
+        try:
+            incoming.parent.mkdir(parents=True)
+            _write(incoming, key, chunks, chunk_crcs)
+            linked = self._link(incoming, path, key)
+        except OSError as error:
+            raise self._translate(error, key) from error
+        finally:
+            shutil.rmtree(upload, ignore_errors=True)
+        try:
+            if not linked:
+                self._check_same(path, key, size, chunk_crcs)
+            self._sync_folder(path.parent)
+        except OSError as error:
+            raise self._translate(error, key, outcome_unknown=True) from error
+        return BlobInfo(key, size, digest.to_hex(digest.full_crc(chunk_crcs, size, PART_BYTES)))
+
+    def get(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
+        outcomes.check_range(offset, length)
+        try:
+            with self._path(key).open("rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                wanted = size - offset if length is None else length
+                if wanted < 0 or offset + wanted > size:
+                    raise outcomes.short(key, offset=offset, wanted=length, found=max(0, size - offset))
+                return _read(file.fileno(), key, offset, wanted)
+        except OSError as error:
+            raise self._translate(error, key) from error
+
+    def head(self, key: str) -> BlobInfo:
+        try:
+            return BlobInfo(key, self._path(key).stat().st_size)
+        except OSError as error:
+            raise self._translate(error, key) from error
+
+    def list(self, prefix: str) -> Iterator[BlobInfo]:
+        folder = self._root / check_prefix(prefix).rpartition("/")[0]
+        for key, size in self._walk(folder, self._root, prefix):
+            yield BlobInfo(key, size)
+
+    def list_unfinished(self, prefix: str) -> Iterator[str]:
+        check_prefix(prefix)
+        try:
+            nonces = sorted(entry.name for entry in os.scandir(self._root / INCOMING))
+        except FileNotFoundError:
+            self._check_root()
+            return
+        except OSError as error:
+            raise self._translate(error, prefix) from error
+        for nonce in nonces:
+            upload = self._root / INCOMING / nonce
+            for key, _size in self._walk(upload, upload, prefix):
+                yield f"{key}?upload={nonce}"
+
+    def discard_unfinished(self, token: str) -> None:
+        match = _TOKEN.fullmatch(token)
+        if match is None:
+            raise ValueError(f"bad upload token {token!r}")
+        check_key(match["key"])
+        # The writer may still live: its file goes first, so that its link fails and it learns.
+        try:
+            shutil.rmtree(self._root / INCOMING / match["nonce"])
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise self._translate(error, match["key"]) from error
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        # Not synced: a blob that comes back after a power cut is garbage that the next pass finds.
+        try:
+            path.unlink()
+        except (FileNotFoundError, NotADirectoryError):
+            self._check_root()
+        except OSError as error:
+            raise self._translate(error, key) from error
+        for folder in path.parents:
+            if folder == self._root:
+                return
+            try:
+                folder.rmdir()
+            except OSError:
+                return
+
+    def close(self) -> None:
+        """Do nothing: no file stays open between calls."""
+
+    def _path(self, key: str) -> Path:
+        return self._root / check_key(key)
+
+    def _check_root(self) -> None:
+        if not self._root.is_dir():
+            raise missing_root(self._root)
+
+    def _link(self, incoming: Path, path: Path, key: str) -> bool:
+        """Give the blob its name; False if the key is taken."""
+        for _ in range(_RELINK_LIMIT):
+            self._make_folders(path.parent)
+            try:
+                os.link(incoming, path)
+            except FileExistsError:
+                return False
+            except FileNotFoundError:
+                if not incoming.exists():
+                    raise outcomes.abandoned(key) from None
+                # A collector removed the folder, empty until now, between mkdir and link.
+                continue
+            return True
+        raise Unavailable(ErrorCode.STORE_UNAVAILABLE, f"the folder of {path} keeps being removed")
+
+    def _make_folders(self, folder: Path) -> None:
+        """Create ``folder`` below the root, and make its name and those above it durable.
+
+        A folder that another thread or process created a moment ago may not be durable yet, so each
+        one is synced by every store once, whoever created it. The root itself is never created: if a
+        mount is gone, checkpoints must not go to the disk below.
+        """
+        path = self._root
+        for name in folder.relative_to(self._root).parts:
+            parent, path = path, path / name
+            try:
+                path.mkdir()
+            except FileExistsError:
+                with self._lock:
+                    if path in self._synced:
+                        continue
+            self._sync_folder(parent)
+            with self._lock:
+                self._synced.add(path)
+
+    def _sync_folder(self, folder: Path) -> None:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def _check_same(self, path: Path, key: str, size: int, chunk_crcs: Sequence[int]) -> None:
+        with path.open("rb", buffering=0) as file:
+            same = os.fstat(file.fileno()).st_size == size
+            for index, crc in enumerate(chunk_crcs):
+                if not same:
+                    break
+                offset = index * PART_BYTES
+                chunk = _read(file.fileno(), key, offset, min(PART_BYTES, size - offset))
+                same = digest.crc32c(chunk) == crc
+            if not same:
+                raise outcomes.exists(key, self.uri)
+            # Whoever wrote it may have died before this.
+            os.fsync(file.fileno())
+
+    def _walk(self, folder: Path, base: Path, prefix: str) -> Iterator[tuple[str, int]]:
+        """Yield (key, size) of the files below ``folder`` in key order."""
+        try:
+            with os.scandir(folder) as found:
+                # "a/b" sorts after "a-b" as a key: a folder's name includes its slash.
+                entries = sorted(
+                    found, key=lambda e: e.name + "/" if e.is_dir(follow_symlinks=False) else e.name
+                )
+        except (FileNotFoundError, NotADirectoryError):
+            self._check_root()
+            return
+        except OSError as error:
+            raise self._translate(error, prefix) from error
+        for entry in entries:
+            key = Path(entry.path).relative_to(base).as_posix()
+            if entry.is_dir(follow_symlinks=False):
+                if key != INCOMING and (key.startswith(prefix) or prefix.startswith(key + "/")):
+                    yield from self._walk(Path(entry.path), base, prefix)
+            elif key.startswith(prefix) and entry.is_file(follow_symlinks=False):
+                # Deleted between listing and looking is the same as deleted before.
+                with contextlib.suppress(FileNotFoundError):
+                    yield key, entry.stat(follow_symlinks=False).st_size
+
+    def _translate(self, error: OSError, key: str, *, outcome_unknown: bool = False) -> DtrainError:
+        what = f"{key or 'the store'} in {self.uri}: {error.strerror or error}"
+        code = error.errno
+        if code in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+            return outcomes.missing(key, self.uri) if self._root.is_dir() else missing_root(self._root)
+        if code in (errno.ENOSPC, errno.EDQUOT):
+            return Refused(
+                ErrorCode.STORE_REFUSED,
+                f"no space left for {what}",
+                fix="free space there, keep fewer checkpoints (keep_last), or use a larger store",
+            )
+        if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return Refused(
+                ErrorCode.STORE_REFUSED,
+                f"not allowed: {what}",
+                fix=f"let user id {os.geteuid()} read and write {self._root}, on a file system with hard links",
+            )
+        if code in (errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENAMETOOLONG):
+            return Refused(
+                ErrorCode.STORE_REFUSED,
+                f"the file system cannot hold {what}",
+                fix=f"use one file system with hard links and long names for all of {self._root}",
+            )
+        if outcome_unknown:
+            return OutcomeUnknown(ErrorCode.STORE_UNAVAILABLE, f"it is not known whether {what} is durable")
+        return Unavailable(ErrorCode.STORE_UNAVAILABLE, f"cannot use {what}", fix="check the disk or mount")
+
+
+def missing_root(root: Path) -> Refused:
+    """Return the refusal to use a folder that is not there."""
+    return Refused(
+        ErrorCode.STORE_REFUSED,
+        f"the store's folder {root} does not exist",
+        fix=f"create it (mkdir -p {root}), or mount it, on every machine that uses the store",
+    )
+
+
+def _write(path: Path, key: str, chunks: Sequence[memoryview], chunk_crcs: Sequence[int]) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        for index, (chunk, crc) in enumerate(zip(chunks, chunk_crcs, strict=True)):
+            outcomes.check_chunk(key, index, chunk, crc)
+            written = 0
+            while written < len(chunk):
+                written += os.write(fd, chunk[written:])
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _read(fd: int, key: str, offset: int, length: int) -> bytes:
+    # pread returns at most 2 GiB, and less when a signal comes in.
+    pieces: list[bytes] = []
+    left = length
+    while left:
+        piece = os.pread(fd, left, offset + length - left)
+        if not piece:
+            raise outcomes.short(key, offset=offset, wanted=length, found=length - left)
+        pieces.append(piece)
+        left -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
