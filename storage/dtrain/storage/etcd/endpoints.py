@@ -76,7 +76,9 @@ class Endpoints:
 
     def __init__(self, urls: Sequence[str], clock: Clock, rng: random.Random) -> None:
         if not urls:
-            raise Refused(ErrorCode.BAD_SETTING, "no etcd endpoint is configured", fix="set DTRAIN_ETCD_ENDPOINTS")
+            raise Refused(
+                ErrorCode.BAD_SETTING, "no etcd endpoint is configured", fix="set DTRAIN_ETCD_ENDPOINTS"
+            )
         self._members = tuple(parse_endpoint(url) for url in urls)
         self._clock = clock
         self._lock = threading.Lock()

@@ -28,10 +28,13 @@ def parse_error(body: str) -> tuple[int, str]:
         value: Any = json.loads(body)
     except ValueError:
         return 2, body[:200].strip()
-    if isinstance(value, dict) and isinstance(value.get("error"), dict):
+    return read_error(value) if isinstance(value, dict) else (2, body[:200].strip())
+
+
+def read_error(value: dict[str, Any]) -> tuple[int, str]:
+    """Return (grpc code, message) of a decoded error body."""
+    if isinstance(value.get("error"), dict):
         value = value["error"]
-    if not isinstance(value, dict):
-        return 2, body[:200].strip()
     code = value.get("grpc_code", value.get("code", 2))
     message = value.get("message") or value.get("error") or ""
     return code if isinstance(code, int) else 2, str(message)[:500]
@@ -55,10 +58,16 @@ def classify(http_status: int, code: int, message: str) -> DtrainError:
         known in text for known in ("auth store is old", "user name is empty", "invalid auth token")
     ):
         return LoginNeeded(ErrorCode.ETCD_AUTH, said, fix="set the etcd user and password")
-    if code == PERMISSION_DENIED or "authentication failed" in text or "authentication is not enabled" in text:
+    if (
+        code == PERMISSION_DENIED
+        or "authentication failed" in text
+        or "authentication is not enabled" in text
+    ):
         return Refused(ErrorCode.ETCD_AUTH, said, fix="check the etcd user, its password and its role")
     if code == DATA_LOSS or "corrupt cluster" in text:
-        return OutcomeUnknown(ErrorCode.ETCD_OUTCOME_UNKNOWN, said, fix="an etcd member is corrupt: replace it")
+        return OutcomeUnknown(
+            ErrorCode.ETCD_OUTCOME_UNKNOWN, said, fix="an etcd member is corrupt: replace it"
+        )
     if "no leader" in text or "not a primary lessor" in text or "etcdserver: not leader" in text:
         return Unavailable(ErrorCode.ETCD_UNAVAILABLE, said)
     if code in (INVALID_ARGUMENT, OUT_OF_RANGE, NOT_FOUND, EXHAUSTED) or http_status in (400, 404, 405, 413):

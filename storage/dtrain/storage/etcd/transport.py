@@ -1,0 +1,388 @@
+"""etcd over its JSON gateway: the port on real servers.
+
+Unary calls go through etcd3gw's thin HTTP layer (the only place that imports
+it), with three things of ours beneath it: a total deadline per call, knowledge
+of whether a request had begun to leave (before that nothing can have happened,
+after it everything can), and one session per thread and member. Which answer
+means what is in ``outcomes``; the watch has a reader of its own in ``watching``.
+
+A call asks each member at most once, and a transaction stops at the first
+member that may have applied it. Waiting and trying again is the caller's.
+"""
+
+import contextlib
+import random
+import ssl
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import etcd3gw
+import etcd3gw.exceptions
+import requests
+import requests.adapters
+
+from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, OutcomeUnknown, Refused, Unavailable
+from dtrain.runtime.clock import Clock, SystemClock
+from dtrain.storage.etcd import wire
+from dtrain.storage.etcd.endpoints import Endpoint, Endpoints, Tls
+from dtrain.storage.etcd.exchange import Exchange, pool_classes
+from dtrain.storage.etcd.outcomes import LeaseExists, LoginNeeded, classify, parse_error, read_error
+from dtrain.storage.etcd.port import Delete, Put, RangeResult, Status, Txn, TxnResult
+from dtrain.storage.etcd.watching import GatewayWatch, open_stream
+from dtrain.storage.etcd.wire import Json, header_int
+
+T = TypeVar("T")
+
+CONNECT_S = 0.5
+TRY_S_MIN = 1.0
+"""A member gets at least this long to answer while others are left to ask."""
+
+_HEADERS = {
+    # A member cut off from the quorum answers "no leader" at once instead of after 7 s.
+    "Grpc-Metadata-Hasleader": "true",
+}
+
+
+class GatewayEtcd:
+    """``port.Etcd`` over the members at ``endpoints``. Safe for several threads.
+
+    Threads that end leave their connections to the garbage collector.
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        *,
+        tls: Tls | None = None,
+        user: str = "",
+        password: str = "",
+        clock: Clock | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._clock = clock or SystemClock()
+        self._endpoints = Endpoints(endpoints, self._clock, rng or random.Random())  # noqa: S311 - jitter only
+        self._tls = tls or Tls()
+        self._user, self._password = user, password
+        self._local = threading.local()
+        self._sessions: weakref.WeakSet[requests.Session] = weakref.WeakSet()
+        self._watches: weakref.WeakSet[GatewayWatch] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._tokens: dict[Endpoint, str] = {}
+        self._cluster_id = 0
+        self._raft_term = 0
+        self._closed = False
+
+    def txn(self, txn: Txn, *, deadline_s: float = 5.0) -> TxnResult:
+        body = wire.txn_body(txn)
+        writes = any(isinstance(operation, Put | Delete) for operation in txn.success + txn.failure)
+        answer = self._call(
+            "/kv/txn", body, deadline_s, resend=not writes, linearizable=True, reads=not writes
+        )
+        return wire.txn_result(answer)
+
+    def range(
+        self,
+        key: str,
+        range_end: str | None = None,
+        *,
+        revision: int = 0,
+        limit: int = 0,
+        deadline_s: float = 5.0,
+    ) -> RangeResult:
+        body = wire.range_body(key, range_end, revision, limit)
+        answer = self._call("/kv/range", body, deadline_s, resend=True, linearizable=True, reads=True)
+        return wire.range_result(answer, revision)
+
+    def grant(self, ttl_s: int, lease: int, *, deadline_s: float = 5.0) -> float:
+        end = self._clock.monotonic() + deadline_s
+        body: Json = {"TTL": str(ttl_s), "ID": str(lease)}
+        while True:
+            try:
+                return float(self._call("/lease/grant", body, self._left(end), resend=True).get("TTL", 0))
+            except LeaseExists:
+                # An earlier try of ours was applied. The renewal tells the TTL; if the lease
+                # ended in between, granting it again is the only way to know.
+                with contextlib.suppress(NotFound):
+                    return self.keepalive(lease, deadline_s=self._left(end))
+
+    def keepalive(self, lease: int, *, deadline_s: float = 1.5) -> float:
+        answer = self._call("/lease/keepalive", {"ID": str(lease)}, deadline_s, resend=True, reads=True)
+        ttl_s = float(answer.get("TTL", 0))
+        if ttl_s <= 0:
+            raise NotFound(ErrorCode.LEASE_NOT_FOUND, "the lease has expired or was revoked")
+        return ttl_s
+
+    def revoke(self, lease: int, *, deadline_s: float = 5.0) -> None:
+        with contextlib.suppress(NotFound):
+            self._call("/lease/revoke", {"ID": str(lease)}, deadline_s, resend=True)
+
+    def status(self, *, deadline_s: float = 5.0) -> Status:
+        end = self._clock.monotonic() + deadline_s
+        answer = self._call("/maintenance/status", {}, deadline_s, resend=True, reads=True)
+        alarms: set[str] = set()
+        # Older servers let only some users ask; the status itself then names alarms, from 3.4 on.
+        with contextlib.suppress(Refused):
+            listed = self._call(
+                "/maintenance/alarm", {"action": "GET"}, self._left(end), resend=True, reads=True
+            )
+            alarms.update(str(alarm.get("alarm", "NONE")) for alarm in listed.get("alarms", ()))
+        for text in answer.get("errors", ()):
+            alarms.update(name for name in ("NOSPACE", "CORRUPT") if name in str(text))
+        return Status(
+            cluster_id=header_int(answer, "cluster_id"),
+            member_id=header_int(answer, "member_id"),
+            raft_term=header_int(answer, "raft_term"),
+            revision=header_int(answer, "revision"),
+            version=str(answer.get("version", "")),
+            alarms=tuple(sorted(alarms)),
+        )
+
+    def watch(self, key: str, range_end: str | None, start_revision: int) -> GatewayWatch:
+        body = {
+            "create_request": wire.range_body(key, range_end)
+            | {"start_revision": str(start_revision), "progress_notify": True}
+        }
+
+        def attempt(endpoint: Endpoint, limit_s: float) -> GatewayWatch:
+            headers = _HEADERS | self._authorization(endpoint, limit_s)
+            context = self._tls_context() if endpoint.scheme == "https" else None
+            stream = open_stream(
+                endpoint,
+                body,
+                headers,
+                context=context,
+                connect_s=min(CONNECT_S, limit_s),
+                open_s=limit_s,
+                accept=self._accept_watch_header,
+                on_dead=lambda: self._endpoints.failed(endpoint),
+            )
+            self._watches.add(stream)
+            return stream
+
+        return self._on_members(attempt, deadline_s=5.0, resend=True, reads=True)
+
+    def close(self) -> None:
+        self._closed = True
+        for stream in list(self._watches):
+            stream.close()
+        for session in list(self._sessions):
+            session.close()
+
+    # Below: one call on one or more members.
+
+    def _call(
+        self,
+        path: str,
+        body: Json,
+        deadline_s: float,
+        *,
+        resend: bool,
+        linearizable: bool = False,
+        reads: bool = False,
+    ) -> Json:
+        def attempt(endpoint: Endpoint, limit_s: float) -> Json:
+            headers = _HEADERS | self._authorization(endpoint, limit_s)
+            term = self._raft_term
+            answer = self._post(endpoint, path, body, headers, limit_s)
+            self._check_identity(answer, term if linearizable else 0)
+            return answer
+
+        return self._on_members(attempt, deadline_s=deadline_s, resend=resend, reads=reads)
+
+    def _on_members(
+        self, attempt: Callable[[Endpoint, float], T], *, deadline_s: float, resend: bool, reads: bool
+    ) -> T:
+        """Ask the members in turn until one answers.
+
+        ``resend``: asking again after an unknown outcome does no harm.
+        ``reads``: there is no outcome that could be unknown.
+        """
+        end = self._clock.monotonic() + deadline_s
+        unknown: DtrainError | None = None
+        last: DtrainError | None = None
+        members = self._endpoints.in_order()
+        for position, endpoint in enumerate(members):
+            left_s = self._left(end)
+            if self._closed or (last and left_s <= 0):
+                break
+            others = len(members) - position - 1
+            # With nobody else to ask, a member gets all the time there is.
+            limit_s = min(left_s, max(TRY_S_MIN, left_s / (others + 1))) if others else left_s
+            try:
+                answer = self._with_login(endpoint, attempt, limit_s)
+            except Unavailable as error:
+                last = error
+            except OutcomeUnknown as error:
+                last = unknown = error
+                if not resend:
+                    self._endpoints.failed(endpoint)
+                    raise
+            except Refused:
+                self._endpoints.worked(endpoint)
+                raise
+            else:
+                self._endpoints.worked(endpoint)
+                return answer
+            self._endpoints.failed(endpoint)
+        if unknown and not reads:
+            raise unknown
+        raise Unavailable(
+            ErrorCode.ETCD_UNAVAILABLE,
+            f"no etcd member at {self._endpoints} answered: {last or 'the client is closed'}",
+            fix="check that etcd runs, has a quorum and is reachable from here",
+        ) from last
+
+    def _with_login(self, endpoint: Endpoint, attempt: Callable[[Endpoint, float], T], limit_s: float) -> T:
+        end = self._clock.monotonic() + limit_s
+        try:
+            return attempt(endpoint, limit_s)
+        except LoginNeeded:
+            if not self._user:
+                raise
+            # Tokens are per member and end with the member: one login, then the same request again.
+            with self._lock:
+                self._tokens.pop(endpoint, None)
+            return attempt(endpoint, self._left(end))
+
+    def _authorization(self, endpoint: Endpoint, limit_s: float) -> dict[str, str]:
+        if not self._user:
+            return {}
+        token = self._tokens.get(endpoint)
+        if token is None:
+            login = {"name": self._user, "password": self._password}
+            try:
+                token = str(
+                    self._post(endpoint, "/auth/authenticate", login, _HEADERS, limit_s).get("token", "")
+                )
+            except OutcomeUnknown as error:
+                raise Unavailable(ErrorCode.ETCD_UNAVAILABLE, f"etcd login did not end: {error}") from error
+            with self._lock:
+                self._tokens[endpoint] = token
+        return {"Authorization": token}
+
+    def _post(
+        self, endpoint: Endpoint, path: str, body: Json, headers: dict[str, str], limit_s: float
+    ) -> Json:
+        client, exchange = self._client(endpoint)
+        exchange.begin(limit_s, CONNECT_S)
+        try:
+            answer = client.post(client.get_url(path), json=body, headers=headers)
+        except (etcd3gw.exceptions.Etcd3Exception, requests.RequestException, OSError, ValueError) as error:
+            raise self._translate(error, exchange, endpoint) from error
+        if isinstance(answer, dict) and isinstance(answer.get("error"), dict):
+            # A streaming call (keepalive) says 200 and fails inside.
+            raise classify(requests.codes.ok, *read_error(answer))
+        if not isinstance(answer, dict):
+            raise OutcomeUnknown(
+                ErrorCode.ETCD_OUTCOME_UNKNOWN, f"etcd at {endpoint} answered no JSON object"
+            )
+        inner_answer = answer.get("result")
+        return inner_answer if isinstance(inner_answer, dict) else answer
+
+    def _translate(self, error: Exception, exchange: Exchange, endpoint: Endpoint) -> DtrainError:
+        text = error.detail_text if isinstance(error, etcd3gw.exceptions.Etcd3Exception) else None
+        if exchange.http_status and exchange.http_status != requests.codes.ok:
+            code, message = parse_error(text or "")
+            return classify(exchange.http_status, code, message)
+        reason = str(error.__context__ or error)[:300]
+        if not exchange.sent:
+            return Unavailable(ErrorCode.ETCD_UNAVAILABLE, f"etcd at {endpoint} cannot be reached: {reason}")
+        return OutcomeUnknown(ErrorCode.ETCD_OUTCOME_UNKNOWN, f"etcd at {endpoint} did not answer: {reason}")
+
+    def _client(self, endpoint: Endpoint) -> tuple[etcd3gw.Etcd3Client, Exchange]:
+        clients: dict[Endpoint, tuple[etcd3gw.Etcd3Client, Exchange]] = self._local.__dict__.setdefault(
+            "clients", {}
+        )
+        if endpoint not in clients:
+            exchange = Exchange(self._clock)
+            session = _Session(exchange, self._tls)
+            self._sessions.add(session)
+            client = etcd3gw.Etcd3Client(
+                endpoint.host, endpoint.port, endpoint.scheme, api_path="/v3/", session=session
+            )
+            clients[endpoint] = client, exchange
+        return clients[endpoint]
+
+    def _check_identity(self, answer: Json, term_at_send: int) -> None:
+        """Refuse another cluster, and a cluster restored from an older state.
+
+        Terms are compared only where the member must have heard of the newest
+        leader to answer at all: elsewhere a lagging member is no suspect.
+        """
+        self._accept_cluster(answer)
+        term = header_int(answer, "raft_term")
+        if 0 < term < term_at_send:
+            raise _went_back(f"the raft term went back from {term_at_send} to {term}")
+        with self._lock:
+            self._raft_term = max(self._raft_term, term)
+
+    def _accept_cluster(self, answer: Json) -> None:
+        cluster_id = header_int(answer, "cluster_id")
+        if not cluster_id:
+            return
+        with self._lock:
+            self._cluster_id = self._cluster_id or cluster_id
+        if cluster_id != self._cluster_id:
+            raise _went_back(f"another etcd cluster answers: {cluster_id:x} instead of {self._cluster_id:x}")
+
+    def _accept_watch_header(self, answer: Json) -> None:
+        """Leave a member whose raft term is behind: it may serve a stale past."""
+        self._accept_cluster(answer)
+        term = header_int(answer, "raft_term")
+        if 0 < term < self._raft_term:
+            raise Unavailable(
+                ErrorCode.ETCD_UNAVAILABLE, f"the member is at raft term {term}, not {self._raft_term}"
+            )
+
+    def _tls_context(self) -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=self._tls.ca)
+        if self._tls.cert:
+            context.load_cert_chain(self._tls.cert, self._tls.key)
+        return context
+
+    def _left(self, end: float) -> float:
+        return max(0.0, end - self._clock.monotonic())
+
+
+class _Session(requests.Session):
+    """A session that keeps no proxy or .netrc of the environment and records what happened."""
+
+    def __init__(self, exchange: Exchange, tls: Tls) -> None:
+        super().__init__()
+        self.trust_env = False
+        self.verify = tls.ca or True
+        if tls.cert:
+            self.cert = (tls.cert, tls.key) if tls.key else tls.cert
+        adapter = _Adapter(exchange)
+        self.mount("http://", adapter)
+        self.mount("https://", adapter)
+        self._exchange = exchange
+
+    def post(self, url, *args, timeout=None, **kwargs):  # type: ignore[no-untyped-def]
+        """Send with the timeouts of the call at hand: etcd3gw has one per client."""
+        return super().post(url, *args, timeout=self._exchange.timeouts(), allow_redirects=False, **kwargs)
+
+
+class _Adapter(requests.adapters.HTTPAdapter):
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        super().__init__(pool_connections=1, pool_maxsize=1, max_retries=0)
+
+    def init_poolmanager(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = pool_classes(self._exchange)
+
+    def send(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        response = super().send(*args, **kwargs)
+        self._exchange.http_status = response.status_code
+        return response
+
+
+def _went_back(what: str) -> Refused:
+    return Refused(
+        ErrorCode.ETCD_WENT_BACK,
+        what,
+        fix="etcd was restored or replaced: check its data, then restart the coordinators and agents",
+    )
