@@ -50,7 +50,7 @@ class LocalBlobs:
             _write(incoming, key, chunks, chunk_crcs)
             linked = self._link(incoming, path, key)
         except OSError as error:
-            raise self._translate(error, key) from error
+            raise self._translate(error, key, writing=True) from error
         finally:
             shutil.rmtree(upload, ignore_errors=True)
         try:
@@ -58,7 +58,7 @@ class LocalBlobs:
                 self._check_same(path, key, size, chunk_crcs)
             self._sync_folder(path.parent)
         except OSError as error:
-            raise self._translate(error, key, outcome_unknown=True) from error
+            raise self._translate(error, key, writing=True, named=True) from error
         return BlobInfo(key, size, digest.to_hex(digest.full_crc(chunk_crcs, size, PART_BYTES)))
 
     def get(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
@@ -218,10 +218,15 @@ class LocalBlobs:
                 with contextlib.suppress(FileNotFoundError):
                     yield key, entry.stat(follow_symlinks=False).st_size
 
-    def _translate(self, error: OSError, key: str, *, outcome_unknown: bool = False) -> DtrainError:
+    def _translate(
+        self, error: OSError, key: str, *, writing: bool = False, named: bool = False
+    ) -> DtrainError:
+        """Return our error; ``named``: the blob has its name already, durable or not."""
         what = f"{key or 'the store'} in {self.uri}: {error.strerror or error}"
         code = error.errno
-        if code in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        if code == errno.ENOENT and writing and self._root.is_dir():
+            return outcomes.abandoned(key)
+        if code == errno.ENOENT or (code in (errno.ENOTDIR, errno.EISDIR) and not writing):
             return outcomes.missing(key, self.uri) if self._root.is_dir() else missing_root(self._root)
         if code in (errno.ENOSPC, errno.EDQUOT):
             return Refused(
@@ -233,15 +238,15 @@ class LocalBlobs:
             return Refused(
                 ErrorCode.STORE_REFUSED,
                 f"not allowed: {what}",
-                fix=f"let user id {os.geteuid()} read and write {self._root}, on a file system with hard links",
+                fix=f"let user {os.geteuid()} read and write {self._root}, on a file system with hard links",
             )
-        if code in (errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENAMETOOLONG):
+        if code in (errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENAMETOOLONG, errno.ENOTDIR):
             return Refused(
                 ErrorCode.STORE_REFUSED,
                 f"the file system cannot hold {what}",
                 fix=f"use one file system with hard links and long names for all of {self._root}",
             )
-        if outcome_unknown:
+        if named:
             return OutcomeUnknown(ErrorCode.STORE_UNAVAILABLE, f"it is not known whether {what} is durable")
         return Unavailable(ErrorCode.STORE_UNAVAILABLE, f"cannot use {what}", fix="check the disk or mount")
 
