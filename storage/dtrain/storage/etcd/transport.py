@@ -286,7 +286,7 @@ class GatewayEtcd:
         if exchange.http_status and exchange.http_status != requests.codes.ok:
             code, message = parse_error(text or "")
             return classify(exchange.http_status, code, message)
-        reason = str(error.__context__ or error)[:300]
+        reason = _first_cause(error)
         if not exchange.sent:
             return Unavailable(ErrorCode.ETCD_UNAVAILABLE, f"etcd at {endpoint} cannot be reached: {reason}")
         return OutcomeUnknown(ErrorCode.ETCD_OUTCOME_UNKNOWN, f"etcd at {endpoint} did not answer: {reason}")
@@ -360,9 +360,10 @@ class _Session(requests.Session):
         self.mount("https://", adapter)
         self._exchange = exchange
 
-    def post(self, url, *args, timeout=None, **kwargs):  # type: ignore[no-untyped-def]
+    def post(self, url, *args, **kwargs):  # type: ignore[no-untyped-def]
         """Send with the timeouts of the call at hand: etcd3gw has one per client."""
-        return super().post(url, *args, timeout=self._exchange.timeouts(), allow_redirects=False, **kwargs)
+        kwargs |= {"timeout": self._exchange.timeouts(), "allow_redirects": False}
+        return super().post(url, *args, **kwargs)
 
 
 class _Adapter(requests.adapters.HTTPAdapter):
@@ -378,6 +379,13 @@ class _Adapter(requests.adapters.HTTPAdapter):
         response = super().send(*args, **kwargs)
         self._exchange.http_status = response.status_code
         return response
+
+
+def _first_cause(error: BaseException) -> str:
+    """Return what the socket said, beneath three libraries' wrappers."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return f"{error or type(error).__name__}"[:300]
 
 
 def _went_back(what: str) -> Refused:
