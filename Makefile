@@ -1,0 +1,48 @@
+# Everything a person types. `make help` lists it.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SEED ?=
+SEEDS ?= 200
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast sim lint format bench chaos proto check clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: ## create .venv with everything, and fetch an etcd server
+	@PYTHON=$(PYTHON) VENV=$(VENV) tools/setup.sh
+
+demo: setup ## train digits on 2 agents x 2 ranks while a leader, a rank and a machine are killed
+	@$(BIN)/python -m examples.demo
+
+test: setup ## run every test, with real etcd, S3, gloo and kills (under 10 minutes on 2 cores)
+	@tools/test.sh
+
+test-fast: setup ## unit, scenario and simulation tests only
+	@$(BIN)/python -m pytest -q -n 2 tests/unit tests/scenarios tests/sim tests/test_architecture.py
+
+sim: setup ## run the simulation: SEED=n replays one, SEEDS=n runs that many
+	@$(BIN)/python -m tests.sim $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
+
+lint: setup ## ruff, mypy --strict, import contracts, freshness of generated code
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports && tools/gen_proto.sh --check
+
+format: setup ## format the code
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+check: lint test ## what CI runs
+
+bench: setup ## measure recovery and overhead beside torchrun; writes benchmarks/results.jsonl
+	@$(BIN)/python -m benchmarks
+
+chaos: setup ## 100 random kills in one run: SEED=n replays one
+	@$(BIN)/python -m tests.e2e.chaos $(if $(SEED),--seed $(SEED),)
+
+proto: ## regenerate the protobuf code
+	@tools/gen_proto.sh
+
+clean: ## remove the environment, caches and local clusters
+	rm -rf $(VENV) .cache .demo .mypy_cache .ruff_cache .pytest_cache
