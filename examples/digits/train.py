@@ -40,13 +40,10 @@ def main() -> None:
     held_out, training = order[:300], order[300:]
 
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.1), nn.Linear(128, 10)).to(run.device)
-    if run.world_size > 1:
-        # DDP regroups gradients after its first step, which changes the order of
-        # additions; looking for unused parameters keeps one grouping, so that a
-        # resumed run adds in the same order as an uninterrupted one.
-        ddp = DistributedDataParallel(model, find_unused_parameters=True)
-    else:
-        ddp = model
+    # DDP regroups gradients after its first step, which changes the order of
+    # additions; looking for unused parameters keeps one grouping, so that a
+    # resumed run adds in the same order as an uninterrupted one.
+    ddp = DistributedDataParallel(model, find_unused_parameters=True) if run.world_size > 1 else model
     optimizer = torch.optim.AdamW(ddp.parameters(), lr=args.lr)
     data = trainer.Sampler(len(training), batch_size=args.batch, seed=2)
 
