@@ -39,5 +39,5 @@ def configure(*, json_lines: bool | None = None, level: str = "INFO", component:
 
 
 def get(name: str) -> Logger:
-    """Return a logger whose lines carry ``logger=name``."""
-    return structlog.get_logger(logger=name)
+    """Return a logger whose lines carry ``source=name``."""
+    return structlog.get_logger(source=name)
