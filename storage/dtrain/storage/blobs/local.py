@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ class LocalBlobs:
         upload = self._root / INCOMING / secrets.token_hex(8)
         incoming = upload / key
         try:
+            (self._root / INCOMING).mkdir(exist_ok=True)
             incoming.parent.mkdir(parents=True)
             _write(incoming, key, chunks, chunk_crcs)
             linked = self._link(incoming, path, key)
@@ -75,9 +77,12 @@ class LocalBlobs:
 
     def head(self, key: str) -> BlobInfo:
         try:
-            return BlobInfo(key, self._path(key).stat().st_size)
+            found = self._path(key).stat()
         except OSError as error:
             raise self._translate(error, key) from error
+        if not stat.S_ISREG(found.st_mode):
+            raise outcomes.missing(key, self.uri)
+        return BlobInfo(key, found.st_size)
 
     def list(self, prefix: str) -> Iterator[BlobInfo]:
         folder = self._root / check_prefix(prefix).rpartition("/")[0]

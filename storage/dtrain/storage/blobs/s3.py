@@ -129,14 +129,18 @@ class S3Blobs:
 
     def list(self, prefix: str) -> Iterator[BlobInfo]:
         page = self._page(prefix)
+        found: dict[str, int] = {}
         while True:
             with self._translated(f"list {prefix or 'the store'}"):
                 answer = self._client().list_objects_v2(**page)
-            for item in answer.get("Contents", []):
-                yield BlobInfo(item["Key"].removeprefix(self._prefix), item["Size"])
+            found.update((item["Key"], item["Size"]) for item in answer.get("Contents", []))
             if not answer.get("IsTruncated"):
-                return
+                break
             page["ContinuationToken"] = answer["NextContinuationToken"]
+        # Not every store lists in the order of keys: SeaweedFS goes folder by folder, AWS's directory
+        # buckets in no order at all.
+        for key in sorted(found):
+            yield BlobInfo(key.removeprefix(self._prefix), found[key])
 
     def list_unfinished(self, prefix: str) -> Iterator[str]:
         page = self._page(prefix)
@@ -145,10 +149,19 @@ class S3Blobs:
                 answer = self._client().list_multipart_uploads(**page)
             for item in answer.get("Uploads", []):
                 yield item["Key"].removeprefix(self._prefix) + _TOKEN_MARK + item["UploadId"]
-            if not answer.get("IsTruncated"):
+            # SeaweedFS marks its pages by upload alone, and a key marker would make it skip some.
+            markers = {
+                ours: value
+                for ours, value in (
+                    ("KeyMarker", answer.get("NextKeyMarker")),
+                    ("UploadIdMarker", answer.get("NextUploadIdMarker")),
+                )
+                if value
+            }
+            # Without a new marker the same page would come for ever; the next pass finds the rest.
+            if not answer.get("IsTruncated") or page == page | markers:
                 return
-            page["KeyMarker"] = answer["NextKeyMarker"]
-            page["UploadIdMarker"] = answer["NextUploadIdMarker"]
+            page |= markers
 
     def discard_unfinished(self, token: str) -> None:
         key, mark, upload_id = token.rpartition(_TOKEN_MARK)
@@ -225,7 +238,7 @@ class S3Blobs:
 
     def _send_parts(
         self, key: str, upload_id: str, chunks: Sequence[memoryview], chunk_crcs: Sequence[int]
-    ) -> "list[CompletedPartTypeDef]":
+    ) -> "Sequence[CompletedPartTypeDef]":
         def send(index: int) -> "CompletedPartTypeDef":
             checksum = digest.to_base64(chunk_crcs[index])
 

@@ -111,7 +111,8 @@ class Translated:
     def _answered(self, code: str, status: int, text: str) -> DtrainError:
         if code in _SIGNALS:
             kind, ours = _SIGNALS[code]
-            return kind(ours, f"{self._what}: {text}")
+            fix = "use a store that knows If-None-Match and CRC32C checksums" if kind is Unsupported else ""
+            return kind(ours, f"{self._what}: {text}", fix=fix)
         if code == "NoSuchBucket":
             return self._refused(f"bucket {self._bucket} does not exist", _FIXES[code])
         if code in _MISSING:

@@ -1,0 +1,199 @@
+"""What a folder adds to the contract: durability, crashes, disks that refuse."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.contract.blobs.conftest import put
+
+from dtrain.protocol.errors import ErrorCode, OutcomeUnknown, Refused, Unavailable
+from dtrain.storage.blobs import outcomes
+from dtrain.storage.blobs.local import LocalBlobs
+from dtrain.storage.blobs.open import open_store
+
+_DIES_HALF_WAY = """
+import sys, time
+from pathlib import Path
+from dtrain.storage.blobs import digest, outcomes
+from dtrain.storage.blobs.local import LocalBlobs
+from dtrain.storage.blobs.port import PART_BYTES
+
+check = outcomes.check_chunk
+def stop_at_the_second(key, index, chunk, expected):
+    check(key, index, chunk, expected)
+    if index == 1:
+        print("half", flush=True)
+        time.sleep(60)
+
+outcomes.check_chunk = stop_at_the_second
+parts = [bytes(PART_BYTES), b"rest"]
+LocalBlobs(Path(sys.argv[1])).put("a/b", parts, chunk_crcs=[digest.crc32c(p) for p in parts])
+"""
+
+
+class Syncs:
+    """The paths that were synced, in order."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, root: Path) -> None:
+        self.paths: list[str] = []
+        real = os.fsync
+
+        def record(fd: int) -> None:
+            real(fd)
+            self.paths.append(str(Path(f"/proc/self/fd/{fd}").readlink().relative_to(root)))
+
+        patch.setattr(os, "fsync", record)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "root"
+
+
+def test_file_and_folders_are_synced_before_put_returns(
+    local: LocalBlobs, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syncs = Syncs(monkeypatch, root)
+    put(local, "a/b/c", b"x")
+    file, *folders = syncs.paths
+    assert file.startswith(".incoming/")
+    assert folders == [".", "a", "a/b"]
+    syncs.paths.clear()
+    put(local, "a/b/d", b"x")
+    assert syncs.paths[1:] == ["a/b"]
+
+
+def test_folders_that_another_process_made_are_synced_too(
+    local: LocalBlobs, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(local, "a/b/c", b"x")
+    syncs = Syncs(monkeypatch, root)
+    put(LocalBlobs(root), "a/b/d", b"x")
+    assert syncs.paths[1:] == [".", "a", "a/b"]
+
+
+def test_a_repeated_put_makes_durable_what_a_dead_writer_left(
+    local: LocalBlobs, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(local, "a/b", b"x")
+    syncs = Syncs(monkeypatch, root)
+    put(local, "a/b", b"x")
+    assert syncs.paths[-2:] == ["a/b", "a"]
+
+
+def test_a_writer_killed_half_way_leaves_nothing_visible(local: LocalBlobs, root: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", _DIES_HALF_WAY, str(root)], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    try:
+        assert child.stdout.readline() == b"half\n"
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+    assert list(local.list("")) == []
+    assert not (root / "a").exists()
+    (token,) = local.list_unfinished("a/")
+    local.discard_unfinished(token)
+    assert list(local.list_unfinished("")) == []
+    put(local, "a/b", b"whole")
+
+
+def test_a_writer_whose_upload_is_discarded_is_told(
+    local: LocalBlobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = outcomes.check_chunk
+
+    def discard(*args: object) -> None:
+        check(*args)  # type: ignore[arg-type]
+        for token in local.list_unfinished(""):
+            local.discard_unfinished(token)
+
+    monkeypatch.setattr(outcomes, "check_chunk", discard)
+    with pytest.raises(Refused, match="discarded while it ran"):
+        put(local, "a/b", b"x")
+    assert list(local.list("")) == []
+
+
+def test_nothing_is_left_beside_the_blobs(local: LocalBlobs, root: Path) -> None:
+    put(local, "a/b", b"x")
+    put(local, "a/b", b"x")
+    assert [p.name for p in root.rglob("*") if p.is_file()] == ["b"]
+    local.delete("a/b")
+    assert [p.name for p in root.rglob("*")] == [".incoming"]
+
+
+def test_a_lost_mount_is_not_written_over(local: LocalBlobs, root: Path) -> None:
+    root.rmdir()
+    for call in (
+        lambda: put(local, "a", b"x"),
+        lambda: local.get("a"),
+        lambda: list(local.list("")),
+        lambda: list(local.list_unfinished("")),
+        lambda: local.delete("a"),
+    ):
+        with pytest.raises(Refused, match="does not exist") as refusal:
+            call()
+        assert refusal.value.code == ErrorCode.STORE_REFUSED
+        assert "mount" in refusal.value.fix
+    assert not root.exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "words"),
+    [
+        (errno.ENOSPC, Refused, "free space"),
+        (errno.EDQUOT, Refused, "free space"),
+        (errno.EACCES, Refused, "read and write"),
+        (errno.EROFS, Refused, "read and write"),
+        (errno.EIO, Unavailable, "disk or mount"),
+    ],
+)
+def test_a_disk_that_refuses_says_what_to_do(
+    local: LocalBlobs, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Refused], words: str
+) -> None:
+    def refuse(fd: int, data: bytes) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", refuse)
+        with pytest.raises(kind) as error:
+            put(local, "a/b", b"x")
+    assert words in error.value.fix
+    assert "a/b" in error.value.message
+    assert list(local.list("")) == list(local.list_unfinished("")) == []
+
+
+def test_a_name_that_may_not_be_durable_is_an_unknown_outcome(
+    local: LocalBlobs, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(local, "a/first", b"x")
+    real = os.fsync
+
+    def fail_on_folder(fd: int) -> None:
+        if Path(f"/proc/self/fd/{fd}").readlink().is_dir():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail_on_folder)
+        with pytest.raises(OutcomeUnknown):
+            put(local, "a/b", b"x")
+    put(local, "a/b", b"x")
+
+
+def test_a_file_where_a_folder_should_be_is_refused(local: LocalBlobs) -> None:
+    put(local, "a", b"x")
+    with pytest.raises(Refused) as refusal:
+        put(local, "a/b", b"x")
+    assert refusal.value.code == ErrorCode.STORE_REFUSED
+
+
+def test_its_uri_opens_it_again(tmp_path: Path) -> None:
+    root = tmp_path / "with space"
+    store = open_store(root.as_uri(), create=True)
+    put(store, "a", b"x")
+    assert open_store(store.uri).get("a") == open_store(str(root)).get("a") == b"x"
