@@ -85,6 +85,8 @@ class Garbage:
     manifest: str
     digest: str
     reason: str = ""
+    store: str = ""
+    """Where its blobs are: a name used again may have moved to another store."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,19 +64,28 @@ class BeginCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class AbortCheckpoint:
-    """Checkpoint ``seq`` will never be: cancel its upload, free the slot."""
+    """Checkpoint ``seq`` will never be: cancel its upload, free the slot.
+
+    ``final``: no checkpoint at the end of training will be tried again; ranks
+    that wait for it may exit, whether or not this agent knows ``seq``.
+    """
 
     header: Header
     seq: Seq
     why: str
+    final: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ConfirmCheckpoint:
-    """Checkpoint ``seq`` is committed: free the slot; at the end of training, exit."""
+    """Checkpoint ``seq`` is committed: free the slot.
+
+    ``final``: it was the one at the end of training; ranks that wait for it may exit.
+    """
 
     header: Header
     seq: Seq
+    final: bool = False
 
 
 @dataclass(frozen=True, slots=True)

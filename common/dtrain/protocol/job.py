@@ -193,6 +193,17 @@ class JobStatus:
     """Root cause of the newest failed attempt."""
     final_tries: int = 0
     """How often the checkpoint at the end of training was tried in this attempt."""
+    late_saves: int = 0
+    """How far behind the ranks recent targets were: each 'late' adds one and doubles
+    the slack of the next target step, each commit takes one off."""
+    failed_saves: int = 0
+    """Checkpoints in a row that failed for another reason: the next one waits longer."""
+    fruitless: int = 0
+    """Attempts in a row that ended without a new step or commit: the next one waits longer."""
+    charge: bool = False
+    """``failure`` ended the attempt and is still to be counted against the budget."""
+    swept: bool = False
+    """The job is over and its orphans in the store were collected after that."""
     since: str = ""
     """When the phase began (UTC)."""
     finished_at: str = ""

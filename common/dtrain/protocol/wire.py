@@ -55,9 +55,11 @@ def command_to_pb(command: Command) -> pb.Command:
                 pb.BeginCheckpoint(seq=command.seq, nonce=command.nonce, step=command.step)
             )
         case AbortCheckpoint():
-            message.abort_checkpoint.CopyFrom(pb.AbortCheckpoint(seq=command.seq, why=command.why))
+            message.abort_checkpoint.CopyFrom(
+                pb.AbortCheckpoint(seq=command.seq, why=command.why, final=command.final)
+            )
         case ConfirmCheckpoint():
-            message.confirm_checkpoint.CopyFrom(pb.ConfirmCheckpoint(seq=command.seq))
+            message.confirm_checkpoint.CopyFrom(pb.ConfirmCheckpoint(seq=command.seq, final=command.final))
         case Stop():
             message.stop.CopyFrom(pb.Stop(grace_s=command.grace_s, release=command.release, why=command.why))
         case _:
@@ -100,9 +102,11 @@ def command_from_pb(message: pb.Command) -> Command:
             begin = message.begin_checkpoint
             return BeginCheckpoint(head, Seq(begin.seq), begin.nonce, Step(begin.step))
         case "abort_checkpoint":
-            return AbortCheckpoint(head, Seq(message.abort_checkpoint.seq), message.abort_checkpoint.why)
+            abort = message.abort_checkpoint
+            return AbortCheckpoint(head, Seq(abort.seq), abort.why, abort.final)
         case "confirm_checkpoint":
-            return ConfirmCheckpoint(head, Seq(message.confirm_checkpoint.seq))
+            confirm = message.confirm_checkpoint
+            return ConfirmCheckpoint(head, Seq(confirm.seq), confirm.final)
         case "stop":
             return Stop(head, message.stop.grace_s, message.stop.release, message.stop.why)
         case other:

@@ -196,15 +196,19 @@ class AbortCheckpoint(google.protobuf.message.Message):
 
     SEQ_FIELD_NUMBER: builtins.int
     WHY_FIELD_NUMBER: builtins.int
+    FINAL_FIELD_NUMBER: builtins.int
     seq: builtins.int
     why: builtins.str
+    final: builtins.bool
+    """No checkpoint at the end of training will be tried again: ranks may exit."""
     def __init__(
         self,
         *,
         seq: builtins.int = ...,
         why: builtins.str = ...,
+        final: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["seq", b"seq", "why", b"why"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["final", b"final", "seq", b"seq", "why", b"why"]) -> None: ...
 
 Global___AbortCheckpoint: typing_extensions.TypeAlias = AbortCheckpoint
 
@@ -213,13 +217,17 @@ class ConfirmCheckpoint(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     SEQ_FIELD_NUMBER: builtins.int
+    FINAL_FIELD_NUMBER: builtins.int
     seq: builtins.int
+    final: builtins.bool
+    """It was the one at the end of training: ranks may exit."""
     def __init__(
         self,
         *,
         seq: builtins.int = ...,
+        final: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["seq", b"seq"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["final", b"final", "seq", b"seq"]) -> None: ...
 
 Global___ConfirmCheckpoint: typing_extensions.TypeAlias = ConfirmCheckpoint
 

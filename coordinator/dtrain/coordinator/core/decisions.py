@@ -28,10 +28,15 @@ class PutRecord:
 
 @dataclass(frozen=True, slots=True)
 class DeleteRecord:
-    """Delete a record that is at this mod revision."""
+    """Delete a record that is at this mod revision.
+
+    ``expect_mod`` None: whatever its revision, without a compare. Only for
+    records that nobody but the leader writes and that never change (events,
+    quarantine): the fence and the compare on ``status`` protect them.
+    """
 
     key: str
-    expect_mod: int
+    expect_mod: int | None
 
 
 Write = PutRecord | DeleteRecord

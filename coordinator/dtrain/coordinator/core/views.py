@@ -18,7 +18,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Stored(Generic[T]):
-    """A record with the revision it was read at; ``seen_at`` is when this leader first saw it."""
+    """A record with the revision it was read at.
+
+    ``seen_at`` is when this leader first saw this *revision* of the key, so that
+    every deadline counted from it can only be extended, by a rewrite or a failover.
+    """
 
     value: T
     mod_revision: int
@@ -77,6 +81,10 @@ class JobView:
     store_ok: bool | None = None
     """Whether the job's store answered a probe; None: not probed yet."""
     store_problem: str = ""
+    store_probed_at: float | None = None
+    """When the last probe of the store ended; None: unknown, or never."""
+    step_rate: float = 0.0
+    """Steps per second of the current attempt, from its snapshots; 0.0: not known yet."""
     quarantined: str = ""
     """Not empty: deciding about this job crashed repeatedly; leave it alone."""
 
