@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import random
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ def s3_store(weed: WeedServer, **changes: object) -> S3Blobs:
     }
     settings |= changes
     bucket = str(settings.pop("bucket", BUCKET))
-    return S3Blobs(bucket, f"test {next(_numbers)}/root", **settings)  # type: ignore[arg-type]
+    return S3Blobs(bucket, f"test {secrets.token_hex(4)}/root", **settings)  # type: ignore[arg-type]
 
 
 @pytest.fixture
