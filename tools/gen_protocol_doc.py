@@ -78,7 +78,8 @@ def section(title: str, file: str, names: list[str]) -> str:
 
 
 def table(node: ast.ClassDef) -> str:
-    text = f"\n### `{node.name}`\n\n{prose(ast.get_docstring(node) or '')}\n\n| field | type | |\n|---|---|---|\n"
+    about = prose(ast.get_docstring(node) or "")
+    text = f"\n### `{node.name}`\n\n{about}\n\n| field | type | |\n|---|---|---|\n"
     body = node.body
     for i, item in enumerate(body):
         if isinstance(item, ast.AnnAssign):
