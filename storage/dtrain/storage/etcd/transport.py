@@ -11,6 +11,7 @@ member that may have applied it. Waiting and trying again is the caller's.
 """
 
 import contextlib
+import http.client
 import random
 import ssl
 import threading
@@ -273,7 +274,7 @@ class GatewayEtcd:
             raise self._translate(error, exchange, endpoint) from error
         if isinstance(answer, dict) and isinstance(answer.get("error"), dict):
             # A streaming call (keepalive) says 200 and fails inside.
-            raise classify(requests.codes.ok, *read_error(answer))
+            raise classify(http.client.OK, *read_error(answer))
         if not isinstance(answer, dict):
             raise OutcomeUnknown(
                 ErrorCode.ETCD_OUTCOME_UNKNOWN, f"etcd at {endpoint} answered no JSON object"
@@ -283,7 +284,7 @@ class GatewayEtcd:
 
     def _translate(self, error: Exception, exchange: Exchange, endpoint: Endpoint) -> DtrainError:
         text = error.detail_text if isinstance(error, etcd3gw.exceptions.Etcd3Exception) else None
-        if exchange.http_status and exchange.http_status != requests.codes.ok:
+        if exchange.http_status and exchange.http_status != http.client.OK:
             code, message = parse_error(text or "")
             return classify(exchange.http_status, code, message)
         reason = _first_cause(error)
