@@ -1,0 +1,87 @@
+"""Importing what every rank will need, and telling whether forking is still safe.
+
+A fork copies only the thread that called it: locks held by another thread stay
+locked for ever in the child. So the launcher counts its threads, and where an
+import has started one (or has opened a GPU, which a child cannot use after a
+fork) the module is named and ranks are exec'd instead.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from dtrain.agent.launch.processes import open_descriptors, thread_count
+
+# DDP's constructor imports torch._dynamo, which takes longer than torch itself.
+TORCH_MODULES = ("torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo")
+SDK_MODULE = "dtrain.trainer"
+
+_GPU_DEVICES = ("/dev/nvidia-uvm", "/dev/kfd")
+
+
+@dataclass(slots=True)
+class Preloaded:
+    """What the imports did to this process."""
+
+    warnings: list[str] = field(default_factory=list)
+    offenders: list[str] = field(default_factory=list)
+    """Modules whose import started threads or opened a GPU."""
+    descriptors: frozenset[int] = frozenset()
+    """Opened by the imports: they belong to the libraries and stay open in the ranks."""
+
+    def fork_problem(self) -> str:
+        """Why this process must not fork now; "" if it may."""
+        threads = thread_count()
+        if threads > 1:
+            return f"{self._blame()} runs {threads - 1} more thread(s) in the launcher"
+        if _holds_gpu():
+            return f"{self._blame()} has opened a GPU in the launcher"
+        return ""
+
+    def _blame(self) -> str:
+        return ", ".join(self.offenders) or "something that was imported"
+
+
+def calm_libraries() -> None:
+    """Keep numeric libraries from starting threads while they are imported.
+
+    OpenBLAS starts its pool when it is loaded, and torch's check for CUDA would
+    initialise the driver. Ranks get their own numbers after the fork.
+    """
+    os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+
+def preload(names: tuple[str, ...], working_dir: str, breathe: Callable[[], None]) -> Preloaded:
+    """Import torch, the SDK and ``names``; ``breathe`` is called between imports.
+
+    A failing import is a warning, never an error: the script that needs the
+    module shows the reason better than the launcher could.
+    """
+    before = frozenset(open_descriptors())
+    result = Preloaded()
+    # A job may preload modules of its own, which lie beside its script.
+    sys.path.insert(0, working_dir)
+    torch_is_missing = False
+    for name in (*TORCH_MODULES, SDK_MODULE, *names):
+        if torch_is_missing and name in TORCH_MODULES:
+            continue
+        threads, gpu = thread_count(), _holds_gpu()
+        try:
+            importlib.import_module(name)
+        except BaseException as error:  # noqa: BLE001  user code may raise anything, SystemExit too
+            torch_is_missing = torch_is_missing or name == "torch"
+            result.warnings.append(f"cannot preload {name}: {type(error).__name__}: {error}"[:500])
+        if thread_count() > threads or _holds_gpu() > gpu:
+            result.offenders.append(name)
+        breathe()
+    if working_dir in sys.path:
+        sys.path.remove(working_dir)
+    result.descriptors = frozenset(open_descriptors()) - before
+    return result
+
+
+def _holds_gpu() -> bool:
+    return any(target.startswith(_GPU_DEVICES) for target in open_descriptors().values())

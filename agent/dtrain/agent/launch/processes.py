@@ -1,0 +1,127 @@
+"""Processes as /proc shows them: identity, descent, threads."""
+
+import functools
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtrain.agent.launching import ProcessId
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One process at one moment."""
+
+    pid: int
+    state: str
+    parent: int
+    group: int
+    session: int
+    start_time: int
+
+    @property
+    def is_zombie(self) -> bool:
+        return self.state in {"Z", "X"}
+
+
+@functools.cache
+def boot_id() -> str:
+    """The kernel's id of this boot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def look(pid: int) -> Seen | None:
+    """The process with this pid, zombies included; None if there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # The name is in parentheses and may itself hold spaces and parentheses.
+    fields = text[text.rindex(")") + 2 :].split()
+    return Seen(
+        pid=pid,
+        state=fields[0],
+        parent=int(fields[1]),
+        group=int(fields[2]),
+        session=int(fields[3]),
+        start_time=int(fields[19]),
+    )
+
+
+def look_around() -> dict[int, Seen]:
+    """Every process of this pid namespace."""
+    found = (look(int(name)) for name in os.listdir("/proc") if name.isdigit())  # noqa: PTH208
+    return {seen.pid: seen for seen in found if seen is not None}
+
+
+def identify(pid: int) -> ProcessId | None:
+    """The lasting identity of a pid; a zombie still has one."""
+    seen = look(pid)
+    return None if seen is None else ProcessId(pid, seen.start_time, boot_id())
+
+
+def is_alive(process: ProcessId) -> bool:
+    """Whether exactly this process still runs; a zombie does not."""
+    seen = look(process.pid)
+    return (
+        seen is not None
+        and not seen.is_zombie
+        and seen.start_time == process.start_time
+        and process.boot_id == boot_id()
+    )
+
+
+def descendants(of: int, around: Mapping[int, Seen]) -> set[int]:
+    """The pids below ``of``, without itself."""
+    children: dict[int, list[int]] = {}
+    for seen in around.values():
+        children.setdefault(seen.parent, []).append(seen.pid)
+    found: set[int] = set()
+    ahead = [of]
+    while ahead:
+        for pid in children.get(ahead.pop(), ()):
+            if pid not in found:
+                found.add(pid)
+                ahead.append(pid)
+    return found
+
+
+def environment_value(pid: int, name: str) -> str | None:
+    """A variable of the environment a process was exec'd with."""
+    try:
+        block = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return None
+    start = f"{name}=".encode()
+    for item in block.split(b"\0"):
+        if item.startswith(start):
+            return item[len(start) :].decode(errors="replace")
+    return None
+
+
+def thread_count() -> int:
+    """Threads of this process, those of C libraries included."""
+    return len(os.listdir("/proc/self/task"))  # noqa: PTH208
+
+
+def open_descriptors() -> dict[int, str]:
+    """This process's descriptors and what they point at."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")  # noqa: PTH115
+        except OSError:
+            continue  # the descriptor of the listing itself
+    return found
+
+
+def close_descriptors(keep: Iterable[int]) -> None:
+    """Close all descriptors of this process but 0, 1, 2 and ``keep``."""
+    spared = {0, 1, 2, *keep}
+    for descriptor in open_descriptors():
+        if descriptor not in spared:
+            try:
+                os.close(descriptor)
+            except OSError:
+                continue
