@@ -1,0 +1,346 @@
+"""Calls to the coordinators: any replica will do, and every call may be repeated.
+
+A call goes to the replica that answered last. One that is gone, frozen or cut
+off is passed over for the next, within the call's own deadline; request ids
+and checkpoint tokens are chosen here, so that a repeated mutation changes
+nothing. The servers' errors come back as members of the error tree.
+"""
+
+import contextlib
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+
+from dtrain.protocol import errors
+from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, TimedOut, Unavailable
+from dtrain.protocol.pb import coordinator_pb2 as pb
+from dtrain.protocol.pb.coordinator_pb2_grpc import CoordinatorStub
+
+T = TypeVar("T")
+
+ERROR_KEY = "dtrain-error-bin"
+TRY_S_MAX = 3.0
+"""One replica gets this long to answer before the next is asked: it may be frozen."""
+
+WAIT_S_MAX = 20.0
+"""Longest single wait for a change; longer ones are several calls."""
+
+_REPLY_BYTES_MAX = 64 * 1024 * 1024
+_PAUSE_S_FIRST, _PAUSE_S_MAX = 0.05, 0.5
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", _REPLY_BYTES_MAX),
+    # Loopback and private addresses are no business of a web proxy.
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One record as stored; ``key`` is below the cluster's root."""
+
+    key: str
+    value: bytes
+    create_revision: int
+    mod_revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Records under one prefix, from the mirror of ``replica``; it was current ``age_s`` ago."""
+
+    items: tuple[Item, ...]
+    revision: int
+    age_s: float
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """What became of a submission."""
+
+    spec: bytes
+    created: bool
+    revision: int
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LogChunk:
+    """Bytes of one rank's log."""
+
+    data: bytes
+    next_offset: int
+    attempt: int
+    agent: str
+    eof: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaInfo:
+    """What one replica says about itself."""
+
+    address: str
+    cluster: str
+    replica: str
+    version: str
+    leader: bool
+    term: int
+    revision: int
+    mirror_age_s: float
+    leader_replica: str
+
+
+class Client:
+    """The cluster, through whichever replica answers. Safe for several threads.
+
+    ``timeout_s`` bounds each call over all replicas; a wait inside a call comes
+    on top of it.
+    """
+
+    def __init__(self, addresses: Sequence[str], *, timeout_s: float = 5.0) -> None:
+        assert addresses
+        self._timeout_s = timeout_s
+        self._channels = [grpc.insecure_channel(address, options=_OPTIONS) for address in addresses]
+        self._stubs = [CoordinatorStub(channel) for channel in self._channels]  # type: ignore[no-untyped-call]
+        self._addresses = tuple(addresses)
+        # Clients that all began with the first replica would load only that one.
+        self._current = random.randrange(len(addresses))  # noqa: S311 - no secret
+        self._seen_revision = 0
+
+    def close(self) -> None:
+        """End all connections; blocked calls fail."""
+        for channel in self._channels:
+            channel.close()
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The replicas that are asked."""
+        return self._addresses
+
+    def submit(self, spec: bytes, request_id: str, *, dry_run: bool = False) -> Submitted:
+        """Submit a job; the same ``request_id`` submits it once.
+
+        Raises:
+            Refused, Conflict: the job is not accepted.
+            Unavailable: no replica could be reached, or none reaches etcd.
+        """
+        request = pb.SubmitRequest(spec=spec, request_id=request_id, dry_run=dry_run)
+        reply = self._call(lambda stub, timeout: stub.Submit(request, timeout=timeout))
+        return Submitted(reply.spec, reply.created, reply.revision, tuple(reply.warnings))
+
+    def set_intent(self, job: str, *, wanted: str = "", checkpoint_token: str = "", by: str = "") -> int:
+        """Say what is wanted of a job; return the revision of it.
+
+        Raises:
+            NotFound: there is no such job.
+            Conflict: it has ended.
+            Unavailable: no replica could be reached, or none reaches etcd.
+        """
+        request = pb.SetIntentRequest(job=job, wanted=wanted, checkpoint_token=checkpoint_token, by=by)
+        reply = self._call(lambda stub, timeout: stub.SetIntent(request, timeout=timeout))
+        return int(reply.revision)
+
+    def read(self, prefix: str, *, after_revision: int = 0, wait_s: float = 0.0) -> Reading:
+        """Return the records under ``prefix``.
+
+        With ``after_revision`` wait up to ``wait_s`` for a newer mirror. What
+        comes back may be unchanged, but is never older than what this client
+        has read before: a replica that lags behind is asked to wait, too.
+
+        Raises:
+            Unavailable: no replica could be reached.
+        """
+        floor = max(after_revision, self._seen_revision - 1 if wait_s == 0 else 0)
+        wait_s = min(wait_s, WAIT_S_MAX)
+        # Reads without a wait still give a lagging replica a moment to catch up.
+        request = pb.ReadRequest(
+            prefix=prefix, after_revision=floor, wait_ms=int(1000 * (wait_s or (1.0 if floor else 0.0)))
+        )
+
+        def read(stub: Any, timeout: float) -> Reading:
+            reply = stub.Read(request, timeout=timeout + wait_s)
+            if reply.revision < self._seen_revision:
+                raise Unavailable(
+                    ErrorCode.MIRROR_STALE, "the replica's mirror is behind what was read before"
+                )
+            items = tuple(
+                Item(item.key, item.value, item.create_revision, item.mod_revision) for item in reply.items
+            )
+            return Reading(items, reply.revision, reply.age_s, self._addresses[self._current])
+
+        reading = self._call(read, wait_s=wait_s)
+        self._seen_revision = max(self._seen_revision, reading.revision)
+        return reading
+
+    def read_log(
+        self,
+        job: str,
+        rank: int,
+        stream: str,
+        *,
+        attempt: int = 0,
+        offset: int = 0,
+        bytes_max: int = 256 * 1024,
+        wait_s: float = 0.0,
+    ) -> LogChunk:
+        """Return log bytes from ``offset`` (negative: that many from the end).
+
+        Raises:
+            NotFound: no such job, rank or attempt, or its machine has gone.
+            Unavailable: no replica, or not the rank's agent, could be reached.
+        """
+        request = pb.JobLogRequest(
+            job=job,
+            attempt=attempt,
+            rank=rank,
+            stream=stream,
+            offset=offset,
+            bytes_max=bytes_max,
+            wait_ms=int(wait_s * 1000),
+        )
+        reply = self._call(
+            lambda stub, timeout: stub.ReadLog(request, timeout=timeout + wait_s), wait_s=wait_s
+        )
+        return LogChunk(reply.data, reply.next_offset, reply.attempt, reply.agent, reply.eof)
+
+    def info(self) -> ReplicaInfo:
+        """What the replica that answers says about itself."""
+        return self._call(lambda stub, timeout: self._info(stub, self._addresses[self._current], timeout))
+
+    def info_each(self, *, timeout_s: float = 1.0) -> dict[str, ReplicaInfo | DtrainError]:
+        """Ask every replica about itself, one after the other."""
+        found: dict[str, ReplicaInfo | DtrainError] = {}
+        for address, stub in zip(self._addresses, self._stubs, strict=True):
+            try:
+                found[address] = self._info(stub, address, timeout_s)
+            except grpc.RpcError as error:
+                found[address] = translate(error, address)
+        return found
+
+    def _info(self, stub: Any, address: str, timeout_s: float) -> ReplicaInfo:
+        reply = stub.Info(pb.InfoRequest(), timeout=timeout_s)
+        return ReplicaInfo(
+            address,
+            reply.cluster,
+            reply.replica,
+            reply.version,
+            reply.leader,
+            reply.term,
+            reply.revision,
+            reply.mirror_age_s,
+            reply.leader_replica,
+        )
+
+    def _call(self, call: Callable[[Any, float], T], *, wait_s: float = 0.0) -> T:
+        deadline = time.monotonic() + self._timeout_s + wait_s
+        pause_s = _PAUSE_S_FIRST
+        failures = 0
+        while True:
+            left_s = deadline - time.monotonic() - wait_s
+            current = self._current
+            address = self._addresses[current]
+            try:
+                return call(self._stubs[current], max(0.2, min(left_s, TRY_S_MAX)))
+            except grpc.RpcError as error:
+                problem = translate(error, address)
+            except Unavailable as error:
+                problem = error
+            # Everything here is idempotent, so an unknown outcome is asked for again.
+            if not isinstance(problem, Unavailable | OutcomeUnknown):
+                raise problem
+            failures += 1
+            self._current = (current + 1) % len(self._stubs)
+            if time.monotonic() + pause_s >= deadline:
+                raise self._unreachable(problem) from problem
+            if failures % len(self._stubs) == 0:
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _PAUSE_S_MAX)
+
+    def _unreachable(self, last: DtrainError) -> DtrainError:
+        if last.code is not ErrorCode.COORDINATOR_UNAVAILABLE:
+            return last
+        return Unavailable(
+            ErrorCode.COORDINATOR_UNAVAILABLE,
+            f"no coordinator answers at {', '.join(self._addresses)}",
+            cause=last.cause or last.message,
+            fix="check --coordinators and that the replicas run, or start a local cluster: dtrain up",
+        )
+
+
+@contextlib.contextmanager
+def closing(client: Client) -> Iterator[Client]:
+    """Close ``client`` at the end."""
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def translate(error: grpc.RpcError, address: str) -> DtrainError:
+    """Return the error that a server's status stands for."""
+    status = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
+    details = (error.details() if isinstance(error, grpc.Call) else "") or str(error)
+    if isinstance(error, grpc.Call):
+        for key, value in error.trailing_metadata() or ():
+            if key == ERROR_KEY:
+                return _told(value if isinstance(value, bytes) else value.encode(), details)
+    if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
+        return Unavailable(
+            ErrorCode.COORDINATOR_UNAVAILABLE, f"the coordinator at {address} does not answer", cause=details
+        )
+    kind, code = _BY_STATUS.get(status, (errors.InvariantBroken, ErrorCode.BUG))
+    return kind(code, f"the coordinator at {address} answered {status.name}: {details}")
+
+
+_BY_STATUS: dict[grpc.StatusCode, tuple[type[DtrainError], ErrorCode]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: (errors.Refused, ErrorCode.USAGE),
+    grpc.StatusCode.NOT_FOUND: (errors.NotFound, ErrorCode.NOT_FOUND),
+    grpc.StatusCode.ALREADY_EXISTS: (errors.Conflict, ErrorCode.ALREADY_EXISTS),
+    grpc.StatusCode.FAILED_PRECONDITION: (errors.Conflict, ErrorCode.CONFLICT),
+    grpc.StatusCode.ABORTED: (errors.Conflict, ErrorCode.CONFLICT),
+    grpc.StatusCode.UNIMPLEMENTED: (errors.Refused, ErrorCode.USAGE),
+    grpc.StatusCode.RESOURCE_EXHAUSTED: (errors.Refused, ErrorCode.USAGE),
+    grpc.StatusCode.UNAUTHENTICATED: (errors.Refused, ErrorCode.ETCD_AUTH),
+    grpc.StatusCode.PERMISSION_DENIED: (errors.Refused, ErrorCode.ETCD_AUTH),
+}
+
+_KINDS: dict[str, type[DtrainError]] = {
+    kind.__name__: kind
+    for kind in (
+        errors.Refused,
+        errors.NotFound,
+        errors.Conflict,
+        errors.Unavailable,
+        errors.OutcomeUnknown,
+        errors.LeadershipLost,
+        TimedOut,
+        errors.InvariantBroken,
+    )
+}
+
+
+def _told(value: bytes, details: str) -> DtrainError:
+    try:
+        told = json.loads(value)
+        kind = _KINDS.get(told.get("kind", ""), DtrainError)
+        code = ErrorCode(told.get("code", ""))
+    except (ValueError, AttributeError):
+        # A newer server may know codes that this client does not.
+        return DtrainError(ErrorCode.BUG, details)
+    # A replica that has just lost its leadership can still be asked again.
+    kind = Unavailable if kind is errors.LeadershipLost else kind
+    return kind(
+        code,
+        str(told.get("message") or details),
+        cause=str(told.get("cause", "")),
+        fix=str(told.get("fix", "")),
+    )

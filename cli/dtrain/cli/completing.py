@@ -1,0 +1,23 @@
+"""Names for shell completion: live ones, quickly, or none."""
+
+import click
+
+from dtrain.cli.options import Settings
+
+
+def names(prefix: str, incomplete: str, ctx: click.Context) -> list[str]:
+    """Return names under ``prefix`` that begin as typed; [] if the cluster does not answer in time."""
+    try:
+        from dtrain.cli import context
+        from dtrain.cli.client import Client
+
+        settings = ctx.find_root().obj
+        addresses = context.addresses(settings if isinstance(settings, Settings) else Settings())
+        if not addresses:
+            return []
+        client = Client(addresses, timeout_s=0.3)
+        found = {item.key.split("/")[1] for item in client.read(prefix).items}
+        client.close()
+    except Exception:  # noqa: BLE001 - a shell must never show an error while someone types
+        return []
+    return sorted(name for name in found if name.startswith(incomplete))

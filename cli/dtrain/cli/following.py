@@ -1,0 +1,218 @@
+"""Follows a job: its log lines and its changes, across attempts and replicas, until it ends.
+
+One thread per rank and stream reads the log; the caller's thread watches the
+job. Both go on for ever through lost replicas and agents: a follower that gives
+up while the job runs is worse than none.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dtrain.cli import records
+from dtrain.cli.client import Client
+from dtrain.cli.records import Job
+from dtrain.protocol.errors import DtrainError, NotFound, Refused
+
+STREAMS = ("stdout", "stderr")
+_POLL_S = 2.0
+_DRAIN_S = 10.0
+"""How long to go on reading logs after the job or attempt has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a rank's log, newline included (the last one may have none)."""
+
+    agent: str
+    attempt: int
+    rank: int
+    stream: str
+    text: bytes
+
+
+def show(line: Line, *, prefix: bool) -> bytes:
+    """The line as it is written; ``agent/rank | `` before it when several are mixed."""
+    start = f"{line.agent}/{line.rank} | ".encode() if prefix else b""
+    return start + line.text + (b"" if line.text.endswith(b"\n") else b"\n")
+
+
+def _ignore(_: object) -> None:
+    pass
+
+
+class Tail:
+    """Reads one rank's stream of one attempt from ``offset`` on."""
+
+    def __init__(
+        self,
+        client: Client,
+        job: str,
+        *,
+        attempt: int,
+        rank: int,
+        stream: str,
+        write: Callable[[Line], None],
+        offset: int = 0,
+    ) -> None:
+        self._client, self._write = client, write
+        self._job, self._attempt, self._rank, self._stream = job, attempt, rank, stream
+        self._offset = offset
+        self._rest = b""
+        self._agent = ""
+        self.over = threading.Event()
+        """Set once nothing more will be written: read what is there and end."""
+        self.problem = ""
+        """Why the log could not be read, if it could not."""
+        self._stopped = threading.Event()
+
+    def start(self) -> threading.Thread:
+        """Read in a thread of its own."""
+        thread = threading.Thread(target=self.run, name=f"tail-{self._rank}-{self._stream}", daemon=True)
+        thread.start()
+        return thread
+
+    def stop(self) -> None:
+        """End soon, whatever is left."""
+        self._stopped.set()
+
+    def run(self) -> None:
+        """Read until the end of a log that is ``over``."""
+        tries = 0
+        while not self._stopped.is_set():
+            was_over = self.over.is_set()
+            try:
+                chunk = self._client.read_log(
+                    self._job,
+                    self._rank,
+                    self._stream,
+                    attempt=self._attempt,
+                    offset=self._offset,
+                    wait_s=0.0 if was_over else _POLL_S,
+                )
+            except DtrainError as error:
+                # Not written yet, or its machine or our replica is away for a moment.
+                tries += 1
+                self.problem = error.message
+                if was_over and (tries >= 3 or isinstance(error, NotFound | Refused)):
+                    break
+                self._stopped.wait(0.3)
+                continue
+            tries, self.problem = 0, ""
+            self._agent = chunk.agent
+            self._offset = chunk.next_offset
+            self._emit(chunk.data)
+            if not chunk.data:
+                if was_over:
+                    break
+                if chunk.eof:
+                    # The rank may have ended while its attempt goes on: ask gently.
+                    self._stopped.wait(0.3)
+        self._flush()
+
+    def _emit(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for text in lines:
+            self._write(self._line(text + b"\n"))
+
+    def _flush(self) -> None:
+        if self._rest:
+            self._write(self._line(self._rest))
+            self._rest = b""
+
+    def _line(self, text: bytes) -> Line:
+        return Line(self._agent, self._attempt, self._rank, self._stream, text)
+
+
+class Follower:
+    """Follows one job to its end.
+
+    ``ranks`` picks the ranks to read from a job with members; ``changed`` hears
+    of every change of the job; ``write`` gets the lines, one at a time.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        job: str,
+        *,
+        ranks: Callable[[Job], Sequence[int]],
+        write: Callable[[Line], None],
+        changed: Callable[[Job], None] = _ignore,
+        streams: Sequence[str] = STREAMS,
+        trouble: Callable[[str], None] = _ignore,
+    ) -> None:
+        self._client, self._job = client, job
+        self._ranks, self._changed, self._trouble = ranks, changed, trouble
+        self._streams = tuple(streams)
+        self._lock = threading.Lock()
+        self._sink = write
+        self._tails: list[tuple[Tail, threading.Thread]] = []
+        self._attempt = 0
+
+    def run(self, *, after_revision: int = 0) -> Job:
+        """Return the job once it has ended and its logs are read.
+
+        Raises:
+            NotFound: the job does not exist.
+        """
+        revision, told = after_revision, ""
+        first = True
+        try:
+            while True:
+                try:
+                    reading = self._client.read(
+                        f"jobs/{self._job}/",
+                        after_revision=0 if first else revision,
+                        wait_s=0 if first else _POLL_S,
+                    )
+                except (NotFound, Refused):
+                    raise
+                except DtrainError as error:
+                    if error.message != told:
+                        told = error.message
+                        self._trouble(f"{error.message}; trying again")
+                    time.sleep(0.5)
+                    continue
+                if told:
+                    told = ""
+                    self._trouble(f"connected again, to {reading.replica}")
+                jobs = records.group(reading).jobs
+                if self._job not in jobs and (reading.revision >= after_revision):
+                    records.find(jobs, self._job, "job")
+                if self._job in jobs:
+                    first, revision = False, reading.revision
+                    job = jobs[self._job]
+                    self._see(job)
+                    if job.finished:
+                        self._drain()
+                        return job
+        finally:
+            for tail, _ in self._tails:
+                tail.stop()
+
+    def _see(self, job: Job) -> None:
+        self._changed(job)
+        if job.status is None or not job.status.members or job.attempt == self._attempt:
+            return
+        for tail, _ in self._tails:
+            tail.over.set()
+        self._attempt = job.attempt
+        for rank in self._ranks(job):
+            for stream in self._streams:
+                tail = Tail(
+                    self._client, self._job, attempt=job.attempt, rank=rank, stream=stream, write=self._write
+                )
+                self._tails.append((tail, tail.start()))
+
+    def _drain(self) -> None:
+        deadline = time.monotonic() + _DRAIN_S
+        for tail, _ in self._tails:
+            tail.over.set()
+        for _, thread in self._tails:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _write(self, line: Line) -> None:
+        with self._lock:
+            self._sink(line)

@@ -1,0 +1,221 @@
+"""Reads job files: every error at once, each with file, line and column."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from dtrain.cli import yamlmarks
+from dtrain.cli.jobschema import PROGRAMS, CheckpointSection, JobModel, RestartsSection, to_spec
+from dtrain.cli.yamlmarks import Document, Problem, show_path
+from dtrain.protocol.errors import ErrorCode, NotFound, Refused
+from dtrain.protocol.job import EntryKind, JobSpec
+
+_SECTIONS: dict[str, type[BaseModel]] = {"checkpoint": CheckpointSection, "restarts": RestartsSection}
+_AS_TYPED = ("args", "env", "command")
+"""Numbers in here are meant as they were typed: ``1e-3`` stays ``1e-3``."""
+
+
+class BadJobFile(Refused):
+    """A job file with errors; ``details`` has one line for each."""
+
+    def __init__(self, name: str, problems: Sequence[Problem]) -> None:
+        count = len(problems)
+        super().__init__(
+            ErrorCode.BAD_JOB_FILE,
+            f"{name} has {count} error{'s' if count != 1 else ''}",
+            fix=f"correct {'them' if count != 1 else 'it'}; 'dtrain submit --dry-run {name}' checks again",
+        )
+        self.details = tuple(problem.show(name) for problem in sorted(problems))
+
+
+@dataclass(frozen=True, slots=True)
+class JobFile:
+    """A valid job, and what is odd about it without being wrong."""
+
+    spec: JobSpec
+    warnings: tuple[str, ...] = ()
+
+
+def read(path: Path, changes: Sequence[str] = ()) -> JobFile:
+    """Read the job file at ``path`` with ``changes`` (``a.b=c``) made to it.
+
+    Raises:
+        NotFound: there is no such file.
+        BadJobFile: with all its errors.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise NotFound(
+            ErrorCode.NOT_FOUND, f"there is no job file {path}", fix="give the path of a YAML file"
+        ) from error
+    except OSError as error:
+        raise Refused(ErrorCode.BAD_JOB_FILE, f"{path} cannot be read: {error.strerror}") from error
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise BadJobFile(str(path), [Problem(line, 1, "", "is not UTF-8 text")]) from error
+    spec = parse(text, str(path), path.resolve().parent, changes)
+    return checked(spec, str(path))
+
+
+def parse(text: str, name: str, folder: Path, changes: Sequence[str] = ()) -> JobSpec:
+    """Return the job that ``text`` describes.
+
+    Raises:
+        BadJobFile: with all its errors.
+    """
+    document = yamlmarks.parse(text)
+    if document.value is None and not document.problems:
+        document.problems.append(Problem(1, 1, "", "the file is empty: at least name and script are needed"))
+    elif document.value is not None and not isinstance(document.value, dict):
+        document.problems.append(Problem(1, 1, "", "a job file is a mapping: lines of 'key: value'"))
+    if not isinstance(document.value, dict):
+        raise BadJobFile(name, document.problems)
+    for change in changes:
+        _apply(document, change)
+    return build(document, name, folder)
+
+
+def build(document: Document, name: str, folder: Path) -> JobSpec:
+    """Validate plain values and translate them.
+
+    Raises:
+        BadJobFile: with all errors, those that reading found included.
+    """
+    problems = list(document.problems)
+    _keep_as_typed(document)
+    model = None
+    try:
+        model = JobModel.model_validate(document.value)
+    except ValidationError as error:
+        problems += [_problem(document, found) for found in error.errors(include_url=False)]
+    given = [word for word in PROGRAMS if document.value.get(word) is not None]
+    if not given:
+        problems.append(Problem(*document.place(()), "", f"one of {', '.join(PROGRAMS)} is missing"))
+    for extra in given[1:]:
+        place = document.place((extra,), of_key=True)
+        problems.append(Problem(*place, extra, f"{given[0]} is given already; a job has one program"))
+    if problems or model is None:
+        raise BadJobFile(name, _unique(problems))
+    return to_spec(model, folder)
+
+
+def checked(spec: JobSpec, name: str) -> JobFile:
+    """Check what can be checked on this machine, which need not be one that trains.
+
+    Raises:
+        NotFound: the working directory is here, and the script is not in it.
+    """
+    folder = Path(spec.working_dir)
+    if not folder.is_dir():
+        return JobFile(
+            spec, (f"{folder} does not exist on this machine; it must exist on every agent's machine",)
+        )
+    script = folder / spec.entry.target
+    if spec.entry.kind is EntryKind.SCRIPT and not script.is_file():
+        raise NotFound(
+            ErrorCode.SCRIPT_NOT_FOUND,
+            f"{name}: there is no script {script}",
+            fix="script is relative to working_dir, which is relative to the job file's folder",
+        )
+    return JobFile(spec)
+
+
+def differences(old: Any, new: Any) -> list[str]:
+    """Lines ``field: old -> new`` between two plain records."""
+    before = {show_path(path): value for path, value in yamlmarks.leaves(old)}
+    after = {show_path(path): value for path, value in yamlmarks.leaves(new)}
+    return [
+        f"{path}: {before.get(path, '(unset)')!s} -> {after.get(path, '(unset)')!s}"
+        for path in sorted(before.keys() | after.keys())
+        if before.get(path) != after.get(path)
+    ]
+
+
+def _apply(document: Document, change: str) -> None:
+    key, found, text = change.partition("=")
+    path = tuple(key.strip().split("."))
+    if not found or not all(path):
+        document.problems.append(Problem(0, 0, f"--set {change}", "write it as key=value or a.b=value"))
+        return
+    inner = yamlmarks.parse(text)
+    document.problems += [Problem(0, 0, f"--set {change}", problem.message) for problem in inner.problems]
+    target = document.value
+    for part in path[:-1]:
+        if target.get(part) is None:
+            target[part] = {}
+        target = target[part]
+        if not isinstance(target, dict):
+            document.problems.append(Problem(0, 0, f"--set {change}", f"{part} has no parts"))
+            return
+    target[path[-1]] = inner.value
+    # An overridden value no longer stands in the file.
+    for places in (document.values, document.keys, document.texts):
+        for known in [known for known in places if known[: len(path)] == path]:
+            del places[known]
+    document.values[path] = document.keys[path] = (0, 0)
+    document.texts |= {(*path, *rest): typed for rest, typed in inner.texts.items()}
+
+
+def _keep_as_typed(document: Document) -> None:
+    for path, text in document.texts.items():
+        if len(path) != 2 or path[0] not in _AS_TYPED:
+            continue
+        parent = document.value[path[0]]
+        if parent[path[1]] is not None:
+            parent[path[1]] = text
+    for word in ("args", "command"):
+        # `args: 5` is one argument.
+        if isinstance(document.value.get(word), int | float) and (word,) in document.texts:
+            document.value[word] = document.texts[word,]
+
+
+def _problem(document: Document, found: Any) -> Problem:
+    path = tuple(found["loc"])
+    kind = found["type"]
+    if kind == "extra_forbidden":
+        model = _SECTIONS.get(str(path[0]), JobModel) if len(path) > 1 else JobModel
+        return Problem(*document.place(path, of_key=True), show_path(path), _unknown(str(path[-1]), model))
+    if kind == "missing":
+        return Problem(*document.place(path[:-1]), show_path(path), "is missing")
+    if kind == "model_type":
+        return Problem(*document.place(path), show_path(path), "is not a mapping of settings")
+    line, column = document.place(path)
+    shown = show_path(path) if line else f"--set {show_path(path)}"
+    return Problem(line, column, shown, found["msg"].removeprefix("Value error, "))
+
+
+_ELSEWHERE = {
+    "every_steps": "checkpoint.every_steps",
+    "every_seconds": "checkpoint.every_seconds",
+    "keep_last": "checkpoint.keep_last",
+    "store": "checkpoint.store",
+    "max_restarts": "restarts.max",
+    "world_size": "nnodes and nproc_per_node",
+    "nodes": "nnodes",
+    "replicas": "nnodes",
+    "environment": "env",
+    "cwd": "working_dir",
+    "retain_last": "checkpoint.keep_last",
+}
+
+
+def _unknown(key: str, model: type[BaseModel]) -> str:
+    near = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.6)
+    guess = near[0] if near else _ELSEWHERE.get(key, "") if model is JobModel else ""
+    if not guess and model is JobModel:
+        near = difflib.get_close_matches(key, _ELSEWHERE, n=1, cutoff=0.8)
+        guess = _ELSEWHERE[near[0]] if near else ""
+    if guess:
+        return f"is not a setting; did you mean {guess}?"
+    return f"is not a setting; known here: {', '.join(model.model_fields)}"
+
+
+def _unique(problems: Sequence[Problem]) -> list[Problem]:
+    return list(dict.fromkeys(problems))

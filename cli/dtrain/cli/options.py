@@ -1,0 +1,136 @@
+"""What several verbs share on the command line, with click as the only import."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FORMATS = ("table", "wide", "json", "yaml", "name")
+
+
+@dataclass
+class Settings:
+    """Options that may stand before the verb or after it; the last one wins."""
+
+    cluster: str = ""
+    coordinators: str = ""
+    endpoints: str = ""
+    output: str = "table"
+    debug: bool = False
+    timeout_s: float = 5.0
+
+
+def settings() -> Settings:
+    """Return the settings of the running command."""
+    found = click.get_current_context().find_root().obj
+    assert isinstance(found, Settings)
+    return found
+
+
+def _remember(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    found = ctx.find_root().obj
+    if value is not None and value is not False and isinstance(found, Settings) and param.name:
+        # The environment must not undo what a flag before the verb said.
+        source = ctx.get_parameter_source(param.name)
+        if source is not click.core.ParameterSource.ENVIRONMENT or not getattr(found, param.name):
+            setattr(found, param.name, value)
+    return value
+
+
+def connected(function: F) -> F:
+    """Add the options that say which cluster is meant."""
+    for option in reversed(
+        (
+            click.option(
+                "--cluster",
+                envvar="DTRAIN_CLUSTER",
+                metavar="NAME",
+                help="Cluster to talk to (default: the one of the last 'dtrain up').",
+                expose_value=False,
+                callback=_remember,
+            ),
+            click.option(
+                "--coordinators",
+                envvar="DTRAIN_COORDINATORS",
+                metavar="HOST:PORT,...",
+                help="Addresses of coordinator replicas; any of them will do.",
+                expose_value=False,
+                callback=_remember,
+            ),
+            click.option(
+                "--endpoints",
+                envvar=["DTRAIN_ENDPOINTS", "ETCDCTL_ENDPOINTS"],
+                metavar="URL,...",
+                help="etcd endpoints: the replicas are looked up there.",
+                expose_value=False,
+                callback=_remember,
+            ),
+            debugging,
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def debugging(function: F) -> F:
+    """Add ``--debug``."""
+    return click.option(
+        "--debug",
+        is_flag=True,
+        help="Show the traceback of an error.",
+        expose_value=False,
+        callback=_remember,
+    )(function)
+
+
+def formatted(*formats: str) -> Callable[[F], F]:
+    """Add ``-o``; without arguments all formats are offered."""
+    return click.option(
+        "-o",
+        "--output",
+        type=click.Choice(formats or FORMATS),
+        help="Output format (default: table).",
+        expose_value=False,
+        callback=_remember,
+    )
+
+
+def complete_job(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Offer live job names, within 300 ms; nothing if the cluster does not answer."""
+    del param
+    from dtrain.cli import completing
+
+    return completing.names("jobs/", incomplete, ctx)
+
+
+def complete_agent(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Offer live agent names, within 300 ms; nothing if the cluster does not answer."""
+    del param
+    from dtrain.cli import completing
+
+    return completing.names("agents/", incomplete, ctx)
+
+
+class SecondsType(click.ParamType[float]):
+    """A duration: seconds, or a number with ms, s, m, h or d, such as 1h30m."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        from dtrain.cli.durations import parse_s
+
+        try:
+            return parse_s(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+SECONDS = SecondsType()
+
+
+def examples(*lines: str) -> str:
+    r"""Epilog of a verb's help: each example on its own line (``\b`` stops re-wrapping)."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)

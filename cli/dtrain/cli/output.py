@@ -1,0 +1,81 @@
+"""Writes results: data to stdout, talk to stderr, colour only on a terminal."""
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from dtrain.cli import render
+from dtrain.cli.render import Table
+
+
+def width() -> int:
+    """Columns of the terminal; 0 when stdout is none, and nothing is cut."""
+    return shutil.get_terminal_size((0, 0)).columns if sys.stdout.isatty() else 0
+
+
+def say(line: str) -> None:
+    """One line for people, on stderr."""
+    click.echo(line, err=True)
+
+
+def document(value: dict[str, Any], output: str) -> None:
+    """Write one object as JSON or YAML."""
+    if output == "yaml":
+        import yaml
+
+        click.echo(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), nl=False)
+    else:
+        click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def listing(
+    kind: str,
+    items: Sequence[dict[str, Any]],
+    table: Table,
+    names: Sequence[str],
+    *,
+    output: str,
+    revision: int,
+    single: bool = False,
+) -> None:
+    """Write a list in the format asked for; ``single``: one was named, so it is no list."""
+    if output in ("json", "yaml"):
+        if single and len(items) == 1:
+            document({**items[0], "revision": revision}, output)
+        else:
+            document({"v": 1, "kind": f"{kind}List", "revision": revision, "items": list(items)}, output)
+    elif output == "name":
+        for line in render.names(kind.lower(), names):
+            click.echo(line)
+    elif not table.rows:
+        say(f"no {kind.lower()}s")
+    else:
+        for line in coloured(table.lines(width() if output == "table" else 0)):
+            click.echo(line)
+
+
+def coloured(lines: Sequence[str]) -> list[str]:
+    """Colour phases; click drops the colours when stdout is no terminal."""
+    import os
+
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return list(lines)
+    return [_paint(line) for line in lines]
+
+
+def _paint(line: str) -> str:
+    for phase, colour in render.PHASE_COLOURS.items():
+        if f" {phase} " in line:
+            return line.replace(f" {phase} ", f" {click.style(phase, fg=colour)} ", 1)
+    return line
+
+
+def freshness(age_s: float) -> None:
+    """Say on stderr when what was read is old."""
+    line = render.stale_line(age_s)
+    if line:
+        say(line)

@@ -1,0 +1,285 @@
+"""Records as the replicas serve them, grouped by what they are about. Pure.
+
+Each record is kept twice: decoded for tables, and as the JSON it was stored
+as for ``-o json``. A record of a newer version is skipped in tables, with a note.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from dtrain.cli import exits
+from dtrain.cli.client import Item, Reading
+from dtrain.protocol import codec
+from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord, Quarantine
+from dtrain.protocol.cluster import Cordon, LeaderRecord, ReplicaRecord
+from dtrain.protocol.errors import ErrorCode, NotFound, Refused
+from dtrain.protocol.events import EventReason, EventRecord
+from dtrain.protocol.ids import ClusterName
+from dtrain.protocol.job import TERMINAL_PHASES, Intent, JobPhase, JobSpec, JobStatus
+from dtrain.protocol.keys import Keys, Parsed
+from dtrain.protocol.snapshot import NodeRecord, RankState, WorkerSnapshot
+
+T = TypeVar("T")
+Json = dict[str, Any]
+
+# Keys are parsed relative to the root, so that no cluster name is needed.
+_KEYS = Keys(ClusterName("any"))
+
+
+@dataclass(slots=True)
+class Job:
+    """Everything stored about one job."""
+
+    name: str
+    spec: JobSpec | None = None
+    intent: Intent | None = None
+    status: JobStatus | None = None
+    latest: Latest | None = None
+    open: dict[int, OpenRecord] = field(default_factory=dict)
+    commits: dict[int, CommitRecord] = field(default_factory=dict)
+    garbage: dict[int, Garbage] = field(default_factory=dict)
+    bad: dict[int, Quarantine] = field(default_factory=dict)
+    pinned: set[int] = field(default_factory=set)
+    events: dict[int, EventRecord] = field(default_factory=dict)
+    workers: dict[str, WorkerSnapshot] = field(default_factory=dict)
+    raw: Json = field(default_factory=dict)
+
+    @property
+    def phase(self) -> JobPhase:
+        """QUEUED until a leader has looked at it."""
+        return self.status.phase if self.status else JobPhase.QUEUED
+
+    @property
+    def finished(self) -> bool:
+        """It has ended for good."""
+        return self.phase in TERMINAL_PHASES
+
+    @property
+    def attempt(self) -> int:
+        """Number of the current attempt, 0 for none."""
+        return self.status.attempt if self.status else 0
+
+    @property
+    def current_workers(self) -> dict[str, WorkerSnapshot]:
+        """Snapshots of the current attempt of this submission."""
+        if self.status is None:
+            return {}
+        return {
+            agent: snapshot
+            for agent, snapshot in self.workers.items()
+            if snapshot.uid == self.status.uid and snapshot.attempt == self.status.attempt
+        }
+
+    @property
+    def ranks(self) -> dict[int, tuple[str, RankState]]:
+        """Rank to (agent, state) in the current attempt."""
+        found = {
+            state.rank: (agent, state)
+            for agent, snapshot in self.current_workers.items()
+            for state in snapshot.ranks
+        }
+        return dict(sorted(found.items()))
+
+    @property
+    def step(self) -> int:
+        """Newest step that every reporting rank has completed, or the last one stored."""
+        reported = [state.step for _, state in self.ranks.values()]
+        stored = self.status.step if self.status else 0
+        return max(stored, min(reported)) if reported and not self.finished else stored
+
+    @property
+    def world_size(self) -> int:
+        """Ranks: of the current attempt, else as asked for."""
+        if self.status and self.status.members:
+            return self.status.world_size
+        return self.spec.nnodes_max * self.spec.nproc_per_node if self.spec else 0
+
+    @property
+    def budget_spent(self) -> bool:
+        """It failed because it was restarted too often."""
+        reason = EventReason.BUDGET_EXHAUSTED
+        conditions = self.status.conditions if self.status else ()
+        return any(condition.reason == reason for condition in conditions) or any(
+            event.reason is reason and event.attempt in (0, self.attempt) for event in self.events.values()
+        )
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of its end; it must have ended."""
+        return exits.of_phase(self.phase, budget_spent=self.budget_spent)
+
+    def as_json(self) -> Json:
+        """The records, with the fields that they are stored with."""
+        return {"v": 1, "kind": "Job", "name": self.name, **self.raw}
+
+
+@dataclass(slots=True)
+class Agent:
+    """Everything stored about one machine."""
+
+    name: str
+    node: NodeRecord | None = None
+    cordon: Cordon | None = None
+    workers: dict[str, WorkerSnapshot] = field(default_factory=dict)
+    raw: Json = field(default_factory=dict)
+
+    def as_json(self) -> Json:
+        """The records, with the fields that they are stored with."""
+        return {"v": 1, "kind": "Agent", "name": self.name, **self.raw}
+
+
+@dataclass(slots=True)
+class Replica:
+    """One coordinator; ``term`` is set for the leader."""
+
+    name: str
+    record: ReplicaRecord | None = None
+    term: int = 0
+    raw: Json = field(default_factory=dict)
+
+    def as_json(self) -> Json:
+        """The record, with the fields that it is stored with."""
+        return {"v": 1, "kind": "Coordinator", "name": self.name, "term": self.term, **self.raw}
+
+
+@dataclass(slots=True)
+class Cluster:
+    """What was read, grouped."""
+
+    jobs: dict[str, Job] = field(default_factory=dict)
+    agents: dict[str, Agent] = field(default_factory=dict)
+    replicas: dict[str, Replica] = field(default_factory=dict)
+    leader: LeaderRecord | None = None
+    term: int = 0
+    revision: int = 0
+    age_s: float = 0.0
+
+
+def group(*readings: Reading) -> Cluster:
+    """Group records by job, agent and replica; unknown keys are left out."""
+    cluster = Cluster(
+        revision=min((reading.revision for reading in readings), default=0),
+        age_s=max((reading.age_s for reading in readings), default=0.0),
+    )
+    for item in _items(readings):
+        parsed = _KEYS.parse(_KEYS.root + item.key)
+        if parsed is not None:
+            _place(cluster, parsed, item)
+    if cluster.leader and (replica := cluster.replicas.get(cluster.leader.replica)):
+        replica.term = cluster.term
+    # A snapshot may outlive the records of its job by a moment; it is no job.
+    cluster.jobs = {name: job for name, job in sorted(cluster.jobs.items()) if job.spec or job.status}
+    cluster.agents = dict(sorted(cluster.agents.items()))
+    return cluster
+
+
+def find(names: Iterable[str], wanted: str, what: str) -> str:
+    """Return the name that ``wanted`` is, or is the unique beginning of; ``job/NAME`` is fine, too.
+
+    Raises:
+        NotFound: none, or more than one.
+    """
+    known = sorted(names)
+    word = wanted.removeprefix(f"{what}/")
+    if word in known:
+        return word
+    matching = [name for name in known if name.startswith(word)] if word else []
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        raise Refused(
+            ErrorCode.USAGE, f"{wanted!r} could be {', '.join(matching)}", fix="write more of the name"
+        )
+    raise NotFound(
+        ErrorCode.NOT_FOUND,
+        f"there is no {what} {word!r}",
+        fix=f"dtrain get {what}s" + (f" shows {', '.join(known[:5])}" if known else ": there are none"),
+    )
+
+
+def _items(readings: Iterable[Reading]) -> Iterable[Item]:
+    for reading in readings:
+        yield from reading.items
+
+
+def _place(cluster: Cluster, parsed: Parsed, item: Item) -> None:
+    document = _json(item.value)
+    match parsed.kind:
+        case "leader":
+            cluster.leader = _decode(LeaderRecord, item.value)
+            cluster.term = item.create_revision
+        case "coordinator":
+            record = _decode(ReplicaRecord, item.value)
+            cluster.replicas[parsed.name] = Replica(parsed.name, record, raw={"record": document})
+        case "node":
+            agent = cluster.agents.setdefault(parsed.agent, Agent(parsed.agent))
+            agent.node = _decode(NodeRecord, item.value)
+            agent.raw["node"] = document
+        case "cordon":
+            agent = cluster.agents.setdefault(parsed.agent, Agent(parsed.agent))
+            agent.cordon = _decode(Cordon, item.value)
+            agent.raw["cordon"] = document
+        case "worker":
+            snapshot = _decode(WorkerSnapshot, item.value)
+            agent = cluster.agents.setdefault(parsed.agent, Agent(parsed.agent))
+            job = cluster.jobs.setdefault(parsed.job, Job(parsed.job))
+            agent.raw.setdefault("workers", {})[parsed.job] = document
+            job.raw.setdefault("workers", {})[parsed.agent] = document
+            if snapshot is not None:
+                agent.workers[parsed.job] = job.workers[parsed.agent] = snapshot
+        case _:
+            _place_in_job(cluster.jobs.setdefault(parsed.job, Job(parsed.job)), parsed, item, document)
+
+
+def _place_in_job(job: Job, parsed: Parsed, item: Item, document: Any) -> None:
+    seq = int(parsed.seq)
+    match parsed.kind:
+        case "spec":
+            job.spec = _decode(JobSpec, item.value)
+        case "intent":
+            job.intent = _decode(Intent, item.value)
+        case "status":
+            job.status = _decode(JobStatus, item.value)
+        case "latest":
+            job.latest = _decode(Latest, item.value)
+        case "open":
+            _keep(job.open, seq, _decode(OpenRecord, item.value))
+        case "checkpoint":
+            _keep(job.commits, seq, _decode(CommitRecord, item.value))
+        case "garbage":
+            _keep(job.garbage, seq, _decode(Garbage, item.value))
+        case "bad":
+            _keep(job.bad, seq, _decode(Quarantine, item.value))
+        case "event":
+            _keep(job.events, seq, _decode(EventRecord, item.value))
+        case "pin":
+            job.pinned.add(seq)
+        case _:
+            return
+    if parsed.kind in ("spec", "intent", "status", "latest"):
+        job.raw[parsed.kind] = document
+    else:
+        folder = {"checkpoint": "checkpoints", "event": "events", "pin": "pins"}.get(parsed.kind, parsed.kind)
+        name = f"{seq}/{parsed.name}" if parsed.kind == "pin" else str(seq)
+        job.raw.setdefault(folder, {})[name] = document
+
+
+def _keep(where: dict[int, T], seq: int, record: T | None) -> None:
+    if record is not None:
+        where[seq] = record
+
+
+def _decode(kind: type[T], value: bytes) -> T | None:
+    try:
+        return codec.decode(kind, value)
+    except Refused:
+        return None
+
+
+def _json(value: bytes) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value.decode(errors="replace")

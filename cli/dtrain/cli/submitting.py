@@ -1,0 +1,140 @@
+"""Submitting and following: what ``submit`` and ``run`` share."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import click
+
+from dtrain.cli import exits, following, jobfile, output, records, render
+from dtrain.cli.client import Client
+from dtrain.cli.identity import new_id
+from dtrain.cli.records import Job
+from dtrain.protocol import codec
+from dtrain.protocol.job import JobPhase, JobSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A job that the cluster has taken on."""
+
+    name: str
+    uid: str
+    revision: int
+
+
+def submit(client: Client, spec: JobSpec, request_id: str | None, form: str) -> Accepted:
+    """Submit, and print what was accepted and what to do next.
+
+    Raises:
+        Conflict: another job has this name.
+        Refused: the cluster does not accept it.
+    """
+    reply = client.submit(codec.encode(spec), request_id or new_id())
+    for warning in reply.warnings:
+        output.say(f"warning: {warning}")
+    accepted = json.loads(reply.spec)
+    name, uid = str(accepted["name"]), str(accepted.get("uid", ""))
+    if form in ("json", "yaml"):
+        document = {
+            "v": 1,
+            "kind": "Submitted",
+            "created": reply.created,
+            "revision": reply.revision,
+            "spec": accepted,
+        }
+        output.document(document, form)
+    elif form == "name":
+        click.echo(f"job/{name}")
+    else:
+        click.echo(
+            f"job {name} submitted" if reply.created else f"job {name} was submitted before: nothing changed"
+        )
+        budget = spec.restarts
+        output.say(f"  restarts up to {budget.max_restarts} times in {budget.window_s:g} s after failures")
+        output.say("next:")
+        for line in (f"dtrain logs -f {name}", f"dtrain describe job {name}", f"dtrain wait {name}"):
+            output.say(f"  {line}")
+    return Accepted(name, uid, reply.revision)
+
+
+def dry_run(client: Client, spec: JobSpec, form: str) -> int:
+    """Have the cluster check the job; show it, or how it differs from one of the same name."""
+    reply = client.submit(codec.encode(spec), new_id(), dry_run=True)
+    for warning in reply.warnings:
+        output.say(f"warning: {warning}")
+    existing = records.group(client.read(f"jobs/{spec.name}/")).jobs.get(spec.name)
+    if existing is not None and existing.spec is not None:
+        plain = dataclasses.replace(existing.spec, uid=spec.uid, submitted_at="", request_id="")
+        changes = jobfile.differences(codec.to_json(plain), codec.to_json(spec))
+        output.say(
+            f"job {spec.name} exists and is {existing.phase}; "
+            + ("it differs:" if changes else "it is the same")
+        )
+        for line in changes:
+            output.say(f"  {line}")
+    show_spec(spec, form)
+    return 0
+
+
+def show_spec(spec: JobSpec, form: str) -> None:
+    """Print a job that would be submitted."""
+    if form == "name":
+        click.echo(f"job/{spec.name}")
+    elif form in ("json", "yaml"):
+        output.document({"v": 1, "kind": "JobSpec", **codec.to_json(spec)}, form)
+    else:
+        click.echo(f"job {spec.name} is valid")
+
+
+def follow(
+    client: Client,
+    accepted: Accepted,
+    *,
+    ranks: Callable[[Job], Sequence[int]],
+    prefix: bool,
+) -> int:
+    """Show logs and changes until the job ends; return the job's exit code, 130 when detached."""
+    try:
+        job = watch(client, accepted, ranks=ranks, prefix=prefix)
+    except KeyboardInterrupt:
+        output.say(f"detached; {accepted.name} runs on. Come back: dtrain logs -f {accepted.name}")
+        output.say(f"  or end it: dtrain cancel {accepted.name}")
+        return exits.INTERRUPTED
+    return job.exit_code
+
+
+def watch(client: Client, accepted: Accepted, *, ranks: Callable[[Job], Sequence[int]], prefix: bool) -> Job:
+    """Show logs (stdout to stdout, stderr to stderr) and changes until the job ends."""
+    told = ""
+
+    def changed(job: Job) -> None:
+        nonlocal told
+        line = render.job_change(job)
+        if line != told:
+            told = line
+            output.say(f"[dtrain] {line}")
+
+    def write(line: following.Line) -> None:
+        target = sys.stderr if line.stream == "stderr" else sys.stdout
+        target.buffer.write(following.show(line, prefix=prefix))
+        target.buffer.flush()
+
+    shown: set[int] = set()
+
+    def chosen(job: Job) -> Sequence[int]:
+        picked = ranks(job)
+        shown.update(picked)
+        return picked
+
+    follower = following.Follower(
+        client, accepted.name, ranks=chosen, write=write, changed=changed, trouble=output.say
+    )
+    job = follower.run(after_revision=accepted.revision)
+    failure = job.status.failure if job.status else None
+    if job.phase is JobPhase.FAILED and failure is not None:
+        for line in render.failure_card(failure):
+            output.say(line)
+    return job

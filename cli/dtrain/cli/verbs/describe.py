@@ -1,0 +1,53 @@
+"""``dtrain describe``: everything about one job or agent, the answer first."""
+
+import click
+
+from dtrain.cli.options import complete_job, connected, examples, formatted, settings
+
+
+@click.command(
+    short_help="Everything about one job or agent, the answer first.",
+    epilog=examples("dtrain describe job digits", "dtrain describe agent gpu-02"),
+)
+@click.argument("what", nargs=-1, required=True, metavar="[job|agent] NAME", shell_complete=complete_job)
+@formatted("table", "json", "yaml")
+@connected
+def command(what: tuple[str, ...]) -> None:
+    """Describe one job or agent: state, root cause, checkpoints, ranks, conditions, events.
+
+    NAME alone means a job; job/NAME and unique beginnings are fine, too.
+    """
+    import time
+
+    from dtrain.cli import context, output, reading, render
+    from dtrain.cli.client import closing
+    from dtrain.cli.records import Agent, Job
+
+    kind, name = _target(what)
+    found: Job | Agent
+    with closing(context.connect(settings())) as client:
+        found, cluster = reading.job(client, name) if kind == "job" else reading.agent(client, name)
+    wanted = settings().output
+    if wanted in ("json", "yaml"):
+        output.document({**found.as_json(), "revision": cluster.revision}, wanted)
+    else:
+        now = time.time()
+        lines = (
+            render.describe_job(found, now) if isinstance(found, Job) else render.describe_agent(found, now)
+        )
+        for line in output.coloured(lines):
+            click.echo(line)
+    output.freshness(cluster.age_s)
+
+
+def _target(what: tuple[str, ...]) -> tuple[str, str]:
+    kinds = {"job": "job", "jobs": "job", "agent": "agent", "agents": "agent", "node": "agent"}
+    match what:
+        case (kind, name) if kind in kinds:
+            return kinds[kind], name
+        case (name,) if "/" in name and name.split("/", 1)[0] in kinds:
+            return kinds[name.split("/", 1)[0]], name.split("/", 1)[1]
+        case (name,) if name not in kinds:
+            return "job", name
+        case _:
+            raise click.UsageError(f"cannot describe {' '.join(what)!r}: write 'job NAME' or 'agent NAME'")

@@ -1,0 +1,232 @@
+"""``dtrain get``: lists."""
+
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from dtrain.cli.options import complete_agent, complete_job, connected, examples, formatted, settings
+
+if TYPE_CHECKING:
+    from dtrain.cli.client import Client
+
+
+@click.group(
+    short_help="List jobs, agents, coordinators, checkpoints or events.",
+    epilog=examples("dtrain get jobs --watch", "dtrain get checkpoints digits -o json"),
+)
+def command() -> None:
+    """List records as any replica's mirror has them."""
+
+
+@command.command(
+    "jobs", epilog=examples("dtrain get jobs -o wide", "dtrain get jobs digits -o json", "dtrain get jobs -w")
+)
+@click.argument("names", nargs=-1, shell_complete=complete_job)
+@click.option("-w", "--watch", is_flag=True, help="Go on showing changes; JSON lines when piped.")
+@formatted()
+@connected
+def jobs(names: tuple[str, ...], watch: bool) -> None:
+    """List jobs: phase, newest step, attempt, ranks that run, newest checkpoint, reason."""
+    from dtrain.cli import context, output, reading, records, render
+    from dtrain.cli.client import closing
+
+    with closing(context.connect(settings())) as client:
+        if watch:
+            _watch(client, names)
+            return
+        cluster = reading.everything(client)
+        if names:
+            chosen = [records.find(cluster.jobs, name, "job") for name in names]
+            cluster.jobs = {name: cluster.jobs[name] for name in chosen}
+        wanted = settings().output
+        output.listing(
+            "Job",
+            [job.as_json() for job in cluster.jobs.values()],
+            render.jobs(cluster, time.time(), wide=wanted == "wide"),
+            list(cluster.jobs),
+            output=wanted,
+            revision=cluster.revision,
+            single=len(names) == 1,
+        )
+        output.freshness(cluster.age_s)
+
+
+def _watch(client: "Client", names: tuple[str, ...]) -> None:
+    import json
+    import sys
+
+    from dtrain.cli import output, reading, render
+    from dtrain.cli.watching import changes
+
+    wide = settings().output == "wide"
+    piped = not sys.stdout.isatty() or settings().output in ("json", "yaml", "name")
+    seen: dict[str, str] = {}
+    screen = None
+    for cluster in changes(client, lambda **how: reading.everything(client, **how), output.say):
+        if names:
+            cluster.jobs = {name: job for name, job in cluster.jobs.items() if name.startswith(names)}
+        if piped:
+            for name, job in cluster.jobs.items():
+                line = json.dumps(job.as_json(), ensure_ascii=False)
+                if seen.get(name) != line:
+                    seen[name] = line
+                    click.echo(
+                        json.dumps({**job.as_json(), "revision": cluster.revision}, ensure_ascii=False)
+                    )
+                    sys.stdout.flush()
+            for name in seen.keys() - cluster.jobs.keys():
+                del seen[name]
+                click.echo(
+                    json.dumps({"v": 1, "kind": "JobGone", "name": name, "revision": cluster.revision})
+                )
+            continue
+        from rich.live import Live
+        from rich.text import Text
+
+        text = Text("\n".join(render.jobs(cluster, time.time(), wide=wide).lines(output.width())))
+        if screen is None:
+            screen = Live(text, auto_refresh=False)
+            click.get_current_context().with_resource(screen)
+        screen.update(text, refresh=True)
+
+
+@command.command("agents", epilog=examples("dtrain get agents", "dtrain get agents -o name"))
+@click.argument("names", nargs=-1, shell_complete=complete_agent)
+@formatted()
+@connected
+def agents(names: tuple[str, ...]) -> None:
+    """List machines: whether they are ready, slots in use, their jobs."""
+    from dtrain.cli import context, output, reading, records, render
+    from dtrain.cli.client import closing
+
+    with closing(context.connect(settings())) as client:
+        cluster = reading.everything(client)
+    if names:
+        chosen = [records.find(cluster.agents, name, "agent") for name in names]
+        cluster.agents = {name: cluster.agents[name] for name in chosen}
+    wanted = settings().output
+    output.listing(
+        "Agent",
+        [agent.as_json() for agent in cluster.agents.values()],
+        render.agents(cluster, time.time(), wide=wanted == "wide"),
+        list(cluster.agents),
+        output=wanted,
+        revision=cluster.revision,
+        single=len(names) == 1,
+    )
+    output.freshness(cluster.age_s)
+
+
+@command.command(
+    "coordinators", epilog=examples("dtrain get coordinators", "dtrain get coordinators -o json")
+)
+@formatted()
+@connected
+def coordinators() -> None:
+    """List replicas: which one leads, since when, how old their mirrors are."""
+    from dtrain.cli import context, output, reading, render
+    from dtrain.cli.client import Client, ReplicaInfo, closing
+
+    with closing(context.connect(settings())) as client:
+        cluster = reading.coordinators(client)
+    addresses = [replica.record.address for replica in cluster.replicas.values() if replica.record]
+    ages_s: dict[str, float | None] = {}
+    if addresses:
+        with closing(Client(addresses)) as each:
+            for address, answer in each.info_each().items():
+                replica = render.replica_of(cluster, address)
+                if replica is not None:
+                    age_s = answer.mirror_age_s if isinstance(answer, ReplicaInfo) else None
+                    ages_s[replica.name] = age_s
+                    replica.raw["mirror_age_s"] = age_s
+    wanted = settings().output
+    output.listing(
+        "Coordinator",
+        [replica.as_json() for replica in cluster.replicas.values()],
+        render.coordinators(cluster, ages_s, time.time(), wide=wanted == "wide"),
+        list(cluster.replicas),
+        output=wanted,
+        revision=cluster.revision,
+    )
+    if cluster.leader is None:
+        output.say("there is no leader at the moment; training goes on, and jobs can be submitted")
+    output.freshness(cluster.age_s)
+
+
+@command.command(
+    "checkpoints", epilog=examples("dtrain get checkpoints digits", "dtrain get checkpoints digits -o json")
+)
+@click.argument("job", shell_complete=complete_job)
+@formatted()
+@connected
+def checkpoints(job: str) -> None:
+    """List a job's checkpoints: committed, open, bad, being deleted; * marks the newest."""
+    import dataclasses
+
+    from dtrain.cli import context, output, reading, render
+    from dtrain.cli.client import closing
+
+    with closing(context.connect(settings())) as client:
+        found, cluster = reading.job(client, job)
+    lines = render.checkpoint_lines(found)
+    stored = {
+        "Committed": found.raw.get("checkpoints", {}),
+        "Bad": found.raw.get("checkpoints", {}),
+        "Open": found.raw.get("open", {}),
+        "Deleting": found.raw.get("garbage", {}),
+    }
+    wanted = settings().output
+    output.listing(
+        "Checkpoint",
+        [
+            {
+                "v": 1,
+                "kind": "Checkpoint",
+                "job": found.name,
+                **{
+                    name: value
+                    for name, value in dataclasses.asdict(line).items()
+                    if name not in ("note", "since")
+                },
+                "record": stored[line.state].get(str(line.seq)),
+            }
+            for line in lines
+        ],
+        render.checkpoints(found, time.time(), wide=wanted == "wide"),
+        [f"{found.name}/{line.seq}" for line in lines],
+        output=wanted,
+        revision=cluster.revision,
+    )
+    output.freshness(cluster.age_s)
+
+
+@command.command("events", epilog=examples("dtrain get events digits", "dtrain get events -o json"))
+@click.argument("job", required=False, shell_complete=complete_job)
+@formatted()
+@connected
+def events(job: str | None) -> None:
+    """List what happened, oldest first: to one job, or to all."""
+    from dtrain.cli import context, output, reading, records, render
+    from dtrain.cli.client import closing
+
+    with closing(context.connect(settings())) as client:
+        cluster = reading.everything(client)
+    chosen = [records.find(cluster.jobs, job, "job")] if job else list(cluster.jobs)
+    found = [(name, event) for name in chosen for event in cluster.jobs[name].events.values()]
+    wanted = settings().output
+    output.listing(
+        "Event",
+        [
+            {"v": 1, "kind": "Event", "job": name, **document}
+            for name in chosen
+            for _, document in sorted(
+                cluster.jobs[name].raw.get("events", {}).items(), key=lambda pair: int(pair[0])
+            )
+        ],
+        render.events(found, time.time(), wide=wanted == "wide"),
+        [f"{name}/{event.seq}" for name, event in found],
+        output=wanted,
+        revision=cluster.revision,
+    )
+    output.freshness(cluster.age_s)

@@ -1,0 +1,44 @@
+"""``dtrain submit``: hand a job file to the cluster."""
+
+from pathlib import Path
+
+import click
+
+from dtrain.cli.options import connected, examples, formatted, settings
+
+
+@click.command(
+    short_help="Submit a job file.",
+    epilog=examples(
+        "dtrain submit job.yaml --follow",
+        "dtrain submit job.yaml --set name=digits-2 --set nnodes=2:4",
+        "dtrain submit job.yaml --dry-run",
+    ),
+)
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--follow", is_flag=True, help="Show its logs until it ends; the exit code is the job's.")
+@click.option("--dry-run", is_flag=True, help="Check everything, change nothing, show what would differ.")
+@click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Change one setting; repeatable.")
+@click.option("--request-id", help="Submitting again with the same id changes nothing (default: random).")
+@formatted("table", "json", "yaml", "name")
+@connected
+def command(file: Path, follow: bool, dry_run: bool, changes: tuple[str, ...], request_id: str | None) -> int:
+    """Submit the job that FILE describes, through any replica, leader or not."""
+    from dtrain.cli import context, jobfile, output, submitting
+    from dtrain.cli.client import closing
+
+    job = jobfile.read(file, changes)
+    for warning in job.warnings:
+        output.say(f"warning: {warning}")
+    found = context.addresses(settings()) if dry_run else None
+    if found == ():
+        output.say("no cluster is configured: only the file was checked")
+        submitting.show_spec(job.spec, settings().output)
+        return 0
+    with closing(context.connect(settings())) as client:
+        if dry_run:
+            return submitting.dry_run(client, job.spec, settings().output)
+        accepted = submitting.submit(client, job.spec, request_id, settings().output)
+        if not follow:
+            return 0
+        return submitting.follow(client, accepted, ranks=lambda _: [0], prefix=False)
