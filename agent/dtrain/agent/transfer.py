@@ -1,0 +1,144 @@
+"""The transfer process: ``python -m dtrain.agent.transfer``.
+
+Reads orders from stdin and writes reports to stdout, both JSON lines; logs go to
+stderr. It ends with its agent: when stdin closes, at once, whatever it was
+doing. Everything it leaves behind then is an unfinished blob without a commit
+record, which the collector takes away.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO
+
+from dtrain.agent import lines
+from dtrain.agent.transfer_fetch import Fetcher
+from dtrain.agent.transfer_upload import Uploader
+from dtrain.agent.transferring import (
+    ORDERS,
+    CancelUpload,
+    Fetch,
+    FetchFailed,
+    ReleaseFetch,
+    TransferOrder,
+    TransferReport,
+    Upload,
+    UploadFailed,
+)
+from dtrain.protocol.errors import DtrainError
+from dtrain.runtime import log
+from dtrain.storage.blobs.open import open_store
+from dtrain.storage.blobs.port import BlobStore
+
+UPLOADS_AT_ONCE = 4
+FETCHES_AT_ONCE = 2
+_PR_SET_PDEATHSIG = 1
+
+_log = log.get("transfer")
+
+
+class Transfer:
+    """Runs orders on a few threads; reports through ``emit``, which must be thread-safe."""
+
+    def __init__(self, emit: Callable[[TransferReport], None], stores: Callable[[str], BlobStore]) -> None:
+        self._emit = emit
+        self._uploader = Uploader(stores, emit)
+        self._fetcher = Fetcher(stores, emit)
+        self._uploads = ThreadPoolExecutor(UPLOADS_AT_ONCE, thread_name_prefix="upload")
+        self._fetches = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch")
+
+    def handle(self, order: TransferOrder) -> None:
+        """Take on one order; the answer comes later. Never blocks on the store."""
+        if isinstance(order, Upload):
+            self._uploads.submit(self._upload, order)
+        elif isinstance(order, CancelUpload):
+            self._uploader.cancel(order)
+        elif isinstance(order, Fetch):
+            self._fetches.submit(self._fetch, order)
+        elif isinstance(order, ReleaseFetch):
+            self._fetcher.release(order.id)
+
+    def _upload(self, order: Upload) -> None:
+        try:
+            self._uploader.run(order)
+        except Exception as error:  # noqa: BLE001 - every order gets an answer, bugs included
+            if not isinstance(error, DtrainError):
+                _log.exception("upload_failed", job=order.job, seq=order.sealed.seq, rank=order.rank)
+            self._emit(UploadFailed(order.job, order.sealed.seq, order.rank, _sentence(error)))
+
+    def _fetch(self, order: Fetch) -> None:
+        try:
+            self._fetcher.run(order)
+        except Exception as error:  # noqa: BLE001 - every order gets an answer, bugs included
+            if not isinstance(error, DtrainError):
+                _log.exception("fetch_failed", job=order.job, seq=order.seq)
+            self._emit(FetchFailed(order.id, _sentence(error)))
+
+
+class Stores:
+    """Opens each store once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[str, BlobStore] = {}
+
+    def __call__(self, uri: str) -> BlobStore:
+        with self._lock:
+            store = self._open.get(uri)
+            if store is None:
+                store = self._open[uri] = open_store(uri)
+            return store
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, DtrainError):
+        return f"{error} ({error.fix})" if error.fix else str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def serve(orders: IO[bytes], reports: IO[bytes]) -> None:
+    """Work until ``orders`` ends."""
+    lock = threading.Lock()
+
+    def emit(report: TransferReport) -> None:
+        with lock:
+            try:
+                reports.write(lines.encode(report))
+                reports.flush()
+            except OSError:
+                os._exit(0)  # nobody reads any more
+
+    transfer = Transfer(emit, Stores())
+    for line in orders:
+        transfer.handle(lines.decode(ORDERS, line))
+
+
+def main() -> None:
+    """Run the process; never returns normally."""
+    _die_with_parent()
+    log.configure(component="transfer")
+    # Whatever a library prints must not end up among the reports.
+    reports = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    code = 0
+    try:
+        serve(sys.stdin.buffer, reports)
+    except KeyboardInterrupt:
+        pass
+    except Exception:  # noqa: BLE001 - said, and the exit status tells the agent
+        _log.exception("transfer_ended")
+        code = 1
+    # Without waiting for transfers in flight: nobody would hear of them.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The checkpoint pipeline without processes: seal, upload, merge, fetch, load."""
+
+import gzip
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dtrain.agent.transfer_fetch import Fetcher
+from dtrain.agent.transfer_upload import Uploader
+from dtrain.agent.transferring import Fetch, Fetched, TransferReport, Upload, Uploaded
+from dtrain.protocol import codec
+from dtrain.protocol.checkpoint import CHUNK_BYTES, ChunkEntry, Manifest, RankManifest, TensorEntry
+from dtrain.protocol.ids import Attempt, ClusterName, JobName, Rank, Seq, Step, Uid
+from dtrain.protocol.ranklink import Begin, RestorePlan, Sealed
+from dtrain.protocol.snapshot import DurablePart
+from dtrain.storage.blobs import digest
+from dtrain.storage.blobs.local import LocalBlobs
+from dtrain.storage.blobs.port import BlobStore
+from dtrain.trainer.checkpoint import restore as restoring
+from dtrain.trainer.checkpoint.arena import Arena
+from dtrain.trainer.checkpoint.saver import Saver
+
+CLUSTER, JOB, UID = ClusterName("c1"), JobName("j1"), Uid("u1")
+NONCE = "n1"
+
+
+def new_arena() -> Arena:
+    return Arena(os.memfd_create("test-arena"))
+
+
+def seal(tracked: Mapping[str, Any], rank: int, world: int, *, seq: int = 1, step: int = 10) -> Sealed:
+    saver = Saver(tracked, rank, world, new_arena())
+    return saver.seal(Begin(Seq(seq), NONCE, Step(step)))
+
+
+def upload_order(sealed: Sealed, rank: int, world: int, store: str) -> Upload:
+    return Upload(CLUSTER, JOB, UID, store, Attempt(1), Rank(rank), world, sealed.step, sealed)
+
+
+def read_rank_manifest(store: BlobStore, part: DurablePart) -> RankManifest:
+    data = store.get(part.manifest)
+    assert hashlib.sha256(data).hexdigest() == part.digest
+    return codec.decode(RankManifest, gzip.decompress(data), bytes_max=1 << 28)
+
+
+def merge(store: BlobStore, parts: list[DurablePart]) -> tuple[str, str]:
+    """What the leader does, without its checks; returns the manifest's key and digest."""
+    manifests = [read_rank_manifest(store, part) for part in sorted(parts, key=lambda p: p.rank)]
+    first = manifests[0]
+    assert {m.layout for m in manifests} == {first.layout}
+    tensors: dict[str, TensorEntry] = {}
+    objects: dict[str, Any] = {}
+    for index, manifest in enumerate(manifests):
+        for name, entry in manifest.tensors.items():
+            chunks: tuple[ChunkEntry, ...] = tuple(replace(chunk, b=index) for chunk in entry.chunks)
+            if name in tensors:
+                chunks = tensors[name].chunks + chunks
+            tensors[name] = replace(entry, chunks=chunks)
+        for name, value in manifest.objects.items():
+            assert objects.setdefault(name, value).crc == value.crc
+    whole = Manifest(
+        v=1, cluster=CLUSTER, job=JOB, uid=UID, seq=first.seq, attempt=first.attempt, nonce=first.nonce,
+        step=first.step, world=first.world, chunk_bytes=CHUNK_BYTES, crc="crc32c",
+        bytes=sum(m.blobs[0].bytes for m in manifests), layout=first.layout,
+        blobs=tuple(m.blobs[0] for m in manifests), tensors=tensors, objects=objects,
+    )  # fmt: skip
+    data = gzip.compress(codec.canonical(codec.to_json(whole)), mtime=0)
+    key = f"{CLUSTER}/{JOB}/{UID}/manifests/{first.seq:020d}.json.gz"
+    store.put(key, [data], chunk_crcs=[digest.crc32c(data)])
+    return key, hashlib.sha256(data).hexdigest()
+
+
+def save(root: Path, tracked_by_rank: list[Mapping[str, Any]], *, seq: int = 1, step: int = 10) -> Fetch:
+    """Save as that many ranks; returns the order that fetches the checkpoint."""
+    root.mkdir(exist_ok=True)
+    store = LocalBlobs(root)
+    reports: list[TransferReport] = []
+    uploader = Uploader(lambda _uri: store, reports.append)
+    world = len(tracked_by_rank)
+    for rank, tracked in enumerate(tracked_by_rank):
+        uploader.run(upload_order(seal(tracked, rank, world, seq=seq, step=step), rank, world, store.uri))
+    key, sha = merge(store, [report.part for report in reports if isinstance(report, Uploaded)])
+    return Fetch(f"f{seq}", JOB, UID, store.uri, Seq(seq), Step(step), key, sha)
+
+
+def fetch(root: Path, order: Fetch) -> TransferReport:
+    reports: list[TransferReport] = []
+    store = LocalBlobs(root)
+    Fetcher(lambda _uri: store, reports.append, deadline_s=1.0).run(order)
+    (report,) = reports
+    return report
+
+
+def fetched(root: Path, order: Fetch) -> RestorePlan:
+    report = fetch(root, order)
+    assert isinstance(report, Fetched), report
+    return report.plan
+
+
+def load(root: Path, order: Fetch, tracked: Mapping[str, Any], rank: int = 0, world: int = 1) -> None:
+    restoring.load(fetched(root, order), tracked, rank, world)

@@ -1,0 +1,331 @@
+"""What a script tracks, flattened into tensors and one JSON value per tracked name.
+
+The JSON value is the state with each tensor replaced by ``{"$tensor": name}``,
+so the structure (int keys, tuples, order of keys) survives exactly. Forms that
+JSON lacks are objects with one key that begins with ``$``. Nothing is pickled:
+what is neither a tensor nor JSON is refused with its path and type.
+"""
+
+import base64
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dtrain.protocol.errors import ErrorCode, Refused
+from dtrain.trainer.checkpoint import dtypes
+
+DEPTH_MAX = 24
+"""Nesting of an encoded value; manifests as a whole may be 32 deep."""
+
+_Dict: dict[str, Callable[[], Any]] = {"$dict": dict, "$ordered": OrderedDict, "$counter": Counter}
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One tensor to store, viewed as safetensors dtype ``dtype``.
+
+    ``owner`` fixes the rank that writes it; None lets the layout choose.
+    ``local``: only this rank has it, under a name of its own.
+    """
+
+    name: str
+    tensor: Any
+    dtype: str
+    owner: int | None
+    local: bool
+
+
+@dataclass(slots=True)
+class Captured:
+    """The state at one step boundary. Tensors are references, not copies."""
+
+    leaves: list[Leaf] = field(default_factory=list)
+    objects: dict[str, Any] = field(default_factory=dict)
+
+
+def unwrap(tracked: Any) -> Any:
+    """The module inside DistributedDataParallel, DataParallel and torch.compile wrappers.
+
+    Saved names must not depend on whether a run was distributed or compiled.
+    """
+    while True:
+        kind = type(tracked).__name__
+        if kind in ("DistributedDataParallel", "DataParallel"):
+            tracked = tracked.module
+        elif kind == "OptimizedModule":
+            tracked = tracked._orig_mod
+        else:
+            return tracked
+
+
+def check_trackable(name: str, tracked: Any) -> None:
+    """Refuse what could be saved but never be restored in place.
+
+    Raises:
+        Refused: STATE_NOT_SAVABLE.
+    """
+    if "/" in name or not name.isascii() or not name.isprintable() or not name:
+        raise Refused(ErrorCode.STATE_NOT_SAVABLE, f"{name!r} cannot name tracked state")
+    if _is_stateful(tracked) or is_tensor(tracked) or type(tracked) in (dict, list):
+        return
+    raise Refused(
+        ErrorCode.STATE_NOT_SAVABLE,
+        f"cannot track {name}: {_type_name(tracked)} has no state_dict and load_state_dict",
+        fix="track an object with both methods, a tensor, or a dict or list that you change in place",
+    )
+
+
+def capture(tracked: Mapping[str, Any], local: Mapping[str, Any], rank: int) -> Captured:
+    """Flatten tracked objects; ``local`` holds plain values that are this rank's own.
+
+    Raises:
+        Refused: STATE_NOT_SAVABLE, naming path and type.
+    """
+    result = Captured()
+    for name, thing in tracked.items():
+        inner = unwrap(thing)
+        value = inner.state_dict() if _is_stateful(inner) else inner
+        encoder = _Encoder(result, fixed_owner=None, local=False, rank_zero=_buffers(name, inner))
+        result.objects[name] = encoder.top(name, value)
+    for name, value in local.items():
+        encoder = _Encoder(result, fixed_owner=rank, local=True, rank_zero=frozenset())
+        result.objects[name] = encoder.top(name, value)
+    return result
+
+
+def apply(name: str, tracked: Any, value: Any) -> None:
+    """Put a decoded value back into a tracked object."""
+    inner = unwrap(tracked)
+    if _is_stateful(inner):
+        if _is_module(inner):
+            # Modules read the versions of their parts from this attribute.
+            metadata = getattr(inner.state_dict(), "_metadata", None)
+            value = OrderedDict(value)
+            if metadata is not None:
+                value._metadata = metadata
+        inner.load_state_dict(value)
+    elif is_tensor(inner):
+        import torch
+
+        if tuple(inner.shape) != tuple(value.shape):
+            raise Refused(
+                ErrorCode.RESTORE_FAILED,
+                f"{name} has shape {tuple(inner.shape)}, the checkpoint {tuple(value.shape)}",
+            )
+        with torch.no_grad():
+            inner.copy_(value)
+    elif type(inner) is dict and isinstance(value, dict):
+        inner.clear()
+        inner.update(value)
+    elif type(inner) is list and isinstance(value, list):
+        inner[:] = value
+    else:
+        raise Refused(
+            ErrorCode.RESTORE_FAILED, f"{name} is {_type_name(inner)}, the checkpoint has another kind"
+        )
+
+
+def keeps_tensors(tracked: Any) -> bool:
+    """True if loading may keep the given tensors instead of copying out of them."""
+    inner = unwrap(tracked)
+    return not (_is_module(inner) or is_tensor(inner))
+
+
+def is_tensor(value: Any) -> bool:
+    """True for torch tensors; does not import torch."""
+    return hasattr(value, "dtype") and hasattr(value, "data_ptr") and hasattr(value, "layout")
+
+
+def decode(encoded: Any, tensor: Callable[[str], Any]) -> Any:
+    """Rebuild a value; ``tensor`` returns the stored tensor of a name.
+
+    Raises:
+        Refused: RESTORE_FAILED; a form that this release does not know.
+    """
+    if isinstance(encoded, list):
+        return [decode(part, tensor) for part in encoded]
+    if not isinstance(encoded, dict):
+        return encoded
+    form = next((key for key in encoded if key.startswith("$")), None)
+    if form is None:
+        return {key: decode(part, tensor) for key, part in encoded.items()}
+    body = encoded[form]
+    if form == "$value":
+        return decode(body, tensor)
+    if form == "$tensor":
+        return _decode_tensor(encoded, tensor(body))
+    if form == "$float":
+        return float(body)
+    if form == "$tuple":
+        return tuple(decode(part, tensor) for part in body)
+    if form == "$bytes":
+        return base64.b64decode(body, validate=True)
+    if form in _Dict:
+        made = _Dict[form]()
+        for key, part in zip(body[::2], body[1::2], strict=True):
+            made[decode(key, tensor)] = decode(part, tensor)
+        return made
+    raise Refused(ErrorCode.RESTORE_FAILED, f"the checkpoint uses the form {form!r}, unknown to this release")
+
+
+def _decode_tensor(encoded: dict[str, Any], stored: Any) -> Any:
+    value = dtypes.from_stored(stored, encoded.get("dtype", ""))
+    form = encoded.get("numpy", "")
+    if not form:
+        return value
+    array = value.numpy()
+    return array[()] if form == "scalar" else array
+
+
+class _Encoder:
+    """Encodes one tracked value, adding its tensors to ``captured``."""
+
+    def __init__(
+        self, captured: Captured, *, fixed_owner: int | None, local: bool, rank_zero: frozenset[str]
+    ) -> None:
+        self._captured = captured
+        self._owner = fixed_owner
+        self._local = local
+        self._rank_zero = rank_zero
+        self._used: set[str] = set()
+        self._seen: dict[Any, str] = {}
+
+    def top(self, name: str, value: Any) -> Any:
+        encoded = self.encode(value, name, 1)
+        # Records leave out fields that are empty; a value of its own must not look absent.
+        return encoded if isinstance(encoded, dict) and encoded else {"$value": encoded}
+
+    def encode(self, value: Any, path: str, depth: int) -> Any:
+        if depth > DEPTH_MAX:
+            raise Refused(ErrorCode.STATE_NOT_SAVABLE, f"{path} is nested deeper than {DEPTH_MAX}")
+        kind = type(value)
+        if value is None or kind is bool or kind is int:
+            return value
+        if kind is float:
+            return value if math.isfinite(value) else {"$float": repr(value)}
+        if kind is str:
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise Refused(ErrorCode.STATE_NOT_SAVABLE, f"{path} is not valid Unicode") from error
+            return value
+        if kind is bytes:
+            return {"$bytes": base64.b64encode(value).decode("ascii")}
+        if kind is list:
+            return [self.encode(part, f"{path}.{i}", depth + 1) for i, part in enumerate(value)]
+        if kind is tuple or kind.__name__ == "Size":
+            return {"$tuple": [self.encode(part, f"{path}.{i}", depth + 2) for i, part in enumerate(value)]}
+        if kind in (dict, OrderedDict, Counter):
+            return self._mapping(value, path, depth)
+        if is_tensor(value):
+            return self._tensor(value, path, "")
+        if kind.__module__.partition(".")[0] == "numpy" and hasattr(value, "dtype"):
+            return self._numpy(value, path)
+        raise Refused(
+            ErrorCode.STATE_NOT_SAVABLE,
+            f"cannot save {path}: {_type_name(value)} is neither a tensor nor JSON",
+            fix="leave it out of state_dict, or turn it into tensors, numbers, strings, lists and dicts",
+        )
+
+    def _mapping(self, value: Any, path: str, depth: int) -> Any:
+        kind = type(value)
+        keys = list(value)
+        plain = kind is dict and all(type(key) is str and not key.startswith("$") for key in keys)
+        # Manifests are written with sorted keys, so only a sorted dict keeps its order as an object.
+        if plain and keys and keys == sorted(keys):
+            return {key: self.encode(part, f"{path}.{key}", depth + 1) for key, part in value.items()}
+        flat: list[Any] = []
+        for key, part in value.items():
+            if key is not None and type(key) not in (str, int, float, bool, tuple):
+                raise Refused(
+                    ErrorCode.STATE_NOT_SAVABLE, f"cannot save {path}: it has a key of type {_type_name(key)}"
+                )
+            flat.append(self.encode(key, f"{path}.<key>", depth + 2))
+            flat.append(self.encode(part, f"{path}.{key}", depth + 2))
+        form = "$ordered" if kind is OrderedDict else "$counter" if kind is Counter else "$dict"
+        return {form: flat}
+
+    def _tensor(self, value: Any, path: str, numpy: str) -> Any:
+        _check_tensor(value, path)
+        try:
+            stored, dtype, original = dtypes.to_stored(value.detach())
+        except Refused as error:
+            raise Refused(error.code, f"cannot save {path}: {error.message}") from error
+        extra = {"dtype": original} if original else {}
+        if numpy:
+            extra["numpy"] = numpy
+        # Tied weights: one memory under several names is stored once.
+        same = (stored.data_ptr(), stored.dtype, tuple(stored.shape), stored.stride(), stored.device)
+        if stored.numel() and same in self._seen and not numpy:
+            return {"$tensor": self._seen[same], **extra}
+        name = path
+        while name in self._used:  # {"a.b": .., "a": {"b": ..}}
+            name += "~"
+        self._used.add(name)
+        self._seen[same] = name
+        owner = 0 if path in self._rank_zero else self._owner
+        self._captured.leaves.append(Leaf(name, stored, dtype, owner, self._local))
+        return {"$tensor": name, **extra}
+
+    def _numpy(self, value: Any, path: str) -> Any:
+        import numpy as np
+        import torch
+
+        # ascontiguousarray makes one dimension out of none.
+        array = np.ascontiguousarray(value).reshape(np.shape(value))
+        try:
+            # A copy: it may be read-only, which torch does not know.
+            tensor = torch.from_numpy(array.copy())
+        except TypeError as error:
+            raise Refused(
+                ErrorCode.STATE_NOT_SAVABLE, f"cannot save {path}: an array of {array.dtype}"
+            ) from error
+        return self._tensor(tensor, path, "scalar" if isinstance(value, np.generic) else "array")
+
+
+def _check_tensor(value: Any, path: str) -> None:
+    import torch
+
+    kind = type(value)
+    why = ""
+    if kind.__name__ in ("DTensor", "ShardedTensor"):
+        why = "sharded tensors are saved through torch.distributed.checkpoint"
+    elif kind not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        why = f"it is a {_type_name(value)}"
+    elif value.layout is not torch.strided or value.is_quantized or value.is_nested:
+        why = f"its layout is {value.layout}"
+    elif value.device.type == "meta":
+        why = "it is on the meta device and has no values"
+    if why:
+        raise Refused(ErrorCode.STATE_NOT_SAVABLE, f"cannot save {path}: {why}")
+
+
+def _buffers(name: str, tracked: Any) -> frozenset[str]:
+    """Paths that rank 0 must write.
+
+    Buffers such as running means differ between the ranks of a DDP job, and rank
+    0's are the ones that the next forward broadcasts: any other rank's would make
+    a resumed run differ from an uninterrupted one.
+    """
+    return (
+        frozenset(f"{name}.{key}" for key, _ in tracked.named_buffers())
+        if _is_module(tracked)
+        else frozenset()
+    )
+
+
+def _is_module(tracked: Any) -> bool:
+    return hasattr(tracked, "named_buffers") and hasattr(tracked, "load_state_dict")
+
+
+def _is_stateful(tracked: Any) -> bool:
+    return callable(getattr(tracked, "state_dict", None)) and callable(
+        getattr(tracked, "load_state_dict", None)
+    )
+
+
+def _type_name(value: Any) -> str:
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"

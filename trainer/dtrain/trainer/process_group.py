@@ -1,0 +1,85 @@
+"""Brings up torch.distributed, and lets the ranks meet in the attempt's store."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from dtrain.protocol import ranklink
+from dtrain.protocol.errors import ErrorCode, Refused
+
+_MEET_WAIT_S = 10.0
+
+
+def world() -> tuple[int, int, int]:
+    """Rank, world size and local rank, from torchrun's variables; (0, 1, 0) without."""
+    try:
+        return (
+            int(os.environ.get("RANK", "0")),
+            int(os.environ.get("WORLD_SIZE", "1")),
+            int(os.environ.get("LOCAL_RANK", "0")),
+        )
+    except ValueError as error:
+        raise Refused(ErrorCode.USAGE, f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers: {error}") from error
+
+
+def set_up(backend: str | None, world_size: int, local_rank: int) -> tuple[Any, bool]:
+    """Return this rank's device and whether the default process group was initialised here."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cpu")
+    if cuda and backend != "gloo":
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    if world_size == 1:
+        return device, False
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return device, False
+    dist.init_process_group(backend or ("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"))
+    return device, True
+
+
+def tear_down() -> None:
+    """Destroy the default process group, if there is one."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def meet(world_size: int, stopped: Callable[[], bool]) -> None:
+    """Return once all ranks of the attempt have come here, or ``stopped()`` is true.
+
+    No rank may train while another still finds its checkpoint damaged. The store
+    belongs to the agent's side, so this needs no collective.
+    """
+    if world_size == 1 or ranklink.ENV_ATTEMPT not in os.environ:
+        return
+    import datetime
+
+    import torch.distributed as dist
+
+    server = dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=datetime.timedelta(seconds=60),
+        wait_for_workers=False,
+    )
+    store = dist.PrefixStore(  # type: ignore[attr-defined]
+        f"dtrain/{os.environ[ranklink.ENV_ATTEMPT]}/restored", server
+    )
+    if store.add("arrived", 1) == world_size:
+        store.set("all", "1")
+    while not stopped():
+        began = time.monotonic()
+        try:
+            store.wait(["all"], datetime.timedelta(seconds=_MEET_WAIT_S))
+        except dist.DistStoreError:
+            if time.monotonic() - began < _MEET_WAIT_S / 2:
+                raise  # not a timeout
+        else:
+            return
