@@ -1,0 +1,135 @@
+"""Commands: who may order what, and what an accepted order sets in motion."""
+
+import dataclasses
+from typing import assert_never
+
+from dtrain.agent.core import launchers, preparing, saving, starting
+from dtrain.agent.core.decisions import Action, Answer, DeleteSnapshot, LauncherOrder
+from dtrain.agent.core.events import CommandArrived
+from dtrain.agent.core.saving import tell_all
+from dtrain.agent.core.state import AgentState, JobState, LauncherStatus, Stopping
+from dtrain.protocol.commands import (
+    AbortCheckpoint,
+    BeginCheckpoint,
+    Command,
+    ConfirmCheckpoint,
+    Prepare,
+    Start,
+    Stop,
+)
+from dtrain.protocol.ranklink import Outcome, StopRank
+from dtrain.protocol.snapshot import CommandOutcome, WorkerPhase
+
+COMMAND_IDS_KEPT = 1000
+STOP_SLACK_S = 10.0
+"""Beyond the grace: a launcher that has not ended its ranks by then is killed."""
+
+
+def take(
+    state: AgentState, event: CommandArrived, now: float, out: list[Action]
+) -> tuple[AgentState, Answer]:
+    """Take a command on, or say why not. A repeated one is accepted and changes nothing."""
+    command = event.command
+    head = command.header
+    if head.cluster != state.machine.cluster:
+        return state, Answer(False, f"this agent belongs to cluster {state.machine.cluster}")
+    if head.term < state.term:
+        return state, Answer(False, f"term {head.term} is over; term {state.term} has been confirmed")
+    if head.term > state.term:
+        if not event.confirmed:
+            # A number over gRPC is no proof: anybody could end training with a large one.
+            return state, Answer(False, f"term {head.term} could not be confirmed in etcd")
+        state = dataclasses.replace(state, term=head.term)
+    if head.id in state.seen.get(head.job, ()):
+        return state, Answer(True, "known")
+    refusal = _refusal(state, command)
+    if refusal is not None:
+        return state, refusal
+    job = _apply(state, command, now, out)
+    if job is None:
+        return state, Answer(True, "nothing to do")
+    job = dataclasses.replace(job, command=CommandOutcome(head.id, type(command).__name__, True))
+    ids = (*state.seen.get(head.job, ()), head.id)[-COMMAND_IDS_KEPT:]
+    state = dataclasses.replace(state.with_job(job), seen={**state.seen, head.job: ids})
+    return state, Answer(True)
+
+
+def _refusal(state: AgentState, command: Command) -> Answer | None:
+    head, job = command.header, state.jobs.get(command.header.job)
+    if isinstance(command, Stop):
+        return None
+    if isinstance(command, Prepare):
+        if job is None:
+            return None
+        if job.uid != head.uid:
+            return _older_submission(job, command)
+        if head.attempt < job.attempt:
+            return Answer(False, f"attempt {head.attempt} is over; attempt {job.attempt} is here")
+        if job.stopping is not None and job.stopping.release:
+            return Answer(False, "the job is being released here; prepare it again afterwards")
+        return None
+    if job is None or job.uid != head.uid:
+        return Answer(False, f"job {head.job} ({head.uid}) is not prepared here")
+    if head.attempt != job.attempt:
+        return Answer(False, f"attempt {head.attempt} is not here; attempt {job.attempt} is")
+    if isinstance(command, Start) and job.start is None and job.phase is not WorkerPhase.READY:
+        return Answer(False, f"attempt {head.attempt} is {job.phase} here, not READY")
+    return None
+
+
+def _older_submission(job: JobState, command: Prepare) -> Answer | None:
+    """A late PREPARE of an earlier submission must not end the later one's ranks."""
+    known = job.prepare.spec.submitted_at if job.prepare else ""
+    if known and command.spec.submitted_at and command.spec.submitted_at < known:
+        return Answer(False, f"job {job.name} was submitted again since")
+    return None
+
+
+def _apply(state: AgentState, command: Command, now: float, out: list[Action]) -> JobState | None:
+    """Return the job with the command under way; None: nothing here is concerned."""
+    job = state.jobs.get(command.header.job)
+    match command:
+        case Prepare():
+            if job is not None and job.uid == command.header.uid and job.attempt == command.header.attempt:
+                # Asked again (by another leader, or of another incarnation): attempts are one-shot.
+                return job
+            return preparing.prepare(state.machine, job, command, now, out)
+        case Stop():
+            return _stop(job, command, now, out)
+        case Start():
+            assert job is not None
+            return job if job.start is not None else starting.start(state.machine, job, command, out)
+        case BeginCheckpoint():
+            assert job is not None
+            return saving.begin(job, command, out)
+        case AbortCheckpoint():
+            assert job is not None
+            outcome = Outcome(command.seq, committed=False, final=command.final, why=command.why)
+            return saving.settle(job, outcome, out)
+        case ConfirmCheckpoint():
+            assert job is not None
+            return saving.settle(job, Outcome(command.seq, committed=True, final=command.final), out)
+        case _:
+            assert_never(command)
+
+
+def _stop(job: JobState | None, command: Stop, now: float, out: list[Action]) -> JobState | None:
+    head = command.header
+    if job is None:
+        # Released before; a snapshot that outlived its deletion goes now.
+        out.append(DeleteSnapshot(head.job))
+        return None
+    if job.uid != head.uid or head.attempt < job.attempt:
+        return None
+    tell_all(job, StopRank(command.why), out)
+    stopping = Stopping(command.release, command.why, now + command.grace_s + STOP_SLACK_S)
+    launcher = job.launcher
+    # Taking the header's attempt over refuses a PREPARE or START that this STOP overtook.
+    job = dataclasses.replace(job, attempt=head.attempt)
+    if launcher.status is not LauncherStatus.GONE:
+        order = launchers.stop_order(job, command.release, command.grace_s)
+        out.append(LauncherOrder(job.name, job.uid, order))
+        launcher = dataclasses.replace(launcher, quitting=launcher.quitting or command.release)
+    if command.release:
+        job = saving.drop(job, out)
+    return dataclasses.replace(job, stopping=stopping, launcher=launcher, kill_at=None)

@@ -1,0 +1,158 @@
+"""What one step asks the driver to do."""
+
+from dataclasses import dataclass
+
+from dtrain.agent.core.state import JobState
+from dtrain.agent.launching import LauncherOrder as Order
+from dtrain.agent.launching import LaunchSettings, ProcessId
+from dtrain.agent.transferring import TransferOrder as Transfer
+from dtrain.protocol.ids import Attempt, JobName, Rank, Term, Uid
+from dtrain.protocol.ranklink import Begin, Outcome, RestorePlan, StopRank, Welcome
+from dtrain.protocol.snapshot import WorkerSnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class JournalJob:
+    """Make the job's state durable, and the ids of commands taken on since."""
+
+    job: JobState
+    ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class JournalTerm:
+    """Remember the highest confirmed term."""
+
+    term: Term
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetJob:
+    """The job has left this machine: drop its journal entry. Logs stay."""
+
+    job: JobName
+
+
+JournalWrite = JournalJob | JournalTerm | ForgetJob
+
+
+@dataclass(frozen=True, slots=True)
+class EnsureLauncher:
+    """Start a launcher for this submission; answer with ``LauncherStarted``."""
+
+    job: JobName
+    uid: Uid
+    settings: LaunchSettings
+
+
+@dataclass(frozen=True, slots=True)
+class LauncherOrder:
+    """Send an order to the launcher of one submission."""
+
+    job: JobName
+    uid: Uid
+    order: Order
+
+
+@dataclass(frozen=True, slots=True)
+class KillLauncher:
+    """The launcher does not answer: SIGKILL it; its ranks die with it."""
+
+    job: JobName
+    uid: Uid
+    process: ProcessId
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeProcesses:
+    """Kill these processes if they live; answer with ``ProcessesProbed``."""
+
+    job: JobName
+    uid: Uid
+    processes: tuple[ProcessId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareLogs:
+    """Remember which global ranks the attempt's log folders belong to."""
+
+    job: JobName
+    uid: Uid
+    attempt: Attempt
+    first_rank: Rank
+
+
+@dataclass(frozen=True, slots=True)
+class TransferOrder:
+    """Send an order to the transfer process, starting it if there is none."""
+
+    order: Transfer
+
+
+@dataclass(frozen=True, slots=True)
+class RankMessage:
+    """Send a message on one rank's connection."""
+
+    connection: int
+    message: Welcome | RestorePlan | Begin | Outcome | StopRank
+
+
+@dataclass(frozen=True, slots=True)
+class DropConnection:
+    """Close a connection once what was sent has left."""
+
+    connection: int
+
+
+@dataclass(frozen=True, slots=True)
+class WriteSnapshot:
+    """Publish the job's snapshot: at once if ``urgent``, else when progress is due."""
+
+    job: JobName
+    snapshot: WorkerSnapshot
+    urgent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteSnapshot:
+    """Delete the job's snapshot."""
+
+    job: JobName
+
+
+Action = (
+    EnsureLauncher
+    | LauncherOrder
+    | KillLauncher
+    | ProbeProcesses
+    | PrepareLogs
+    | TransferOrder
+    | RankMessage
+    | DropConnection
+    | WriteSnapshot
+    | DeleteSnapshot
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """To a command: taken on, or why not."""
+
+    accepted: bool
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What one step asks the driver to do, in this order.
+
+    ``journal`` is durable before any action is carried out: a restarted agent
+    must know of everything it has set in motion. ``answer`` is set for commands
+    alone. ``wake_at`` (monotonic; None: nothing depends on time alone) asks for
+    a ``Tick``.
+    """
+
+    journal: tuple[JournalWrite, ...] = ()
+    actions: tuple[Action, ...] = ()
+    answer: Answer | None = None
+    wake_at: float | None = None

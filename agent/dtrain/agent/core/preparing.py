@@ -1,0 +1,122 @@
+"""From PREPARE to READY: nothing older is alive, the launcher is warm, the store is open."""
+
+import dataclasses
+import hashlib
+
+from dtrain.agent.core import saving
+from dtrain.agent.core.decisions import Action, EnsureLauncher, KillLauncher, LauncherOrder, ProbeProcesses
+from dtrain.agent.core.state import (
+    Departing,
+    JobState,
+    Launcher,
+    LauncherStatus,
+    Machine,
+)
+from dtrain.agent.core.torch_env import launcher_env
+from dtrain.agent.launching import ClearBelow, LaunchSettings, Quit, ServeStore
+from dtrain.protocol.commands import Prepare
+from dtrain.protocol.snapshot import WorkerPhase
+
+ANSWER_S_MAX = 30.0
+"""A warm launcher that has not answered by then is frozen or stuck: it is killed."""
+WARM_UP_S_MAX = 300.0
+"""The same for one that imports."""
+QUIT_S_MAX = 15.0
+PROBE_S = 0.1
+
+
+def prepare(
+    machine: Machine, job: JobState | None, command: Prepare, now: float, out: list[Action]
+) -> JobState:
+    """Begin a new attempt: whatever an older one still has here is ended without grace."""
+    head = command.header
+    fresh = JobState(head.job, head.uid, head.attempt, WorkerPhase.STARTING, prepare=command)
+    if job is None:
+        return fresh
+    job = saving.drop(job, out)
+    if job.uid != head.uid:
+        departing = job.departing
+        if job.launcher.status is not LauncherStatus.GONE:
+            out.append(LauncherOrder(job.name, job.uid, Quit(0.0)))
+            departing = (*departing, Departing(job.uid, job.launcher.folder, job.launcher.process, now))
+        return dataclasses.replace(fresh, departing=departing, leftovers=job.leftovers)
+    fresh = dataclasses.replace(
+        fresh, departing=job.departing, launcher=job.launcher, leftovers=job.leftovers, sdk=job.sdk
+    )
+    if fresh.launcher.status is LauncherStatus.GONE or fresh.launcher.quitting:
+        return fresh
+    return ask(machine, fresh, now, out)
+
+
+def ensure_launcher(machine: Machine, job: JobState, now: float, out: list[Action]) -> JobState:
+    """Start a launcher if there is none, and give it the attempt's first orders."""
+    if job.launcher.status is not LauncherStatus.GONE:
+        return job
+    assert job.prepare is not None
+    spec = job.prepare.spec
+    # Short, because a socket lies in it, and of its own for each life: two launchers never share it.
+    text = f"{job.name}/{job.uid}/{job.attempt}/{machine.life}/{now}"
+    folder = f"{machine.run_dir}/{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    settings = LaunchSettings(
+        folder=folder,
+        working_dir=spec.working_dir or machine.working_dir,
+        env=launcher_env(machine, job.prepare),
+        preload=spec.preload,
+        orphan_grace_s=machine.orphan_grace_s,
+        nproc=spec.nproc_per_node,
+    )
+    out.append(EnsureLauncher(job.name, job.uid, settings))
+    job = dataclasses.replace(job, launcher=Launcher(LauncherStatus.STARTING, folder), cleared=False)
+    return ask(machine, job, now, out)
+
+
+def ask(machine: Machine, job: JobState, now: float, out: list[Action]) -> JobState:
+    """Give a launcher the attempt's first orders; giving them twice does no harm."""
+    assert job.prepare is not None
+    out.append(LauncherOrder(job.name, job.uid, ClearBelow(job.attempt, 0.0)))
+    if job.prepare.serve_store:
+        order = ServeStore(job.attempt, machine.host, job.prepare.world_size)
+        out.append(LauncherOrder(job.name, job.uid, order))
+    return dataclasses.replace(job, launcher=dataclasses.replace(job.launcher, asked_at=now or 1e-9))
+
+
+def is_ready(job: JobState) -> bool:
+    """Whether an attempt's ranks may be started."""
+    prepared = job.prepare
+    return (
+        prepared is not None
+        and job.cleared
+        and not job.leftovers
+        and not job.departing
+        and job.launcher.status is LauncherStatus.READY
+        and (bool(job.rendezvous) or not prepared.serve_store)
+    )
+
+
+def chase(job: JobState, tick: bool, now: float, out: list[Action]) -> JobState:
+    """Kill launchers that do not answer, and look after processes whose end must be seen."""
+    launcher = job.launcher
+    limit_s = ANSWER_S_MAX if launcher.status is LauncherStatus.READY else WARM_UP_S_MAX
+    if launcher.process is not None and launcher.asked_at and now >= launcher.asked_at + limit_s:
+        out.append(KillLauncher(job.name, job.uid, launcher.process))
+        job = dataclasses.replace(job, launcher=dataclasses.replace(launcher, asked_at=now, killed=True))
+    for one in job.departing:
+        if one.process is not None and now >= one.asked_at + QUIT_S_MAX:
+            out.append(KillLauncher(job.name, one.uid, one.process))
+            later = dataclasses.replace(one, asked_at=now)
+            departing = tuple(later if other is one else other for other in job.departing)
+            job = dataclasses.replace(job, departing=departing)
+    if job.leftovers and tick:
+        out.append(ProbeProcesses(job.name, job.uid, job.leftovers))
+    return job
+
+
+def wake_at(job: JobState, now: float) -> list[float]:
+    """When ``chase`` has something to look at."""
+    times = [one.asked_at + QUIT_S_MAX for one in job.departing]
+    if job.leftovers:
+        times.append(now + PROBE_S)
+    if job.launcher.process is not None and job.launcher.asked_at:
+        ready = job.launcher.status is LauncherStatus.READY
+        times.append(job.launcher.asked_at + (ANSWER_S_MAX if ready else WARM_UP_S_MAX))
+    return times

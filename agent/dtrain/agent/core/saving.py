@@ -1,0 +1,189 @@
+"""Checkpoints as an agent sees them: taken on, sealed, uploaded, settled."""
+
+import dataclasses
+
+from dtrain.agent.core.decisions import Action, RankMessage, TransferOrder
+from dtrain.agent.core.state import AgentState, JobState, LocalRank, Saving, UploadTry
+from dtrain.agent.transferring import CancelUpload, Upload
+from dtrain.protocol.commands import BeginCheckpoint
+from dtrain.protocol.ids import Rank, Seq
+from dtrain.protocol.ranklink import Begin, Outcome, Report, StopRank
+from dtrain.protocol.snapshot import DurablePart, SaveProblem
+
+OUTCOMES_KEPT = 16
+UPLOAD_TRIES_MAX = 3
+"""Lives of the transfer process that one upload may outlast: it could be what kills it."""
+
+PROBLEM_CHARS_MAX = 500
+
+
+def begin(job: JobState, command: BeginCheckpoint, out: list[Action]) -> JobState:
+    """Take a checkpoint on and tell the ranks; those that cannot take part say so at once."""
+    if any(outcome.seq == command.seq for outcome in job.outcomes):
+        # The ABORT overtook this BEGIN: the seq is over for good.
+        return job
+    saving = Saving(command.seq, command.nonce, command.step)
+    if saving not in job.saving:
+        job = dataclasses.replace(job, saving=(*job.saving, saving))
+    for rank in job.ranks:
+        reason = _cannot(job, rank)
+        if reason:
+            job = problem(job, SaveProblem(command.seq, rank.rank, False, rank.step, reason))
+        elif rank.connection:
+            out.append(RankMessage(rank.connection, Begin(saving.seq, saving.nonce, saving.step)))
+    return job
+
+
+def remind(job: JobState, rank: LocalRank, out: list[Action]) -> None:
+    """Tell a rank that has just (re)connected what it may have missed."""
+    held = rank.sealed.seq if rank.sealed else None
+    out.extend(
+        RankMessage(rank.connection, Begin(saving.seq, saving.nonce, saving.step))
+        for saving in job.saving
+        if saving.seq != held and not _has_problem(job, saving.seq, rank.rank)
+    )
+    if job.outcomes:
+        out.append(RankMessage(rank.connection, job.outcomes[-1]))
+
+
+def heard(job: JobState, rank: LocalRank, report: Report, out: list[Action]) -> JobState:
+    """Take in what a rank reports of its checkpoint."""
+    if report.sealed is not None:
+        sealed = report.sealed
+        if any(one.seq == sealed.seq and one.nonce == sealed.nonce for one in job.saving):
+            job = replace_rank(job, dataclasses.replace(rank, sealed=sealed))
+        else:
+            # It has not heard how its checkpoint ended: its slot is still held.
+            out.extend(
+                RankMessage(rank.connection, outcome)
+                for outcome in job.outcomes
+                if outcome.seq == sealed.seq and rank.connection
+            )
+    trouble = report.problem
+    if trouble is not None and any(one.seq == trouble.seq for one in job.saving):
+        message = trouble.message[:PROBLEM_CHARS_MAX]
+        job = problem(job, dataclasses.replace(trouble, rank=rank.rank, message=message))
+    return job
+
+
+def order_uploads(state: AgentState, job: JobState, out: list[Action]) -> JobState:
+    """Hand over every sealed part that is neither durable nor given up nor under way."""
+    for rank in job.ranks:
+        sealed = rank.sealed
+        if sealed is None or not any(one.seq == sealed.seq for one in job.saving):
+            continue
+        if _part(job, sealed.seq, rank.rank) or _has_problem(job, sealed.seq, rank.rank):
+            continue
+        tries = next((t for t in job.uploads if (t.seq, t.rank) == (sealed.seq, rank.rank)), None)
+        if tries is not None and tries.ordered:
+            continue
+        count = tries.tries + 1 if tries else 1
+        if count > UPLOAD_TRIES_MAX:
+            why = f"the transfer process ended {UPLOAD_TRIES_MAX} times during the upload"
+            job = problem(job, SaveProblem(sealed.seq, rank.rank, False, sealed.step, why))
+            continue
+        rest = tuple(t for t in job.uploads if (t.seq, t.rank) != (sealed.seq, rank.rank))
+        job = dataclasses.replace(job, uploads=(*rest, UploadTry(sealed.seq, rank.rank, count)))
+        world = job.prepare.world_size if job.prepare else 0
+        out.append(
+            TransferOrder(
+                Upload(
+                    cluster=state.machine.cluster,
+                    job=job.name,
+                    uid=job.uid,
+                    store=job.store,
+                    attempt=job.attempt,
+                    rank=rank.rank,
+                    world=world,
+                    step=sealed.step,
+                    sealed=sealed,
+                )
+            )
+        )
+    return job
+
+
+def uploaded(job: JobState, part: DurablePart) -> JobState:
+    """A part is durable: report it, if it still belongs to a checkpoint in flight."""
+    known = any(one.seq == part.seq and one.nonce == part.nonce for one in job.saving)
+    if not known or part.attempt != job.attempt or _part(job, part.seq, part.rank):
+        return job
+    return dataclasses.replace(job, durable=(*job.durable, part))
+
+
+def upload_failed(job: JobState, seq: Seq, rank: Rank, message: str) -> JobState:
+    """A part will not become durable."""
+    saving = next((one for one in job.saving if one.seq == seq), None)
+    if saving is None:
+        return job
+    return problem(job, SaveProblem(seq, rank, False, saving.step, message[:PROBLEM_CHARS_MAX]))
+
+
+def settle(job: JobState, outcome: Outcome, out: list[Action]) -> JobState:
+    """The leader has decided: nothing of this checkpoint is held any longer."""
+    if not outcome.committed:
+        out.append(TransferOrder(CancelUpload(job.name, job.uid, outcome.seq)))
+    tell_all(job, outcome, out)
+    seq = outcome.seq
+    others = tuple(one for one in job.outcomes if one.seq != seq)
+    return dataclasses.replace(
+        job,
+        saving=tuple(one for one in job.saving if one.seq != seq),
+        uploads=tuple(one for one in job.uploads if one.seq != seq),
+        durable=tuple(one for one in job.durable if one.seq != seq),
+        problems=tuple(one for one in job.problems if one.seq != seq),
+        ranks=tuple(
+            dataclasses.replace(rank, sealed=None) if rank.sealed and rank.sealed.seq == seq else rank
+            for rank in job.ranks
+        ),
+        outcomes=(*others, outcome)[-OUTCOMES_KEPT:],
+    )
+
+
+def drop(job: JobState, out: list[Action]) -> JobState:
+    """The attempt is over and its open checkpoints are settled: let go of all of them.
+
+    One whose local parts were all reported may have been committed without this
+    agent having heard of it: cancelling deletes what was written, so it is left
+    to the garbage collector, which knows.
+    """
+    out.extend(
+        TransferOrder(CancelUpload(job.name, job.uid, saving.seq))
+        for saving in job.saving
+        if not job.ranks or not all(_part(job, saving.seq, rank.rank) for rank in job.ranks)
+    )
+    return dataclasses.replace(job, saving=(), uploads=(), durable=(), problems=(), outcomes=())
+
+
+def problem(job: JobState, trouble: SaveProblem) -> JobState:
+    """Record why a rank has no part; the newest reason wins."""
+    others = tuple(one for one in job.problems if (one.seq, one.rank) != (trouble.seq, trouble.rank))
+    return dataclasses.replace(job, problems=(*others, trouble))
+
+
+def tell_all(job: JobState, message: Outcome | StopRank, out: list[Action]) -> None:
+    """Send to every connected rank."""
+    out.extend(RankMessage(rank.connection, message) for rank in job.ranks if rank.connection)
+
+
+def replace_rank(job: JobState, rank: LocalRank) -> JobState:
+    """The job with this rank replaced."""
+    return dataclasses.replace(job, ranks=tuple(rank if one.rank == rank.rank else one for one in job.ranks))
+
+
+def _cannot(job: JobState, rank: LocalRank) -> str:
+    if not job.store:
+        return "the job has no checkpoint store"
+    if rank.exit_code is not None:
+        return f"rank {rank.rank} has ended"
+    if not rank.sdk and rank.restored:
+        return f"rank {rank.rank} has not joined through dtrain.trainer"
+    return ""
+
+
+def _part(job: JobState, seq: Seq, rank: Rank) -> bool:
+    return any((part.seq, part.rank) == (seq, rank) for part in job.durable)
+
+
+def _has_problem(job: JobState, seq: Seq, rank: Rank) -> bool:
+    return any((one.seq, one.rank) == (seq, rank) for one in job.problems)

@@ -1,0 +1,48 @@
+"""The job's snapshot as other processes see it, a function of the state."""
+
+import dataclasses
+
+from dtrain.agent.core.state import AgentState, JobState
+from dtrain.protocol.ids import Step
+from dtrain.protocol.snapshot import WorkerPhase, WorkerSnapshot
+
+
+def snapshot_of(state: AgentState, job: JobState) -> WorkerSnapshot:
+    """Return what is to be published of a job; ``at`` is filled in when it is written."""
+    return WorkerSnapshot(
+        agent=state.machine.agent,
+        uid=job.uid,
+        incarnation=state.incarnation,
+        attempt=job.attempt,
+        phase=job.phase,
+        ranks=tuple(rank.facts() for rank in job.ranks if rank.process is not None),
+        command=job.command,
+        saving=tuple(saving.seq for saving in job.saving),
+        durable=job.durable,
+        problems=job.problems,
+        failure=job.failure,
+        bad=job.bad,
+        rendezvous=job.rendezvous,
+        restored=bool(job.ranks) and all(rank.restored for rank in job.ranks),
+    )
+
+
+def is_progress(before: WorkerSnapshot | None, after: WorkerSnapshot) -> bool:
+    """Only steps and metrics moved: the snapshot need not be written at once."""
+    return before is not None and _structure(before) == _structure(after)
+
+
+def group_phase(job: JobState) -> WorkerPhase:
+    """Return the phase of the least advanced local rank; ERROR stays."""
+    if job.phase not in (WorkerPhase.RESTORING, WorkerPhase.TRAINING) or not job.ranks:
+        return job.phase
+    if all(rank.exit_code == 0 for rank in job.ranks):
+        return WorkerPhase.DONE
+    if all(rank.restored for rank in job.ranks):
+        return WorkerPhase.TRAINING
+    return WorkerPhase.RESTORING
+
+
+def _structure(snapshot: WorkerSnapshot) -> WorkerSnapshot:
+    ranks = tuple(dataclasses.replace(rank, step=Step(0), metrics={}) for rank in snapshot.ranks)
+    return dataclasses.replace(snapshot, ranks=ranks)

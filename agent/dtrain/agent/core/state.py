@@ -1,0 +1,273 @@
+"""What an agent knows: its machine, and one ``JobState`` for each job on it.
+
+All of it is immutable and can be written to the journal with the codec.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from dtrain.agent.launching import ProcessId
+from dtrain.protocol.commands import Prepare, Start
+from dtrain.protocol.ids import (
+    AgentName,
+    Attempt,
+    ClusterName,
+    Incarnation,
+    JobName,
+    Rank,
+    Seq,
+    Step,
+    Term,
+    Uid,
+)
+from dtrain.protocol.ranklink import Outcome, RestorePlan, Sealed
+from dtrain.protocol.snapshot import (
+    BadBlob,
+    CommandOutcome,
+    DurablePart,
+    Failure,
+    RankState,
+    SaveProblem,
+    WorkerPhase,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What is fixed for one life of the agent process."""
+
+    cluster: ClusterName
+    agent: AgentName
+    host: str
+    """Address other machines' ranks reach this one under."""
+    rank_socket: str
+    run_dir: str
+    """Short path: sockets live below it."""
+    log_dir: str
+    env: Mapping[str, str] = field(default_factory=dict)
+    """The agent's own environment: the base of every rank's."""
+    working_dir: str = "/"
+    """Where programs run whose job names no folder."""
+    life: str = "0"
+    """Differs between lives of the agent process: folders are never shared."""
+    orphan_grace_s: float = 600.0
+
+
+class LauncherStatus(StrEnum):
+    """Where a job's launcher stands. GONE: there is none, or it ended."""
+
+    GONE = "gone"
+    STARTING = "starting"
+    READY = "ready"
+
+
+@dataclass(frozen=True, slots=True)
+class Launcher:
+    """The launcher that serves the current attempt."""
+
+    status: LauncherStatus = LauncherStatus.GONE
+    folder: str = ""
+    process: ProcessId | None = None
+    warning: str = ""
+    asked_at: float = 0.0
+    """When it was last asked for something it must answer soon (monotonic)."""
+    quitting: bool = False
+    adopted: bool = False
+    """Found by a restarted agent; it has not told its state yet."""
+    killed: bool = False
+    """It did not answer and was killed: its end is no failure, another one is started."""
+
+
+@dataclass(frozen=True, slots=True)
+class Departing:
+    """The launcher of an earlier submission, told to quit; nothing starts before it is gone."""
+
+    uid: Uid
+    folder: str = ""
+    process: ProcessId | None = None
+    asked_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """What START asked for and how far it is."""
+
+    id: str = ""
+    """"" : nothing is to be fetched."""
+    plan: RestorePlan | None = None
+    tries: int = 0
+    ordered: bool = False
+    """The transfer process that runs now was told."""
+    released: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """A checkpoint taken on, whose outcome is not known here."""
+
+    seq: Seq
+    nonce: str
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class UploadTry:
+    """How often one rank's part was handed to a transfer process; ``ordered``: to the one that runs."""
+
+    seq: Seq
+    rank: Rank
+    tries: int
+    ordered: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRank:
+    """One rank on this machine."""
+
+    rank: Rank
+    local_rank: int
+    process: ProcessId | None = None
+    phase: WorkerPhase = WorkerPhase.RESTORING
+    step: Step = Step(0)
+    last_step: Step | None = None
+    exit_code: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    sdk: bool = False
+    restored: bool = False
+    """Its state is loaded and verified, or it has none to load."""
+    connection: int = 0
+    """Its newest connection to the rank socket; 0: none."""
+    forked_at: float | None = None
+    """Monotonic; None: not forked yet, or forked in an earlier life of the agent."""
+    wants_restore: bool = False
+    plan_sent: bool = False
+    sealed: Sealed | None = None
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid if self.process else 0
+
+    def facts(self) -> RankState:
+        """The rank as snapshots show it."""
+        return RankState(
+            self.rank,
+            self.pid,
+            self.phase,
+            self.step,
+            self.last_step,
+            self.exit_code,
+            self.metrics,
+            self.sdk,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Stopping:
+    """STOP was accepted: ranks are being ended; at the end the job is IDLE, or forgotten."""
+
+    release: bool
+    why: str
+    kill_at: float
+    """When nothing should be left (monotonic)."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobState:
+    """This machine's part of one job."""
+
+    name: JobName
+    uid: Uid
+    attempt: Attempt
+    phase: WorkerPhase
+    prepare: Prepare | None = None
+    start: Start | None = None
+    ranks: tuple[LocalRank, ...] = ()
+    command: CommandOutcome | None = None
+    cleared: bool = False
+    """Nothing of an older attempt is alive under the current launcher."""
+    leftovers: tuple[ProcessId, ...] = ()
+    """Ranks of a launcher that ended, not yet verified to be gone."""
+    departing: tuple[Departing, ...] = ()
+    launcher: Launcher = Launcher()
+    rendezvous: str = ""
+    restore: Restore = Restore()
+    saving: tuple[Saving, ...] = ()
+    uploads: tuple[UploadTry, ...] = ()
+    durable: tuple[DurablePart, ...] = ()
+    problems: tuple[SaveProblem, ...] = ()
+    outcomes: tuple[Outcome, ...] = ()
+    """Of the current attempt, the newest last: a late BEGIN must not revive a seq."""
+    failure: Failure | None = None
+    bad: BadBlob | None = None
+    kill_at: float | None = None
+    """When the survivors of a failure are killed (monotonic)."""
+    stopping: Stopping | None = None
+    sdk: bool = False
+    """A rank of this job has joined through the SDK, in this attempt or before."""
+
+    @property
+    def store(self) -> str:
+        """The job's store; "": no checkpoints."""
+        return self.prepare.store if self.prepare else ""
+
+    def rank(self, rank: Rank) -> LocalRank | None:
+        """The local rank of that number."""
+        return next((local for local in self.ranks if local.rank == rank), None)
+
+    @property
+    def alive(self) -> bool:
+        """Some rank has been forked and has not ended."""
+        return any(rank.process is not None and rank.exit_code is None for rank in self.ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class AgentState:
+    """Everything. ``term`` is the highest confirmed one; ``seen`` the command ids by job, oldest first."""
+
+    machine: Machine
+    incarnation: Incarnation
+    term: Term = Term(0)
+    jobs: Mapping[JobName, JobState] = field(default_factory=dict)
+    seen: Mapping[JobName, tuple[str, ...]] = field(default_factory=dict)
+    generation: int = 0
+
+    def with_job(self, job: JobState) -> "AgentState":
+        """The state with this job replaced."""
+        return dataclasses.replace(self, jobs={**self.jobs, job.name: job})
+
+    def without_job(self, name: JobName) -> "AgentState":
+        """The state without this job; its command ids go too."""
+        return dataclasses.replace(
+            self,
+            jobs={key: job for key, job in self.jobs.items() if key != name},
+            seen={key: ids for key, ids in self.seen.items() if key != name},
+        )
+
+
+def durable_view(job: JobState) -> JobState:
+    """The job without what need not survive a crash of the agent: ranks tell it again."""
+    ranks = tuple(
+        LocalRank(
+            rank=rank.rank,
+            local_rank=rank.local_rank,
+            process=rank.process,
+            phase=rank.phase,
+            exit_code=rank.exit_code,
+            sdk=rank.sdk,
+            restored=rank.restored,
+            sealed=rank.sealed,
+        )
+        for rank in job.ranks
+    )
+    return dataclasses.replace(
+        job,
+        ranks=ranks,
+        launcher=dataclasses.replace(job.launcher, asked_at=0.0),
+        departing=tuple(dataclasses.replace(one, asked_at=0.0) for one in job.departing),
+        restore=dataclasses.replace(job.restore, plan=None, tries=0, ordered=False),
+        uploads=(),
+        kill_at=None,
+        stopping=dataclasses.replace(job.stopping, kill_at=0.0) if job.stopping else None,
+    )
