@@ -1,0 +1,589 @@
+"""The checkpoint transaction: open, follow, commit or abort, settle.
+
+A checkpoint is decided by one etcd transaction and by nothing else. Its intent
+(``open/<seq>``) is written before any blob; it is committed only if every rank
+of the attempt reported the same seq, nonce and step durable and the leader has
+verified them; anything else deletes the intent. Training never waits for it.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from dtrain.coordinator.core.decisions import VerifyCheckpoint
+from dtrain.coordinator.core.draft import Draft
+from dtrain.coordinator.core.liveness import Seat
+from dtrain.coordinator.core.stamps import iso, parse_iso
+from dtrain.coordinator.core.views import Stored, Verdict
+from dtrain.protocol.checkpoint import CommitRecord, Latest, OpenRecord
+from dtrain.protocol.commands import AbortCheckpoint, BeginCheckpoint, ConfirmCheckpoint
+from dtrain.protocol.events import EventReason
+from dtrain.protocol.ids import AgentName, Rank, Seq, Step
+from dtrain.protocol.job import JobPhase, Wanted
+from dtrain.protocol.snapshot import DurablePart, RankState, SaveProblem, WorkerSnapshot
+
+COMMAND_LATENCY_S = 0.5
+"""From a decision to the moment at which a rank knows the target step."""
+
+SLACK_STEPS = 2
+"""Added to the target step: ranks of a synchronous job are at most one step apart."""
+
+SLACK_DOUBLINGS_MAX = 10
+LEAD_S = 1.0
+"""A periodic checkpoint is opened that much earlier than it must, so that it hits its step."""
+
+REPORT_AGE_S_MAX = 60.0
+"""Reports are refreshed at least that often: an older one says nothing about the rate."""
+
+VERIFY_RETRY_S = 2.0
+"""Pause before a store that did not answer is asked again about an open checkpoint."""
+
+SETTLE_S = 15.0
+"""How long a new attempt waits for a complete checkpoint of the old one to be verified."""
+
+FAILED_BACKOFF_S = 5.0
+FAILED_BACKOFF_S_MAX = 60.0
+
+FINAL_TRIES_MAX = 3
+"""Tries of the checkpoint at the end of training; then ranks are let go without it."""
+
+
+# What is there ------------------------------------------------------------------
+
+
+def durable_parts(draft: Draft, record: OpenRecord) -> dict[Rank, DurablePart]:
+    """Durable parts of one open checkpoint by rank, whoever remembers them.
+
+    A part counts only if seq, attempt, step and nonce are those of the intent:
+    what a zombie of another attempt reports is not looked at.
+    """
+    reports: list[Iterable[DurablePart]] = [record.reports]
+    snapshots = [draft.job.workers[name].value for name in sorted(draft.job.workers)]
+    snapshots += [draft.job.departed[name] for name in sorted(draft.job.departed)]
+    reports += [snapshot.durable for snapshot in snapshots if snapshot.uid == record.uid]
+    found: dict[Rank, DurablePart] = {}
+    for parts in reports:
+        for part in parts:
+            if _belongs(part, record):
+                found.setdefault(part.rank, part)
+    return found
+
+
+def _belongs(part: DurablePart, record: OpenRecord) -> bool:
+    return (part.seq, part.attempt, part.step, part.nonce) == (
+        record.seq,
+        record.attempt,
+        record.step,
+        record.nonce,
+    ) and 0 <= part.rank < record.world_size
+
+
+def is_complete(parts: dict[Rank, DurablePart], record: OpenRecord) -> bool:
+    """Whether every rank's part is durable."""
+    return len(parts) == record.world_size
+
+
+def own_open(draft: Draft) -> list[Stored[OpenRecord]]:
+    """Open checkpoints of this submission, by seq."""
+    return [stored for stored in draft.job.open if stored.value.uid == draft.status.uid]
+
+
+def adopt(draft: Draft) -> bool:
+    """Rewrite open records of earlier leaders under this term; True if there were any.
+
+    Nothing else is decided about them in the same decision: from here on every
+    step is guarded by a revision that this leader wrote.
+    """
+    adopted = False
+    for stored in own_open(draft):
+        if stored.value.term != draft.fleet.term:
+            key = draft.keys.open(draft.job.name, stored.value.seq)
+            draft.put(key, replace(stored.value, term=draft.fleet.term), stored.mod_revision)
+            adopted = True
+    return adopted
+
+
+def remember_departed(draft: Draft, stored: Stored[OpenRecord]) -> bool:
+    """Copy durable parts of agents that are gone into the open record; True if it did.
+
+    Snapshots die with the agent's lease: without this a machine lost after its
+    upload would waste a durable checkpoint at the next change of leader.
+    """
+    record = stored.value
+    known = {part.rank for part in record.reports}
+    missing = [
+        part
+        for name in sorted(draft.job.departed)
+        if draft.job.departed[name].uid == record.uid
+        for part in draft.job.departed[name].durable
+        if _belongs(part, record) and part.rank not in known
+    ]
+    if not missing:
+        return False
+    by_rank = {part.rank: part for part in missing}
+    reports = (*record.reports, *(by_rank[rank] for rank in sorted(by_rank)))
+    key = draft.keys.open(draft.job.name, record.seq)
+    draft.put(key, replace(record, term=draft.fleet.term, reports=reports), stored.mod_revision)
+    return True
+
+
+# Deciding about one -------------------------------------------------------------
+
+
+def verdict_of(draft: Draft, record: OpenRecord) -> Verdict | None:
+    """What this leader's verification of the checkpoint found; None: not verified yet."""
+    return draft.job.verdicts.get((record.seq, record.nonce))
+
+
+def ask_verdict(draft: Draft, record: OpenRecord, parts: dict[Rank, DurablePart]) -> None:
+    """Have a complete checkpoint verified; again after a pause if the store did not answer."""
+    verdict = verdict_of(draft, record)
+    if verdict is not None and draft.now < verdict.at + VERIFY_RETRY_S:
+        draft.wake(verdict.at + VERIFY_RETRY_S)
+        return
+    parent = draft.newest_good()
+    draft.work(
+        VerifyCheckpoint(
+            draft.fleet.cluster,
+            draft.job.name,
+            draft.status.uid,
+            draft.status.store,
+            record,
+            tuple(parts[rank] for rank in sorted(parts)),
+            None if parent is None else parent.seq,
+        )
+    )
+
+
+def commit(draft: Draft, stored: Stored[OpenRecord], verdict: Verdict, *, settled: bool = False) -> None:
+    """Decide that the checkpoint exists.
+
+    Guards: the open record as read, no commit record yet, ``latest`` as read.
+    The attempt is not compared: a death after everything was durable must not
+    waste the checkpoint.
+    """
+    record, name, keys = stored.value, draft.job.name, draft.keys
+    parent = draft.newest_good()
+    made = CommitRecord(
+        draft.fleet.term,
+        record.uid,
+        record.seq,
+        record.step,
+        record.attempt,
+        record.nonce,
+        record.world_size,
+        verdict.size_bytes,
+        verdict.manifest,
+        verdict.manifest_bytes,
+        verdict.digest,
+        None if parent is None else parent.seq,
+        record.final,
+        iso(draft.moment.wall),
+    )
+    draft.put(keys.checkpoint(name, record.seq), made, 0)
+    draft.delete(keys.open(name, record.seq), stored.mod_revision)
+    latest = draft.job.latest
+    latest_mod = 0 if latest is None else latest.mod_revision
+    if draft.writes_key(keys.latest(name)):
+        pass  # a lower seq was committed before in this decision; callers go from the newest down
+    elif latest is None or latest.value.seq < record.seq:
+        draft.put(keys.latest(name), Latest(draft.fleet.term, record.seq, record.step), latest_mod)
+    else:
+        draft.guard(keys.latest(name), latest_mod)
+    draft.committed.append(made)
+    status = draft.status
+    draft.set(
+        late_saves=max(0, status.late_saves - 1),
+        failed_saves=0,
+        token_done=record.token or status.token_done,
+    )
+    draft.event(
+        EventReason.CHECKPOINT_SETTLED if settled else EventReason.CHECKPOINT_COMMITTED,
+        f"checkpoint {record.seq} of step {record.step} is committed"
+        + (" although its attempt has ended" if settled else "")
+        + (", the last one of the job" if record.final else ""),
+        f"checkpoint/{record.seq}",
+    )
+
+
+def abort(
+    draft: Draft, stored: Stored[OpenRecord], why: str, *, late: bool = False, warning: bool = True
+) -> None:
+    """Decide that the checkpoint will never be."""
+    record = stored.value
+    draft.delete(draft.keys.open(draft.job.name, record.seq), stored.mod_revision)
+    status = draft.status
+    if late:
+        draft.set(late_saves=min(SLACK_DOUBLINGS_MAX, status.late_saves + 1))
+    elif warning:
+        draft.set(failed_saves=status.failed_saves + 1)
+    if record.final and not late:
+        draft.set(final_tries=status.final_tries + 1)
+    draft.event(
+        EventReason.CHECKPOINT_ABORTED,
+        f"checkpoint {record.seq} of step {record.step} is aborted: {why}",
+        f"checkpoint/{record.seq}",
+        warning=warning and not late,
+    )
+
+
+# While the job runs --------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Where training stands at its end: the step all ranks announced, or that they disagree."""
+
+    step: Step
+    agree: bool
+    steps: tuple[Step, ...]
+
+
+def end_of_training(members: Sequence[Seat]) -> Ended | None:
+    """The announced last step; None while any rank still trains or is not known.
+
+    A rank that exited with 0 without announcing anything has no say in the step.
+    """
+    ranks = _all_ranks(members)
+    if ranks is None:
+        return None
+    steps = [rank.last_step for rank in ranks if rank.last_step is not None or rank.exit_code != 0]
+    if not steps:
+        return None
+    if any(step is None for step in steps):
+        return None
+    known = sorted({step for step in steps if step is not None})
+    return Ended(known[-1], len(known) == 1, tuple(known))
+
+
+def can_checkpoint(draft: Draft, members: Sequence[Seat]) -> bool:
+    """A store is configured and every rank has joined through the SDK."""
+    ranks = _all_ranks(members)
+    return bool(draft.status.store) and ranks is not None and all(rank.sdk for rank in ranks)
+
+
+def _all_ranks(members: Sequence[Seat]) -> list[RankState] | None:
+    ranks = [rank for seat in members for rank in seat.ranks]
+    expected = sum(seat.member.nproc for seat in members)
+    return ranks if ranks and len(ranks) == expected else None
+
+
+def drive(draft: Draft, members: Sequence[Seat]) -> None:
+    """Follow the open checkpoint of the running attempt, or open the next one when due."""
+    current: Stored[OpenRecord] | None = None
+    for stored in own_open(draft):
+        if stored.value.attempt != draft.status.attempt or current is not None:
+            abort(draft, stored, "it belongs to an attempt that is over", warning=False)
+        else:
+            current = stored
+    if current is not None:
+        _follow(draft, members, current)
+    elif can_checkpoint(draft, members):
+        _open_if_due(draft, members)
+
+
+def _follow(draft: Draft, members: Sequence[Seat], stored: Stored[OpenRecord]) -> None:
+    record = stored.value
+    if remember_departed(draft, stored):
+        return
+    parts = durable_parts(draft, record)
+    problem = _first_problem(members, record.seq)
+    verdict = verdict_of(draft, record)
+    ended = end_of_training(members)
+    deadline = stored.seen_at + record.timeout_s
+    if verdict is not None and verdict.ok and is_complete(parts, record):
+        commit(draft, stored, verdict)
+    elif problem is not None:
+        abort(draft, stored, f"rank {problem.rank}: {problem.message}", late=problem.late)
+    elif verdict is not None and not verdict.ok and not verdict.retry:
+        abort(draft, stored, verdict.problem)
+    elif ended is not None and ended.step < record.step:
+        abort(draft, stored, f"training ended at step {ended.step}", warning=False)
+    elif draft.now >= deadline:
+        missing = [rank for rank in range(record.world_size) if rank not in parts]
+        late = f"ranks {_some(missing)} are not durable" if missing else "it could not be verified"
+        abort(draft, stored, f"{late} within {record.timeout_s:g} s")
+    else:
+        draft.wake(deadline)
+        if is_complete(parts, record):
+            draft.say(f"verifying checkpoint {record.seq} of step {record.step}")
+            ask_verdict(draft, record, parts)
+        else:
+            draft.say(
+                f"saving checkpoint {record.seq} at step {record.step}:"
+                f" {len(parts)} of {record.world_size} ranks durable"
+            )
+            _begin(draft, members, record)
+
+
+def _first_problem(members: Sequence[Seat], seq: Seq) -> SaveProblem | None:
+    problems = [
+        problem
+        for seat in members
+        if seat.snapshot is not None
+        for problem in seat.snapshot.problems
+        if problem.seq == seq
+    ]
+    # A real failure is told before a rank that was merely late.
+    return min(problems, key=lambda problem: (problem.late, problem.rank), default=None)
+
+
+def _begin(draft: Draft, members: Sequence[Seat], record: OpenRecord) -> None:
+    header = draft.header(f"begin.{record.seq}.{record.nonce}")
+    for seat in members:
+        if not _knows(seat.snapshot, record.seq):
+            draft.command(seat.member.agent, BeginCheckpoint(header, record.seq, record.nonce, record.step))
+
+
+def _knows(snapshot: WorkerSnapshot | None, seq: Seq) -> bool:
+    if snapshot is None:
+        return False
+    return (
+        seq in snapshot.saving
+        or any(part.seq == seq for part in snapshot.durable)
+        or any(problem.seq == seq for problem in snapshot.problems)
+    )
+
+
+# Opening ---------------------------------------------------------------------------
+
+
+def _open_if_due(draft: Draft, members: Sequence[Seat]) -> None:
+    status = draft.status
+    ended = end_of_training(members)
+    if ended is not None:
+        if ended.agree and not _may_go(draft, members) and _rested(draft):
+            _begin(draft, members, open_checkpoint(draft, ended.step, final=True))
+        return
+    if any(rank.last_step is not None for seat in members for rank in seat.ranks):
+        return  # some ranks have ended: the others are about to, and a later step never comes
+    if not any(rank.step for seat in members for rank in seat.ranks) and not _token(draft):
+        return  # nothing has been computed yet
+    rate = max(0.0, draft.job.step_rate)
+    reached = _estimated_step(draft, members, rate)
+    slack = (SLACK_STEPS + rate * COMMAND_LATENCY_S) * 2.0**status.late_saves
+    soonest = math.ceil(reached + slack)
+    target = _target(draft, reached, slack, soonest, rate)
+    if target is not None and _rested(draft):
+        _begin(draft, members, open_checkpoint(draft, target, final=False))
+
+
+def _target(draft: Draft, reached: float, slack: float, soonest: int, rate: float) -> Step | None:
+    """Step of the checkpoint that is due now; asks to be called again when one will be."""
+    policy = draft.spec.checkpoint
+    if _token(draft):
+        return Step(soonest)
+    if policy.every_seconds > 0:
+        due_in = _last_save_wall(draft) + policy.every_seconds - draft.moment.wall
+        if due_in <= 0:
+            return Step(soonest)
+        draft.wake(draft.now + due_in)
+    if policy.every_steps > 0:
+        every = policy.every_steps
+        next_step = (_base_step(draft) // every + 1) * every
+        ahead = next_step - (reached + slack + rate * LEAD_S)
+        if ahead <= 0:
+            return Step(next_step if soonest <= next_step else -(-soonest // every) * every)
+        if rate > 0:
+            draft.wake(draft.now + ahead / rate)
+    return None
+
+
+def open_checkpoint(draft: Draft, step: Step, *, final: bool) -> OpenRecord:
+    """Write the intent under a number that was never used before."""
+    status, name = draft.status, draft.job.name
+    seq = Seq(status.seq_last + 1)
+    record = OpenRecord(
+        draft.fleet.term,
+        status.uid,
+        seq,
+        status.attempt,
+        step,
+        draft.moment.nonce,
+        status.world_size,
+        draft.spec.checkpoint.timeout_s,
+        final,
+        _token(draft),
+        (),
+        iso(draft.moment.wall),
+    )
+    draft.put(draft.keys.open(name, seq), record, 0)
+    # A number that has a commit record was given out before: a status from a backup, perhaps.
+    draft.guard(draft.keys.checkpoint(name, seq), 0)
+    draft.set(seq_last=seq)
+    draft.say(f"opening checkpoint {seq} at step {step}")
+    return record
+
+
+def _token(draft: Draft) -> str:
+    intent = draft.job.intent
+    if intent is None or intent.value.uid != draft.status.uid or intent.value.wanted is not Wanted.RUN:
+        return ""
+    token = intent.value.checkpoint_token
+    return token if token != draft.status.token_done else ""
+
+
+def _estimated_step(draft: Draft, members: Sequence[Seat], rate: float) -> float:
+    """Step of the foremost rank by now: what it reported, and what it has done since."""
+    return max(
+        max((rank.step for rank in seat.ranks), default=0)
+        + rate * min(REPORT_AGE_S_MAX, max(0.0, draft.now - seat.seen_at))
+        for seat in members
+    )
+
+
+def _base_step(draft: Draft) -> int:
+    """Step of the checkpoint that the attempt has behind it."""
+    mine = [c.value.step for c in draft.commits() if c.value.attempt == draft.status.attempt]
+    if mine:
+        return mine[-1]
+    return 0 if draft.status.restore is None else draft.status.restore.step
+
+
+def _last_save_wall(draft: Draft) -> float:
+    """When the attempt began to run, or its newest commit. A policy: wall clocks will do."""
+    times = [parse_iso(draft.status.since)]
+    times += [
+        parse_iso(c.value.committed_at) for c in draft.commits() if c.value.attempt == draft.status.attempt
+    ]
+    # A time in the future is a clock that was wrong: it must not put checkpoints off for ever.
+    return min(draft.moment.wall, max((at for at in times if at is not None), default=0.0))
+
+
+def _rested(draft: Draft) -> bool:
+    """Whether enough time has passed since saves failed; late ones are tried again at once."""
+    failed = draft.status.failed_saves
+    if failed == 0:
+        return True
+    due = draft.status_seen_at + min(FAILED_BACKOFF_S_MAX, FAILED_BACKOFF_S * 2.0 ** min(failed - 1, 10))
+    if draft.now >= due:
+        return True
+    draft.wake(due)
+    draft.say("the last checkpoint failed; the next one waits a little")
+    return False
+
+
+# Outcomes -----------------------------------------------------------------------------
+
+
+def final_commit(draft: Draft) -> CommitRecord | None:
+    """The committed checkpoint at the end of this attempt's training."""
+    known = [stored.value for stored in draft.commits()] + draft.committed
+    mine = [c for c in known if c.attempt == draft.status.attempt and c.final]
+    return mine[-1] if mine else None
+
+
+def gave_up_final(draft: Draft) -> bool:
+    """Whether the checkpoint at the end was tried often enough."""
+    return draft.status.final_tries >= FINAL_TRIES_MAX
+
+
+def _may_go(draft: Draft, members: Sequence[Seat]) -> bool:
+    """Whether ranks that wait at the end of training have nothing to wait for any more.
+
+    Once a rank has exited there will never be a checkpoint of all of them.
+    """
+    left = any(rank.exit_code is not None for seat in members for rank in seat.ranks)
+    return final_commit(draft) is not None or gave_up_final(draft) or left
+
+
+def tell_outcomes(draft: Draft, members: Sequence[Seat]) -> None:
+    """Tell each agent what became of the checkpoints it still holds a slot for."""
+    open_key, name = draft.keys.open, draft.job.name
+    undecided = {
+        stored.value.seq
+        for stored in draft.job.open
+        if not draft.deletes_key(open_key(name, stored.value.seq))
+    }
+    committed = {stored.value.seq for stored in draft.job.commits} | {c.seq for c in draft.committed}
+    # A retired checkpoint was committed once: its slot is free all the same.
+    committed |= {stored.value.seq for stored in draft.job.garbage}
+    for seat in members:
+        if seat.snapshot is None:
+            continue
+        for seq in seat.snapshot.saving:
+            if seq not in undecided:
+                _tell(draft, seat.member.agent, seq, committed=seq in committed)
+    if draft.status.phase is JobPhase.RUNNING and end_of_training(members) is not None:
+        _let_go(draft, members)
+
+
+def _tell(draft: Draft, agent: AgentName, seq: Seq, *, committed: bool) -> None:
+    last = final_commit(draft)
+    if committed:
+        final = last is not None and last.seq == seq
+        draft.command(agent, ConfirmCheckpoint(draft.header(f"confirm.{seq}"), seq, final))
+    else:
+        why = f"checkpoint {seq} was aborted"
+        draft.command(agent, AbortCheckpoint(draft.header(f"abort.{seq}"), seq, why))
+
+
+def _let_go(draft: Draft, members: Sequence[Seat]) -> None:
+    """Tell every agent whose ranks still wait at the end that there is nothing to wait for."""
+    last = final_commit(draft)
+    if not _may_go(draft, members) or own_open(draft):
+        return
+    seq = draft.status.seq_last if last is None else last.seq
+    command_id = f"give-up.{seq}" if last is None else f"confirm.{seq}"
+    header = draft.header(command_id)
+    for seat in members:
+        snapshot = seat.snapshot
+        if snapshot is None or all(rank.exit_code is not None for rank in snapshot.ranks):
+            continue
+        told = snapshot.command is not None and snapshot.command.id == command_id and snapshot.command.ok
+        if told and seq not in snapshot.saving:
+            continue
+        if last is not None:
+            if seq not in snapshot.saving:  # else it has just been told
+                draft.command(seat.member.agent, ConfirmCheckpoint(header, seq, final=True))
+        else:
+            why = "there will be no checkpoint at the end of training"
+            draft.command(seat.member.agent, AbortCheckpoint(header, seq, why, final=True))
+
+
+# Between attempts ------------------------------------------------------------------------
+
+
+def settle(draft: Draft, *, patient: bool) -> bool:
+    """Commit each complete open checkpoint and delete the others; False while one is verified.
+
+    A new attempt starts only after this: between choosing a restore point and
+    restoring, no older checkpoint may still be committed. Not ``patient``: what
+    is not verified by now is dropped.
+    """
+    since = draft.in_phase_since if draft.status.phase is JobPhase.RECOVERING else None
+    deadline = None if since is None else since + SETTLE_S
+    settled = True
+    for stored in reversed(own_open(draft)):  # newest first: ``latest`` is put once
+        settled = _settle_one(draft, stored, patient, deadline) and settled
+    return settled
+
+
+def _settle_one(draft: Draft, stored: Stored[OpenRecord], patient: bool, deadline: float | None) -> bool:
+    record = stored.value
+    parts = durable_parts(draft, record)
+    verdict = verdict_of(draft, record)
+    if not is_complete(parts, record):
+        missing = [rank for rank in range(record.world_size) if rank not in parts]
+        abort(draft, stored, f"the attempt ended before ranks {_some(missing)} were durable", warning=False)
+        return True
+    if verdict is not None and verdict.ok:
+        commit(draft, stored, verdict, settled=True)
+        return True
+    if verdict is not None and not verdict.retry:
+        abort(draft, stored, verdict.problem)
+        return True
+    if not patient or (deadline is not None and draft.now >= deadline):
+        abort(draft, stored, "it could not be verified in time")
+        return True
+    if deadline is not None:
+        draft.wake(deadline)
+    draft.say(f"verifying checkpoint {record.seq} of step {record.step} before the next attempt")
+    if not remember_departed(draft, stored):
+        ask_verdict(draft, record, parts)
+    return False
+
+
+def _some(ranks: Sequence[int]) -> str:
+    text = ", ".join(str(rank) for rank in ranks[:8])
+    return text + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")

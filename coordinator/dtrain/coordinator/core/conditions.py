@@ -1,0 +1,85 @@
+"""Conditions of a job: what programs wait for, derived from its status.
+
+A condition's time moves only with its status. Conditions are derived when the
+status is written anyway; they never cause a write.
+"""
+
+from dtrain.coordinator.core.stamps import iso
+from dtrain.coordinator.core.views import FleetView, JobView, Moment
+from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, Condition, JobPhase, JobSpec, JobStatus
+
+
+def derive(
+    job: JobView, fleet: FleetView, moment: Moment, spec: JobSpec, status: JobStatus
+) -> tuple[Condition, ...]:
+    """All conditions of ``status``, in a fixed order."""
+    before = {condition.type: condition for condition in status.conditions}
+    stamp = iso(moment.wall)
+    found = [
+        Condition("Accepted", "True", "Valid", "the job file is valid"),
+        _placed(status),
+        _ranks_ready(status),
+        _progressing(status),
+        _checkpointed(job, spec, status),
+        _degraded(fleet, spec, status),
+        _finished(status),
+    ]
+    result = []
+    for condition in found:
+        old = before.get(condition.type)
+        since = old.last_transition if old is not None and old.status == condition.status else stamp
+        result.append(Condition(condition.type, condition.status, condition.reason, condition.message, since))
+    return tuple(result)
+
+
+def _placed(status: JobStatus) -> Condition:
+    if status.phase in PLACED_PHASES and status.members:
+        names = ", ".join(member.agent for member in status.members[:8])
+        more = len(status.members) - 8
+        return Condition("Placed", "True", "MembersChosen", names + (f" and {more} more" if more > 0 else ""))
+    return Condition("Placed", "False", status.phase.value.capitalize(), status.reason)
+
+
+def _ranks_ready(status: JobStatus) -> Condition:
+    ready = status.phase is JobPhase.RUNNING
+    return Condition("RanksReady", "True" if ready else "False", "AllTraining" if ready else "NotTraining")
+
+
+def _progressing(status: JobStatus) -> Condition:
+    running = status.phase is JobPhase.RUNNING
+    return Condition("Progressing", "True" if running else "False", status.phase.value.capitalize())
+
+
+def _checkpointed(job: JobView, spec: JobSpec, status: JobStatus) -> Condition:
+    if not status.store and status.attempt:
+        return Condition(
+            "Checkpointed", "False", "NoStore", "no store is configured: a restart begins from scratch"
+        )
+    mine = [commit.value for commit in job.commits if commit.value.uid == spec.uid]
+    if not mine:
+        return Condition("Checkpointed", "False", "NoCommit", "no checkpoint has been committed yet")
+    return Condition(
+        "Checkpointed", "True", "Committed", f"checkpoint {mine[-1].seq} of step {mine[-1].step}"
+    )
+
+
+def _degraded(fleet: FleetView, spec: JobSpec, status: JobStatus) -> Condition:
+    if status.phase in TERMINAL_PHASES:
+        return Condition("Degraded", "False", "Finished")
+    if fleet.brake:
+        return Condition("Degraded", "True", "BrakeOn", fleet.brake)
+    if status.members and len(status.members) < spec.nnodes_max:
+        return Condition(
+            "Degraded",
+            "True",
+            "FewerMachines",
+            f"{len(status.members)} of {spec.nnodes_max} machines",
+        )
+    if status.failed_saves:
+        return Condition("Degraded", "True", "CheckpointFailed", "the last checkpoint failed")
+    return Condition("Degraded", "False", "AsWanted")
+
+
+def _finished(status: JobStatus) -> Condition:
+    over = status.phase in TERMINAL_PHASES
+    return Condition("Finished", "True" if over else "False", status.phase.value.capitalize(), status.reason)

@@ -1,0 +1,150 @@
+"""Who is there: each member of an attempt, its agent and its snapshot.
+
+Liveness is the agent's lease alone. Two cases look like a loss and are none:
+an agent that was missing when this leader took office may be about to renew
+its session, and an agent that restarted beside its running ranks reports the
+same attempt again under a new incarnation. Both get one agent TTL.
+"""
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from dtrain.coordinator.core.draft import Draft
+from dtrain.coordinator.core.views import AgentView
+from dtrain.protocol.job import Member
+from dtrain.protocol.snapshot import RankState, WorkerPhase, WorkerSnapshot
+
+LIVE_PHASES = frozenset(
+    {
+        WorkerPhase.STARTING,
+        WorkerPhase.READY,
+        WorkerPhase.RESTORING,
+        WorkerPhase.TRAINING,
+        WorkerPhase.CHECKPOINTING,
+    }
+)
+"""Phases in which something of the job is, or is about to be, alive on a machine."""
+
+STARTED_PHASES = frozenset(
+    {
+        WorkerPhase.RESTORING,
+        WorkerPhase.TRAINING,
+        WorkerPhase.CHECKPOINTING,
+        WorkerPhase.DONE,
+        WorkerPhase.ERROR,
+    }
+)
+"""Phases of a machine that has obeyed START."""
+
+TRAINING_PHASES = frozenset({WorkerPhase.TRAINING, WorkerPhase.CHECKPOINTING, WorkerPhase.DONE})
+
+
+class Standing(Enum):
+    """What may be concluded about a member's agent."""
+
+    PRESENT = auto()
+    SETTLING = auto()
+    """Missing, or it does not show the attempt, but not for long enough to say that it is lost."""
+    LOST = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """One member with what is known of it now."""
+
+    member: Member
+    agent: AgentView | None
+    snapshot: WorkerSnapshot | None
+    """Only if it is of the attempt in the status."""
+    seen_at: float
+    """When this leader first saw the snapshot as it is."""
+    standing: Standing
+    why: str = ""
+
+    @property
+    def phase(self) -> WorkerPhase | None:
+        return None if self.snapshot is None else self.snapshot.phase
+
+    @property
+    def ranks(self) -> tuple[RankState, ...]:
+        return () if self.snapshot is None else self.snapshot.ranks
+
+    @property
+    def current(self) -> bool:
+        """The snapshot was written by the agent's present life."""
+        return (
+            self.snapshot is not None
+            and self.agent is not None
+            and self.snapshot.incarnation == self.agent.node.incarnation
+        )
+
+
+def seats(draft: Draft) -> list[Seat]:
+    """The members of the draft's attempt, in node order.
+
+    Asks to be called again when a member that is settling would be lost.
+    """
+    started = any(
+        snapshot.value.phase in STARTED_PHASES
+        for snapshot in draft.job.workers.values()
+        if (snapshot.value.uid, snapshot.value.attempt) == (draft.status.uid, draft.status.attempt)
+    )
+    return [_seat(draft, member, started) for member in draft.status.members]
+
+
+def _seat(draft: Draft, member: Member, started: bool) -> Seat:
+    view = draft.fleet.agents.get(member.agent)
+    stored = draft.job.workers.get(member.agent)
+    snapshot = None
+    seen_at = draft.now
+    if stored is not None and (stored.value.uid, stored.value.attempt) == (
+        draft.status.uid,
+        draft.status.attempt,
+    ):
+        snapshot, seen_at = stored.value, stored.seen_at
+    gone = draft.job.departed.get(member.agent)
+    if (
+        snapshot is None
+        and gone is not None
+        and gone.phase is WorkerPhase.DONE
+        and (gone.uid, gone.attempt) == (draft.status.uid, draft.status.attempt)
+    ):
+        # Its ranks had all ended well: nothing of them can be lost with the machine.
+        return Seat(member, view, gone, draft.now, Standing.PRESENT)
+    standing, why = _standing(draft, member, view, snapshot, started)
+    return Seat(member, view, snapshot, seen_at, standing, why)
+
+
+def _standing(
+    draft: Draft, member: Member, view: AgentView | None, snapshot: WorkerSnapshot | None, started: bool
+) -> tuple[Standing, str]:
+    fleet = draft.fleet
+    if view is None:
+        if member.agent in fleet.lost_at:
+            return _lost(draft, f"the session of agent {member.agent} ended")
+        return _after(draft, fleet.took_office_at, f"agent {member.agent} has no session")
+    if snapshot is not None and snapshot.incarnation == view.node.incarnation:
+        return Standing.PRESENT, ""
+    if not started:
+        # Nothing runs yet: PREPARE is sent again, and its deadline covers the silence.
+        return Standing.PRESENT, ""
+    if snapshot is not None and view.node.incarnation == member.incarnation:
+        # Written by a former life while the node record is back at the one chosen: ours is stale.
+        return Standing.PRESENT, ""
+    since = max(view.seen_at, draft.status_seen_at)
+    return _after(
+        draft, since, f"agent {member.agent} does not report attempt {draft.status.attempt} any more"
+    )
+
+
+def _after(draft: Draft, since: float, why: str) -> tuple[Standing, str]:
+    due = since + draft.fleet.agent_ttl_s
+    if draft.now < due:
+        draft.wake(due)
+        return Standing.SETTLING, why
+    return _lost(draft, why)
+
+
+def _lost(draft: Draft, why: str) -> tuple[Standing, str]:
+    # The brake: when many vanish together, the network or etcd is the likelier cause.
+    return (Standing.SETTLING if draft.fleet.brake else Standing.LOST), why

@@ -1,0 +1,150 @@
+"""Which machines an attempt runs on, and which ranks each of them gets.
+
+All or nothing (gang), one member per machine. Machines that held ranks keep
+their place where possible, so that warm launchers and caches are of use.
+"""
+
+from collections.abc import Set
+from dataclasses import dataclass
+
+from dtrain.coordinator.core.draft import Draft
+from dtrain.coordinator.core.views import AgentView
+from dtrain.protocol.ids import AgentName, Rank
+from dtrain.protocol.job import Member
+
+JOIN_WINDOW_S = 2.0
+"""How long a job with enough machines waits for more of those it may have."""
+
+UNREACHABLE_REST_S = 15.0
+"""How long an agent that did not answer is left alone. After that it is tried again:
+nothing but a command can find out that it answers again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """``members`` (), and why, if the job cannot be placed now."""
+
+    members: tuple[Member, ...] = ()
+    why: str = ""
+
+
+def place(draft: Draft, *, avoid: Set[AgentName] = frozenset(), join_window: bool) -> Placement:
+    """Choose members for the next attempt.
+
+    ``avoid`` is used only if nothing else is there. With ``join_window`` fewer
+    than ``nnodes_max`` machines are taken only after JOIN_WINDOW_S.
+    """
+    spec = draft.spec
+    if draft.fleet.brake:
+        draft.say(draft.fleet.brake)  # its numbers change: they are not stored
+        return Placement(why="nothing is placed while the brake is on")
+    usable = candidates(draft)
+    if len(usable) < spec.nnodes_min:
+        return Placement(why=_short_of(draft, usable))
+    if join_window and len(usable) < spec.nnodes_max:
+        # Counted from when the last of the needed machines was first seen.
+        needed = sorted(view.seen_at for view in usable.values())[spec.nnodes_min - 1]
+        begun = max(needed, draft.in_phase_since if draft.in_phase_since is not None else draft.now)
+        if draft.now < begun + JOIN_WINDOW_S:
+            draft.wake(begun + JOIN_WINDOW_S)
+            return Placement(why=f"waiting a moment for more than {spec.nnodes_min} agents")
+    return Placement(_seat_ranks(draft, usable, avoid))
+
+
+def candidates(draft: Draft) -> dict[AgentName, AgentView]:
+    """Agents that could take this job's ranks now."""
+    fleet = draft.fleet
+    found = {}
+    for name, view in fleet.agents.items():
+        if name in fleet.cordoned:
+            continue
+        if view.node.slots - fleet.used.get(name, 0) < draft.spec.nproc_per_node:
+            continue
+        if resting(draft, name, view):
+            continue
+        found[name] = view
+    return found
+
+
+def resting(draft: Draft, name: AgentName, view: AgentView) -> bool:
+    """Whether an agent did not answer lately, in its present life."""
+    since = draft.fleet.unreachable.get(name)
+    if since is None or since < view.seen_at or draft.now >= since + UNREACHABLE_REST_S:
+        return False
+    draft.wake(since + UNREACHABLE_REST_S)
+    return True
+
+
+def _seat_ranks(
+    draft: Draft, usable: dict[AgentName, AgentView], avoid: Set[AgentName]
+) -> tuple[Member, ...]:
+    spec, fleet = draft.spec, draft.fleet
+    before = previous_places(draft)
+
+    def preference(name: AgentName) -> tuple[bool, int, str]:
+        doubtful = name in avoid or name in fleet.unreachable
+        return doubtful, before.get(name, len(fleet.agents) + len(before)), name
+
+    chosen = sorted(usable, key=preference)[: spec.nnodes_max]
+    places: dict[int, AgentName] = {}
+    for name in chosen:
+        place_before = before.get(name)
+        if place_before is not None and place_before < len(chosen) and place_before not in places:
+            places[place_before] = name
+    rest = [name for name in chosen if name not in places.values()]
+    for node_rank in range(len(chosen)):
+        if node_rank not in places:
+            places[node_rank] = rest.pop(0)
+    nproc = spec.nproc_per_node
+    return tuple(
+        Member(
+            places[node_rank],
+            node_rank,
+            Rank(node_rank * nproc),
+            nproc,
+            usable[places[node_rank]].node.incarnation,
+        )
+        for node_rank in range(len(chosen))
+    )
+
+
+def previous_places(draft: Draft) -> dict[AgentName, int]:
+    """Node rank of each machine in the newest attempt it took part in.
+
+    From the stored members or, between attempts, from the snapshots: a member
+    that is gone has no place to keep.
+    """
+    places: dict[AgentName, int] = {}
+    for name, stored in draft.job.workers.items():
+        snapshot = stored.value
+        if snapshot.uid == draft.status.uid and snapshot.ranks:
+            first = min(rank.rank for rank in snapshot.ranks)
+            places[name] = first // draft.spec.nproc_per_node
+    stored_status = draft.stored
+    if stored_status is not None and stored_status.uid == draft.status.uid:
+        places.update({member.agent: member.node_rank for member in stored_status.members})
+    return places
+
+
+def _short_of(draft: Draft, usable: dict[AgentName, AgentView]) -> str:
+    spec, fleet = draft.spec, draft.fleet
+    missing = spec.nnodes_min - len(usable)
+    plural = "" if spec.nnodes_min == 1 else "s"
+    slots = f"{spec.nproc_per_node} free slot{'' if spec.nproc_per_node == 1 else 's'}"
+    parts = []
+    cordoned = sum(1 for name in fleet.agents if name in fleet.cordoned)
+    full = sum(
+        1
+        for name, view in fleet.agents.items()
+        if name not in fleet.cordoned
+        and view.node.slots - fleet.used.get(name, 0) < draft.spec.nproc_per_node
+    )
+    silent = len(fleet.agents) - cordoned - full - len(usable)
+    if full:
+        parts.append(f"{full} without {slots}")
+    if cordoned:
+        parts.append(f"{cordoned} cordoned")
+    if silent:
+        parts.append(f"{silent} not answering")
+    detail = f" ({', '.join(parts)})" if parts else ""
+    return f"waiting for {missing} of {spec.nnodes_min} agent{plural} with {slots}{detail}"

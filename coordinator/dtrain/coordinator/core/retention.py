@@ -1,0 +1,123 @@
+"""What may be deleted, in which order: record, tombstone, blobs, tombstone.
+
+A checkpoint is retired by a transaction that removes its record and leaves a
+tombstone; blobs are deleted only after that. Untouchable are the newest, the
+one the attempt restored from, and those that somebody is reading.
+"""
+
+from dtrain.coordinator.core.decisions import CollectGarbage, SweepOrphans
+from dtrain.coordinator.core.draft import Draft
+from dtrain.coordinator.core.views import Stored
+from dtrain.protocol.checkpoint import CommitRecord, Garbage
+from dtrain.protocol.ids import Seq
+from dtrain.protocol.job import TERMINAL_PHASES
+
+RETIRED_AT_ONCE = 8
+COLLECTED_AT_ONCE = 4
+
+SWEEP_S = 600.0
+"""Pause between two searches for orphaned blobs of a placed job."""
+
+COLLECT_RETRY_S = 30.0
+"""How soon a job that is over asks again for garbage that could not be collected."""
+
+
+def tidy(draft: Draft) -> None:
+    """Retire what the policy no longer keeps, and drop tombstones whose blobs are gone.
+
+    Called last: it writes only if nothing else does, so that a pin that appears
+    meanwhile can refuse a deletion but never a commit.
+    """
+    if not draft.has_writes:
+        for stored in draft.job.garbage:
+            if stored.value.seq in draft.job.collected and draft.room > 2:
+                _forget(draft, stored)
+    if not draft.has_writes:
+        for commit in surplus(draft)[:RETIRED_AT_ONCE]:
+            retire(draft, commit)
+    _collect(draft)
+
+
+def surplus(draft: Draft) -> list[Stored[CommitRecord]]:
+    """Commits that retention no longer keeps, oldest first."""
+    bad = set(draft.job.bad) | draft.quarantined
+    mine = draft.commits()
+    good = [commit for commit in mine if commit.value.seq not in bad]
+    kept: set[Seq] = {c.value.seq for c in good[-max(1, draft.spec.checkpoint.keep_last) :]}
+    # A damaged one is kept as evidence until a good one is newer.
+    newest_good = good[-1].value.seq if good else Seq(0)
+    kept |= {c.value.seq for c in mine if c.value.seq in bad and c.value.seq > newest_good}
+    kept |= draft.job.pinned
+    if draft.job.latest is not None:
+        kept.add(draft.job.latest.value.seq)
+    if draft.status.restore is not None and draft.status.phase not in TERMINAL_PHASES:
+        kept.add(draft.status.restore.seq)
+    stale = [c for c in draft.job.commits if c.value.uid != draft.status.uid]
+    return [c for c in stale + mine if c.value.seq not in kept]
+
+
+def retire(draft: Draft, commit: Stored[CommitRecord], why: str = "") -> None:
+    """Remove a commit record and leave a tombstone, unless somebody begins to read it."""
+    record, name, keys = commit.value, draft.job.name, draft.keys
+    if not why:
+        why = "retention" if record.uid == draft.status.uid else "of an earlier job of this name"
+    draft.delete(keys.checkpoint(name, record.seq), commit.mod_revision)
+    draft.put(
+        keys.garbage(name, record.seq),
+        Garbage(draft.fleet.term, record.seq, record.manifest, record.digest, why, draft.status.store),
+        0,
+    )
+    draft.nobody_under(keys.pins(name, record.seq))
+    latest = draft.job.latest
+    if not draft.writes_key(keys.latest(name)):
+        draft.guard(keys.latest(name), 0 if latest is None else latest.mod_revision)
+    draft.say(f"retiring checkpoint {record.seq} ({why})")
+
+
+def _forget(draft: Draft, stored: Stored[Garbage]) -> None:
+    seq = stored.value.seq
+    draft.delete(draft.keys.garbage(draft.job.name, seq), stored.mod_revision)
+    if seq in draft.job.bad:
+        draft.delete(draft.keys.bad(draft.job.name, seq), None)
+    draft.say(f"checkpoint {seq} is deleted")
+
+
+def _collect(draft: Draft) -> None:
+    waiting = [g for g in draft.job.garbage if g.value.seq not in draft.job.collected]
+    for stored in waiting[:COLLECTED_AT_ONCE]:
+        store = stored.value.store or draft.status.store
+        if store:
+            draft.work(CollectGarbage(draft.job.name, store, stored.value))
+    if waiting and draft.status.phase in TERMINAL_PHASES:
+        draft.wake(draft.now + COLLECT_RETRY_S)
+
+
+def sweep(draft: Draft) -> None:
+    """Look for orphaned blobs now and then while the job is placed."""
+    if not draft.status.store:
+        return
+    swept_at = draft.job.swept_at
+    # A new leader does not sweep at once: it has more urgent things to do.
+    due = (draft.fleet.took_office_at if swept_at is None else swept_at) + SWEEP_S
+    if draft.now >= due:
+        draft.work(_orphans(draft))
+    else:
+        draft.wake(due)
+
+
+def sweep_last(draft: Draft) -> bool:
+    """Sweep once after the job is over; True when that is done and recorded."""
+    if draft.status.swept or not draft.status.store:
+        return True
+    since = draft.in_phase_since
+    swept_at = draft.job.swept_at
+    if since is not None and swept_at is not None and swept_at >= since:
+        draft.set(swept=True)
+        return True
+    draft.work(_orphans(draft))
+    draft.wake(draft.now + COLLECT_RETRY_S)
+    return False
+
+
+def _orphans(draft: Draft) -> SweepOrphans:
+    return SweepOrphans(draft.fleet.cluster, draft.job.name, draft.status.uid, draft.status.store)
