@@ -9,7 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 from dtrain.protocol.checkpoint import (
     CHUNK_BYTES,
@@ -53,7 +52,7 @@ ITEM_BITS = {
 CRC_ALGORITHM = "crc32c"
 
 
-def merge(
+def merge(  # noqa: PLR0917 - four of them say whose checkpoint it is
     open_record: OpenRecord,
     rank_manifests: Sequence[RankManifest],
     cluster: ClusterName,
@@ -268,9 +267,8 @@ def _overlap(chunks: Sequence[ChunkEntry]) -> bool:
         return False
     dimension = _widest(chunks)
     ordered = sorted(chunks, key=lambda chunk: chunk.o[dimension])
-    if all(
-        first.o[dimension] + first.s[dimension] <= second.o[dimension] for first, second in pairwise(ordered)
-    ):
+    ends = (chunk.o[dimension] + chunk.s[dimension] for chunk in ordered)
+    if all(end <= after.o[dimension] for end, after in zip(ends, ordered[1:], strict=False)):
         return False
     active: list[ChunkEntry] = []
     for chunk in ordered:
