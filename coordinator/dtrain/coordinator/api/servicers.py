@@ -1,0 +1,345 @@
+"""The Coordinator service: what clients ask of any replica."""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+
+from dtrain.coordinator.api.errors import abort
+from dtrain.coordinator.api.records import Operators
+from dtrain.coordinator.dispatch import Channels
+from dtrain.coordinator.work import Stores
+from dtrain.protocol import codec
+from dtrain.protocol.cluster import LeaderRecord
+from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, Refused, Unavailable
+from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId, Term, parse_name
+from dtrain.protocol.job import JobSpec, JobStatus
+from dtrain.protocol.keys import Keys
+from dtrain.protocol.pb import agent_pb2 as agent_pb
+from dtrain.protocol.pb import agent_pb2_grpc, coordinator_pb2_grpc
+from dtrain.protocol.pb import coordinator_pb2 as pb
+from dtrain.protocol.snapshot import NodeRecord
+from dtrain.runtime import log
+from dtrain.storage.blobs.probe import probe
+from dtrain.storage.etcd.mirror import Mirror
+from dtrain.storage.etcd.port import KeyValue
+
+T = TypeVar("T")
+
+WAIT_S_MAX = 30.0
+LOG_BYTES_MAX = 1024 * 1024
+PREFIX_CHARACTERS_MAX = 256
+AGENT_DEADLINE_S = 2.0
+AGENTS_ASKED_MAX = 256
+LOG_PLACES_KEPT = 4096
+FIRST_LIST_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who answers."""
+
+    cluster: ClusterName
+    replica: ReplicaId
+    version: str
+
+
+class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
+    """Answers clients. ``waiting`` bounds calls that wait: others must find a free thread."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        mirror: Mirror,
+        operators: Operators,
+        channels: Channels,
+        stores: Stores,
+        *,
+        term: Callable[[], Term | None],
+        waiting: threading.BoundedSemaphore,
+    ) -> None:
+        self._identity = identity
+        self._mirror = mirror
+        self._operators = operators
+        self._channels = channels
+        self._stores = stores
+        self._term = term
+        self._waiting = waiting
+        self._keys = Keys(identity.cluster)
+        self._places_lock = threading.Lock()
+        self._places: OrderedDict[tuple[str, int, int], AgentName] = OrderedDict()
+        """(uid, attempt, rank) to the agent that had its log."""
+        self._log = log.get("api")
+
+    # Operators' records.
+
+    def Submit(  # noqa: N802
+        self, request: pb.SubmitRequest, context: grpc.ServicerContext
+    ) -> pb.SubmitReply:
+        try:
+            spec = self._operators.prepare(request.spec, request.request_id)
+            warnings = self._warnings(spec)
+            if request.dry_run:
+                if spec.checkpoint.store:
+                    probe(self._stores.get(spec.checkpoint.store))
+                return pb.SubmitReply(spec=codec.encode(spec), created=False, warnings=warnings)
+            done = self._operators.submit(spec)
+        except DtrainError as error:
+            abort(context, error)
+        self._log.info("job submitted", job=done.spec.name, uid=done.spec.uid, created=done.created)
+        return pb.SubmitReply(
+            spec=codec.encode(done.spec), created=done.created, revision=done.revision, warnings=warnings
+        )
+
+    def SetIntent(  # noqa: N802
+        self, request: pb.SetIntentRequest, context: grpc.ServicerContext
+    ) -> pb.SetIntentReply:
+        try:
+            intent, revision = self._operators.set_intent(
+                request.job, request.wanted, request.checkpoint_token, request.by, self._job_names()
+            )
+        except DtrainError as error:
+            abort(context, error)
+        return pb.SetIntentReply(intent=codec.encode(intent), revision=revision)
+
+    # Reading.
+
+    def Read(  # noqa: N802
+        self, request: pb.ReadRequest, context: grpc.ServicerContext
+    ) -> pb.ReadReply:
+        try:
+            if len(request.prefix) > PREFIX_CHARACTERS_MAX or not request.prefix.isascii():
+                raise Refused(ErrorCode.USAGE, "a prefix is short and ASCII", fix='use one such as "jobs/"')
+            root = self._keys.root
+            self._wait_for_first_list()
+            if request.after_revision and request.wait_ms:
+                self._wait_for_change(root + request.prefix, request.after_revision, request.wait_ms, context)
+            # The revision first: items may be newer than it says, never older.
+            revision = self._mirror.revision
+            items = self._mirror.prefix(root + request.prefix)
+        except DtrainError as error:
+            abort(context, error)
+        return pb.ReadReply(
+            items=[
+                pb.Item(
+                    key=kv.key[len(root) :],
+                    value=kv.value,
+                    create_revision=kv.create_revision,
+                    mod_revision=kv.mod_revision,
+                )
+                for kv in items
+            ],
+            revision=revision,
+            age_s=self._mirror.age_s(),
+        )
+
+    def Info(  # noqa: N802
+        self,
+        request: pb.InfoRequest,  # noqa: ARG002 - grpc's signature
+        context: grpc.ServicerContext,  # noqa: ARG002 - grpc's signature
+    ) -> pb.InfoReply:
+        leader = self._mirror.get(self._keys.leader)
+        try:
+            known = codec.decode(LeaderRecord, leader.value) if leader is not None else None
+        except DtrainError:
+            known = None
+        term = self._term()
+        return pb.InfoReply(
+            cluster=self._identity.cluster,
+            replica=self._identity.replica,
+            version=self._identity.version,
+            leader=term is not None,
+            term=term or (leader.create_revision if leader is not None else 0),
+            revision=self._mirror.revision,
+            mirror_age_s=self._mirror.age_s(),
+            leader_replica=known.replica if known is not None else "",
+            leader_address=known.address if known is not None else "",
+        )
+
+    # Logs.
+
+    def ReadLog(  # noqa: N802
+        self, request: pb.JobLogRequest, context: grpc.ServicerContext
+    ) -> pb.JobLogChunk:
+        try:
+            return self._read_log(request, context)
+        except DtrainError as error:
+            abort(context, error)
+
+    def _read_log(self, request: pb.JobLogRequest, context: grpc.ServicerContext) -> pb.JobLogChunk:
+        self._wait_for_first_list()
+        job = JobName(parse_name(request.job, "job"))
+        spec = self._record(self._keys.spec(job), JobSpec)
+        if spec is None:
+            raise NotFound(ErrorCode.NOT_FOUND, f"there is no job {job}", fix="list jobs: dtrain get jobs")
+        status = self._record(self._keys.status(job), JobStatus)
+        if status is None or status.uid != spec.uid or not status.attempt:
+            raise NotFound(ErrorCode.NOT_FOUND, f"job {job} has not started yet: there are no logs")
+        attempt = request.attempt or status.attempt
+        place = (spec.uid, attempt, request.rank)
+        asked = agent_pb.ReadLogRequest(
+            job=job,
+            uid=spec.uid,
+            attempt=attempt,
+            rank=request.rank,
+            stream=request.stream or "stdout",
+            offset=request.offset,
+            bytes_max=min(request.bytes_max or LOG_BYTES_MAX, LOG_BYTES_MAX),
+        )
+        candidates = self._candidates(status, attempt, place)
+        if not candidates:
+            raise Unavailable(ErrorCode.AGENT_UNAVAILABLE, f"no agent that may have logs of {job} is alive")
+        waits = len(candidates) == 1 and request.wait_ms > 0 and self._waiting.acquire(blocking=False)
+        try:
+            if waits:
+                asked.wait_ms = min(request.wait_ms, int(WAIT_S_MAX * 1000))
+            agent, chunk = self._ask(candidates, asked, context)
+        finally:
+            if waits:
+                self._waiting.release()
+        with self._places_lock:
+            self._places[place] = agent
+            while len(self._places) > LOG_PLACES_KEPT:
+                self._places.popitem(last=False)
+        return pb.JobLogChunk(
+            data=chunk.data,
+            next_offset=chunk.next_offset,
+            attempt=chunk.attempt or attempt,
+            agent=agent,
+            eof=chunk.eof,
+        )
+
+    def _candidates(
+        self, status: JobStatus, attempt: int, place: tuple[str, int, int]
+    ) -> list[tuple[AgentName, str]]:
+        """Agents that may have the log, with their addresses, the only one if it is known."""
+        with self._places_lock:
+            agent = self._places.get(place)
+        if attempt == status.attempt:
+            rank = place[2]
+            agent = next(
+                (m.agent for m in status.members if m.first_rank <= rank < m.first_rank + m.nproc), agent
+            )
+            if agent is None:
+                raise NotFound(
+                    ErrorCode.NOT_FOUND,
+                    f"attempt {attempt} has no rank {rank}",
+                    fix=f"use 0 to {status.world_size - 1}" if status.world_size else "",
+                )
+        if agent is not None:
+            node = self._record(self._keys.node(agent), NodeRecord)
+            return [] if node is None else [(agent, node.address)]
+        # Nothing remembers where older attempts ran: whoever has the file answers.
+        found = []
+        for kv in self._mirror.prefix(self._keys.agents):
+            parsed = self._keys.parse(kv.key)
+            if parsed is not None and parsed.kind == "node":
+                found.append((parsed.agent, codec.decode(NodeRecord, kv.value).address))
+        return found[:AGENTS_ASKED_MAX]
+
+    def _ask(
+        self,
+        candidates: list[tuple[AgentName, str]],
+        asked: agent_pb.ReadLogRequest,
+        context: grpc.ServicerContext,
+    ) -> tuple[AgentName, agent_pb.LogChunk]:
+        deadline_s = AGENT_DEADLINE_S + asked.wait_ms / 1000
+        calls = []
+        for agent, address in candidates:
+            stub = agent_pb2_grpc.AgentStub(self._channels.get(agent, address))  # type: ignore[no-untyped-call]
+            calls.append((agent, stub.ReadLog.future(asked, timeout=deadline_s)))
+        # A client that hangs up must not leave a waiting call behind at the agent.
+        context.add_callback(lambda: _cancel(calls))
+        problems: list[tuple[AgentName, grpc.RpcError]] = []
+        for agent, call in calls:
+            try:
+                return agent, call.result()
+            except grpc.FutureCancelledError as error:
+                raise Unavailable(ErrorCode.AGENT_UNAVAILABLE, "the call was given up") from error
+            except grpc.RpcError as error:
+                problems.append((agent, error))
+        grave = [found for found in problems if found[1].code() is not grpc.StatusCode.NOT_FOUND]
+        if not grave:
+            raise NotFound(ErrorCode.NOT_FOUND, f"no agent has this log of rank {asked.rank}")
+        silent, why = grave[0]
+        raise Unavailable(
+            ErrorCode.AGENT_UNAVAILABLE,
+            f"agent {silent} did not give its log: {why.details() or why.code().name}",
+            fix="try again; logs stay on the machine that wrote them",
+        )
+
+    # Leaves.
+
+    def _wait_for_first_list(self) -> None:
+        if not self._mirror.revision and not self._mirror.wait_for(1, FIRST_LIST_S):
+            raise Unavailable(
+                ErrorCode.MIRROR_STALE,
+                "this replica has not read etcd yet",
+                fix="ask another replica, or see whether etcd is up",
+            )
+
+    def _wait_for_change(
+        self, prefix: str, after_revision: int, wait_ms: int, context: grpc.ServicerContext
+    ) -> None:
+        """Wait until something under ``prefix`` has changed; at once if that is unclear."""
+        end = time.monotonic() + min(wait_ms / 1000, WAIT_S_MAX)
+        seen = self._mirror.revision
+        if seen > after_revision or not self._waiting.acquire(blocking=False):
+            return
+        try:
+            before = _fingerprint(self._mirror.prefix(prefix))
+            while context.is_active() and (left_s := end - time.monotonic()) > 0:
+                if not self._mirror.wait_for(seen + 1, min(left_s, 1.0)):
+                    continue
+                seen = self._mirror.revision
+                if _fingerprint(self._mirror.prefix(prefix)) != before:
+                    return
+        finally:
+            self._waiting.release()
+
+    def _record(self, key: str, kind: type[T]) -> T | None:
+        kv = self._mirror.get(key)
+        return None if kv is None else codec.decode(kind, kv.value)
+
+    def _job_names(self) -> list[str]:
+        found = []
+        for kv in self._mirror.prefix(self._keys.jobs):
+            parsed = self._keys.parse(kv.key)
+            if parsed is not None and parsed.kind == "spec":
+                found.append(parsed.job)
+        return list(found)
+
+    def _warnings(self, spec: JobSpec) -> list[str]:
+        fit = 0
+        alive = 0
+        for kv in self._mirror.prefix(self._keys.agents):
+            parsed = self._keys.parse(kv.key)
+            if parsed is None or parsed.kind != "node":
+                continue
+            try:
+                node = codec.decode(NodeRecord, kv.value)
+            except DtrainError:
+                continue
+            alive += 1
+            fit += node.slots >= spec.nproc_per_node
+        if fit >= spec.nnodes_min:
+            return []
+        if alive >= spec.nnodes_min:
+            return [
+                f"{fit} of {alive} agents have {spec.nproc_per_node} slots, {spec.nnodes_min} are needed: "
+                "the job waits for more"
+            ]
+        return [f"{alive} agents are alive, {spec.nnodes_min} are needed: the job waits for more"]
+
+
+def _fingerprint(items: list[KeyValue]) -> tuple[int, int]:
+    return len(items), max((kv.mod_revision for kv in items), default=0)
+
+
+def _cancel(calls: list[tuple[AgentName, Any]]) -> None:
+    for _, call in calls:
+        call.cancel()

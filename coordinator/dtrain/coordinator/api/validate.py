@@ -1,0 +1,69 @@
+"""What a job may look like, checked before it is stored. Pure."""
+
+import math
+
+from dtrain.protocol.errors import ErrorCode, Refused
+from dtrain.protocol.ids import parse_name
+from dtrain.protocol.job import JobSpec
+
+NODES_MAX = 10_000
+RANKS_PER_NODE_MAX = 1_024
+ENV_BYTES_MAX = 64 * 1024
+PRELOAD_MAX = 64
+KEEP_LAST_MAX = 1_000
+STORES = ("/", "file:///", "s3://", "memory://")
+
+
+def check(spec: JobSpec) -> None:
+    """Return if ``spec`` can be run, as far as its values tell.
+
+    Raises:
+        Refused: BAD_NAME or BAD_JOB_FILE, naming the field.
+    """
+    parse_name(spec.name, "job")
+    _between("nnodes", spec.nnodes_min, 1, NODES_MAX)
+    _between("nnodes", spec.nnodes_max, spec.nnodes_min, NODES_MAX)
+    _between("nproc_per_node", spec.nproc_per_node, 1, RANKS_PER_NODE_MAX)
+    if not spec.entry.target.strip():
+        raise _bad("script", "is empty", "name a script, a module or a command")
+    if spec.working_dir and not spec.working_dir.startswith("/"):
+        raise _bad("working_dir", "is not an absolute path", "use a path that exists on every machine")
+    texts = [spec.entry.target, *spec.entry.args, spec.working_dir, *spec.env, *spec.env.values()]
+    if any("\0" in text for text in texts):
+        raise _bad("args and env", "hold a NUL character", "remove it")
+    for name in spec.env:
+        if not name or "=" in name:
+            raise _bad("env", f"has a variable named {name[:40]!r}", "use NAME: value")
+    size = sum(len(name) + len(value) for name, value in spec.env.items())
+    if size > ENV_BYTES_MAX:
+        raise _bad("env", f"takes {size} bytes", f"use at most {ENV_BYTES_MAX}")
+    if len(spec.preload) > PRELOAD_MAX:
+        raise _bad("preload", f"has {len(spec.preload)} modules", f"use at most {PRELOAD_MAX}")
+    policy = spec.checkpoint
+    if policy.store and not policy.store.startswith(STORES):
+        raise _bad(
+            "checkpoint.store",
+            f"{policy.store[:80]!r} is not a store",
+            "use s3://bucket/prefix or file:///path",
+        )
+    _between("checkpoint.every_steps", policy.every_steps, 0, 10**12)
+    _between("checkpoint.keep_last", policy.keep_last, 1, KEEP_LAST_MAX)
+    _seconds("checkpoint.every_seconds", policy.every_seconds, 0.0)
+    _seconds("checkpoint.timeout", policy.timeout_s, 1.0)
+    _between("restarts.max", spec.restarts.max_restarts, 0, 10**6)
+    _seconds("restarts.window", spec.restarts.window_s, 1.0)
+    _seconds("shutdown_grace", spec.shutdown_grace_s, 0.0)
+
+
+def _between(field: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise _bad(field, f"is {value}", f"use {least} to {most}")
+
+
+def _seconds(field: str, value: float, least: float) -> None:
+    if not math.isfinite(value) or value < least:
+        raise _bad(field, f"is {value} seconds", f"use {least:g} or more")
+
+
+def _bad(field: str, what: str, fix: str) -> Refused:
+    return Refused(ErrorCode.BAD_JOB_FILE, f"{field} {what}", fix=fix)

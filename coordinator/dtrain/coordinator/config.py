@@ -1,0 +1,82 @@
+"""Settings of a coordinator. Standard library only: the guardian reads them too."""
+
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dtrain.protocol.errors import ErrorCode, Refused
+from dtrain.protocol.ids import ClusterName, ReplicaId, parse_name
+from dtrain.runtime.config import ETCD, EtcdOptions, Setting, etcd_options, parse, switch
+
+TTL_S_MIN, TTL_S_MIN_SHORT = 5, 2
+
+SETTINGS = (
+    Setting("cluster", "name of the cluster: everything lives under /dtrain/<cluster>/ in etcd", "default"),
+    Setting("id", "name of this replica, unique in the cluster (default: from the host name)", ""),
+    Setting("listen", "address to serve the API on; port 0 picks a free one", "127.0.0.1:7070"),
+    Setting("advertise", "address that clients reach it under (default: the one listened on)", ""),
+    Setting("ttl", "seconds that a silent leader is trusted; 5 is the fast profile", 10, int),
+    Setting("allow-short-ttl", "tests only: a TTL below 5 seconds", False, switch),
+    Setting("default-store", "where jobs that name no store keep their checkpoints", ""),
+    Setting("log-json", "one JSON object per line (default: unless stderr is a terminal)", None, switch),
+    *ETCD,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What one replica needs to know.
+
+    ``ttl_s`` is also what agents' leases are taken to last: the fleet uses one profile.
+    """
+
+    cluster: ClusterName
+    replica: ReplicaId
+    listen: str
+    advertise: str
+    ttl_s: int
+    allow_short_ttl: bool
+    default_store: str
+    log_json: bool | None
+    etcd: EtcdOptions
+
+    def __post_init__(self) -> None:
+        least = TTL_S_MIN_SHORT if self.allow_short_ttl else TTL_S_MIN
+        if self.ttl_s < least:
+            raise Refused(
+                ErrorCode.BAD_SETTING,
+                f"a TTL of {self.ttl_s} s leaves no time to renew it",
+                fix=f"use {least} s or more; 10 rides out an election of etcd's",
+            )
+        for setting, address in (("listen", self.listen), ("advertise", self.advertise)):
+            host, _, port = address.rpartition(":")
+            if address and not (host and port.isdecimal() and int(port) < 65536):
+                raise Refused(
+                    ErrorCode.BAD_SETTING, f"--{setting} cannot be {address!r}", fix="use host:port"
+                )
+
+
+def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
+    """Read the settings.
+
+    Raises:
+        Refused: BAD_SETTING or BAD_NAME.
+        SystemExit: ``--help``, or an unknown flag.
+    """
+    values = parse("dtrain coordinator", "One replica of the coordinator.", SETTINGS, argv, environ)
+    return Config(
+        ClusterName(parse_name(values["cluster"], "cluster")),
+        ReplicaId(parse_name(values["id"] or _from_host(), "replica")),
+        values["listen"],
+        values["advertise"],
+        values["ttl"],
+        values["allow-short-ttl"],
+        values["default-store"],
+        values["log-json"],
+        etcd_options(values),
+    )
+
+
+def _from_host() -> str:
+    name = socket.gethostname().split(".")[0].lower()
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in name)[:63].strip("-") or "coordinator"

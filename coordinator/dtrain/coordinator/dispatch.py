@@ -1,0 +1,144 @@
+"""Calls to agents: short, with a deadline, never waiting for one another.
+
+An answer says only that a command arrived; its outcome comes back in the
+agent's snapshot. Of what supersedes each other only the newest is in flight, so
+that a frozen agent never collects a queue.
+"""
+
+import threading
+from collections.abc import Callable
+
+import grpc
+
+from dtrain.coordinator.core.decisions import Directed
+from dtrain.protocol import wire
+from dtrain.protocol.commands import AbortCheckpoint, BeginCheckpoint, Command, ConfirmCheckpoint
+from dtrain.protocol.ids import AgentName
+from dtrain.protocol.pb import agent_pb2 as pb
+from dtrain.protocol.pb import agent_pb2_grpc
+
+COMMAND_DEADLINE_S = 2.0
+CHANNELS_IDLE_MAX = 2000
+"""More open channels than this and the ones used longest ago are closed."""
+
+CHANNEL_OPTIONS = (
+    # A restarted agent is usable again within a second, not after the library's 20.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # The control plane must not go through a proxy meant for users' downloads.
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.enable_retries", 0),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+)
+
+REFUSED = "refused"
+TIMED_OUT = "timed out"
+REJECTED = "rejected"
+
+_Key = tuple[AgentName, str, str]
+
+
+class Channels:
+    """One channel per agent and address, opened when first used. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[AgentName, tuple[str, grpc.Channel]] = {}
+
+    def get(self, agent: AgentName, address: str) -> grpc.Channel:
+        """Return the agent's channel; one to a former address is closed."""
+        stale: list[grpc.Channel] = []
+        with self._lock:
+            known = self._open.pop(agent, None)
+            if known is None or known[0] != address:
+                if known is not None:
+                    stale.append(known[1])
+                known = (address, grpc.insecure_channel(address, options=CHANNEL_OPTIONS))
+            # Put back last: the dictionary's order is the order of use.
+            self._open[agent] = known
+            while len(self._open) > CHANNELS_IDLE_MAX:
+                stale.append(self._open.pop(next(iter(self._open)))[1])
+        for channel in stale:
+            channel.close()
+        return known[1]
+
+    def close(self) -> None:
+        """Close all channels; calls in flight are cancelled."""
+        with self._lock:
+            channels, self._open = [channel for _, channel in self._open.values()], {}
+        for channel in channels:
+            channel.close()
+
+
+class Dispatcher:
+    """Sends commands. ``on_done(directed, ok, problem)`` runs on a grpc thread: it must only enqueue."""
+
+    def __init__(self, channels: Channels, on_done: Callable[[Directed, bool, str], None]) -> None:
+        self._channels = channels
+        self._on_done = on_done
+        self._lock = threading.Lock()
+        self._flying: dict[_Key, grpc.Future[pb.Ack]] = {}
+        self._closed = False
+
+    def send(self, directed: Directed) -> None:
+        """Begin the call; returns at once. An older one that this supersedes is cancelled, unreported."""
+        channel = self._channels.get(directed.agent, directed.address)
+        stub = agent_pb2_grpc.AgentStub(channel)  # type: ignore[no-untyped-call]
+        key = (directed.agent, directed.command.header.job, _lane(directed.command))
+        with self._lock:
+            if self._closed:
+                return
+            superseded = self._flying.pop(key, None)
+        if superseded is not None:
+            superseded.cancel()
+        call: grpc.Future[pb.Ack] = stub.Execute.future(
+            wire.command_to_pb(directed.command), timeout=COMMAND_DEADLINE_S, wait_for_ready=False
+        )
+        with self._lock:
+            self._flying[key] = call
+        call.add_done_callback(lambda done: self._finished(key, directed, done))
+
+    def close(self) -> None:
+        """Send nothing more and drop what is in flight."""
+        with self._lock:
+            self._closed = True
+            calls, self._flying = list(self._flying.values()), {}
+        for call in calls:
+            call.cancel()
+
+    def _finished(self, key: _Key, directed: Directed, call: grpc.Future[pb.Ack]) -> None:
+        with self._lock:
+            if self._flying.get(key) is call:
+                del self._flying[key]
+        if call.cancelled():
+            return
+        try:
+            ack = call.result()
+        except grpc.RpcError as error:
+            self._on_done(directed, False, _problem(error))
+            return
+        if ack.accepted:
+            self._on_done(directed, True, "")
+        else:
+            self._on_done(directed, False, f"{REJECTED}: {ack.message}")
+
+
+def _lane(command: Command) -> str:
+    """Return what supersedes what: the attempt's commands each other, a checkpoint's its own."""
+    match command:
+        case BeginCheckpoint() | AbortCheckpoint() | ConfirmCheckpoint():
+            return f"checkpoint/{command.seq}"
+        case _:
+            return "attempt"
+
+
+def _problem(error: grpc.RpcError) -> str:
+    code = error.code()
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return REFUSED
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return TIMED_OUT
+    # The agent answered, so it is there; what it said is for the log.
+    return f"{REJECTED}: {code.name}: {error.details()}"

@@ -1,0 +1,302 @@
+"""The composition root: parse, build, start, end.
+
+Threads: the loop owns all state; the mirror's, the lease's, two that commit,
+two that work at the store, and those of grpc hand it values through one queue.
+A thread that dies takes the process with it: a replica that looks healthy and
+is not would be worse than none.
+"""
+
+import gc
+import importlib.metadata
+import os
+import queue
+import secrets
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from dtrain.coordinator import config
+from dtrain.coordinator.api.records import Operators
+from dtrain.coordinator.api.server import Server, waiting_slots
+from dtrain.coordinator.api.servicers import CoordinatorServicer, Identity
+from dtrain.coordinator.config import Config
+from dtrain.coordinator.core.decisions import Decision, Directed, Work
+from dtrain.coordinator.core.plan import plan
+from dtrain.coordinator.core.views import Moment
+from dtrain.coordinator.dispatch import Channels, Dispatcher
+from dtrain.coordinator.driver import Driver, Plan
+from dtrain.coordinator.leadership.lease import Leadership
+from dtrain.coordinator.persistence import Committer, Deposed
+from dtrain.coordinator.work import Merge, Stores, Worker
+from dtrain.coordinator.world import World
+from dtrain.protocol.cluster import ReplicaRecord
+from dtrain.protocol.errors import DtrainError
+from dtrain.protocol.ids import JobName, Term
+from dtrain.protocol.keys import Keys
+from dtrain.runtime import log
+from dtrain.runtime.clock import Clock, SystemClock
+from dtrain.runtime.config import EtcdOptions
+from dtrain.storage.etcd.endpoints import Tls
+from dtrain.storage.etcd.mirror import Change, Mirror
+from dtrain.storage.etcd.port import Etcd
+from dtrain.storage.etcd.session import Session, attach
+from dtrain.storage.etcd.transport import GatewayEtcd
+
+EX_SOFTWARE = 70
+"""A thread died: a bug."""
+
+EX_TEMPFAIL = 75
+"""Leadership was lost: the guardian starts a fresh process."""
+
+EX_CONFIG = 78
+"""The settings, or etcd itself, need a person."""
+
+QUEUE_MAX = 100_000
+HEARD_EVERY_S = 0.5
+LOOP_S_MAX = 0.25
+COMMIT_THREADS = 2
+WORK_THREADS = 2
+API_GRACE_S = 0.05
+
+_WARNINGS = frozenset({"commit failed", "command failed", "work failed", "record unusable", "brake"})
+
+Event = Callable[[float], None]
+"""Something that happened, to be told to the driver at an instant."""
+
+
+class Coordinator:
+    """One replica, wired. ``end_process`` ends it at once, whichever thread calls."""
+
+    def __init__(
+        self,
+        settings: Config,
+        etcd: Etcd,
+        session: Session,
+        *,
+        clock: Clock,
+        decide: Plan,
+        merge_manifests: Merge,
+        end_process: Callable[[int], None] = os._exit,
+    ) -> None:
+        self._session = session
+        self._clock = clock
+        self._end_process = end_process
+        self._log = log.get("coordinator").bind(replica=settings.replica)
+        self._events: queue.Queue[Event] = queue.Queue(QUEUE_MAX)
+        self._stopping = threading.Event()
+        self._loop = threading.Thread(
+            target=self._guarded, args=(self._run_loop,), name="driver", daemon=True
+        )
+        self._keys = Keys(settings.cluster)
+        version = importlib.metadata.version("dtrain")
+        self._server = Server(settings.listen)
+        self.address = settings.advertise or self._server.address
+        self._mirror = Mirror(
+            etcd,
+            self._keys.root,
+            on_changes=self._on_changes,
+            on_alarm=self._on_alarm,
+            on_failure=lambda error: self._fail(f"the mirror died: {error}"),
+            clock=clock,
+        )
+        self.leadership = Leadership(
+            etcd,
+            session,
+            settings.cluster,
+            ReplicaRecord(settings.replica, self.address, version, socket.gethostname(), os.getpid()),
+            clock=clock,
+            on_term=lambda term: self._tell(lambda now: self._driver.on_term(term, now)),
+            on_over=lambda _why: self._end_process(EX_TEMPFAIL),
+        )
+        self._lease = threading.Thread(
+            target=self._guarded, args=(self.leadership.run,), name="lease", daemon=True
+        )
+        self._channels = Channels()
+        self._dispatcher = Dispatcher(self._channels, self._on_command)
+        self._stores = Stores()
+        self._committer = Committer(etcd, settings.cluster, may_act=self.leadership.may_act)
+        self._worker = Worker(etcd, self._stores, merge_manifests, clock)
+        self._commits = ThreadPoolExecutor(COMMIT_THREADS, "commit")
+        self._works = ThreadPoolExecutor(WORK_THREADS, "work")
+        world = World(
+            settings.cluster,
+            settings.replica,
+            agent_ttl_s=float(settings.ttl_s),
+            default_store=settings.default_store,
+        )
+        self._driver = Driver(world, decide, self)
+        self._servicer = CoordinatorServicer(
+            Identity(settings.cluster, settings.replica, version),
+            self._mirror,
+            Operators(etcd, settings.cluster, clock),
+            self._channels,
+            self._stores,
+            term=self._acting_term,
+            waiting=waiting_slots(),
+        )
+
+    def start(self) -> None:
+        """Start all threads and serve; returns at once."""
+        self._loop.start()
+        self._mirror.start()
+        self._lease.start()
+        self._server.start(self._servicer)
+        self._log.info("coordinator started", address=self.address)
+
+    def resign(self) -> None:
+        """Stop acting and serving, quickly; what is in flight is for the successor to resolve."""
+        self.leadership.stop()
+        self._stopping.set()
+        self._session.set_clean_stop()
+        self._dispatcher.close()
+        self._server.stop(API_GRACE_S)
+        self._log.info("coordinator resigned")
+
+    def close(self) -> None:
+        """Free everything, at leisure: for tests that go on living."""
+        self._stopping.set()
+        self._loop.join(5.0)
+        self._lease.join(5.0)
+        self._mirror.close()
+        self._commits.shutdown(wait=True, cancel_futures=True)
+        self._works.shutdown(wait=True, cancel_futures=True)
+        self._channels.close()
+        self._stores.close()
+
+    # The driver's ports; its thread calls them.
+
+    def commit(self, job: JobName, term: Term, decision: Decision) -> None:
+        self._commits.submit(self._guarded, lambda: self._commit(job, term, decision))
+
+    def send(self, directed: Directed) -> None:
+        if self.leadership.may_act():
+            self._dispatcher.send(directed)
+
+    def start_work(self, job: JobName, work: Work) -> None:
+        self._works.submit(self._guarded, lambda: self._work(job, work))
+
+    def log(self, event: str, **fields: Any) -> None:
+        (self._log.warning if event in _WARNINGS else self._log.info)(event, **fields)
+
+    def moment(self, now: float) -> Moment:
+        return Moment(now, self._clock.wall(), secrets.token_hex(8))
+
+    # The threads.
+
+    def _run_loop(self) -> None:
+        heard_at = 0.0
+        while not self._stopping.is_set():
+            self._session.beat()
+            now = self._clock.monotonic()
+            if now - heard_at >= HEARD_EVERY_S:
+                heard_at = now
+                if (age_s := self._mirror.age_s()) != float("inf"):
+                    self._driver.on_heard(now - age_s, now)
+            wake_at = self._driver.wake_at
+            if wake_at is not None and now >= wake_at:
+                self._driver.on_tick(now)
+                wake_at = self._driver.wake_at
+            wait_s = LOOP_S_MAX if wake_at is None else min(LOOP_S_MAX, wake_at - now)
+            # A tenth of the TTL is how often the guardian wants to see this loop alive.
+            wait_s = min(wait_s, max(0.05, self._session.ttl_s / 10))
+            try:
+                event = self._events.get(timeout=wait_s) if wait_s > 0 else self._events.get_nowait()
+            except queue.Empty:
+                continue
+            event(self._clock.monotonic())
+
+    def _commit(self, job: JobName, term: Term, decision: Decision) -> None:
+        outcome = self._committer.commit(term, decision)
+        if isinstance(outcome, Deposed) and not self._stopping.is_set():
+            self._log.error("deposed", job=job, term=term)
+            self._end_process(EX_TEMPFAIL)
+        self._tell(lambda now: self._driver.on_txn(job, outcome, now))
+
+    def _work(self, job: JobName, work: Work) -> None:
+        result = self._worker.run(work)
+        self._tell(lambda now: self._driver.on_work(job, result, now))
+
+    def _on_changes(self, changes: tuple[Change, ...], revision: int) -> None:
+        for change in changes:
+            if change.key == self._keys.leader:
+                # Past the queue: a standby's reaction to a fallen leader is a matter of milliseconds.
+                self.leadership.nudge(change.after)
+        self._tell(lambda now: self._driver.on_changes(changes, revision, now))
+
+    def _on_command(self, directed: Directed, ok: bool, problem: str) -> None:
+        self._tell(lambda now: self._driver.on_command(directed, ok, problem, now))
+
+    def _on_alarm(self, error: DtrainError) -> None:
+        # Deciding from an etcd that forgot could take committed checkpoints for garbage.
+        self._log.critical("etcd is not the one it was", error=error.message, fix=error.fix)
+        self._end_process(EX_CONFIG)
+
+    def _tell(self, event: Event) -> None:
+        try:
+            self._events.put(event, timeout=5.0)
+        except queue.Full:
+            self._fail(f"{QUEUE_MAX} events wait for the driver")
+
+    def _acting_term(self) -> Term | None:
+        return self.leadership.term if self.leadership.may_act() else None
+
+    def _guarded(self, body: Callable[[], None]) -> None:
+        try:
+            body()
+        except BaseException:  # noqa: BLE001 - whatever it is, the process must not outlive it
+            self._log.critical("thread died", thread=threading.current_thread().name, exc_info=True)
+            self._end_process(EX_SOFTWARE)
+
+    def _fail(self, why: str) -> None:
+        self._log.critical("coordinator failed", reason=why)
+        self._end_process(EX_SOFTWARE)
+
+
+def open_etcd(options: EtcdOptions, clock: Clock) -> Etcd:
+    """Return the client for the settings; it connects when first used."""
+    tls = Tls(options.cacert or None, options.cert or None, options.key or None)
+    return GatewayEtcd(options.endpoints, tls=tls, user=options.user, password=options.password, clock=clock)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Be the guardian's child until told to stop. Ends the process itself.
+
+    Exit codes: 0 stopped, 70 a bug, 75 leadership lost, 78 a person is needed.
+    """
+    from dtrain.coordinator.core.manifest import merge
+
+    clock = SystemClock()
+    try:
+        session = attach()
+        settings = config.load(argv, os.environ)
+        log.configure(json_lines=settings.log_json, component=f"coordinator/{settings.replica}")
+        coordinator = Coordinator(
+            settings,
+            open_etcd(settings.etcd, clock),
+            session,
+            clock=clock,
+            decide=plan,
+            merge_manifests=merge,
+        )
+    except DtrainError as error:
+        cause = f": {error.cause}" if error.cause else ""
+        fix = f"\n  fix: {error.fix}" if error.fix else ""
+        sys.stderr.write(f"dtrain coordinator: {error.message}{cause} ({error.code.value}){fix}\n")
+        return EX_CONFIG
+    told = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: told.set())
+    coordinator.start()
+    session.set_started()
+    gc.collect()
+    # What exists now lives as long as the process: collections need not walk it again.
+    gc.freeze()
+    told.wait()
+    coordinator.resign()
+    sys.stderr.flush()
+    # No teardown: each millisecond of it is one without a leader.
+    os._exit(0)

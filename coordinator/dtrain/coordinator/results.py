@@ -1,0 +1,50 @@
+"""What background work answers: facts for the next view."""
+
+from dataclasses import dataclass
+
+from dtrain.coordinator.core.decisions import CollectGarbage, ProbeStore, SweepOrphans, VerifyCheckpoint, Work
+from dtrain.coordinator.core.views import Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """``verdict.at`` is set by the driver."""
+
+    work: VerifyCheckpoint
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """``problem`` "": the blobs are gone, and the tombstone may go too."""
+
+    work: CollectGarbage
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """``deleted`` blobs and uploads; ``problem``: why the sweep stood still."""
+
+    work: SweepOrphans
+    deleted: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """``problem`` "": the store answers."""
+
+    work: ProbeStore
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkCrashed:
+    """The work itself failed in a way that nobody foresaw."""
+
+    work: Work
+    problem: str
+
+
+WorkResult = Verified | Collected | Swept | Probed | WorkCrashed

@@ -1,0 +1,341 @@
+"""Work that takes long: everything a leader does at the object store.
+
+Runs in a small pool, ends in a ``WorkResult``, changes no record in etcd. Each
+piece may be cut off and repeated at any point, here or by another leader.
+"""
+
+import gzip
+import hashlib
+import io
+import re
+import secrets
+import threading
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TypeVar, assert_never
+
+from dtrain.coordinator.core.decisions import CollectGarbage, ProbeStore, SweepOrphans, VerifyCheckpoint, Work
+from dtrain.coordinator.core.views import Verdict
+from dtrain.coordinator.results import Collected, Probed, Swept, Verified, WorkCrashed, WorkResult
+from dtrain.protocol import codec
+from dtrain.protocol.checkpoint import (
+    MANIFEST_BYTES_MAX,
+    CommitRecord,
+    Garbage,
+    Latest,
+    Manifest,
+    OpenRecord,
+    RankManifest,
+    blob_prefix,
+    job_root,
+    manifest_key,
+)
+from dtrain.protocol.errors import (
+    DtrainError,
+    ErrorCode,
+    NotFound,
+    OutcomeUnknown,
+    Refused,
+    Unavailable,
+)
+from dtrain.protocol.ids import ClusterName, JobName
+from dtrain.protocol.job import JobStatus
+from dtrain.protocol.keys import Keys
+from dtrain.protocol.snapshot import DurablePart
+from dtrain.runtime import retry
+from dtrain.runtime.clock import Clock, iso
+from dtrain.storage.blobs import digest
+from dtrain.storage.blobs.open import open_store
+from dtrain.storage.blobs.port import BlobStore
+from dtrain.storage.blobs.probe import probe
+from dtrain.storage.etcd.port import Etcd, Get, KeyValue, Txn, prefix_end
+
+T = TypeVar("T")
+
+Merge = Callable[..., Manifest]
+
+MANIFEST_BYTES_UNPACKED_MAX = 128 * 1024 * 1024
+"""A manifest that unpacks to more than this is damage, or an attack."""
+
+_BLOB = re.compile(r"blobs/(\d{20})/(\d{6})-([0-9a-f]+)/")
+_MANIFEST = re.compile(r"manifests/(\d{20})-(\d{6})-([0-9a-f]+)-[0-9a-f]+\.json\.gz")
+_Triple = tuple[int, int, str]
+
+
+class Stores:
+    """Store clients by URI, made when first used: an idle replica loads no S3 library."""
+
+    def __init__(self, opener: Callable[[str], BlobStore] = open_store) -> None:
+        self._open = opener
+        self._lock = threading.Lock()
+        self._stores: dict[str, BlobStore] = {}
+
+    def get(self, uri: str) -> BlobStore:
+        """Return the client for ``uri``, always the same one."""
+        with self._lock:
+            if uri not in self._stores:
+                self._stores[uri] = self._open(uri)
+            return self._stores[uri]
+
+    def close(self) -> None:
+        """Close all clients."""
+        with self._lock:
+            stores, self._stores = self._stores, {}
+        for store in stores.values():
+            store.close()
+
+
+class Worker:
+    """Does work. Safe for several threads; every call ends in a result, never in an exception."""
+
+    def __init__(self, etcd: Etcd, stores: Stores, merge: Merge, clock: Clock) -> None:
+        self._etcd = etcd
+        self._stores = stores
+        self._merge = merge
+        self._clock = clock
+
+    def run(self, work: Work) -> WorkResult:
+        """Do one piece of work."""
+        try:
+            match work:
+                case VerifyCheckpoint():
+                    return Verified(work, self._verify(work))
+                case CollectGarbage():
+                    return self._collect(work)
+                case SweepOrphans():
+                    return self._sweep(work)
+                case ProbeStore():
+                    return self._probe(work)
+                case _:
+                    assert_never(work)
+        except Exception as error:  # noqa: BLE001 - the pool's thread must live on
+            return WorkCrashed(work, f"{type(error).__name__}: {error}")
+
+    # Verify and merge.
+
+    def _verify(self, work: VerifyCheckpoint) -> Verdict:
+        seq, nonce = work.record.seq, work.record.nonce
+        try:
+            manifest, key, data = self._merged(work)
+        except (Unavailable, OutcomeUnknown) as error:
+            return Verdict(seq, nonce, ok=False, retry=True, problem=error.message)
+        except DtrainError as error:
+            return Verdict(seq, nonce, ok=False, problem=error.message)
+        return Verdict(
+            seq,
+            nonce,
+            ok=True,
+            manifest=key,
+            manifest_bytes=len(data),
+            digest=hashlib.sha256(data).hexdigest(),
+            size_bytes=manifest.bytes,
+        )
+
+    def _merged(self, work: VerifyCheckpoint) -> tuple[Manifest, str, bytes]:
+        store = self._stores.get(work.store)
+        record = work.record
+        root = job_root(work.cluster, work.job, work.uid)
+        prefix = blob_prefix(root, record.seq, record.attempt, record.nonce)
+        manifests = [self._rank_manifest(store, prefix, part) for part in work.parts]
+        for manifest in manifests:
+            for blob in manifest.blobs:
+                if not blob.key.startswith(f"{prefix}/"):
+                    raise _unfit(f"rank {manifest.rank} names {blob.key}, which is not of this checkpoint")
+                found = _ask(partial(store.head, blob.key))
+                if found.size_bytes != blob.bytes:
+                    raise _unfit(f"{blob.key} holds {found.size_bytes} bytes, not {blob.bytes}")
+                if found.crc32c and found.crc32c.lower() != blob.crc.lower():
+                    raise _unfit(f"{blob.key} has the checksum {found.crc32c}, not {blob.crc}")
+        merged = self._merge(
+            cluster=work.cluster,
+            job=work.job,
+            uid=work.uid,
+            record=record,
+            parts=tuple(manifests),
+            parent=work.parent,
+            created=iso(self._clock.wall()),
+        )
+        # mtime 0 and no name: the bytes are a function of the manifest alone.
+        data = gzip.compress(codec.canonical(codec.to_json(merged)), compresslevel=6, mtime=0)
+        if len(data) > MANIFEST_BYTES_MAX:
+            raise _unfit(f"its manifest takes {len(data)} bytes, the limit is {MANIFEST_BYTES_MAX}")
+        key = manifest_key(root, record.seq, record.attempt, record.nonce, secrets.token_hex(4))
+        _ask(lambda: store.put(key, [data], chunk_crcs=[digest.crc32c(data)]), idempotent=True)
+        return merged, key, data
+
+    def _rank_manifest(self, store: BlobStore, prefix: str, part: DurablePart) -> RankManifest:
+        if not part.manifest.startswith(f"{prefix}/"):
+            raise _unfit(f"rank {part.rank} reports {part.manifest}, which is not of this checkpoint")
+        data = _ask(lambda: store.get(part.manifest))
+        if hashlib.sha256(data).hexdigest() != part.digest:
+            raise _unfit(f"{part.manifest} is not what rank {part.rank} reported")
+        manifest = codec.decode(RankManifest, unpack(data), bytes_max=MANIFEST_BYTES_UNPACKED_MAX)
+        if manifest.rank != part.rank:
+            raise _unfit(f"{part.manifest} is of rank {manifest.rank}, not {part.rank}")
+        return manifest
+
+    # Collect.
+
+    def _collect(self, work: CollectGarbage) -> Collected:
+        try:
+            self._delete_retired(self._stores.get(work.store), work.garbage)
+        except DtrainError as error:
+            return Collected(work, error.message)
+        return Collected(work)
+
+    def _delete_retired(self, store: BlobStore, garbage: Garbage) -> None:
+        try:
+            data = _ask(lambda: store.get(garbage.manifest))
+        except NotFound:
+            # The manifest goes last: without it nothing else of this checkpoint is left.
+            return
+        if hashlib.sha256(data).hexdigest() != garbage.digest:
+            raise _unfit(f"{garbage.manifest} is not the retired one; nothing was deleted")
+        manifest = codec.decode(Manifest, unpack(data), bytes_max=MANIFEST_BYTES_UNPACKED_MAX)
+        root = job_root(manifest.cluster, manifest.job, manifest.uid)
+        prefix = f"{blob_prefix(root, manifest.seq, manifest.attempt, manifest.nonce)}/"
+        if manifest.seq != garbage.seq or not garbage.manifest.startswith(f"{root}/"):
+            raise _unfit(f"{garbage.manifest} is of checkpoint {manifest.seq}; nothing was deleted")
+        listed = _ask(lambda: [info.key for info in store.list(prefix)])
+        for key in [*(blob.key for blob in manifest.blobs), *listed]:
+            if key.startswith(prefix):
+                _ask(partial(store.delete, key), idempotent=True)
+        _ask(lambda: store.delete(garbage.manifest), idempotent=True)
+
+    # Sweep.
+
+    def _sweep(self, work: SweepOrphans) -> Swept:
+        try:
+            return self._delete_orphans(work)
+        except DtrainError as error:
+            return Swept(work, problem=error.message)
+
+    def _delete_orphans(self, work: SweepOrphans) -> Swept:
+        store = self._stores.get(work.store)
+        root = job_root(work.cluster, work.job, work.uid)
+        # The store first, etcd after: blobs exist only after their open record, so what is
+        # listed now and named by no record then can never be committed.
+        keys = _ask(lambda: [info.key for info in store.list(f"{root}/")])
+        uploads = _ask(lambda: list(store.list_unfinished(f"{root}/")))
+        if not keys and not uploads:
+            return Swept(work)
+        records = read_records(self._etcd, work.cluster, work.job)
+        newest = max((found[0] for key in keys if (found := _triple(_MANIFEST, root, key))), default=0)
+        if newest > max(records.latest, records.seq_last):
+            return Swept(
+                work,
+                problem=f"the store holds checkpoint {newest}, etcd knows none after {records.seq_last}: "
+                "etcd may have been restored from a backup; nothing was deleted",
+            )
+        if records.uid != work.uid:
+            return Swept(work, problem="the job was submitted anew; nothing was deleted")
+        deleted = 0
+        for key in keys:
+            of = _triple(_BLOB, root, key) or _triple(_MANIFEST, root, key)
+            # What does not look like ours is not ours to delete.
+            if of is None or of in records.named or key in records.manifests:
+                continue
+            _ask(partial(store.delete, key), idempotent=True)
+            deleted += 1
+        for token in uploads:
+            if not any(_names(token, of) for of in records.named):
+                _ask(partial(store.discard_unfinished, token), idempotent=True)
+                deleted += 1
+        return Swept(work, deleted)
+
+    # Probe.
+
+    def _probe(self, work: ProbeStore) -> Probed:
+        try:
+            probe(self._stores.get(work.store))
+        except DtrainError as error:
+            return Probed(work, error.message + (f" ({error.fix})" if error.fix else ""))
+        return Probed(work)
+
+
+class Records:
+    """What etcd says of one job's checkpoints at one revision."""
+
+    def __init__(self, items: Iterable[KeyValue], keys: Keys) -> None:
+        self.uid = ""
+        self.latest = 0
+        self.seq_last = 0
+        self.named: set[_Triple] = set()
+        self.manifests: set[str] = set()
+        for kv in items:
+            parsed = keys.parse(kv.key)
+            match parsed.kind if parsed else "":
+                case "status":
+                    status = codec.decode(JobStatus, kv.value)
+                    self.uid, self.seq_last = status.uid, status.seq_last
+                case "latest":
+                    self.latest = codec.decode(Latest, kv.value).seq
+                case "open":
+                    opened = codec.decode(OpenRecord, kv.value)
+                    self.named.add((opened.seq, opened.attempt, opened.nonce))
+                case "checkpoint":
+                    commit = codec.decode(CommitRecord, kv.value)
+                    self.named.add((commit.seq, commit.attempt, commit.nonce))
+                    self.manifests.add(commit.manifest)
+                case "garbage":
+                    garbage = codec.decode(Garbage, kv.value)
+                    self.manifests.add(garbage.manifest)
+                    self.named |= _named_by(garbage.manifest)
+
+
+def read_records(etcd: Etcd, cluster: ClusterName, job: JobName) -> Records:
+    """Read what names blobs of ``job``: linearizably, at one revision.
+
+    Raises:
+        Refused: BAD_RECORD; one of them cannot be read, so that nothing may be
+            called an orphan.
+    """
+    keys = Keys(cluster)
+    prefixes = [f"{keys.job(job)}{folder}/" for folder in ("open", "checkpoints", "garbage")]
+    operations = (
+        Get(keys.status(job)),
+        Get(keys.latest(job)),
+        *(Get(prefix, prefix_end(prefix)) for prefix in prefixes),
+    )
+    result = _ask(lambda: etcd.txn(Txn(success=operations)), idempotent=True)
+    return Records((kv for response in result.responses for kv in response), keys)
+
+
+def unpack(data: bytes) -> bytes:
+    """Return gunzipped ``data``, at most ``MANIFEST_BYTES_UNPACKED_MAX`` of it.
+
+    Raises:
+        Refused: BAD_RECORD; not gzip, or it unpacks to more.
+    """
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as packed:
+            unpacked = packed.read(MANIFEST_BYTES_UNPACKED_MAX + 1)
+    except (OSError, EOFError) as error:
+        raise Refused(ErrorCode.BAD_RECORD, f"a manifest is not gzip ({error})") from error
+    if len(unpacked) > MANIFEST_BYTES_UNPACKED_MAX:
+        raise Refused(ErrorCode.BAD_RECORD, "a manifest unpacks to more than its limit")
+    return unpacked
+
+
+def _ask(operation: Callable[[], T], *, idempotent: bool = False) -> T:
+    return retry.call(operation, attempts=3, deadline_s=20.0, idempotent=idempotent)
+
+
+def _triple(pattern: re.Pattern[str], root: str, key: str) -> _Triple | None:
+    found = pattern.match(key.removeprefix(f"{root}/"))
+    return None if found is None else (int(found[1]), int(found[2]), found[3])
+
+
+def _named_by(manifest: str) -> set[_Triple]:
+    found = _MANIFEST.search(manifest)
+    return set() if found is None else {(int(found[1]), int(found[2]), found[3])}
+
+
+def _names(token: str, of: _Triple) -> bool:
+    """Whether an unfinished upload's token, whatever else is in it, belongs to a checkpoint."""
+    seq, attempt, nonce = of
+    return f"{seq:020d}/{attempt:06d}-{nonce}/" in token or f"{seq:020d}-{attempt:06d}-{nonce}-" in token
+
+
+def _unfit(what: str) -> Refused:
+    return Refused(ErrorCode.BLOB_CORRUPT, what)

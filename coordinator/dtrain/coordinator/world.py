@@ -1,0 +1,540 @@
+"""What this replica knows: etcd's records decoded, and what it saw for itself.
+
+Fed by changes of the mirror and by local facts, read as views. Standbys keep it
+too, so that a new leader decides from what it saw before it won. A record that
+cannot be decoded makes its own job untouchable, never the others.
+
+Not thread-safe: the driver owns it.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
+
+from dtrain.coordinator.core.views import AgentView, FleetView, JobView, Stored, Verdict
+from dtrain.protocol import codec
+from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord, Quarantine
+from dtrain.protocol.errors import DtrainError
+from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId, Seq, Term, parse_name
+from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, Intent, JobPhase, JobSpec, JobStatus
+from dtrain.protocol.keys import Keys, Parsed
+from dtrain.protocol.snapshot import NodeRecord, WorkerSnapshot
+from dtrain.storage.etcd.mirror import Change
+from dtrain.storage.etcd.port import KeyValue
+
+T = TypeVar("T")
+
+BRAKE_WINDOW_S = 60.0
+BRAKE_SHARE = 0.3
+BRAKE_AGENTS_MIN = 3
+MIRROR_AGE_S_MAX = 15.0
+LOST_KEPT_S = 3600.0
+STEP_SAMPLES = 8
+AGENT_RENEWALS_PER_S = 700.0
+AGENT_TTL_S_MAX = 120.0
+
+_WAITING_PHASES = frozenset({JobPhase.QUEUED, JobPhase.STARTING, JobPhase.RECOVERING})
+
+
+@dataclass(slots=True)
+class _Cell(Generic[T]):
+    """A record as it came; decoded when first read, since most snapshots never are."""
+
+    kv: KeyValue
+    seen_at: float
+    stored: Stored[T] | None = None
+
+    def read(self, kind: type[T]) -> Stored[T]:
+        if self.stored is None:
+            value = codec.decode(kind, self.kv.value)
+            self.stored = Stored(value, self.kv.mod_revision, self.kv.create_revision, self.seen_at)
+        return self.stored
+
+
+@dataclass(slots=True)
+class _Job:
+    """All that is known of one job. Numbered records by their number."""
+
+    name: JobName
+    single: dict[str, _Cell[Any]] = field(default_factory=dict)
+    """spec, intent, status, latest."""
+    numbered: dict[str, dict[Seq, _Cell[Any]]] = field(default_factory=dict)
+    """open, checkpoint, garbage, bad."""
+    pins: dict[Seq, set[str]] = field(default_factory=dict)
+    events: set[int] = field(default_factory=set)
+    workers: dict[AgentName, _Cell[WorkerSnapshot]] = field(default_factory=dict)
+    departed: dict[AgentName, WorkerSnapshot] = field(default_factory=dict)
+    verdicts: dict[tuple[Seq, str], Verdict] = field(default_factory=dict)
+    collected: set[Seq] = field(default_factory=set)
+    swept_at: float | None = None
+    store_ok: bool | None = None
+    store_problem: str = ""
+    store_probed_at: float | None = None
+    progress: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=STEP_SAMPLES))
+    """(instant, step) of the current attempt, oldest first."""
+    progress_of: tuple[str, int] = ("", 0)
+    """The uid and attempt that ``progress`` is of."""
+    broken: dict[str, str] = field(default_factory=dict)
+    """Why a record cannot be used, by key."""
+    status: JobStatus | None = None
+    """The status record decoded, if it can be."""
+
+    def is_empty(self) -> bool:
+        return not (
+            self.single
+            or self.workers
+            or self.pins
+            or self.events
+            or any(self.numbered.get(kind) for kind in self.numbered)
+        )
+
+
+_SINGLE: dict[str, type] = {"spec": JobSpec, "intent": Intent, "status": JobStatus, "latest": Latest}
+_NUMBERED: dict[str, type] = {
+    "open": OpenRecord,
+    "checkpoint": CommitRecord,
+    "garbage": Garbage,
+    "bad": Quarantine,
+}
+
+
+class World:
+    """The state behind the views; ``touched`` collects jobs that deserve a look."""
+
+    def __init__(
+        self,
+        cluster: ClusterName,
+        replica: ReplicaId,
+        *,
+        agent_ttl_s: float = 10.0,
+        default_store: str = "",
+    ) -> None:
+        self.cluster = cluster
+        self.replica = replica
+        self.default_store = default_store
+        self._agent_ttl_s = agent_ttl_s
+        self._keys = Keys(cluster)
+        self._jobs: dict[JobName, _Job] = {}
+        self._agents: dict[AgentName, AgentView] = {}
+        self._agents_shared = False
+        self._lost_at: dict[AgentName, float] = {}
+        self._losses: deque[tuple[float, AgentName]] = deque()
+        self._cordoned: set[AgentName] = set()
+        self._unreachable: dict[AgentName, float] = {}
+        self._usage: dict[JobName, dict[AgentName, int]] = {}
+        self._used: dict[AgentName, int] = {}
+        self._reserved: dict[JobName, JobStatus] = {}
+        self._waiting: set[JobName] = set()
+        self._heard_at: float | None = None
+        self._touched: set[JobName] = set()
+        self.problems: list[str] = []
+        """Sentences about records outside of jobs that cannot be used; the driver logs them."""
+
+    # What comes in.
+
+    def apply(self, changes: Iterable[Change], now: float) -> None:
+        """Take over changes of the mirror, in order."""
+        self._heard_at = now
+        for change in changes:
+            parsed = self._keys.parse(change.key)
+            if parsed is None:
+                continue
+            match parsed.kind:
+                case "node":
+                    self._node_changed(parsed.agent, change, now)
+                case "cordon":
+                    # Its presence decides; a cordon that cannot be read still keeps ranks away.
+                    (self._cordoned.discard if change.after is None else self._cordoned.add)(parsed.agent)
+                    self._touch_fleet(parsed.agent)
+                case "leader" | "coordinator":
+                    pass
+                case _:
+                    self._job_changed(parsed, change, now)
+
+    def heard(self, at: float) -> None:
+        """The mirror was known to be complete at ``at``."""
+        self._heard_at = at if self._heard_at is None else max(self._heard_at, at)
+
+    def record_verdict(self, job: JobName, verdict: Verdict) -> None:
+        """Remember what verifying an open checkpoint found."""
+        known = self._jobs.get(job)
+        if known is not None and verdict.seq in known.numbered.get("open", {}):
+            known.verdicts[verdict.seq, verdict.nonce] = verdict
+            self._touched.add(job)
+
+    def record_collected(self, job: JobName, seq: Seq) -> None:
+        """Remember that a tombstone's blobs are gone."""
+        known = self._jobs.get(job)
+        if known is not None and seq in known.numbered.get("garbage", {}):
+            known.collected.add(seq)
+            self._touched.add(job)
+
+    def record_swept(self, job: JobName, now: float) -> None:
+        """Remember that orphans were looked for, whatever came of it."""
+        if (known := self._jobs.get(job)) is not None:
+            known.swept_at = now
+            self._touched.add(job)
+
+    def record_probe(self, job: JobName, problem: str, now: float) -> None:
+        """Remember whether the job's store answered."""
+        if (known := self._jobs.get(job)) is not None:
+            known.store_ok, known.store_problem, known.store_probed_at = not problem, problem, now
+            self._touched.add(job)
+
+    def record_reached(self, agent: AgentName, reached: bool, now: float) -> None:
+        """Remember whether an agent answered the newest command."""
+        if reached == (agent not in self._unreachable):
+            return
+        if reached:
+            del self._unreachable[agent]
+        else:
+            self._unreachable[agent] = now
+        self._touch_fleet(agent)
+
+    def reserve(self, job: JobName, status: JobStatus | None) -> None:
+        """Count the slots of a status whose commit is in flight; None: the outcome is known.
+
+        Else two jobs decided in the same moment would take the same slots: each
+        commit is guarded by its own job's records only.
+        """
+        if status is None:
+            self._reserved.pop(job, None)
+        else:
+            self._reserved[job] = status
+        self._count_slots(job)
+
+    def forget_local(self) -> None:
+        """Drop what only a former leadership of this replica can have known."""
+        self._unreachable.clear()
+        self._reserved.clear()
+        for job in sorted(self._jobs):
+            self._count_slots(job)
+
+    # What goes out.
+
+    def take_touched(self) -> list[JobName]:
+        """Return and forget the jobs that deserve a look, in order of name."""
+        touched = sorted(self._touched)
+        self._touched.clear()
+        return touched
+
+    def jobs(self) -> list[JobName]:
+        """Return the names of all jobs in order."""
+        return sorted(self._jobs)
+
+    def job_view(self, name: JobName) -> JobView:
+        """Return everything known of one job; an unknown one is empty."""
+        job = self._jobs.get(name)
+        if job is None:
+            return JobView(name)
+        workers: dict[AgentName, Stored[WorkerSnapshot]] = {}
+        for agent in sorted(job.workers):
+            key = self._keys.worker(agent, name)
+            stored = _read(job, key, job.workers[agent], WorkerSnapshot)
+            if stored is not None:
+                workers[agent] = stored
+        garbage = self._records(job, "garbage", Garbage)
+        return JobView(
+            name,
+            spec=self._record(job, "spec", JobSpec),
+            intent=self._record(job, "intent", Intent),
+            status=self._record(job, "status", JobStatus),
+            open=self._records(job, "open", OpenRecord),
+            commits=self._records(job, "checkpoint", CommitRecord),
+            latest=self._record(job, "latest", Latest),
+            bad={stored.value.seq: stored.value for stored in self._records(job, "bad", Quarantine)},
+            garbage=garbage,
+            pinned=frozenset(job.pins),
+            events=tuple(sorted(job.events)),
+            workers=workers,
+            departed=dict(sorted(job.departed.items())),
+            verdicts=dict(job.verdicts),
+            collected=frozenset(job.collected),
+            swept_at=job.swept_at,
+            store_ok=job.store_ok,
+            store_problem=job.store_problem,
+            store_probed_at=job.store_probed_at,
+            step_rate=_step_rate(job, workers.values()),
+            quarantined=self.quarantine(name),
+        )
+
+    def quarantine(self, name: JobName) -> str:
+        """Return why a job cannot be decided about, or ""."""
+        job = self._jobs.get(name)
+        return job.broken[min(job.broken)] if job is not None and job.broken else ""
+
+    def fleet_view(self, name: JobName, now: float, *, term: Term, took_office_at: float) -> FleetView:
+        """Return the machines as the given job should see them."""
+        self._agents_shared = True
+        return FleetView(
+            cluster=self.cluster,
+            replica=self.replica,
+            term=term,
+            took_office_at=took_office_at,
+            agents=self._agents,
+            lost_at=dict(self._lost_at),
+            cordoned=frozenset(self._cordoned),
+            used=self._used_by_others(name),
+            unreachable=dict(self._unreachable),
+            brake=self.brake(now),
+            agent_ttl_s=self.agent_ttl_s,
+            default_store=self.default_store,
+        )
+
+    @property
+    def agent_ttl_s(self) -> float:
+        """TTL of agents' leases: stretched with the fleet, so that renewals stay bounded."""
+        stretched = 3 * len(self._agents) / AGENT_RENEWALS_PER_S
+        return min(max(self._agent_ttl_s, stretched), max(self._agent_ttl_s, AGENT_TTL_S_MAX))
+
+    def brake(self, now: float) -> str:
+        """Return why nothing may be declared lost now, or ""."""
+        if self._heard_at is None or now - self._heard_at > MIRROR_AGE_S_MAX:
+            return f"etcd has not been heard of for {MIRROR_AGE_S_MAX:.0f} s"
+        gone = {
+            agent
+            for at, agent in self._losses
+            if now - at <= BRAKE_WINDOW_S and agent in self._lost_at and agent not in self._agents
+        }
+        total = len(self._agents) + len(gone)
+        if len(gone) >= BRAKE_AGENTS_MIN and len(gone) > BRAKE_SHARE * total:
+            return f"{len(gone)} of {total} agents vanished within {BRAKE_WINDOW_S:.0f} s"
+        return ""
+
+    def brake_changes_at(self, now: float) -> float | None:
+        """Return when the brake may change by time alone, or None."""
+        instants = [at + BRAKE_WINDOW_S for at, _agent in self._losses]
+        if self._heard_at is not None:
+            instants.append(self._heard_at + MIRROR_AGE_S_MAX)
+        later = [instant for instant in instants if instant > now]
+        # A hair later: at the instant itself the old answer still holds.
+        return min(later) + 0.001 if later else None
+
+    def tidy(self, now: float) -> None:
+        """Forget losses that no decision asks for any more."""
+        while self._losses and now - self._losses[0][0] > BRAKE_WINDOW_S:
+            self._losses.popleft()
+        for agent in [name for name, at in self._lost_at.items() if now - at > LOST_KEPT_S]:
+            if not any(agent in usage for usage in self._usage.values()):
+                del self._lost_at[agent]
+
+    # One change at a time.
+
+    def _node_changed(self, agent: AgentName, change: Change, now: float) -> None:
+        if self._agents_shared:
+            self._agents, self._agents_shared = dict(self._agents), False
+        known = self._agents.get(agent)
+        if change.after is None:
+            if known is not None:
+                del self._agents[agent]
+                self._lost_at[agent] = now
+                self._losses.append((now, agent))
+            self._unreachable.pop(agent, None)
+        else:
+            try:
+                node = codec.decode(NodeRecord, change.after.value)
+            except DtrainError as error:
+                # Unreadable is not gone: nothing is placed there, nothing is called lost.
+                self.problems.append(f"agent {agent} cannot be used: {error.message}")
+                return
+            same = known is not None and known.node.incarnation == node.incarnation
+            self._agents[agent] = AgentView(node, known.seen_at if known is not None and same else now)
+            self._lost_at.pop(agent, None)
+            if not same:
+                self._unreachable.pop(agent, None)
+        self._touch_fleet(agent)
+
+    def _job_changed(self, parsed: Parsed, change: Change, now: float) -> None:
+        job = self._jobs.get(parsed.job)
+        if job is None:
+            if change.after is None or not self._may_name_a_job(parsed.job):
+                return
+            job = self._jobs[parsed.job] = _Job(parsed.job)
+        match parsed.kind:
+            case "worker":
+                self._worker_changed(job, parsed.agent, change, now)
+            case "pin":
+                readers = job.pins.setdefault(parsed.seq, set())
+                (readers.discard if change.after is None else readers.add)(parsed.name)
+                if not readers:
+                    del job.pins[parsed.seq]
+            case "event":
+                (job.events.discard if change.after is None else job.events.add)(parsed.seq)
+            case kind if kind in _SINGLE:
+                self._single_changed(job, kind, change, now)
+            case kind:
+                self._numbered_changed(job, kind, parsed.seq, change, now)
+        # Events are the leader's own notes: nothing is decided from them.
+        if parsed.kind != "event":
+            self._touched.add(job.name)
+        if job.is_empty():
+            del self._jobs[job.name]
+
+    def _may_name_a_job(self, name: JobName) -> bool:
+        try:
+            parse_name(name, "job")
+        except DtrainError as error:
+            self.problems.append(f"a job's records are left alone: {error.message}")
+            return False
+        return True
+
+    def _single_changed(self, job: _Job, kind: str, change: Change, now: float) -> None:
+        before = job.single.get(kind)
+        job.broken.pop(change.key, None)
+        if change.after is None:
+            job.single.pop(kind, None)
+        elif before is None or before.kv.mod_revision != change.after.mod_revision:
+            job.single[kind] = _Cell(change.after, now)
+        cell = job.single.get(kind)
+        stored = None if cell is None else _read(job, change.key, cell, _SINGLE[kind])
+        if kind == "status":
+            job.status = None if stored is None else stored.value
+            self._forget_older_attempts(job)
+            self._count_slots(job.name)
+        if kind == "spec" and stored is not None and before is not None and _uid(before) != stored.value.uid:
+            # A name used again is another job: nothing found out about the old one holds.
+            job.verdicts.clear()
+            job.collected.clear()
+            job.swept_at = job.store_ok = job.store_probed_at = None
+            job.store_problem = ""
+        self._note_waiting(job)
+
+    def _numbered_changed(self, job: _Job, kind: str, seq: Seq, change: Change, now: float) -> None:
+        cells = job.numbered.setdefault(kind, {})
+        before = cells.get(seq)
+        job.broken.pop(change.key, None)
+        if change.after is None:
+            cells.pop(seq, None)
+            if kind == "open":
+                job.verdicts = {of: verdict for of, verdict in job.verdicts.items() if of[0] != seq}
+            if kind == "garbage":
+                job.collected.discard(seq)
+            return
+        same = before is not None and before.kv.create_revision == change.after.create_revision
+        # A rewrite (another leader's term, a report copied in) does not restart the time allowed.
+        cells[seq] = _Cell(change.after, before.seen_at if before is not None and same else now)
+        _read(job, change.key, cells[seq], _NUMBERED[kind])
+
+    def _worker_changed(self, job: _Job, agent: AgentName, change: Change, now: float) -> None:
+        job.broken.pop(change.key, None)
+        if change.after is not None:
+            job.workers[agent] = _Cell(change.after, now)
+            return
+        cell = job.workers.pop(agent, None)
+        stored = None if cell is None else _read(job, change.key, cell, WorkerSnapshot)
+        job.broken.pop(change.key, None)
+        if stored is not None and _is_current(stored.value, job.status):
+            job.departed[agent] = stored.value
+
+    def _forget_older_attempts(self, job: _Job) -> None:
+        job.departed = {agent: last for agent, last in job.departed.items() if _is_current(last, job.status)}
+
+    # Reading records.
+
+    def _record(self, job: _Job, kind: str, of: type[T]) -> Stored[T] | None:
+        cell = job.single.get(kind)
+        return None if cell is None else _read(job, f"{self._keys.job(job.name)}{kind}", cell, of)
+
+    def _records(self, job: _Job, kind: str, of: type[T]) -> tuple[Stored[T], ...]:
+        found = []
+        for seq, cell in sorted(job.numbered.get(kind, {}).items()):
+            stored = _read(job, cell.kv.key, cell, of)
+            if stored is not None and stored.value.seq == seq:
+                found.append(stored)
+            elif stored is not None:
+                job.broken[cell.kv.key] = f"{cell.kv.key} holds another number's record"
+        return tuple(found)
+
+    # Slots.
+
+    def _count_slots(self, name: JobName) -> None:
+        job = self._jobs.get(name)
+        new: dict[AgentName, int] = {}
+        for status in (job.status if job is not None else None, self._reserved.get(name)):
+            if status is not None and status.phase in PLACED_PHASES:
+                for member in status.members:
+                    new[member.agent] = max(new.get(member.agent, 0), member.nproc)
+        old = self._usage.get(name, {})
+        if new == old:
+            return
+        for agent in old.keys() | new.keys():
+            left = self._used.get(agent, 0) + new.get(agent, 0) - old.get(agent, 0)
+            if left:
+                self._used[agent] = left
+            else:
+                self._used.pop(agent, None)
+        if new:
+            self._usage[name] = new
+        else:
+            self._usage.pop(name, None)
+        if any(new.get(agent, 0) < slots for agent, slots in old.items()):
+            self._touched |= self._waiting
+
+    def _used_by_others(self, name: JobName) -> Mapping[AgentName, int]:
+        used = dict(self._used)
+        for agent, slots in self._usage.get(name, {}).items():
+            used[agent] -= slots
+            if not used[agent]:
+                del used[agent]
+        return used
+
+    def _note_waiting(self, job: _Job) -> None:
+        spec = job.single.get("spec")
+        waits = spec is not None and (
+            job.status is None or job.status.phase in _WAITING_PHASES or job.status.uid != _uid(spec)
+        )
+        (self._waiting.add if waits else self._waiting.discard)(job.name)
+
+    def _touch_fleet(self, agent: AgentName) -> None:
+        self._touched |= self._waiting
+        for name, job in self._jobs.items():
+            status = job.status
+            if agent in job.workers or (
+                status is not None
+                and status.phase not in TERMINAL_PHASES
+                and any(member.agent == agent for member in status.members)
+            ):
+                self._touched.add(name)
+
+
+def _read(job: _Job, key: str, cell: _Cell[T], kind: type[T]) -> Stored[T] | None:
+    try:
+        return cell.read(kind)
+    except DtrainError as error:
+        job.broken[key] = f"{key} cannot be read: {error.message}"
+        return None
+
+
+def _uid(cell: _Cell[Any]) -> str:
+    return "" if cell.stored is None else str(cell.stored.value.uid)
+
+
+def _is_current(snapshot: WorkerSnapshot, status: JobStatus | None) -> bool:
+    return status is not None and snapshot.uid == status.uid and snapshot.attempt >= status.attempt
+
+
+def _step_rate(job: _Job, workers: Iterable[Stored[WorkerSnapshot]]) -> float:
+    """Steps per second over the last few snapshots that showed progress; 0.0: not known."""
+    if job.status is None:
+        return 0.0
+    of = (str(job.status.uid), int(job.status.attempt))
+    if of != job.progress_of:
+        job.progress.clear()
+        job.progress_of = of
+    for stored in workers:
+        snapshot = stored.value
+        if (snapshot.uid, snapshot.attempt) != of or not snapshot.ranks:
+            continue
+        step = max(rank.step for rank in snapshot.ranks)
+        if step and (not job.progress or step > job.progress[-1][1]):
+            job.progress.append((stored.seen_at, step))
+    if len(job.progress) < 2:
+        return 0.0
+    (begun_at, begun), (last_at, last) = job.progress[0], job.progress[-1]
+    return (last - begun) / (last_at - begun_at) if last_at > begun_at else 0.0
+
+
+def stamped(verdict: Verdict, now: float) -> Verdict:
+    """Return the verdict with the instant at which it arrived."""
+    return replace(verdict, at=now)
