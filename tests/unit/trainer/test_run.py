@@ -1,0 +1,358 @@
+"""The SDK as a script sees it, against a small agent with a real socket, transfer process and store."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.unit.trainer import pipeline
+from tests.unit.trainer.fake_agent import FakeAgent
+
+from dtrain import trainer
+from dtrain.protocol import ranklink
+from dtrain.protocol.errors import ErrorCode, Refused
+from dtrain.protocol.ids import Attempt, Rank, Seq
+from dtrain.protocol.ranklink import Hello, Outcome, StopRank
+from dtrain.protocol.snapshot import WorkerPhase
+from dtrain.trainer.link import EXIT_ATTEMPT_OVER, AgentLink
+
+
+@pytest.fixture
+def arena_fd(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    fd = os.memfd_create("test-arena")
+    monkeypatch.setenv(ranklink.ENV_ARENA_FD, str(fd))
+    yield fd
+    os.close(fd)
+
+
+@pytest.fixture
+def new_run(arena_fd: int) -> Iterator[Callable[[FakeAgent], trainer.Run]]:
+    runs: list[trainer.Run] = []
+
+    def make(agent: FakeAgent) -> trainer.Run:
+        hello = Hello(1, pipeline.JOB, pipeline.UID, Attempt(1), Rank(0), 0, os.getpid())
+        link = AgentLink(agent.socket_path, hello)
+        link.start()
+        runs.append(trainer.Run(0, 1, 0, link))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.close()
+
+
+class Training:
+    """A small deterministic job with dropout, momentum, a schedule and shuffled data."""
+
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(4, 32), torch.nn.Dropout(0.3), torch.nn.BatchNorm1d(32), torch.nn.Linear(32, 1)
+        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=50)
+        self.data = trainer.Sampler(30, 8, seed=3)
+        generator = torch.Generator().manual_seed(0)
+        self.inputs = torch.randn(30, 4, generator=generator)
+
+    def track(self, run: trainer.Run) -> None:
+        run.track(model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, data=self.data)
+
+    def step(self) -> float:
+        batch = self.inputs[next(self.data)]
+        self.optimizer.zero_grad()
+        loss = (self.model(batch) - batch.sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        return loss.item()
+
+    def bits(self) -> list[Any]:
+        state = [*self.model.state_dict().values()]
+        for part in self.optimizer.state_dict()["state"].values():
+            state += part.values()
+        return [tensor.tolist() for tensor in state]
+
+
+def test_alone_a_run_just_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ranklink.ENV_SOCKET, raising=False)
+    run = trainer.join()
+    run.track(model=torch.nn.Linear(1, 1))
+    assert list(run.steps(3)) == [0, 1, 2]
+    run.report(loss=1.0)
+    with run.section("evaluate"):
+        assert not run.should_stop()
+    assert not run.should_checkpoint(4)
+    with pytest.raises(Refused, match="no checkpoint is wanted at step 4"):
+        run.save(4)
+    assert (run.rank, run.world_size, run.local_rank, str(run.device)) == (0, 1, 0, "cpu")
+    run.close()
+
+
+def test_importing_it_brings_in_nothing_but_the_standard_library() -> None:
+    script = (
+        "import sys; before = set(sys.modules)\n"
+        "from dtrain import trainer\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(new - set(sys.stdlib_module_names) - {'dtrain'}))\n"
+        "print(sorted(n for n in sys.modules if n.startswith('dtrain.') and n.split('.')[1] not in ('protocol', 'trainer')))\n"
+        "print([n for n in sys.modules if n.startswith(('dtrain.protocol.pb', 'dtrain.protocol.wire'))])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:3] == ["[]", "[]", "[]"]
+
+
+def test_a_resumed_run_ends_with_the_same_bits(
+    tmp_path: Path, new_run: Callable[[FakeAgent], trainer.Run]
+) -> None:
+    straight = Training(1)
+    for _ in range(12):
+        straight.step()
+
+    with FakeAgent(tmp_path, saves=(5,)) as agent:
+        run = new_run(agent)
+        first = Training(1)
+        first.track(run)
+        for step in run.steps(10_000):
+            run.report(loss=first.step())
+            if step == 0:
+                await_order(run)
+            # Goes on past the commit, and then dies.
+            if step >= 5 and agent.committed:
+                break
+        (checkpoint,) = agent.committed
+        run.close()
+
+    with FakeAgent(tmp_path, restore=replace(checkpoint, id="again")) as agent:
+        run = new_run(agent)
+        second = Training(99)
+        second.track(run)
+        seen = []
+        for step in run.steps(12):
+            seen.append(step)
+            second.step()
+        assert seen == [5, 6, 7, 8, 9, 10, 11]
+        final = agent.wait_report(lambda r: r.phase is WorkerPhase.DONE)
+        assert final.last_step == 12
+        assert [c.step for c in agent.committed] == [12]
+    assert second.bits() == straight.bits()
+
+
+def test_the_last_checkpoint_is_waited_for(
+    tmp_path: Path, new_run: Callable[[FakeAgent], trainer.Run]
+) -> None:
+    with FakeAgent(tmp_path) as agent:
+        run = new_run(agent)
+        run.track(x=torch.zeros(3))
+        assert list(run.steps(2)) == [0, 1]
+        assert [c.step for c in agent.committed] == [2]
+
+
+def test_without_a_store_nothing_is_waited_for(
+    tmp_path: Path, new_run: Callable[[FakeAgent], trainer.Run]
+) -> None:
+    with FakeAgent(tmp_path, checkpoints=False) as agent:
+        run = new_run(agent)
+        run.track(x=torch.zeros(3))
+        assert list(run.steps(2)) == [0, 1]
+        run.close()
+        assert agent.wait_report(lambda r: r.phase is WorkerPhase.DONE).step == 2
+
+
+def test_a_target_that_has_passed_is_late(
+    tmp_path: Path, new_run: Callable[[FakeAgent], trainer.Run]
+) -> None:
+    with FakeAgent(tmp_path) as agent:
+        run = new_run(agent)
+        run.track(x=torch.zeros(3))
+        for step in run.steps(6):
+            if step == 4:
+                begin = agent.begin(3)
+                problem = agent.wait_report(lambda r: r.problem is not None).problem
+                assert problem is not None
+                assert (problem.seq, problem.late, problem.step) == (begin.seq, True, 4)
+                agent.send(Outcome(begin.seq, committed=False, final=False))
+        assert [c.step for c in agent.committed] == [6]
+
+
+def test_a_busy_slot_is_reported_and_stays_frozen(
+    tmp_path: Path, new_run: Callable[[FakeAgent], trainer.Run]
+) -> None:
+    with FakeAgent(tmp_path) as agent:
+        run = new_run(agent)
+        x = torch.zeros(3)
+        run.track(x=x)
+        for step in run.steps(8):
+            x += 1
+            if step == 1:
+                agent.begin(3)
+                await_order(run)
+            if step == 3:
+                sealed = agent.wait_report(lambda r: r.sealed is not None).sealed
+                assert sealed is not None
+                busy = agent.begin(6)
+                problem = agent.wait_report(lambda r: r.problem is not None).problem
+                assert problem is not None
+                assert (problem.seq, problem.late) == (busy.seq, False)
+                assert "still being saved" in problem.message
+            if step == 6:
+                with open(sealed.path, "rb") as arena:
+                    data = arena.read(sealed.size_bytes)
+                from safetensors.torch import load
+
+                assert load(data)["x"].tolist() == [3.0, 3.0, 3.0]
+                agent.send(Outcome(busy.seq, committed=False, final=False))
+                agent.wait_report(lambda r: r.step >= 5 and r.sealed is None)
+
+
+def await_order(run: trainer.Run) -> None:
+    deadline = time.monotonic() + 10
+    while run._session._begin is None:  # type: ignore[union-attr]
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_state_that_cannot_be_saved_does_not_stop_training(
+    tmp_path: Path, new_run: Callable[[FakeAgent], trainer.Run]
+) -> None:
+    class Odd:
+        def state_dict(self) -> dict[str, Any]:
+            return {"f": {1, 2}}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    with FakeAgent(tmp_path) as agent:
+        run = new_run(agent)
+        run.track(odd=Odd())
+        ended = threading.Event()
+
+        def lead() -> None:
+            problem = agent.wait_report(lambda r: r.problem is not None).problem
+            assert problem is not None
+            assert "odd.f: set" in problem.message
+            ended.set()
+            agent.send(Outcome(problem.seq, committed=False, final=True))
+
+        leader = threading.Thread(target=lead)
+        leader.start()
+        assert list(run.steps(3)) == [0, 1, 2]
+        leader.join()
+        assert ended.is_set()
+    with pytest.raises(Refused) as refused:
+        trainer.Run(0, 1, 0, None).track(number=3)
+    assert refused.value.code is ErrorCode.STATE_NOT_SAVABLE
+
+
+def test_a_restarted_agent_learns_everything_again(
+    tmp_path: Path, new_run: Callable[[FakeAgent], trainer.Run]
+) -> None:
+    with FakeAgent(tmp_path) as agent:
+        run = new_run(agent)
+        run.track(x=torch.zeros(3))
+        for step in run.steps(6):
+            if step == 1:
+                agent._open = agent.begin(3)
+                agent._open = None  # the first agent never uploads it
+                await_order(run)
+            if step == 3:
+                agent.wait_report(lambda r: r.sealed is not None)
+                agent.hang_up()
+                agent.reports.clear()
+                agent.listen()
+                again = agent.wait_report(lambda r: True)
+                assert again.sealed is not None
+                assert again.step == 3
+                agent.send(Outcome(again.sealed.seq, committed=False, final=False))
+        assert len(agent.hellos) == 2
+
+
+def test_a_stopped_rank_leaves_its_loop(tmp_path: Path, new_run: Callable[[FakeAgent], trainer.Run]) -> None:
+    with FakeAgent(tmp_path) as agent:
+        run = new_run(agent)
+        seen = []
+        with pytest.raises(SystemExit) as left:
+            for step in run.steps(1000):
+                seen.append(step)
+                if step == 2:
+                    agent.send(StopRank("test"))
+                    deadline = time.monotonic() + 10
+                    while not run.should_stop() and time.monotonic() < deadline:
+                        time.sleep(0.001)
+        assert left.value.code == EXIT_ATTEMPT_OVER
+        assert seen == [0, 1, 2]
+
+
+def test_a_rank_of_an_attempt_that_is_over_exits(tmp_path: Path) -> None:
+    with FakeAgent(tmp_path, accept=False) as agent:
+        env = {**os.environ, ranklink.ENV_SOCKET: agent.socket_path, ranklink.ENV_ATTEMPT: "1"}
+        script = (
+            "from dtrain import trainer\nimport time\nrun = trainer.join()\nprint('kept')\ntime.sleep(30)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=30
+        )
+    assert done.returncode == EXIT_ATTEMPT_OVER
+    assert "this attempt is over (test)" in done.stderr
+
+
+def test_bytes_that_cannot_be_loaded_are_reported_and_training_never_begins(
+    tmp_path: Path, new_run: Callable[[FakeAgent], trainer.Run]
+) -> None:
+    (tmp_path / "store").mkdir()
+    order = pipeline.save(tmp_path / "store", [{"x": torch.zeros(3)}])
+    with FakeAgent(tmp_path, restore=order) as agent:
+        run = new_run(agent)
+        run.track(x=torch.zeros(4))
+
+        def lead() -> None:
+            failed = agent.wait_report(lambda r: r.restore_failed is not None)
+            assert failed.phase is WorkerPhase.RESTORING
+            agent.send(StopRank("restore failed"))
+
+        leader = threading.Thread(target=lead)
+        leader.start()
+        with pytest.raises(SystemExit):
+            next(run.steps(5))
+        leader.join()
+        report = agent.wait_report(lambda r: r.restore_failed is not None).restore_failed
+        assert report is not None
+        assert report.seq == Seq(1)
+        assert "shape" in report.message
+
+
+def test_a_forked_worker_neither_speaks_nor_hangs(
+    tmp_path: Path, new_run: Callable[[FakeAgent], trainer.Run]
+) -> None:
+    with FakeAgent(tmp_path) as agent:
+        run = new_run(agent)
+        run.track(x=torch.zeros(3))
+        for step in run.steps(2):
+            if step == 0:
+                child = os.fork()
+                if child == 0:
+                    run.report(loss=666.0)
+                    run.close()
+                    os._exit(0)
+                assert os.waitpid(child, 0)[1] == 0
+        assert not any(r.metrics.get("loss") == 666.0 for r in agent.reports)
+        assert len(agent.hellos) == 1
+
+
+def test_numbers_that_are_not_finite_still_reach_the_agent(
+    tmp_path: Path, new_run: Callable[[FakeAgent], trainer.Run]
+) -> None:
+    with FakeAgent(tmp_path) as agent:
+        run = new_run(agent)
+        for _ in run.steps(1):
+            run.report(loss=float("nan"), lr=0.1)
+        metrics = agent.wait_report(lambda r: r.phase is WorkerPhase.DONE).metrics
+        assert metrics["nonfinite/loss"] == 1.0
+        assert metrics["lr"] == 0.1
+        assert "loss" not in metrics
