@@ -102,7 +102,8 @@ def test_importing_it_brings_in_nothing_but_the_standard_library() -> None:
         "from dtrain import trainer\n"
         "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
         "print(sorted(new - set(sys.stdlib_module_names) - {'dtrain'}))\n"
-        "print(sorted(n for n in sys.modules if n.startswith('dtrain.') and n.split('.')[1] not in ('protocol', 'trainer')))\n"
+        "print(sorted(n for n in sys.modules if n.startswith('dtrain.')\n"
+        "             and n.split('.')[1] not in ('protocol', 'trainer')))\n"
         "print([n for n in sys.modules if n.startswith(('dtrain.protocol.pb', 'dtrain.protocol.wire'))])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -203,7 +204,7 @@ def test_a_busy_slot_is_reported_and_stays_frozen(
                 assert (problem.seq, problem.late) == (busy.seq, False)
                 assert "still being saved" in problem.message
             if step == 6:
-                with open(sealed.path, "rb") as arena:
+                with Path(sealed.path).open("rb") as arena:
                     data = arena.read(sealed.size_bytes)
                 from safetensors.torch import load
 
@@ -277,14 +278,17 @@ def test_a_stopped_rank_leaves_its_loop(tmp_path: Path, new_run: Callable[[FakeA
     with FakeAgent(tmp_path) as agent:
         run = new_run(agent)
         seen = []
-        with pytest.raises(SystemExit) as left:
+
+        def loop() -> None:
             for step in run.steps(1000):
                 seen.append(step)
                 if step == 2:
                     agent.send(StopRank("test"))
-                    deadline = time.monotonic() + 10
-                    while not run.should_stop() and time.monotonic() < deadline:
+                    while not run.should_stop():
                         time.sleep(0.001)
+
+        with pytest.raises(SystemExit) as left:
+            loop()
         assert left.value.code == EXIT_ATTEMPT_OVER
         assert seen == [0, 1, 2]
 
@@ -296,7 +300,7 @@ def test_a_rank_of_an_attempt_that_is_over_exits(tmp_path: Path) -> None:
             "from dtrain import trainer\nimport time\nrun = trainer.join()\nprint('kept')\ntime.sleep(30)"
         )
         done = subprocess.run(
-            [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=30
+            [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False, timeout=30
         )
     assert done.returncode == EXIT_ATTEMPT_OVER
     assert "this attempt is over (test)" in done.stderr

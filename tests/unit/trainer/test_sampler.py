@@ -1,0 +1,49 @@
+"""The data position is global: any number of ranks goes on from it."""
+
+import pytest
+
+from dtrain.protocol.errors import Refused
+from dtrain.trainer import Sampler
+
+
+def stream(world: int, steps: int, sampler_state: dict[str, object] | None = None) -> list[int]:
+    """Samples in the order that all ranks together consume them."""
+    samplers = [Sampler(10, 2, seed=1, rank=rank, world_size=world) for rank in range(world)]
+    for sampler in samplers:
+        if sampler_state is not None:
+            sampler.load_state_dict(sampler_state)
+    seen = []
+    for _ in range(steps):
+        batches = [next(sampler) for sampler in samplers]
+        seen += [batch[i] for i in range(2) for batch in batches]
+    return seen
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_each_epoch_visits_every_sample_once(world: int) -> None:
+    seen = stream(world, 30 // world + 1)
+    assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10))
+    assert seen[:10] != seen[10:20]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_another_world_size_goes_on_with_the_same_stream(world: int) -> None:
+    whole = stream(1, 40)
+    before = Sampler(10, 2, seed=1, rank=1, world_size=4)
+    next(before), next(before)
+    assert before.consumed == 16
+    assert before.epoch == 1
+    after = stream(world, 4, before.state_dict())
+    assert after == whole[16 : 16 + len(after)]
+
+
+def test_a_batch_may_span_two_epochs() -> None:
+    sampler = Sampler(3, 4, shuffle=False, rank=0, world_size=1)
+    assert [next(sampler), next(sampler)] == [[0, 1, 2, 0], [1, 2, 0, 1]]
+
+
+def test_the_position_in_other_data_is_refused() -> None:
+    with pytest.raises(Refused, match="n=11"):
+        Sampler(11, 2, rank=0, world_size=1).load_state_dict(
+            Sampler(10, 2, rank=0, world_size=1).state_dict()
+        )
