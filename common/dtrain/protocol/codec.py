@@ -78,7 +78,10 @@ def to_json(value: Any) -> dict[str, Any]:
     result = {}
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)
-        if item is None or (isinstance(item, (tuple, list, Mapping, str)) and not item):
+        # A user's own value (typed Any) is kept whole: its emptiness means something.
+        if field.type is not Any and (
+            item is None or (isinstance(item, (tuple, list, Mapping, str)) and not item)
+        ):
             continue
         result[field.name] = _plain(item)
     return result
