@@ -21,7 +21,7 @@ from dtrain.protocol.checkpoint import (
     TensorEntry,
 )
 from dtrain.protocol.errors import ErrorCode, Refused
-from dtrain.protocol.ids import ClusterName, JobName, Rank, Seq
+from dtrain.protocol.ids import ClusterName, JobName, Rank, Seq, Uid
 
 PROBLEMS_TOLD_MAX = 5
 
@@ -52,25 +52,29 @@ ITEM_BITS = {
 CRC_ALGORITHM = "crc32c"
 
 
-def merge(  # noqa: PLR0917 - four of them say whose checkpoint it is
-    open_record: OpenRecord,
-    rank_manifests: Sequence[RankManifest],
+def merge(
+    *,
     cluster: ClusterName,
     job: JobName,
-    created: str,
+    uid: Uid,
+    record: OpenRecord,
+    parts: Sequence[RankManifest],
     parent: Seq | None,
+    created: str,
 ) -> Manifest:
-    """Merge what the ranks wrote; pure, and the same for any order of ``rank_manifests``.
+    """Merge what the ranks wrote; pure, and the same for any order of ``parts``.
+
+    ``record`` is the open checkpoint that the parts must belong to.
 
     Raises:
         Refused: RANKS_DISAGREE; naming up to PROBLEMS_TOLD_MAX of the problems.
     """
-    manifests = sorted(rank_manifests, key=lambda manifest: manifest.rank)
-    problems = _identity(open_record, manifests, cluster, job)
+    manifests = sorted(parts, key=lambda manifest: manifest.rank)
+    problems = _identity(record, manifests, cluster, job, uid)
     if not problems:
         problems = _layouts(manifests)
     if problems:
-        raise _refusal(open_record, problems)
+        raise _refusal(record, problems)
     blobs: list[BlobEntry] = []
     tensors: dict[str, TensorEntry] = {}
     for manifest in manifests:
@@ -97,17 +101,17 @@ def merge(  # noqa: PLR0917 - four of them say whose checkpoint it is
     problems += object_problems
     problems += _same_key_twice(blobs)
     if problems:
-        raise _refusal(open_record, problems)
+        raise _refusal(record, problems)
     return Manifest(
         v=1,
         cluster=cluster,
         job=job,
-        uid=open_record.uid,
-        seq=open_record.seq,
-        attempt=open_record.attempt,
-        nonce=open_record.nonce,
-        step=open_record.step,
-        world=open_record.world_size,
+        uid=uid,
+        seq=record.seq,
+        attempt=record.attempt,
+        nonce=record.nonce,
+        step=record.step,
+        world=record.world_size,
         chunk_bytes=CHUNK_BYTES,
         crc=CRC_ALGORITHM,
         bytes=sum(blob.bytes for blob in blobs),
@@ -131,13 +135,13 @@ def _refusal(record: OpenRecord, problems: Sequence[str]) -> Refused:
 
 
 def _identity(
-    record: OpenRecord, manifests: Sequence[RankManifest], cluster: ClusterName, job: JobName
+    record: OpenRecord, manifests: Sequence[RankManifest], cluster: ClusterName, job: JobName, uid: Uid
 ) -> list[str]:
-    problems = []
+    problems = [] if record.uid == uid else [f"the open checkpoint is of submission {record.uid}, not {uid}"]
     wanted = {
         "cluster": cluster,
         "job": job,
-        "uid": record.uid,
+        "uid": uid,
         "seq": record.seq,
         "attempt": record.attempt,
         "nonce": record.nonce,

@@ -20,8 +20,9 @@ T = TypeVar("T")
 class Stored(Generic[T]):
     """A record with the revision it was read at.
 
-    ``seen_at`` is when this leader first saw this *revision* of the key, so that
-    every deadline counted from it can only be extended, by a rewrite or a failover.
+    ``seen_at`` is when this replica first saw this *revision* of the key or, for
+    numbered records (open, checkpoints, garbage), first saw the key at all: the
+    time that a checkpoint may take is not restarted by a rewrite of its record.
     """
 
     value: T
