@@ -77,6 +77,8 @@ class Bench:
     """One launcher and a folder for scripts and logs."""
 
     _attempts = itertools.count(1)
+    ready: LauncherReady
+    first: LauncherReport
 
     def __init__(self, folder: Path, *, preload: tuple[str, ...] = (), orphan_grace_s: float = 30.0) -> None:
         self.folder = folder
@@ -138,8 +140,8 @@ class Bench:
 
 
 @contextlib.contextmanager
-def _bench(**options: Any) -> Iterator[Bench]:
-    folder = Path(tempfile.mkdtemp(prefix="dtl-"))
+def _bench(folder: Path | None = None, **options: Any) -> Iterator[Bench]:
+    folder = folder or Path(tempfile.mkdtemp(prefix="dtl-"))
     bench = Bench(folder, **options)
     try:
         yield bench
@@ -149,13 +151,15 @@ def _bench(**options: Any) -> Iterator[Bench]:
                 os.kill(bench.pid, signal.SIGKILL)
                 bench.desk.wait(LauncherEnded)
         bench.client.close()
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Bench]:
     with _bench() as shared:
-        shared.desk.wait(LauncherReady)
+        # Kept apart: tests that attach anew start a new desk.
+        shared.ready = shared.desk.wait(LauncherReady)
+        shared.first = shared.desk.reports[0]
         yield shared
 
 
@@ -187,8 +191,7 @@ def _await(condition: Callable[[], object], what: str) -> None:
 
 
 def test_launcher_imports_everything_heavy_and_stays_single_threaded(bench: Bench) -> None:
-    ready = bench.desk.wait(LauncherReady)
-    assert ready.warning == ""
+    assert bench.ready.warning == ""
     assert len(list(Path(f"/proc/{bench.pid}/task").iterdir())) == 1
     attempt = bench.fork(
         bench.script(
@@ -202,10 +205,9 @@ def test_launcher_imports_everything_heavy_and_stays_single_threaded(bench: Benc
 
 
 def test_first_report_is_the_state_before_the_imports(bench: Bench) -> None:
-    first = bench.desk.reports[0]
-    assert isinstance(first, LauncherState)
-    assert first.process == bench.client.process
-    assert not first.ready
+    assert isinstance(bench.first, LauncherState)
+    assert bench.first.process == bench.client.process
+    assert not bench.first.ready
 
 
 def test_fork_to_first_line_takes_milliseconds(bench: Bench) -> None:
@@ -351,6 +353,7 @@ def test_program_finds_itself_as_under_python(bench: Bench) -> None:
     ended = bench.ended(attempt)
     assert (ended.exit_code, ended.error) == (0, "")
     assert bench.out(attempt) == "thread done\nlast words\n"
+    assert not (bench.work / "sub" / "__pycache__" / "me.cpython-311.pyc").exists()
 
 
 def test_modules_and_commands_are_entries_too(bench: Bench) -> None:
@@ -374,10 +377,30 @@ def test_unseeded_ranks_draw_different_numbers(bench: Bench) -> None:
 
 
 def test_thread_numbers_are_those_of_the_ranks_environment(bench: Bench) -> None:
-    entry = bench.script("import torch; print(torch.get_num_threads())\n")
+    entry = bench.script(
+        "import ctypes, torch\n"
+        "maps = {line.split()[-1] for line in open('/proc/self/maps') if 'openblas' in line}\n"
+        "blas = [ctypes.CDLL(path).scipy_openblas_get_num_threads64_() for path in maps]\n"
+        "print(torch.get_num_threads(), *blas)\n"
+    )
     attempt = bench.fork(entry, env={"OMP_NUM_THREADS": "3"})
     assert bench.ended(attempt).exit_code == 0
-    assert bench.out(attempt) == "3\n"
+    assert set(bench.out(attempt).split()) == {"3"}
+
+
+def test_sigquit_writes_all_stacks_and_the_rank_lives_on(bench: Bench) -> None:
+    attempt = bench.fork(
+        bench.script(
+            "import time\ndef stuck_here():\n    time.sleep(600)\nprint('up', flush=True)\nstuck_here()\n"
+        )
+    )
+    _await(lambda: (bench.log_dir(attempt) / "stdout.log").exists() and bench.out(attempt), "the rank")
+    bench.client.send(SignalRanks(attempt, signal.SIGQUIT))
+    stderr = bench.log_dir(attempt) / "stderr.log"
+    _await(lambda: "stuck_here" in stderr.read_text(), "stacks")
+    assert not _gone(bench.live_pid(attempt))
+    bench.client.send(SignalRanks(attempt, signal.SIGKILL))
+    assert bench.ended(attempt).exit_code == -9
 
 
 def test_dataloader_workers_run_in_a_forked_rank(bench: Bench) -> None:
@@ -687,16 +710,24 @@ def test_failing_preload_is_a_warning_by_name(bare: Bare) -> None:
         assert bench.run("pass\n").exit_code == 0
 
 
-def test_preload_that_starts_a_thread_makes_ranks_exec_and_is_named(bare: Bare, tmp_path: Path) -> None:
-    folder = Path(tempfile.mkdtemp(prefix="dtl-"))
-    (folder / "work").mkdir()
-    (folder / "work" / "thready.py").write_text(
-        "import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
-    )
-    bench = Bench(folder, preload=("json", "thready"))
-    try:
+THREADY = "import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
+
+
+@contextlib.contextmanager
+def _threaded() -> Iterator[Bench]:
+    with tempfile.TemporaryDirectory(prefix="dtl-thready-") as modules:
+        # Preloaded modules may lie beside the job's scripts; this one must exist before the start.
+        (Path(modules) / "thready.py").write_text(THREADY)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.pathsep.join([modules, os.environ.get("PYTHONPATH", "")]))
+            with _bench(preload=("json", "thready")) as bench:
+                yield bench
+
+
+def test_preload_that_starts_a_thread_makes_ranks_exec_and_is_named(bare: Bare) -> None:
+    with _threaded() as bench:
         warning = bench.desk.wait(LauncherReady).warning
-        assert "thready" in warning
+        assert "thready runs 1 more thread(s)" in warning
         assert "exec instead of fork" in warning
         assert bench.run("import sys; assert 'thready' not in sys.modules; sys.exit(7)\n").exit_code == 7
         ended = bench.run("raise ValueError('boom')\n")
@@ -705,9 +736,21 @@ def test_preload_that_starts_a_thread_makes_ranks_exec_and_is_named(bare: Bare, 
         os.kill(bench.pid, signal.SIGKILL)
         bench.desk.wait(LauncherEnded)
         _await(lambda: _gone(sleeper), "the rank follows its launcher")
-    finally:
-        bench.client.close()
-        shutil.rmtree(folder)
+
+
+def test_execd_ranks_meet_in_an_execd_store() -> None:
+    with _threaded() as bench:
+        assert "thready" in bench.desk.wait(LauncherReady).warning
+        _meet(bench)
+
+
+def test_modules_beside_the_script_can_be_preloaded(bare: Bare) -> None:
+    with tempfile.TemporaryDirectory(prefix="dtl-") as folder:
+        (Path(folder) / "work").mkdir()
+        (Path(folder) / "work" / "mymodel.py").write_text("import os\nIMPORTED_BY = os.getpid()\n")
+        with _bench(Path(folder), preload=("mymodel",)) as bench:
+            ended = bench.run("import mymodel, os; assert mymodel.IMPORTED_BY == os.getppid()\n")
+            assert (ended.exit_code, ended.log_tail) == (0, "")
 
 
 def test_long_folder_names_are_no_obstacle(bare: Bare, tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ The launcher is an exec'd, single-threaded process, one per job on a machine.
 It imports torch and the job's preload list once and forks the ranks. It listens
 on a Unix socket in its folder, so that a restarted agent finds it again;
 without an agent for ``orphan_grace_s`` it kills its ranks and exits. On every
-new connection it first sends ``LauncherState``, the whole truth.
+new connection it first sends ``LauncherState``, the whole truth, and then
+``RankEnded`` again for every ended rank that has not been cleared.
 """
 
 from collections.abc import Mapping
@@ -105,7 +106,7 @@ LauncherOrder = ClearBelow | ServeStore | ForkRanks | SignalRanks | Quit
 
 @dataclass(frozen=True, slots=True)
 class LiveRank:
-    """A rank that runs, or has ended without the agent having been told."""
+    """A rank that runs, or has ended and has not been cleared yet."""
 
     attempt: Attempt
     rank: Rank

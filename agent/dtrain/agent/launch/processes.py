@@ -34,9 +34,16 @@ def boot_id() -> str:
 def look(pid: int) -> Seen | None:
     """The process with this pid, zombies included; None if there is none."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        # Not through Path: a clean-up reads this file of every process of the machine.
+        descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
+    try:
+        text = os.read(descriptor, 4096).decode(errors="replace")
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
     # The name is in parentheses and may itself hold spaces and parentheses.
     fields = text[text.rindex(")") + 2 :].split()
     return Seen(

@@ -206,6 +206,8 @@ def _start_program(spec: RankSpec) -> None:
         raise _NotStartedError(f"script {entry.target} (in {spec.working_dir}) not found on {host}")
     _settle_libraries(spec.env)
     faulthandler.enable()
+    # For whoever looks into a hang: SIGQUIT writes the stacks of all threads to stderr.log.
+    faulthandler.register(signal.SIGQUIT, all_threads=True)
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     is_script = entry.kind is EntryKind.SCRIPT
@@ -228,12 +230,19 @@ def _python_path(env: Mapping[str, str]) -> list[str]:
 def _run_script(main: types.ModuleType, path: str) -> None:
     # Not runpy.run_path: it takes the module out of sys.modules again, and exit handlers, pickling
     # and dataloader workers want to find a real __main__.
-    with io.open_code(str(Path(path).resolve())) as source:
-        code = compile(source.read(), path, "exec", dont_inherit=True)
+    loader = _ScriptLoader("__main__", path)
     main.__file__ = path
-    main.__loader__ = importlib.machinery.SourceFileLoader("__main__", path)
+    main.__loader__ = loader
     vars(main)["__cached__"] = None
-    exec(code, vars(main))  # noqa: S102  the job's program
+    loader.exec_module(main)
+
+
+class _ScriptLoader(importlib.machinery.SourceFileLoader):
+    """Runs a script without byte code: the interpreter keeps none of programs either."""
+
+    def path_stats(self, path: Any) -> NoReturn:
+        # Without a time stamp the import system neither looks for a .pyc file nor writes one.
+        raise OSError(f"{path} is a program")
 
 
 def _exec_command(entry: Entry, env: Mapping[str, str], host: str) -> NoReturn:
@@ -273,7 +282,9 @@ def _show(spec: RankSpec, error: BaseException) -> None:
         sys.stderr.write(text)
 
 
-_OWN_FILES = frozenset({__file__, runpy.__file__, "<frozen runpy>"})
+_OWN_FILES = frozenset(
+    {__file__, "<frozen runpy>", "<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_external>"}
+)
 
 
 def _write_error(spec: RankSpec, message: str, callstack: str) -> None:
