@@ -203,7 +203,8 @@ class Mirror:
         while not self._stop.is_set():
             try:
                 self._check_identity()
-                if not self._listed:
+                # A watch from a revision that a restored etcd has yet to reach would just be silent.
+                if not self._listed or self._present() < self.revision:
                     self._list()
                 self._follow()
             except Refused as error:
@@ -330,11 +331,16 @@ class Mirror:
     def _is_complete(self) -> bool:
         """Ask a quorum for the present revision: servers of others tell progress only each 10 minutes."""
         asked_at = self._clock.monotonic()
-        present = self._etcd.range(self._prefix, limit=1).revision
-        if present != self.revision:
+        present = self._present()
+        if present < self.revision:
+            raise Refused(ErrorCode.ETCD_COMPACTED, f"etcd is at {present}, the mirror at {self.revision}")
+        if present > self.revision:
             return False
         self._fresh_at = asked_at
         return True
+
+    def _present(self) -> int:
+        return self._etcd.range(self._prefix, limit=1).revision
 
     def _progress_is_exact(self) -> bool:
         """Before these versions a progress note could overtake the events it covers."""

@@ -64,8 +64,8 @@ class Relation(Enum):
 class Compare:
     """One guard of a transaction.
 
-    With ``range_end`` it must hold for every key in [key, range_end); an empty
-    range satisfies it. A VALUE compare on an absent key is false, as in etcd.
+    With ``range_end`` it must hold for every key in [key, range_end). An absent
+    key, and an empty range, compares as zeros; VALUE compared there is false.
     """
 
     key: str
