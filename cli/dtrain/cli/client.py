@@ -30,6 +30,12 @@ TRY_S_MAX = 3.0
 WAIT_S_MAX = 20.0
 """Longest single wait for a change; longer ones are several calls."""
 
+CATCH_UP_S = 0.3
+"""How long a replica may wait to catch up with what was read elsewhere."""
+
+PACE_S = 0.1
+"""A waiting read takes this long at least: in a large cluster something always changes."""
+
 _REPLY_BYTES_MAX = 64 * 1024 * 1024
 _PAUSE_S_FIRST, _PAUSE_S_MAX = 0.05, 0.5
 
@@ -163,7 +169,9 @@ class Client:
         wait_s = min(wait_s, WAIT_S_MAX)
         # Reads without a wait still give a lagging replica a moment to catch up.
         request = pb.ReadRequest(
-            prefix=prefix, after_revision=floor, wait_ms=int(1000 * (wait_s or (1.0 if floor else 0.0)))
+            prefix=prefix,
+            after_revision=floor,
+            wait_ms=int(1000 * (wait_s or (CATCH_UP_S if floor else 0.0))),
         )
 
         def read(stub: Any, timeout: float) -> Reading:
@@ -177,7 +185,10 @@ class Client:
             )
             return Reading(items, reply.revision, reply.age_s, self._addresses[self._current])
 
+        begun = time.monotonic()
         reading = self._call(read, wait_s=wait_s)
+        if wait_s > 0:
+            time.sleep(max(0.0, min(wait_s, PACE_S) - (time.monotonic() - begun)))
         self._seen_revision = max(self._seen_revision, reading.revision)
         return reading
 
@@ -192,7 +203,7 @@ class Client:
         bytes_max: int = 256 * 1024,
         wait_s: float = 0.0,
     ) -> LogChunk:
-        """Return log bytes from ``offset`` (negative: that many from the end).
+        """Return log bytes from ``offset`` on; with ``wait_s`` wait that long for some.
 
         Raises:
             NotFound: no such job, rank or attempt, or its machine has gone.

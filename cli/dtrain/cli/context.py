@@ -80,6 +80,12 @@ def forget(cluster: Known) -> None:
         _write(left, known)
 
 
+def known_here(name: str, coordinators: tuple[str, ...], endpoints: tuple[str, ...], folder: Path) -> Known:
+    """Describe a cluster that lives as long as this process."""
+    pid = os.getpid()
+    return Known(name, coordinators, endpoints, str(folder), pid, start_ticks(pid))
+
+
 def start_ticks(pid: int) -> int:
     """Return when a process started, in ticks since boot; 0 if there is none."""
     try:

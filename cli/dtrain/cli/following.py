@@ -106,9 +106,8 @@ class Tail:
             if not chunk.data:
                 if was_over:
                     break
-                if chunk.eof:
-                    # The rank may have ended while its attempt goes on: ask gently.
-                    self._stopped.wait(0.3)
+                # The rank may have ended while its attempt goes on: ask gently.
+                self._stopped.wait(0.3 if chunk.eof else 0.1)
         self._flush()
 
     def _emit(self, data: bytes) -> None:

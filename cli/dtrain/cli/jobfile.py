@@ -77,6 +77,15 @@ def parse(text: str, name: str, folder: Path, changes: Sequence[str] = ()) -> Jo
         document.problems.append(Problem(1, 1, "", "a job file is a mapping: lines of 'key: value'"))
     if not isinstance(document.value, dict):
         raise BadJobFile(name, document.problems)
+    return parse_values(document, name, folder, changes)
+
+
+def parse_values(document: Document, name: str, folder: Path, changes: Sequence[str] = ()) -> JobSpec:
+    """The same for values that are read already.
+
+    Raises:
+        BadJobFile: with all its errors.
+    """
     for change in changes:
         _apply(document, change)
     return build(document, name, folder)

@@ -112,9 +112,9 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _explain(error: BaseException, settings: Settings) -> int:
-    if isinstance(error, click.exceptions.NoArgsIsHelpError):
-        click.echo(error.format_message(), err=True)
-        return error.exit_code
+    if type(error).__name__ == "NoArgsIsHelpError":  # newer releases of click have it
+        click.echo(str(error), err=True)
+        return 2
     from dtrain.cli import complaint
 
     if settings.debug and not isinstance(error, click.Abort):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -114,7 +114,14 @@ def complete_agent(ctx: click.Context, param: click.Parameter, incomplete: str) 
     return completing.names("agents/", incomplete, ctx)
 
 
-class SecondsType(click.ParamType[float]):
+if TYPE_CHECKING:
+    FloatType = click.ParamType[float]
+else:
+    # Generic only in newer releases of click.
+    FloatType = click.ParamType
+
+
+class SecondsType(FloatType):
     """A duration: seconds, or a number with ms, s, m, h or d, such as 1h30m."""
 
     name = "duration"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import click
 
-from dtrain.cli import exits, following, jobfile, output, records, render
+from dtrain.cli import exits, following, jobfile, output, records, render, waiting
 from dtrain.cli.client import Client
 from dtrain.cli.identity import new_id
 from dtrain.cli.records import Job
@@ -26,7 +26,7 @@ class Accepted:
 
 
 def submit(client: Client, spec: JobSpec, request_id: str | None, form: str) -> Accepted:
-    """Submit, and print what was accepted and what to do next.
+    """Submit, and print what was accepted and what to do next (nothing in form ``quiet``).
 
     Raises:
         Conflict: another job has this name.
@@ -48,7 +48,7 @@ def submit(client: Client, spec: JobSpec, request_id: str | None, form: str) -> 
         output.document(document, form)
     elif form == "name":
         click.echo(f"job/{name}")
-    else:
+    elif form != "quiet":
         click.echo(
             f"job {name} submitted" if reply.created else f"job {name} was submitted before: nothing changed"
         )
@@ -100,10 +100,24 @@ def follow(
     try:
         job = watch(client, accepted, ranks=ranks, prefix=prefix)
     except KeyboardInterrupt:
-        output.say(f"detached; {accepted.name} runs on. Come back: dtrain logs -f {accepted.name}")
-        output.say(f"  or end it: dtrain cancel {accepted.name}")
+        say_detached(accepted.name)
         return exits.INTERRUPTED
     return job.exit_code
+
+
+def say_detached(name: str) -> None:
+    """What Ctrl-C did not do, and how to come back."""
+    output.say(f"detached; {name} runs on. Come back: dtrain logs -f {name}")
+    output.say(f"  or end it: dtrain cancel {name}")
+
+
+def until_ended(client: Client, name: str, timeout_s: float) -> Job:
+    """Wait for a job's end.
+
+    Raises:
+        TimedOut: it takes longer.
+    """
+    return waiting.until(client, name, lambda job: job.finished, what="its end", timeout_s=timeout_s)
 
 
 def watch(client: Client, accepted: Accepted, *, ranks: Callable[[Job], Sequence[int]], prefix: bool) -> Job:

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from enum import Enum
 
 from dtrain.cli import exits, reading
-from dtrain.cli.client import WAIT_S_MAX, Client
+from dtrain.cli.client import Client
 from dtrain.cli.records import Job
 from dtrain.protocol.errors import ErrorCode, Refused, TimedOut
 from dtrain.protocol.job import JobPhase
+
+POLL_S = 0.5
+"""Progress is in the agents' snapshots, and a wait covers the job's own records only."""
 
 
 class Answer(Enum):
@@ -80,7 +83,7 @@ def until(
         job, revision = reading.one(client, name, after_revision=revision, wait_s=wait_s)
         if done(job):
             return job
-        wait_s = WAIT_S_MAX
+        wait_s = POLL_S
         if deadline is not None:
             wait_s = min(wait_s, deadline - time.monotonic())
             if wait_s <= 0:

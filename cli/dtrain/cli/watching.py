@@ -3,9 +3,12 @@
 import time
 from collections.abc import Callable, Iterator
 
-from dtrain.cli.client import WAIT_S_MAX, Client
+from dtrain.cli.client import Client
 from dtrain.cli.records import Cluster
 from dtrain.protocol.errors import DtrainError, OutcomeUnknown, Unavailable
+
+POLL_S = 1.0
+"""Jobs wake the wait; the progress in agents' snapshots is looked at this often."""
 
 
 def changes(client: Client, read: Callable[..., Cluster], say: Callable[[str], None]) -> Iterator[Cluster]:
@@ -26,7 +29,7 @@ def changes(client: Client, read: Callable[..., Cluster], say: Callable[[str], N
         if lost:
             lost = False
             say(f"connected again, one of {', '.join(client.addresses)}")
-        revision, wait_s = cluster.revision, WAIT_S_MAX
+        revision, wait_s = cluster.revision, POLL_S
         yield cluster
 
 

@@ -1,0 +1,203 @@
+"""``run``: builds the job from torchrun's flags, finds or starts a cluster, follows to the end."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+from dtrain.cli import context, exits, jobfile, output, render, submitting, torchflags, yamlmarks
+from dtrain.cli.client import Client, closing
+from dtrain.cli.foreground import Foreground
+from dtrain.cli.identity import new_id, whoami
+from dtrain.cli.options import settings
+from dtrain.cli.records import Job
+from dtrain.cli.yamlmarks import Document
+from dtrain.local.cluster import LocalCluster
+from dtrain.protocol.errors import DtrainError
+from dtrain.protocol.job import JobPhase, JobSpec
+
+_SETTINGS = {
+    "nnodes": "nnodes",
+    "nproc_per_node": "nproc_per_node",
+    "max_restarts": "restarts.max",
+    "shutdown_timeout": "shutdown_grace",
+    "name": "name",
+}
+"""Flags that, beside a job file, override what the file says."""
+
+CANCEL_S = 60.0
+"""After Ctrl-C: how long ranks may take to leave before the cluster is ended around them."""
+
+
+def run(given: Mapping[str, Any], chosen: Set[str]) -> int:
+    """Run and follow; return the exit code of the failing rank, 0 if there was none.
+
+    ``chosen``: the flags that were given rather than left at their defaults.
+
+    Raises:
+        Refused, NotFound: the command line or the job file is wrong.
+        Unavailable: the cluster cannot be reached.
+    """
+    addresses = () if given["standalone"] else context.addresses(settings())
+    spec = build_spec(given, chosen, here=not addresses)
+    for line in explanations(given):
+        output.say(line)
+    if addresses:
+        if given["log_dir"]:
+            output.say("--log-dir: the logs stay with the agents; dtrain logs shows them")
+        return _on_cluster(addresses, spec, given)
+    return _embedded(spec, given)
+
+
+def build_spec(given: Mapping[str, Any], chosen: Set[str], *, here: bool) -> JobSpec:
+    """Return the job that the command line asks for; ``here``: it runs on this machine."""
+    program, args = given["program"], list(given["args"])
+    if program.endswith((".yaml", ".yml")) and not given["module"] and not given["no_python"]:
+        if args:
+            raise jobfile.BadJobFile(
+                program,
+                [yamlmarks.Problem(0, 0, "", f"its arguments belong in the file (args), not {args[0]!r}")],
+            )
+        overrides = _document(given, program, args, here=here)
+        changes = [
+            f"{key}={overrides[key.partition('.')[0]] if '.' not in key else given[flag]}"
+            for flag, key in _SETTINGS.items()
+            if flag in chosen
+        ]
+        found = jobfile.read(Path(program), [*changes, *given["changes"]])
+    else:
+        document = Document(value=_document(given, program, args, here=here))
+        spec = jobfile.parse_values(document, "dtrain run", Path.cwd(), given["changes"])
+        found = jobfile.checked(spec, "dtrain run")
+    for warning in found.warnings:
+        output.say(f"warning: {warning}")
+    return found.spec
+
+
+def explanations(given: Mapping[str, Any]) -> list[str]:
+    """What to say about flags that have no meaning here."""
+    return [
+        f"--{flag} has no effect: {why}"
+        for flag, why in torchflags.EXPLAINED.items()
+        if given.get(flag.replace("-", "_")) is not None
+    ]
+
+
+def shown_ranks(given: Mapping[str, Any], nproc: int) -> "Any":
+    """Return the function that picks the ranks whose output is shown."""
+    everyone = torchflags.tees(given["tee"])
+    wanted = torchflags.local_ranks(given["local_ranks_filter"])
+
+    def ranks(job: Job) -> Sequence[int]:
+        if wanted:
+            return [rank for rank in range(job.world_size) if rank % nproc in wanted]
+        return range(job.world_size) if everyone else [0]
+
+    return ranks
+
+
+def outcome(job: Job) -> int:
+    """Say how a job ended, last of all which rank the exit code is from; return that code."""
+    if job.phase is JobPhase.SUCCEEDED:
+        return exits.OK
+    failure = job.status.failure if job.status else None
+    if job.phase is JobPhase.CANCELLED or failure is None:
+        output.say(f"dtrain: {job.name} {job.phase}: {render.reason(job)}")
+        return job.exit_code
+    code = exits.of_rank(failure.exit_code, failure.signal)
+    output.say(f"dtrain: {job.name} FAILED: exit code {code} from {render.failure_title(failure)}")
+    return code
+
+
+def _document(given: Mapping[str, Any], program: str, args: list[str], *, here: bool) -> dict[str, Any]:
+    low, high = torchflags.check_nodes(given["nnodes"])
+    nproc = torchflags.local_nproc(
+        given["nproc_per_node"], here=here, gpus=torchflags.count_gpus(), cpus=os.cpu_count() or 1
+    )
+    kind = "module" if given["module"] else "command" if given["no_python"] else "script"
+    name = given["name"] or given["rdzv_id"]
+    document: dict[str, Any] = {
+        "name": name or torchflags.job_name(program, new_id()[:4]),
+        "nnodes": f"{low}:{high}",
+        "nproc_per_node": nproc,
+        kind: [program] if kind == "command" else program,
+        "args": args,
+        "working_dir": str(Path.cwd()),
+    }
+    if given["max_restarts"] is not None:
+        document["restarts"] = {"max": given["max_restarts"]}
+    if given["shutdown_timeout"] is not None:
+        document["shutdown_grace"] = given["shutdown_timeout"]
+    return document
+
+
+def _on_cluster(addresses: tuple[str, ...], spec: JobSpec, given: Mapping[str, Any]) -> int:
+    with closing(Client(addresses, timeout_s=settings().timeout_s)) as client:
+        accepted = submitting.submit(client, spec, None, "table")
+        ranks = shown_ranks(given, spec.nproc_per_node)
+        try:
+            job = submitting.watch(client, accepted, ranks=ranks, prefix=bool(given["tee"]))
+        except KeyboardInterrupt:
+            submitting.say_detached(accepted.name)
+            return exits.INTERRUPTED
+    return outcome(job)
+
+
+def _embedded(spec: JobSpec, given: Mapping[str, Any]) -> int:
+    # Short: Unix sockets below it have names of at most 107 bytes.
+    folder = Path(tempfile.mkdtemp(prefix="dtrain-run-"))
+    cluster = LocalCluster(
+        folder,
+        coordinators=1,
+        agents=spec.nnodes_max,
+        slots=spec.nproc_per_node,
+        store="dir",
+        name="run",
+        remove=True,
+    )
+    with Foreground(lambda: cluster.stop(clean=False)):
+        try:
+            output.say(f"no cluster is configured: starting one for this run ({spec.nnodes_max} agents)")
+            cluster.start()
+            return _follow_embedded(cluster, spec, given)
+        except Foreground.Interrupted as interrupted:
+            return interrupted.exit_code
+        finally:
+            _keep_logs(cluster.folder, given["log_dir"])
+            cluster.stop()
+            # If it never started there is nothing that would have removed it.
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _follow_embedded(cluster: LocalCluster, spec: JobSpec, given: Mapping[str, Any]) -> int:
+    with closing(Client(cluster.addresses)) as client:
+        accepted = submitting.submit(client, spec, None, "quiet")
+        ranks = shown_ranks(given, spec.nproc_per_node)
+        try:
+            job = submitting.watch(client, accepted, ranks=ranks, prefix=bool(given["tee"]))
+        except Foreground.Interrupted as interrupted:
+            output.say(f"cancelling {accepted.name}; Ctrl-C again stops at once")
+            try:
+                client.set_intent(accepted.name, wanted="cancel", by=whoami())
+                submitting.until_ended(client, accepted.name, CANCEL_S)
+            except DtrainError as error:
+                output.say(f"it did not end by itself: {error.message}")
+            return interrupted.exit_code
+    return outcome(job)
+
+
+def _keep_logs(folder: Path, log_dir: str | None) -> None:
+    """Copy ``agents/*/logs/RUN/attempt_N/LOCAL_RANK`` to ``log_dir/RUN/...``, merged over agents."""
+    if not log_dir:
+        return
+    several = len(list((folder / "agents").glob("*"))) > 1
+    for source in (folder / "agents").glob("*/logs/*"):
+        target = Path(log_dir) / source.name
+        if several:
+            target = Path(log_dir) / source.name / source.parents[1].name
+        try:
+            shutil.copytree(source, target, dirs_exist_ok=True)
+        except (OSError, shutil.Error) as error:
+            output.say(f"--log-dir: {source.name} could not be copied: {error}")

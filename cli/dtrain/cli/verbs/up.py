@@ -1,0 +1,105 @@
+"""``dtrain up``: a whole cluster on this machine, until Ctrl-C."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dtrain.cli.options import debugging, examples
+
+if TYPE_CHECKING:
+    from dtrain.local.cluster import LocalCluster
+
+
+@click.command(
+    short_help="Run a whole cluster on this machine, until Ctrl-C.",
+    epilog=examples("dtrain up", "dtrain up --agents 4 --slots 8 --store dir --folder ./cluster"),
+)
+@click.option("--agents", type=click.IntRange(1, 64), default=2, show_default=True, help="Agents.")
+@click.option("--slots", type=click.IntRange(1, 1024), default=2, show_default=True, help="Ranks per agent.")
+@click.option("--coordinators", type=click.IntRange(1, 9), default=3, show_default=True, help="Replicas.")
+@click.option(
+    "--store", type=click.Choice(["s3", "dir"]), default="s3", show_default=True, help="Kind of store."
+)
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where everything lives (default: ~/.local/state/dtrain/NAME).",
+)
+@click.option("--name", default="local", show_default=True, help="Name of the cluster.")
+@click.option("--port", type=click.IntRange(0, 65000), default=0, help="First coordinator's port (0: any).")
+@click.option("--ttl", type=click.IntRange(5, 60), default=5, show_default=True, help="Lease TTL in seconds.")
+@click.option("--etcd-members", type=click.Choice(["1", "3", "5"]), default="1", show_default=True)
+@debugging
+def command(
+    *,
+    agents: int,
+    slots: int,
+    coordinators: int,
+    store: str,
+    folder: Path | None,
+    name: str,
+    port: int,
+    ttl: int,
+    etcd_members: str,
+) -> int:
+    """Start etcd, a store, coordinators and agents, and make them the current cluster.
+
+    Ctrl-C stops all of it; a second one at once. Data stay in the folder.
+    """
+    from dtrain.cli import context, output
+    from dtrain.cli.foreground import Foreground
+    from dtrain.local.cluster import LocalCluster
+
+    cluster = LocalCluster(
+        folder or _default_folder(name),
+        coordinators=coordinators,
+        agents=agents,
+        slots=slots,
+        store=store,
+        ttl_s=ttl,
+        etcd_members=int(etcd_members),
+        name=name,
+        port=port,
+    )
+    known = None
+    with Foreground(lambda: cluster.stop(clean=False)) as foreground:
+        try:
+            cluster.start(lambda part: output.say(f"  {part}"))
+            known = context.known_here(cluster.name, cluster.addresses, cluster.endpoints, cluster.folder)
+            context.remember(known)
+            _explain(cluster)
+            foreground.wait()
+        except foreground.Interrupted:
+            output.say("stopping")
+        finally:
+            if known is not None:
+                context.forget(known)
+            cluster.stop()
+    return 0
+
+
+def _default_folder(name: str) -> Path:
+    import os
+
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "dtrain" / name
+
+
+def _explain(cluster: "LocalCluster") -> None:
+    from dtrain.cli import output
+
+    if cluster.warning:
+        output.say(f"warning: {cluster.warning}")
+    click.echo(f"cluster {cluster.name} is ready: {len(cluster.coordinators)} coordinators, ", nl=False)
+    click.echo(f"{len(cluster.agents)} agents; folder {cluster.folder}")
+    click.echo("in another terminal:")
+    for line in (
+        "dtrain submit job.yaml --follow",
+        "dtrain get jobs --watch",
+        f"{cluster.etcdctl} --endpoints {','.join(cluster.endpoints)} watch --prefix {cluster.keys.root}",
+    ):
+        click.echo(f"  {line}")
+    click.echo("Ctrl-C stops everything")
+    sys.stdout.flush()

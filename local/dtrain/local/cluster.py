@@ -1,0 +1,470 @@
+"""A whole cluster on this machine: etcd, a store, coordinators and agents.
+
+Everything lives in one folder and on loopback. ``start`` returns once a leader
+is elected and every agent has registered; ``stop`` leaves no process behind, and
+neither does our own death: servers die with us, the reaper ends the rest. The
+``kill_*`` methods are what the end-to-end tests and the demo break things with.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from dtrain.local import ports, reaper, sweeping
+from dtrain.local.daemons import Daemon, Keeper
+from dtrain.local.etcd import EtcdCluster
+from dtrain.local.weed import WeedServer
+from dtrain.protocol import codec
+from dtrain.protocol.cluster import LeaderRecord
+from dtrain.protocol.errors import Conflict, DtrainError, ErrorCode, NotFound, Refused, Unavailable
+from dtrain.protocol.ids import AgentName, ClusterName, JobName, parse_name
+from dtrain.protocol.keys import Keys
+from dtrain.protocol.snapshot import WorkerSnapshot
+from dtrain.storage.etcd.port import KeyValue, prefix_end
+from dtrain.storage.etcd.transport import GatewayEtcd
+
+STOP_S = 5.0
+"""How long daemons get to stop cleanly before everything is killed."""
+
+_LOCK = "cluster.lock"
+_KEPT = ("DTRAIN_ETCD_BIN", "DTRAIN_ETCDCTL_BIN", "DTRAIN_WEED_BIN")
+
+
+class LocalCluster:
+    """One cluster in ``folder``; coordinators are c1, c2, ..., agents a1, a2, ...
+
+    ``store``: ``s3`` (an S3 server of its own) or ``dir`` (a folder). ``port``:
+    the first coordinator's, the others follow; 0 picks free ones. ``remove``:
+    the folder is deleted at the end, also at a violent one. ``etcd_fsync=False``
+    is for tests, where no machine loses power.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        coordinators: int = 3,
+        agents: int = 3,
+        slots: int = 2,
+        store: str = "s3",
+        ttl_s: int = 5,
+        etcd_members: int = 1,
+        name: str = "local",
+        port: int = 0,
+        remove: bool = False,
+        etcd_fsync: bool = True,
+        ready_timeout_s: float = 60.0,
+    ) -> None:
+        if store not in ("s3", "dir"):
+            raise Refused(ErrorCode.BAD_SETTING, f"{store!r} is no kind of local store", fix="use s3 or dir")
+        self.name = ClusterName(parse_name(name, "cluster"))
+        self.folder = folder.resolve()
+        self.keys = Keys(self.name)
+        self._counts = (coordinators, agents)
+        self._slots, self._ttl_s = slots, ttl_s
+        self._port, self._remove = port, remove
+        self._ready_timeout_s = ready_timeout_s
+        self.etcd_servers = EtcdCluster(self.folder / "etcd", size=etcd_members, fsync=etcd_fsync)
+        self.weed = WeedServer(self.folder / "weed") if store == "s3" else None
+        self.coordinators: dict[str, Daemon] = {}
+        self.agents: dict[str, Daemon] = {}
+        self.addresses: tuple[str, ...] = ()
+        self._ports: list[int] = []
+        self._keepers: list[Keeper] = []
+        self._reaper: subprocess.Popen[bytes] | None = None
+        self._lock_fd: int | None = None
+        self._client: GatewayEtcd | None = None
+
+    def __enter__(self) -> "LocalCluster":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # Life -------------------------------------------------------------------------
+
+    def start(self, progress: Callable[[str], None] = lambda _: None) -> None:
+        """Return once the cluster is ready to take jobs; ``progress`` hears of each part.
+
+        Raises:
+            Conflict: the folder is in use by a running cluster.
+            Refused: a port is in use, or etcd or the S3 server is not installed.
+            Unavailable: a part did not get ready; the message has the end of its log.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._take_folder()
+        try:
+            self._start(progress)
+        except BaseException:
+            self.stop(clean=False)
+            raise
+
+    def stop(self, *, clean: bool = True) -> None:
+        """End everything; ``clean`` gives the daemons a moment to do it in order. May be repeated."""
+        daemons = [*self.agents.values(), *self.coordinators.values()]
+        if clean:
+            for daemon in daemons:
+                daemon.terminate()
+            deadline = time.monotonic() + STOP_S
+            for daemon in daemons:
+                daemon.wait(deadline - time.monotonic())
+        if self._lock_fd is not None:
+            sweeping.end_all(self.folder)
+        for daemon in daemons:
+            daemon.send(signal.SIGKILL)
+            daemon.wait(5.0)
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+        if self.weed is not None:
+            self.weed.close()
+        self.etcd_servers.close()
+        for keeper in self._keepers:
+            keeper.close()
+        self._keepers = []
+        ports.release(self._ports)
+        self._ports = []
+        if self._lock_fd is not None and self._remove:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        # Last: until here, our own death would leave something for it to do.
+        if self._reaper is not None:
+            self._reaper.kill()
+            self._reaper.wait()
+            self._reaper = None
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    # What a client needs -------------------------------------------------------------
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """Client URLs of etcd."""
+        return tuple(self.etcd_servers.endpoints)
+
+    @property
+    def store_uri(self) -> str:
+        """The default store of jobs."""
+        return self.weed.store_uri() if self.weed is not None else (self.folder / "store").as_uri()
+
+    @property
+    def store_env(self) -> Mapping[str, str]:
+        """Credentials of the store, as environment variables."""
+        return self.weed.env if self.weed is not None else {}
+
+    @property
+    def etcdctl(self) -> str:
+        """The ``etcdctl`` beside the etcd that runs, or just its name."""
+        return self.etcd_servers.binary.etcdctl or "etcdctl"
+
+    @property
+    def warning(self) -> str:
+        """What to tell the user about the etcd that runs, "" for nothing."""
+        return self.etcd_servers.binary.warning or ""
+
+    @property
+    def etcd(self) -> GatewayEtcd:
+        """A client of the cluster's etcd."""
+        if self._client is None:
+            self._client = GatewayEtcd(self.endpoints)
+        return self._client
+
+    def read(self, prefix: str) -> dict[str, KeyValue]:
+        """Return the records under ``prefix`` (below the cluster's root), straight from etcd."""
+        full = self.keys.root + prefix
+        return {item.key: item for item in self.etcd.range(full, prefix_end(full)).items}
+
+    def daemon(self, name: str) -> Daemon:
+        """The coordinator or agent called ``name``.
+
+        Raises:
+            NotFound: there is none.
+        """
+        found = self.coordinators.get(name) or self.agents.get(name)
+        if found is None:
+            known = ", ".join([*self.coordinators, *self.agents])
+            raise NotFound(
+                ErrorCode.NOT_FOUND, f"there is no {name} in this cluster", fix=f"there are {known}"
+            )
+        return found
+
+    def leader(self) -> str | None:
+        """Name of the replica that leads, None at the moment."""
+        found = self.etcd.range(self.keys.leader).items
+        return str(codec.decode(LeaderRecord, found[0].value).replica) if found else None
+
+    def snapshots(self) -> list[tuple[JobName, WorkerSnapshot]]:
+        """Every agent's snapshot of every job."""
+        found = []
+        for key, item in self.read("agents/").items():
+            parsed = self.keys.parse(key)
+            if parsed is not None and parsed.kind == "worker":
+                found.append((parsed.job, codec.decode(WorkerSnapshot, item.value)))
+        return found
+
+    # Breaking things -----------------------------------------------------------------
+
+    def kill_leader_process(self, number: int = signal.SIGKILL) -> str:
+        """Signal the leader's real process (its guardian lives on); return its name.
+
+        Raises:
+            NotFound: nobody leads.
+        """
+        name = self.leader()
+        if name is None:
+            raise NotFound(ErrorCode.NOT_FOUND, "there is no leader at the moment")
+        self.kill_process(name, number)
+        return name
+
+    def kill_process(self, name: str, number: int = signal.SIGKILL) -> int:
+        """Signal the real process of a coordinator or agent; return its pid."""
+        return self._hit(self.daemon(name).process_pid, f"process of {name}", number)
+
+    def kill_agent(self, name: str, number: int = signal.SIGKILL) -> int:
+        """Signal an agent's process: its launchers and ranks live on."""
+        return self.kill_process(name, number)
+
+    def kill_guardian(self, name: str, number: int = signal.SIGKILL) -> int:
+        """Signal the guardian of a coordinator or agent."""
+        return self._hit(self.daemon(name).guardian_pid, f"guardian of {name}", number)
+
+    def kill_launcher(self, agent: str, number: int = signal.SIGKILL) -> int:
+        """Signal the launcher of an agent (the first, with several jobs)."""
+        found = self.daemon(agent).launcher_pids()
+        return self._hit(found[0] if found else None, f"launcher of {agent}", number)
+
+    def kill_rank(self, rank: int, number: int = signal.SIGKILL, *, job: str = "") -> int:
+        """Signal a rank, by its newest snapshot; return its pid."""
+        newest, pid = -1, None
+        for name, snapshot in self.snapshots():
+            for state in snapshot.ranks:
+                wanted = state.rank == rank and state.exit_code is None and job in ("", name)
+                if wanted and snapshot.attempt > newest:
+                    newest, pid = snapshot.attempt, state.pid
+        return self._hit(pid, f"rank {rank}", number)
+
+    def power_cut(self, agent: str) -> None:
+        """Everything of one machine dies at the same moment; ``start_daemon`` brings it back."""
+        self.daemon(agent).power_cut()
+
+    def freeze(self, name: str) -> None:
+        """SIGSTOP for guardian and process of a daemon, as if its machine had been suspended."""
+        self._to_both(name, signal.SIGSTOP)
+
+    def thaw(self, name: str) -> None:
+        """SIGCONT after ``freeze``."""
+        self._to_both(name, signal.SIGCONT)
+
+    def start_daemon(self, name: str) -> None:
+        """Start a coordinator or agent that has ended."""
+        self.daemon(name).start()
+
+    # Inside --------------------------------------------------------------------------
+
+    def _start(self, progress: Callable[[str], None]) -> None:
+        count, agent_count = self._counts
+        self._ports = self._choose_ports(count, agent_count)
+        self.addresses = tuple(f"127.0.0.1:{port}" for port in self._ports[:count])
+        keeper, store_keeper = Keeper("daemons"), Keeper("store")
+        self._keepers = [keeper, store_keeper]
+        self._start_reaper(keeper)
+        # The store takes longest: it starts beside everything else.
+        weed = self.weed
+        store_ready = store_keeper.begin(weed.start) if weed is not None else self._make_folder_store
+        keeper.call(self.etcd_servers.start)
+        self.etcd_servers.wait_ready(self._ready_timeout_s)
+        progress(f"etcd {'.'.join(map(str, self.etcd_servers.binary.version))} at {','.join(self.endpoints)}")
+        for index in range(agent_count):
+            self._add_agent(f"a{index + 1}", self._ports[count + index], keeper)
+        store_ready()
+        progress(f"store {self.store_uri}")
+        for index in range(count):
+            self._add_coordinator(f"c{index + 1}", self._ports[index], keeper)
+        self._await_ready(progress)
+
+    def _add_coordinator(self, name: str, port: int, keeper: Keeper) -> None:
+        command = (
+            *(sys.executable, "-m", "dtrain.coordinator"),
+            *("--cluster", self.name, "--id", name, "--listen", f"127.0.0.1:{port}"),
+            *("--endpoints", ",".join(self.endpoints), "--ttl", str(self._ttl_s)),
+            *("--default-store", self.store_uri),
+        )
+        self._add(self.coordinators, name, command, self.folder / "coordinators" / name, keeper)
+
+    def _add_agent(self, name: str, port: int, keeper: Keeper) -> None:
+        folder = self.folder / "agents" / name
+        command = (
+            *(sys.executable, "-m", "dtrain.agent"),
+            *("--cluster", self.name, "--name", name, "--listen", f"127.0.0.1:{port}"),
+            *("--host", "127.0.0.1", "--slots", str(self._slots), "--data-dir", str(folder)),
+            *("--endpoints", ",".join(self.endpoints), "--ttl", str(self._ttl_s)),
+        )
+        self._add(self.agents, name, command, folder, keeper)
+
+    def _add(
+        self, where: dict[str, Daemon], name: str, command: tuple[str, ...], folder: Path, keeper: Keeper
+    ) -> None:
+        # Settings of whoever starts us are for other clusters.
+        env = {
+            key: value
+            for key, value in os.environ.items()
+            if key in _KEPT or not key.startswith(("DTRAIN_", "ETCDCTL_"))
+        }
+        daemon = Daemon(
+            name,
+            command,
+            folder=folder,
+            log_path=self.folder / "logs" / f"{name}.log",
+            env=env | {"PYTHONUNBUFFERED": "1", **self.store_env},
+            keeper=keeper,
+        )
+        where[name] = daemon
+        daemon.start()
+
+    def _await_ready(self, progress: Callable[[str], None]) -> None:
+        deadline = time.monotonic() + self._ready_timeout_s
+        missing = {"a leader", *(f"coordinator {name}" for name in self.coordinators)}
+        missing |= {f"agent {name}" for name in self.agents}
+        while missing:
+            self._check_alive()
+            with contextlib.suppress(Unavailable):
+                for part in sorted(missing & self._present()):
+                    missing.discard(part)
+                    progress(f"{part}: {self.leader()}" if part == "a leader" else part)
+            if missing and time.monotonic() > deadline:
+                raise Unavailable(
+                    ErrorCode.COORDINATOR_UNAVAILABLE,
+                    f"not ready after {self._ready_timeout_s:g} s: {', '.join(sorted(missing))}",
+                    cause=self._tail_of(missing),
+                    fix=f"look into {self.folder / 'logs'}",
+                )
+            if missing:
+                time.sleep(0.05)
+
+    def _present(self) -> set[str]:
+        found = set()
+        for key in self.read(""):
+            parsed = self.keys.parse(key)
+            if parsed is None:
+                continue
+            match parsed.kind:
+                case "leader":
+                    found.add("a leader")
+                case "coordinator":
+                    found.add(f"coordinator {parsed.name}")
+                case "node":
+                    found.add(f"agent {AgentName(parsed.agent)}")
+        return found
+
+    def _check_alive(self) -> None:
+        for daemon in (*self.coordinators.values(), *self.agents.values()):
+            if daemon.exit_code is not None:
+                raise Unavailable(
+                    ErrorCode.COORDINATOR_UNAVAILABLE,
+                    f"{daemon.name} ended at once with exit code {daemon.exit_code}",
+                    cause=daemon.log_tail(),
+                    fix=f"look into {daemon.log_path}",
+                )
+
+    def _tail_of(self, missing: set[str]) -> str:
+        names = [part.rpartition(" ")[2] for part in sorted(missing)]
+        known = [self.coordinators.get(name) or self.agents.get(name) for name in names]
+        return next((daemon.log_tail() for daemon in known if daemon is not None), "")
+
+    def _choose_ports(self, coordinators: int, agents: int) -> list[int]:
+        if not self._port:
+            return ports.reserve(coordinators + agents)
+        wanted = list(range(self._port, self._port + coordinators))
+        for port in wanted:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(("127.0.0.1", port))
+                except (OSError, OverflowError) as error:
+                    raise Refused(
+                        ErrorCode.PORT_IN_USE,
+                        f"port {port} on 127.0.0.1 cannot be used",
+                        cause=str(error),
+                        fix="choose another --port, or 0 for any free one",
+                    ) from error
+        return wanted + ports.reserve(agents)
+
+    def _take_folder(self) -> None:
+        fd = os.open(self.folder / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.pread(fd, 20, 0).decode(errors="replace").strip()
+            os.close(fd)
+            raise Conflict(
+                ErrorCode.ALREADY_EXISTS,
+                f"a cluster runs in {self.folder} already (process {owner or 'unknown'})",
+                fix="use it, stop it with Ctrl-C, or choose another --folder",
+            ) from error
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        self._lock_fd = fd
+
+    def _start_reaper(self, keeper: Keeper) -> None:
+        # A former owner's reaper may still be at work; what we start now it would end, too.
+        fd = os.open(self.folder / reaper.LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            deadline = time.monotonic() + 15.0
+            while True:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                if time.monotonic() > deadline:
+                    raise Conflict(
+                        ErrorCode.CONFLICT,
+                        f"processes of an earlier cluster in {self.folder} are still being ended",
+                        fix="try again in a moment, or choose another --folder",
+                    )
+                time.sleep(0.05)
+        finally:
+            os.close(fd)
+        sweeping.end_all(self.folder)
+        command = [sys.executable, "-m", "dtrain.local.reaper", str(os.getpid()), str(self.folder)]
+
+        def spawn() -> "subprocess.Popen[bytes]":
+            return subprocess.Popen(
+                [*command, *(["remove"] if self._remove else [])],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+        self._reaper = keeper.call(spawn)
+        assert self._reaper.stdout is not None
+        # Nothing that could outlive us is started before somebody watches.
+        with self._reaper.stdout as answer:
+            answer.readline()
+
+    def _make_folder_store(self) -> None:
+        (self.folder / "store").mkdir(parents=True, exist_ok=True)
+
+    def _hit(self, pid: int | None, what: str, number: int) -> int:
+        if pid is None:
+            raise NotFound(ErrorCode.NOT_FOUND, f"there is no {what}")
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError as error:
+            raise NotFound(ErrorCode.NOT_FOUND, f"{what} has just ended") from error
+        return pid
+
+    def _to_both(self, name: str, number: int) -> None:
+        daemon = self.daemon(name)
+        for pid in (daemon.guardian_pid, daemon.process_pid):
+            if pid is not None:
+                with contextlib.suppress(DtrainError):
+                    self._hit(pid, name, number)
