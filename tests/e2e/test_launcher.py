@@ -133,11 +133,6 @@ class Bench:
     def out(self, attempt: Attempt, rank: int = 0) -> str:
         return (self.log_dir(attempt, rank) / "stdout.log").read_text()
 
-    def quit(self) -> None:
-        self.client.send(Quit(0.0))
-        self.desk.wait(LauncherEnded)
-        self.client.close()
-
 
 @contextlib.contextmanager
 def _bench(folder: Path | None = None, **options: Any) -> Iterator[Bench]:
@@ -146,10 +141,12 @@ def _bench(folder: Path | None = None, **options: Any) -> Iterator[Bench]:
     try:
         yield bench
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            if not any(isinstance(r, LauncherEnded) for r in bench.desk.reports):
-                os.kill(bench.pid, signal.SIGKILL)
-                bench.desk.wait(LauncherEnded)
+        # A quit, not a kill: what ranks have hidden in sessions of their own must go too.
+        client = LauncherClient.attach(bench.settings.folder, bench.client.process, Desk())
+        if client is not None:
+            client.send(Quit(0.0))
+            client.close()
+            _await(lambda: _gone(bench.pid), "the launcher's end")
         bench.client.close()
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -685,8 +682,6 @@ def test_without_an_agent_everything_ends_after_the_orphan_grace(bare: Bare) -> 
         assert not _gone(rank)
         bench.client.close()
         _await(lambda: _gone(rank) and _gone(bench.pid), "the end")
-        os.waitpid(bench.pid, 0)
-        bench.desk(LauncherEnded(0))
 
 
 @pytest.mark.parametrize("how", ["order", "signal"])

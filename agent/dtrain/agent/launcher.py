@@ -232,9 +232,7 @@ class Launcher:
     def _flush(self, link: Link) -> None:
         if link is not self._agent:
             return
-        if not link.flush():
-            self._drop(link)
-            return
+        link.flush()
         wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.has_output else 0)
         self._selector.modify(link.socket, wanted, link)
 

@@ -38,20 +38,24 @@ class Link:
         return bool(self._outbox)
 
     def post(self, report: LauncherReport) -> bool:
-        """Queue a report and send what the socket takes; False: the connection is dead."""
+        """Queue a report and send what the socket takes; False: the agent reads nothing any more."""
         self._outbox += lines.encode(report)
-        return len(self._outbox) <= OUTBOX_BYTES_MAX and self.flush()
+        self.flush()
+        return len(self._outbox) <= OUTBOX_BYTES_MAX
 
-    def flush(self) -> bool:
-        """Send what the socket takes; False: the connection is dead."""
+    def flush(self) -> None:
+        """Send what the socket takes.
+
+        A broken connection is left to the reading side: the agent's last
+        orders, a ``Quit`` perhaps, may still be waiting to be read.
+        """
         try:
             while self._outbox:
                 del self._outbox[: self.socket.send(self._outbox)]
         except BlockingIOError:
-            return True
+            return
         except OSError:
-            return False
-        return True
+            self._outbox.clear()
 
     def orders(self) -> Iterator[LauncherOrder]:
         """The complete orders that have arrived.
