@@ -108,7 +108,7 @@ class Dispatcher:
         for call in calls:
             call.cancel()
 
-    def _finished(self, key: _Key, directed: Directed, call: grpc.Future[pb.Ack]) -> None:
+    def _finished(self, key: _Key, directed: Directed, call: "grpc.Future[pb.Ack]") -> None:
         with self._lock:
             if self._flying.get(key) is call:
                 del self._flying[key]
@@ -117,6 +117,9 @@ class Dispatcher:
         try:
             ack = call.result()
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.CANCELLED:
+                # Its channel was closed: the agent has moved, or we are ending.
+                return
             self._on_done(directed, False, _problem(error))
             return
         if ack.accepted:

@@ -25,6 +25,7 @@ from dtrain.coordinator.api.server import Server, waiting_slots
 from dtrain.coordinator.api.servicers import CoordinatorServicer, Identity
 from dtrain.coordinator.config import Config
 from dtrain.coordinator.core.decisions import Decision, Directed, Work
+from dtrain.coordinator.core.manifest import merge
 from dtrain.coordinator.core.plan import plan
 from dtrain.coordinator.core.views import Moment
 from dtrain.coordinator.dispatch import Channels, Dispatcher
@@ -267,8 +268,6 @@ def run(argv: Sequence[str]) -> int:
 
     Exit codes: 0 stopped, 70 a bug, 75 leadership lost, 78 a person is needed.
     """
-    from dtrain.coordinator.core.manifest import merge
-
     clock = SystemClock()
     try:
         session = attach()

@@ -10,7 +10,7 @@ import io
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TypeVar, assert_never
 
@@ -38,7 +38,7 @@ from dtrain.protocol.errors import (
     Refused,
     Unavailable,
 )
-from dtrain.protocol.ids import ClusterName, JobName
+from dtrain.protocol.ids import ClusterName, JobName, Seq
 from dtrain.protocol.job import JobStatus
 from dtrain.protocol.keys import Keys
 from dtrain.protocol.snapshot import DurablePart
@@ -52,7 +52,7 @@ from dtrain.storage.etcd.port import Etcd, Get, KeyValue, Txn, prefix_end
 
 T = TypeVar("T")
 
-Merge = Callable[..., Manifest]
+Merge = Callable[[OpenRecord, Sequence[RankManifest], ClusterName, JobName, str, Seq | None], Manifest]
 
 MANIFEST_BYTES_UNPACKED_MAX = 128 * 1024 * 1024
 """A manifest that unpacks to more than this is damage, or an attack."""
@@ -137,6 +137,14 @@ class Worker:
         root = job_root(work.cluster, work.job, work.uid)
         prefix = blob_prefix(root, record.seq, record.attempt, record.nonce)
         manifests = [self._rank_manifest(store, prefix, part) for part in work.parts]
+        merged = self._merge(
+            record,
+            manifests,
+            work.cluster,
+            work.job,
+            iso(self._clock.wall()),
+            None if work.parent is None else Seq(work.parent),
+        )
         for manifest in manifests:
             for blob in manifest.blobs:
                 if not blob.key.startswith(f"{prefix}/"):
@@ -146,15 +154,6 @@ class Worker:
                     raise _unfit(f"{blob.key} holds {found.size_bytes} bytes, not {blob.bytes}")
                 if found.crc32c and found.crc32c.lower() != blob.crc.lower():
                     raise _unfit(f"{blob.key} has the checksum {found.crc32c}, not {blob.crc}")
-        merged = self._merge(
-            cluster=work.cluster,
-            job=work.job,
-            uid=work.uid,
-            record=record,
-            parts=tuple(manifests),
-            parent=work.parent,
-            created=iso(self._clock.wall()),
-        )
         # mtime 0 and no name: the bytes are a function of the manifest alone.
         data = gzip.compress(codec.canonical(codec.to_json(merged)), compresslevel=6, mtime=0)
         if len(data) > MANIFEST_BYTES_MAX:

@@ -318,6 +318,8 @@ class World:
         for agent in [name for name, at in self._lost_at.items() if now - at > LOST_KEPT_S]:
             if not any(agent in usage for usage in self._usage.values()):
                 del self._lost_at[agent]
+        for agent in [name for name in self._unreachable if name not in self._agents]:
+            del self._unreachable[agent]
 
     # One change at a time.
 

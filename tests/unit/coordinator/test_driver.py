@@ -360,10 +360,8 @@ def test_a_record_that_cannot_be_read_quarantines_its_job_alone() -> None:
 
 def test_what_etcd_refuses_is_not_tried_in_a_circle() -> None:
     harness = led(queue_once)
-    tries = 0
     for _ in range(CRASHES_MAX):
         job, _, _ = harness.commits.pop()
-        tries += 1
         harness.driver.on_txn(job, NotWritten("too large", retry=False), harness.now)
         harness.pass_time(2)
     assert not harness.commits

@@ -1,0 +1,183 @@
+"""Decisions as fenced transactions, against the model of etcd."""
+
+from collections.abc import Callable
+
+import pytest
+
+from dtrain.coordinator.core.decisions import Decision, DeleteRecord, Guard, NoKeysUnder, PutRecord
+from dtrain.coordinator.persistence import (
+    Committed,
+    Committer,
+    Conflict,
+    Deposed,
+    NotWritten,
+    Unknown,
+    fenced,
+)
+from dtrain.protocol.checkpoint import Latest
+from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused, Unavailable
+from dtrain.protocol.ids import ClusterName, JobName, Seq, Step, Term
+from dtrain.protocol.keys import Keys
+from dtrain.storage.etcd.memory import MemoryEtcd
+from dtrain.storage.etcd.port import OPERATIONS_PER_TXN_MAX, Put, Txn, TxnResult
+
+CLUSTER = ClusterName("c1")
+KEYS = Keys(CLUSTER)
+JOB = JobName("job")
+KEY = KEYS.latest(JOB)
+
+
+class Faulty(MemoryEtcd):
+    """Raises what is queued for writing transactions, before or after applying them."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: 0.0)
+        self.faults: list[tuple[str, DtrainError]] = []
+        self.on_read: Callable[[], None] = lambda: None
+
+    def txn(self, txn: Txn, *, deadline_s: float = 5.0) -> TxnResult:
+        if not txn.compares and not any(isinstance(op, Put) for op in txn.success):
+            self.on_read()
+        if self.faults:
+            when, error = self.faults.pop(0)
+            if when == "after":
+                super().txn(txn, deadline_s=deadline_s)
+            raise error
+        return super().txn(txn, deadline_s=deadline_s)
+
+
+LOST = OutcomeUnknown(ErrorCode.ETCD_OUTCOME_UNKNOWN, "lost")
+DOWN = Unavailable(ErrorCode.ETCD_UNAVAILABLE, "down")
+
+
+@pytest.fixture
+def etcd() -> Faulty:
+    return Faulty()
+
+
+def lead(etcd: MemoryEtcd) -> Term:
+    return Term(etcd.txn(Txn(success=(Put(KEYS.leader, b"{}"),))).revision)
+
+
+def committer(etcd: MemoryEtcd, may_act: Callable[[], bool] = lambda: True) -> Committer:
+    return Committer(etcd, CLUSTER, may_act=may_act)
+
+
+def put(term: Term, expect: int = 0, step: int = 1) -> Decision:
+    return Decision(writes=(PutRecord(KEY, Latest(term, Seq(1), Step(step)), expect),))
+
+
+def test_a_decision_of_the_current_term_is_applied_at_one_revision(etcd: Faulty) -> None:
+    term = lead(etcd)
+    outcome = committer(etcd).commit(term, put(term))
+    (kv,) = etcd.range(KEY).items
+    assert outcome == Committed(kv.mod_revision)
+
+
+def test_a_stale_leader_cannot_commit(etcd: Faulty) -> None:
+    term = lead(etcd)
+    assert committer(etcd).commit(Term(term - 1), put(Term(term - 1))) == Deposed()
+    assert not etcd.range(KEY).items
+
+
+def test_without_a_leader_key_nobody_commits(etcd: Faulty) -> None:
+    assert committer(etcd).commit(Term(7), put(Term(7))) == Deposed()
+
+
+def test_a_replica_that_may_not_act_does_not_even_try(etcd: Faulty) -> None:
+    term = lead(etcd)
+    assert committer(etcd, lambda: False).commit(term, put(term)) == Deposed()
+    assert not etcd.range(KEY).items
+
+
+def test_a_changed_record_is_a_conflict_at_its_revision(etcd: Faulty) -> None:
+    term = lead(etcd)
+    changed = etcd.txn(Txn(success=(Put(KEY, b"{}"),))).revision
+    etcd.txn(Txn(success=(Put("/another/application", b""),)))
+    assert committer(etcd).commit(term, put(term)) == Conflict(changed)
+
+
+def test_a_guard_on_a_record_that_is_not_written_counts(etcd: Faulty) -> None:
+    term = lead(etcd)
+    decision = put(term)
+    refused = Decision(guards=(Guard(KEYS.status(JOB), 5),), writes=decision.writes)
+    assert isinstance(committer(etcd).commit(term, refused), Conflict)
+    held = Decision(guards=(Guard(KEYS.status(JOB), 0),), writes=decision.writes)
+    assert isinstance(committer(etcd).commit(term, held), Committed)
+
+
+def test_a_pin_that_came_meanwhile_stops_a_retirement(etcd: Faulty) -> None:
+    term = lead(etcd)
+    retire = Decision(absent=(NoKeysUnder(KEYS.pins(JOB, Seq(1))),), writes=put(term).writes)
+    etcd.txn(Txn(success=(Put(KEYS.pins(JOB, Seq(1)) + "reader", b"{}"),)))
+    assert isinstance(committer(etcd).commit(term, retire), Conflict)
+    assert not etcd.range(KEY).items
+
+
+def test_a_lost_answer_of_an_applied_write_is_found_by_reading(etcd: Faulty) -> None:
+    term = lead(etcd)
+    etcd.faults = [("after", LOST)]
+    outcome = committer(etcd).commit(term, put(term))
+    assert outcome == Committed(etcd.range(KEY).items[0].mod_revision)
+
+
+def test_a_write_that_may_still_come_is_unknown_and_harmless_when_it_comes(etcd: Faulty) -> None:
+    term = lead(etcd)
+    etcd.faults = [("before", LOST)]
+    first = put(term, step=1)
+    assert committer(etcd).commit(term, first) == Unknown(term)
+    assert isinstance(committer(etcd).commit(term, put(term, step=2)), Committed)
+    # The first one arrives at last: its guard is false by now.
+    assert not etcd.txn(fenced(KEYS, term, first)).succeeded
+    assert b'"step":2' in etcd.range(KEY).items[0].value
+
+
+def test_looking_goes_on_until_etcd_answers(etcd: Faulty) -> None:
+    term = lead(etcd)
+    etcd.faults = [("after", LOST), ("before", DOWN), ("before", DOWN)]
+    assert isinstance(committer(etcd).commit(term, put(term)), Committed)
+
+
+def test_looking_ends_with_the_lease(etcd: Faulty) -> None:
+    term = lead(etcd)
+    may_act = [True, True]
+    etcd.faults = [("before", LOST), *[("before", DOWN)] * 10]
+    assert committer(etcd, lambda: bool(may_act and may_act.pop())).commit(term, put(term)) == Deposed()
+
+
+def test_looking_finds_another_leader(etcd: Faulty) -> None:
+    term = lead(etcd)
+    etcd.faults = [("before", LOST)]
+
+    def depose() -> None:
+        etcd.on_read = lambda: None
+        MemoryEtcd.txn(etcd, Txn(success=(Put(KEYS.leader + "x", b""),)))
+        etcd._live.pop(KEYS.leader)
+
+    etcd.on_read = depose
+    assert committer(etcd).commit(term, put(term)) == Deposed()
+
+
+@pytest.mark.parametrize(
+    ("error", "retry"), [(DOWN, True), (Refused(ErrorCode.ETCD_REFUSED, "too large"), False)]
+)
+def test_what_was_not_written_says_whether_to_try_again(
+    etcd: Faulty, error: DtrainError, retry: bool
+) -> None:
+    term = lead(etcd)
+    etcd.faults = [("before", error)]
+    outcome = committer(etcd).commit(term, put(term))
+    assert isinstance(outcome, NotWritten)
+    assert outcome.retry is retry
+
+
+def test_a_decision_that_contradicts_itself_is_a_bug() -> None:
+    decision = Decision(guards=(Guard(KEY, 3),), writes=(DeleteRecord(KEY, 4),))
+    with pytest.raises(AssertionError, match="two revisions"):
+        fenced(KEYS, Term(1), decision)
+
+
+def test_a_decision_larger_than_a_transaction_is_a_bug() -> None:
+    writes = tuple(DeleteRecord(KEYS.event(JOB, seq), 1) for seq in range(OPERATIONS_PER_TXN_MAX))
+    with pytest.raises(AssertionError, match="larger"):
+        fenced(KEYS, Term(1), Decision(writes=writes))

@@ -1,0 +1,306 @@
+"""What a replica knows, built from changes of the mirror alone."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dtrain.coordinator.core.views import FleetView, Verdict
+from dtrain.coordinator.world import BRAKE_WINDOW_S, MIRROR_AGE_S_MAX, World
+from dtrain.protocol import codec
+from dtrain.protocol.checkpoint import OpenRecord
+from dtrain.protocol.cluster import Cordon
+from dtrain.protocol.ids import (
+    AgentName,
+    Attempt,
+    ClusterName,
+    Incarnation,
+    JobName,
+    Rank,
+    ReplicaId,
+    Seq,
+    Step,
+    Term,
+    Uid,
+)
+from dtrain.protocol.job import Entry, EntryKind, JobPhase, JobSpec, JobStatus, Member
+from dtrain.protocol.keys import Keys
+from dtrain.protocol.snapshot import NodeRecord, RankState, WorkerPhase, WorkerSnapshot
+from dtrain.storage.etcd.mirror import Change
+from dtrain.storage.etcd.port import KeyValue
+
+CLUSTER = ClusterName("c1")
+KEYS = Keys(CLUSTER)
+JOB = JobName("job")
+A1 = AgentName("a1")
+
+
+class Etcd:
+    """Numbers puts and deletes as etcd does, and feeds them to a world."""
+
+    def __init__(self) -> None:
+        self.world = World(CLUSTER, ReplicaId("r1"))
+        self.items: dict[str, KeyValue] = {}
+        self.revision = 1
+
+    def put(self, key: str, value: Any, now: float = 0.0) -> None:
+        self.revision += 1
+        before = self.items.get(key)
+        data = value if isinstance(value, bytes) else codec.encode(value)
+        created = before.create_revision if before else self.revision
+        after = KeyValue(key, data, created, self.revision, 1)
+        self.items[key] = after
+        self.world.apply([Change(key, before, after)], now)
+
+    def delete(self, key: str, now: float = 0.0) -> None:
+        self.revision += 1
+        self.world.apply([Change(key, self.items.pop(key), None)], now)
+
+    def fleet(self, now: float = 0.0, job: JobName = JOB) -> FleetView:
+        return self.world.fleet_view(job, now, term=Term(1), took_office_at=0.0)
+
+
+def spec(name: JobName = JOB, uid: str = "u1") -> JobSpec:
+    return JobSpec(name, Uid(uid), Entry(EntryKind.SCRIPT, "train.py"))
+
+
+def status(attempt: int = 1, phase: JobPhase = JobPhase.RUNNING, **fields: Any) -> JobStatus:
+    return JobStatus(Term(1), Uid("u1"), phase, attempt=Attempt(attempt), **fields)
+
+
+def node(name: AgentName = A1, life: str = "i1") -> NodeRecord:
+    return NodeRecord(name, Incarnation(life), "h:1", "h", 4)
+
+
+def snapshot(attempt: int = 1, step: int = 0, agent: AgentName = A1) -> WorkerSnapshot:
+    ranks = (RankState(Rank(0), 1, WorkerPhase.TRAINING, Step(step)),)
+    return WorkerSnapshot(agent, Uid("u1"), Incarnation("i1"), Attempt(attempt), WorkerPhase.TRAINING, ranks)
+
+
+def opened(seq: int, term: int = 1) -> OpenRecord:
+    return OpenRecord(Term(term), Uid("u1"), Seq(seq), Attempt(1), Step(9), "aa", 1, 60.0)
+
+
+def test_an_open_record_rewritten_keeps_the_instant_it_was_first_seen() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.open(JOB, Seq(3)), opened(3), now=10)
+    etcd.put(KEYS.open(JOB, Seq(3)), opened(3, term=2), now=20)
+    (stored,) = etcd.world.job_view(JOB).open
+    assert (stored.seen_at, stored.value.term) == (10, 2)
+    etcd.delete(KEYS.open(JOB, Seq(3)), now=25)
+    etcd.put(KEYS.open(JOB, Seq(3)), opened(3), now=30)
+    assert etcd.world.job_view(JOB).open[0].seen_at == 30
+
+
+def test_a_status_is_seen_anew_at_each_revision() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.status(JOB), status(), now=10)
+    etcd.put(KEYS.status(JOB), status(2), now=20)
+    stored = etcd.world.job_view(JOB).status
+    assert stored is not None
+    assert (stored.seen_at, stored.mod_revision) == (20, etcd.revision)
+
+
+def test_the_last_snapshot_of_a_vanished_agent_stays_for_its_attempt_only() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.status(JOB), status(1))
+    etcd.put(KEYS.worker(A1, JOB), snapshot(1, step=7))
+    etcd.delete(KEYS.worker(A1, JOB))
+    assert etcd.world.job_view(JOB).departed == {A1: snapshot(1, step=7)}
+    etcd.put(KEYS.status(JOB), status(2))
+    assert not etcd.world.job_view(JOB).departed
+    etcd.put(KEYS.worker(A1, JOB), snapshot(1))
+    etcd.delete(KEYS.worker(A1, JOB))
+    assert not etcd.world.job_view(JOB).departed, "it was of an older attempt"
+
+
+def test_a_lost_agent_is_remembered_until_it_comes_back() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.node(A1), node(), now=1)
+    etcd.delete(KEYS.node(A1), now=5)
+    assert etcd.fleet(5).lost_at == {A1: 5}
+    assert not etcd.fleet(5).agents
+    etcd.put(KEYS.node(A1), node(life="i2"), now=9)
+    assert not etcd.fleet(9).lost_at
+    assert etcd.fleet(9).agents[A1].seen_at == 9
+
+
+def test_a_rewritten_node_of_one_life_is_not_a_new_agent() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.node(A1), node(), now=1)
+    etcd.world.record_reached(A1, False, 2)
+    etcd.put(KEYS.node(A1), replace(node(), slots=8), now=3)
+    assert etcd.fleet().agents[A1].seen_at == 1
+    assert etcd.fleet().unreachable == {A1: 2}
+    etcd.put(KEYS.node(A1), node(life="i2"), now=4)
+    assert not etcd.fleet().unreachable
+
+
+def test_a_view_given_away_does_not_change() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.node(A1), node())
+    before = etcd.fleet()
+    etcd.delete(KEYS.node(A1))
+    assert A1 in before.agents
+    assert A1 not in etcd.fleet().agents
+
+
+@pytest.mark.parametrize(("alive", "lost", "on"), [(10, 3, False), (9, 3, True), (3, 2, False), (8, 4, True)])
+def test_the_brake_comes_on_when_a_third_of_the_fleet_vanishes(alive: int, lost: int, on: bool) -> None:
+    etcd = Etcd()
+    for index in range(alive):
+        etcd.put(KEYS.node(AgentName(f"a{index}")), node(AgentName(f"a{index}")))
+    for index in range(lost):
+        etcd.delete(KEYS.node(AgentName(f"a{index}")), now=10 + index)
+    assert bool(etcd.world.brake(12)) is on
+    etcd.world.heard(12 + BRAKE_WINDOW_S)
+    assert not etcd.world.brake(10 + lost + BRAKE_WINDOW_S)
+
+
+def test_agents_that_vanish_slowly_do_not_brake() -> None:
+    etcd = Etcd()
+    for index in range(9):
+        etcd.put(KEYS.node(AgentName(f"a{index}")), node(AgentName(f"a{index}")))
+    for index in range(3):
+        etcd.delete(KEYS.node(AgentName(f"a{index}")), now=index * 40.0)
+    assert not etcd.world.brake(81)
+
+
+def test_a_stale_mirror_brakes_and_says_when_it_will() -> None:
+    etcd = Etcd()
+    assert etcd.world.brake(0)
+    etcd.put(KEYS.node(A1), node(), now=0)
+    assert not etcd.world.brake(MIRROR_AGE_S_MAX)
+    at = etcd.world.brake_changes_at(0)
+    assert at is not None
+    assert etcd.world.brake(at)
+
+
+def test_slots_are_those_of_other_jobs_that_are_placed() -> None:
+    etcd = Etcd()
+    other = JobName("other")
+    members = (Member(A1, 0, Rank(0), 2),)
+    etcd.put(KEYS.status(other), status(members=members))
+    etcd.put(KEYS.status(JOB), status(members=(Member(A1, 0, Rank(0), 1),)))
+    assert etcd.fleet(job=JOB).used == {A1: 2}
+    assert etcd.fleet(job=other).used == {A1: 1}
+    etcd.put(KEYS.status(other), status(phase=JobPhase.RECOVERING, members=members))
+    assert etcd.fleet(job=JOB).used == {}
+
+
+def test_freed_slots_wake_the_jobs_that_wait() -> None:
+    etcd = Etcd()
+    other = JobName("other")
+    etcd.put(KEYS.status(other), status(members=(Member(A1, 0, Rank(0), 2),)))
+    etcd.put(KEYS.spec(JOB), spec())
+    etcd.world.take_touched()
+    etcd.put(KEYS.status(other), status(phase=JobPhase.SUCCEEDED))
+    assert etcd.world.take_touched() == [JOB, other]
+
+
+def test_a_change_of_an_agent_touches_its_jobs_and_those_that_wait() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.status(JOB), status(members=(Member(A1, 0, Rank(0), 2),)))
+    etcd.put(KEYS.status(JobName("far")), status(members=(Member(AgentName("a2"), 0, Rank(0), 2),)))
+    etcd.put(KEYS.spec(JobName("waits")), spec(JobName("waits")))
+    etcd.put(KEYS.node(A1), node())
+    etcd.world.take_touched()
+    etcd.delete(KEYS.node(A1))
+    assert etcd.world.take_touched() == [JOB, "waits"]
+
+
+def test_events_of_a_job_are_numbers_and_touch_nothing() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.spec(JOB), spec())
+    etcd.world.take_touched()
+    for seq in (2, 10, 1):
+        etcd.put(KEYS.event(JOB, seq), b"{}")
+    assert etcd.world.take_touched() == []
+    assert etcd.world.job_view(JOB).events == (1, 2, 10)
+
+
+def test_pins_hold_until_the_last_reader_leaves() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.spec(JOB), spec())
+    etcd.put(KEYS.pins(JOB, Seq(4)) + "r1", b"{}")
+    etcd.put(KEYS.pins(JOB, Seq(4)) + "r2", b"{}")
+    etcd.delete(KEYS.pins(JOB, Seq(4)) + "r1")
+    assert etcd.world.job_view(JOB).pinned == {4}
+    etcd.delete(KEYS.pins(JOB, Seq(4)) + "r2")
+    assert etcd.world.job_view(JOB).pinned == frozenset()
+
+
+@pytest.mark.parametrize("bad", [b"", b"[]", b'{"v":2}', b'{"v":1,"term":"x"}', b"\xff"])
+def test_a_bad_record_is_a_sentence_about_its_job_never_a_crash(bad: bytes) -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.spec(JOB), spec())
+    for key in (KEYS.status(JOB), KEYS.open(JOB, Seq(1)), KEYS.worker(A1, JOB), KEYS.latest(JOB)):
+        etcd.put(key, bad)
+        assert key in etcd.world.job_view(JOB).quarantined or etcd.world.quarantine(JOB)
+        etcd.delete(key)
+        assert etcd.world.quarantine(JOB) == ""
+    etcd.put(KEYS.node(A1), bad)
+    assert etcd.world.problems
+    assert not etcd.fleet().agents
+
+
+def test_a_name_that_no_job_can_have_is_left_alone() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.root + "jobs/..x/spec", b"{}")
+    assert etcd.world.jobs() == []
+    assert etcd.world.problems
+
+
+def test_a_cordon_holds_even_if_it_cannot_be_read() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.cordon(A1), Cordon(A1, "disk"))
+    etcd.put(KEYS.cordon(A1), b"garbage")
+    assert etcd.fleet().cordoned == {A1}
+    etcd.delete(KEYS.cordon(A1))
+    assert etcd.fleet().cordoned == frozenset()
+
+
+def test_verdicts_end_with_their_open_record_and_all_facts_with_the_submission() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.spec(JOB), spec())
+    etcd.put(KEYS.open(JOB, Seq(1)), opened(1))
+    etcd.world.record_verdict(JOB, Verdict(Seq(1), "aa", True))
+    etcd.world.record_verdict(JOB, Verdict(Seq(2), "bb", True))
+    assert set(etcd.world.job_view(JOB).verdicts) == {(1, "aa")}
+    etcd.delete(KEYS.open(JOB, Seq(1)))
+    assert not etcd.world.job_view(JOB).verdicts
+    etcd.world.record_probe(JOB, "down", 3.0)
+    etcd.world.record_swept(JOB, 4.0)
+    etcd.put(KEYS.spec(JOB), spec(uid="u2"))
+    view = etcd.world.job_view(JOB)
+    assert (view.store_ok, view.store_problem, view.swept_at) == (None, "", None)
+
+
+def test_the_step_rate_comes_from_progress_and_starts_over_with_an_attempt() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.status(JOB), status(1))
+    for index in range(5):
+        etcd.put(KEYS.worker(A1, JOB), snapshot(1, step=10 + 4 * index), now=float(2 * index))
+        rate = etcd.world.job_view(JOB).step_rate
+    assert rate == pytest.approx(2.0)
+    etcd.put(KEYS.status(JOB), status(2))
+    assert etcd.world.job_view(JOB).step_rate == 0.0
+
+
+def test_a_job_without_records_is_forgotten() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.spec(JOB), spec())
+    etcd.put(KEYS.event(JOB, 1), b"{}")
+    etcd.delete(KEYS.spec(JOB))
+    etcd.delete(KEYS.event(JOB, 1))
+    assert etcd.world.jobs() == []
+    assert etcd.world.job_view(JOB).spec is None
+
+
+def test_the_agents_ttl_stretches_with_the_fleet() -> None:
+    etcd = Etcd()
+    assert etcd.world.agent_ttl_s == 10.0
+    for index in range(3500):
+        name = AgentName(f"a{index}")
+        etcd.put(KEYS.node(name), node(name))
+    assert etcd.world.agent_ttl_s == pytest.approx(15.0)
