@@ -1,0 +1,269 @@
+"""What must hold after every event of a run, and what must be left at its end.
+
+Numbers as in ``docs/guarantees.md``. A claim that does not hold is written down and ends the run.
+"""
+
+import gzip
+import json
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dtrain.agent.core import invariants as agent_invariants
+from dtrain.agent.core.state import AgentState
+from dtrain.coordinator.core import invariants
+from dtrain.coordinator.core.decisions import Decision, PutRecord
+from dtrain.protocol import codec
+from dtrain.protocol.audit import Auditor, Change
+from dtrain.protocol.checkpoint import CommitRecord, Latest, Manifest
+from dtrain.protocol.errors import DtrainError
+from dtrain.protocol.ids import Attempt, JobName
+from dtrain.protocol.job import TERMINAL_PHASES, JobPhase, JobStatus
+from dtrain.protocol.snapshot import FailureKind
+from dtrain.storage.etcd.mirror import Mirror
+from dtrain.storage.etcd.port import Event, prefix_end
+
+from tests.sim.training import SimRank, weights_at
+from tests.sim.transfer import HEAD_BYTES, TENSOR
+
+if TYPE_CHECKING:
+    from tests.sim.cluster import Cluster
+    from tests.sim.coordinator import Coordinator
+    from tests.sim.machine import Machine, SimAgent
+
+MIRROR_SAMPLED = 16
+"""One in so many changes of a mirror is compared with etcd at its revision."""
+
+
+class Checks:
+    """Collects violations; the run stops at the first."""
+
+    def __init__(self, cluster: "Cluster") -> None:
+        self._cluster = cluster
+        self.violations: list[str] = []
+        self.auditor = Auditor(cluster.name)
+        self.commits: dict[int, CommitRecord] = {}
+        """Every commit ever, by seq."""
+        self.damaged: set[str] = set()
+        """Blobs that a fault has damaged or deleted at rest."""
+        self.statuses: list[JobStatus] = []
+        self.status: JobStatus | None = None
+        self.latest = 0
+        self.finished_ranks = 0
+        self._mirror_changes = 0
+        self._audited = 0
+        self._terms: dict[str, int] = {}
+        self._attempts: dict[tuple[str, str], int] = {}
+
+    def bad(self, what: str) -> None:
+        self.violations.append(f"at {self._cluster.scheduler.now:.3f} s: {what}")
+        self._cluster.scheduler.log("CHECKS", what)
+
+    def bug(self, where: str, error: BaseException) -> None:
+        lines = traceback.format_exception(error)
+        self.bad(f"{where} died of {type(error).__name__}: {error}\n{''.join(lines[-6:])}")
+
+    # etcd's history.
+
+    def on_revision(self, revision: int, events: Sequence[Event]) -> None:
+        changes = [
+            Change(
+                event.kv.key,
+                None if event.kind == "delete" else event.kv.value,
+                event.kv.create_revision,
+            )
+            for event in events
+        ]
+        self.auditor.feed(revision, changes)
+        for violation in self.auditor.violations[self._audited :]:
+            self.bad(f"auditor: {violation}")
+        self._audited = len(self.auditor.violations)
+        for change in changes:
+            place = self._cluster.keys.parse(change.key)
+            match place.kind if place else "":
+                case "status" if change.value is not None:
+                    self._status(codec.decode(JobStatus, change.value))
+                case "latest" if change.value is not None:
+                    self.latest = codec.decode(Latest, change.value).seq
+                case "checkpoint" if change.value is not None:
+                    self._commit(codec.decode(CommitRecord, change.value))
+                case "checkpoint":
+                    assert place is not None
+                    if place.seq == self.latest:
+                        self.bad(f"I3: checkpoint {place.seq} was the newest and is gone")
+
+    def _status(self, status: JobStatus) -> None:
+        before = self.status
+        self.status = status
+        self.statuses.append(status)
+        if before is None or before.attempt != status.attempt or before.phase != status.phase:
+            self._cluster.scheduler.log(
+                "JOB", status.phase, attempt=status.attempt, step=status.step, reason=status.reason
+            )
+        if before is not None and status.attempt > before.attempt:
+            self._check_restore(status)
+
+    def _check_restore(self, status: JobStatus) -> None:
+        """G6: a new attempt starts from the newest checkpoint that is good."""
+        bad = self._cluster.bad_seqs()
+        newest = max((seq for seq in self._cluster.committed_seqs() if seq not in bad), default=None)
+        found = None if status.restore is None else int(status.restore.seq)
+        if found != newest:
+            self.bad(f"G6: attempt {status.attempt} restores checkpoint {found}, the newest good one is {newest}")
+
+    def _commit(self, record: CommitRecord) -> None:
+        """G2: every part from one attempt and one step, durable, and together the true state."""
+        self.commits[int(record.seq)] = record
+        self._cluster.scheduler.log("JOB", "COMMIT", seq=record.seq, step=record.step, attempt=record.attempt)
+        store = self._cluster.store
+        fault, store.fault = store.fault, lambda _operation, _key: None
+        try:
+            manifest = codec.decode(Manifest, gzip.decompress(store.get(record.manifest)))
+            state = bytearray(64)
+            blobs = [store.get(blob.key) for blob in manifest.blobs]
+            for data in blobs:
+                head = json.loads(data[:HEAD_BYTES])
+                found = (head["seq"], head["attempt"], head["step"])
+                if found != (record.seq, record.attempt, record.step):
+                    self.bad(f"G2: checkpoint {record.seq} holds a part of (seq, attempt, step) {found}")
+            for chunk in manifest.tensors[TENSOR].chunks:
+                state[chunk.o[0] : chunk.o[0] + chunk.len] = blobs[chunk.b][chunk.off : chunk.off + chunk.len]
+            damaged = any(blob.key in self.damaged for blob in manifest.blobs)
+            if bytes(state) != weights_at(record.step) and not damaged:
+                self.bad(f"G9: checkpoint {record.seq} is not the state after step {record.step}")
+        except (DtrainError, ValueError, KeyError, OSError) as error:
+            if not self.damaged:
+                self.bad(f"G2: checkpoint {record.seq} was committed and cannot be read: {error!r}")
+        finally:
+            store.fault = fault
+
+    # Coordinators.
+
+    def driver_moved(self, coordinator: "Coordinator") -> None:
+        driver = coordinator.driver
+        if not driver.leads:
+            return
+        for job in driver.world.jobs():
+            for sentence in invariants.check(driver.world.job_view(job)):
+                self.bad(f"{coordinator.replica.name} sees job {job} broken: {sentence}")
+
+    def driver_said(self, coordinator: "Coordinator", event: str, fields: dict[str, Any]) -> None:
+        if event == "plan failed":
+            self.bad(f"{coordinator.replica.name}: plan failed: {fields}")
+        if event == "record unusable":
+            self.bad(f"{coordinator.replica.name}: {fields}")
+        if event == "work failed" and "died" in str(fields.get("problem", "")):
+            self.bad(f"{coordinator.replica.name}: {fields}")
+
+    def deciding(self, coordinator: "Coordinator", job: JobName, decision: Decision) -> None:
+        """I9: under the brake nobody is declared lost."""
+        view = coordinator.driver.world.job_view(job)
+        if view.status is None or not coordinator.driver.world.brake(coordinator.now()):
+            return
+        for write in decision.writes:
+            if isinstance(write, PutRecord) and isinstance(write.value, JobStatus):
+                new, old = write.value, view.status.value
+                lost = new.failure is not None and new.failure.kind is FailureKind.AGENT_LOST
+                if lost and old.failure != new.failure:
+                    self.bad(f"I9: an agent is declared lost under the brake: {new.reason}")
+
+    def mirror_at(self, name: str, mirror: Mirror, revision: int) -> None:
+        """I8: a mirror is etcd at its revision."""
+        self._mirror_changes += 1
+        memory = self._cluster.etcd.memory
+        if self._mirror_changes % MIRROR_SAMPLED or revision < memory.compacted:
+            return
+        root = self._cluster.keys.root
+        truth = {kv.key: kv.mod_revision for kv in memory._at(root, prefix_end(root), revision)}
+        copy = {kv.key: kv.mod_revision for kv in mirror.prefix(root)}
+        if truth != copy:
+            wrong = sorted(key for key in truth.keys() | copy.keys() if truth.get(key) != copy.get(key))
+            self.bad(f"I8: the mirror of {name} at {revision} is wrong about {wrong[:3]}")
+
+    # Agents and ranks.
+
+    def agent_stepped(self, agent: "SimAgent", state: AgentState) -> None:
+        try:
+            agent_invariants.check(state)
+        except DtrainError as error:
+            self.bad(f"{agent.machine.name}: {error.message}")
+        name = agent.machine.name
+        if state.term < self._terms.get(name, 0):
+            self.bad(f"I6: {name} went back to term {state.term}")
+        self._terms[name] = state.term
+        for job in state.jobs.values():
+            place = (name, job.uid)
+            if job.attempt < self._attempts.get(place, 0):
+                self.bad(f"I6: {name} went back to attempt {job.attempt} of {job.name}")
+            self._attempts[place] = job.attempt
+
+    def forking(self, machine: "Machine", job: JobName, attempt: Attempt) -> None:
+        """I6: no machine runs two sets of ranks of a job."""
+        for launcher in machine.launchers.values():
+            for rank in launcher.ranks:
+                if launcher.job == job and rank.alive:
+                    self.bad(
+                        f"I6: {machine.name} forks attempt {attempt} beside rank {rank.rank} of {rank.attempt}"
+                    )
+
+    def restored(self, rank: SimRank, step: int, state: bytes) -> None:
+        if state != weights_at(step):
+            self.bad(f"G9: rank {rank.rank} of attempt {rank.attempt} restored a wrong state of step {step}")
+
+    def stepped(self, rank: SimRank, step: int) -> None:
+        if step != rank.step + 1:
+            self.bad(f"rank {rank.rank} of attempt {rank.attempt} went from step {rank.step} to {step}")
+
+    def finished(self, rank: SimRank) -> None:
+        self.finished_ranks += 1
+        if rank.session.stop_reason is None and rank.state != weights_at(self._cluster.total_steps):
+            self.bad(f"G9: rank {rank.rank} of attempt {rank.attempt} ends with other weights")
+
+    # The end.
+
+    def job_is_over(self) -> bool:
+        return self.status is not None and self.status.phase in TERMINAL_PHASES
+
+    def left_behind(self) -> list[str]:
+        """What is still there although the job is over and all is calm; empty: nothing."""
+        cluster = self._cluster
+        left = []
+        for kv in cluster.etcd.memory._at(cluster.keys.root, prefix_end(cluster.keys.root), 0):
+            place = cluster.keys.parse(kv.key)
+            if place is None or place.kind in ("worker", "open", "garbage", "pin"):
+                left.append(f"key {kv.key}")
+        leases = len(cluster.etcd.memory.leases())
+        expected = sum(1 for r in cluster.replicas.values() if r.guardian) + sum(
+            1 for m in cluster.machines.values() if m.powered
+        )
+        if leases != expected:
+            left.append(f"{leases} leases instead of {expected}")
+        named = self._named_blobs()
+        left += [f"blob {key}" for key in sorted(cluster.store._blobs) if key not in named]
+        for machine in cluster.machines.values():
+            left += [f"launcher of {launcher.job} on {machine.name}" for launcher in machine.launchers.values()]
+        return left
+
+    def _named_blobs(self) -> set[str]:
+        cluster = self._cluster
+        named = set()
+        for seq in cluster.committed_seqs():
+            record = self.commits[seq]
+            named.add(record.manifest)
+            prefix = f"blobs/{seq:020d}/{record.attempt:06d}-{record.nonce}/"
+            # The ranks' own manifests stay beside their blobs.
+            named |= {key for key in cluster.store._blobs if prefix in key}
+        return named
+
+    def at_the_end(self) -> None:
+        """After the calm: success, exactness, and nothing left behind."""
+        status = self.status
+        if status is None or status.phase is not JobPhase.SUCCEEDED:
+            what = "never began" if status is None else f"is {status.phase} ({status.reason})"
+            self.bad(f"I10: the job {what} long after the faults have stopped")
+            return
+        final = [c for c in self.commits.values() if c.final]
+        if not final and not any(s.final_tries for s in self.statuses):
+            self.bad("the job succeeded without a checkpoint of its end")
+        for sentence in self.left_behind():
+            self.bad(f"I11: left behind: {sentence}")

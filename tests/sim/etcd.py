@@ -1,0 +1,291 @@
+"""etcd as a node sees it: the model behind a network that delays, cuts, loses and lies by silence.
+
+``EtcdServer`` owns the one ``MemoryEtcd`` and shows every revision to the checks. ``EtcdAccess`` is one
+node's way to it: ``submit`` for event code, the ``port.Etcd`` methods for code that runs as a task.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Unavailable
+from dtrain.storage.etcd.memory import MemoryEtcd, MemoryWatch
+from dtrain.storage.etcd.port import Event as WatchEvent
+from dtrain.storage.etcd.port import Put, Delete, RangeResult, Status, Txn, TxnResult, WatchBatch
+
+from tests.sim.scheduler import Scheduler
+
+LATENCY_S = 0.004
+WATCH_DELAY_S = 0.01
+PROGRESS_S = 5.0
+EXPIRY_SCAN_S = 0.5
+
+
+class EtcdServer:
+    """The cluster of members, as one linearizable thing that may be down for a while."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.memory = MemoryEtcd(lambda: scheduler.now)
+        self.down = False
+        self.ambiguous = 0.0
+        """Share of writes whose answer never comes."""
+        self.on_revision: Callable[[int, tuple[WatchEvent, ...]], None] = lambda _revision, _events: None
+        self.seen = 1
+        self.watches: list[SimWatch] = []
+        scheduler.after(EXPIRY_SCAN_S, self._scan)
+
+    def apply(self, operation: Callable[[MemoryEtcd], Any]) -> Any:
+        """Run an operation now; its error is its value."""
+        try:
+            result = operation(self.memory)
+        except DtrainError as error:
+            result = error
+        self.publish()
+        return result
+
+    def publish(self) -> None:
+        """Show new revisions to the checks, and wake the watches."""
+        if self.memory.revision == self.seen:
+            return
+        for revision, events in self.memory.log_from(self.seen + 1):
+            self.on_revision(revision, events)
+        self.seen = self.memory.revision
+        for watch in self.watches:
+            watch.wake()
+
+    def compact(self, kept: int) -> None:
+        """Forget history but for the newest ``kept`` revisions, as the compactor does."""
+        revision = self.memory.revision - kept
+        if revision > max(1, self.memory.compacted):
+            self.memory.compact(revision)
+
+    def _scan(self) -> None:
+        # Without a quorum nothing expires; the leader of a new one extends every lease.
+        if not self.down:
+            self.memory.tick()
+            self.publish()
+        self.scheduler.after(EXPIRY_SCAN_S, self._scan)
+
+    def recover(self) -> None:
+        """A new etcd leader gives each lease its full time again."""
+        self.down = False
+        memory = self.memory
+        for held in memory._leases.values():
+            held.expires_at = max(held.expires_at, self.scheduler.now + held.ttl_s)
+        memory._next_expiry = min((held.expires_at for held in memory._leases.values()), default=float("inf"))
+
+
+class EtcdAccess:
+    """One node's connection. ``cut``: nothing passes, in either direction."""
+
+    def __init__(self, server: EtcdServer, who: str, alive: Callable[[], bool] = lambda: True) -> None:
+        self.server = server
+        self.who = who
+        self.cut = False
+        self.alive = alive
+        self.post: Callable[[Callable[[], None]], None] = lambda call: call()
+        """How answers enter the process: a frozen one takes them when it thaws."""
+
+    def submit(
+        self,
+        operation: Callable[[MemoryEtcd], Any],
+        done: Callable[[Any], None],
+        *,
+        write: bool,
+        deadline_s: float,
+    ) -> None:
+        """Call etcd; ``done`` gets the result or the error, once, later."""
+        server, scheduler = self.server, self.server.scheduler
+        open_ = [True]
+
+        def finish(value: Any) -> None:
+            if open_[0]:
+                open_[0] = False
+                timeout.cancel()
+                self.post(lambda: done(value))
+
+        lost = OutcomeUnknown if write else Unavailable
+        code = ErrorCode.ETCD_OUTCOME_UNKNOWN if write else ErrorCode.ETCD_UNAVAILABLE
+        timeout = scheduler.after(deadline_s, lambda: finish(lost(code, "etcd did not answer in time")))
+        if self.cut and scheduler.chance(0.5):
+            scheduler.after(0.05, lambda: finish(_refused()))
+            return
+
+        def arrive() -> None:
+            if self.cut:
+                return
+            if server.down:
+                if scheduler.chance(0.5):
+                    finish(_refused())
+                return
+            if write and scheduler.chance(server.ambiguous):
+                fate = scheduler.rng.choice(("now", "later", "never"))
+                scheduler.log("etcd", "ambiguous write", by=self.who, applied=fate)
+                if fate == "now":
+                    server.apply(operation)
+                elif fate == "later":
+                    late = scheduler.rng.uniform(0.0, deadline_s + 4.0)
+                    scheduler.after(late, lambda: None if server.down else server.apply(operation))
+                if scheduler.chance(0.5):
+                    early = scheduler.rng.uniform(0.0, deadline_s)
+                    scheduler.after(early, lambda: finish(lost(code, "the connection was reset")))
+                return
+            result = server.apply(operation)
+            scheduler.after(scheduler.delay(LATENCY_S), lambda: None if self.cut else finish(result))
+
+        scheduler.after(scheduler.delay(LATENCY_S), arrive)
+
+    def _call(self, operation: Callable[[MemoryEtcd], Any], *, write: bool, deadline_s: float) -> Any:
+        """Call etcd from a task, which waits."""
+        task = self.server.scheduler.current()
+        token = task.waiting + 1
+        self.submit(operation, lambda value: task.answer(token, value), write=write, deadline_s=deadline_s)
+        return task.wait()
+
+    # port.Etcd, for code that runs as a task.
+
+    def txn(self, txn: Txn, *, deadline_s: float = 5.0) -> TxnResult:
+        write = any(isinstance(operation, (Put, Delete)) for operation in txn.success + txn.failure)
+        result: TxnResult = self._call(lambda etcd: etcd.txn(txn), write=write, deadline_s=deadline_s)
+        return result
+
+    def range(
+        self,
+        key: str,
+        range_end: str | None = None,
+        *,
+        revision: int = 0,
+        limit: int = 0,
+        deadline_s: float = 5.0,
+    ) -> RangeResult:
+        result: RangeResult = self._call(
+            lambda etcd: etcd.range(key, range_end, revision=revision, limit=limit),
+            write=False,
+            deadline_s=deadline_s,
+        )
+        return result
+
+    def grant(self, ttl_s: int, lease: int, *, deadline_s: float = 5.0) -> float:
+        result: float = self._call(lambda etcd: etcd.grant(ttl_s, lease), write=True, deadline_s=deadline_s)
+        return result
+
+    def keepalive(self, lease: int, *, deadline_s: float = 1.5) -> float:
+        result: float = self._call(lambda etcd: etcd.keepalive(lease), write=False, deadline_s=deadline_s)
+        return result
+
+    def revoke(self, lease: int, *, deadline_s: float = 5.0) -> None:
+        self._call(lambda etcd: etcd.revoke(lease), write=False, deadline_s=deadline_s)
+
+    def watch(self, key: str, range_end: str | None, start_revision: int) -> "SimWatch":
+        return SimWatch(self, key, range_end, start_revision)
+
+    def status(self, *, deadline_s: float = 5.0) -> Status:
+        result: Status = self._call(lambda etcd: etcd.status(), write=False, deadline_s=deadline_s)
+        return result
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class SimWatch:
+    """A stream whose batches come late, together, or not at all until it is opened again."""
+
+    def __init__(self, access: EtcdAccess, key: str, range_end: str | None, start: int) -> None:
+        self._access = access
+        self._scheduler = access.server.scheduler
+        self._model: MemoryWatch | None = None
+        self._arguments = (key, range_end, start)
+        self._ready: list[WatchBatch | DtrainError] = []
+        self._scheduled = False
+        self._closed = False
+        self._token: tuple[Any, int] | None = None
+        access.server.watches.append(self)
+        self._scheduler.after(self._scheduler.delay(WATCH_DELAY_S), self._open)
+        self._scheduler.after(PROGRESS_S, self._progress)
+
+    def next(self, timeout_s: float) -> WatchBatch | None:
+        if not self._ready:
+            task = self._scheduler.current()
+            token = task.waiting + 1
+            self._token = (task, token)
+            timer = self._scheduler.after(timeout_s, lambda: self._access.post(lambda: task.answer(token, None)))
+            task.wait()
+            timer.cancel()
+            self._token = None
+        if not self._ready:
+            return None
+        first = self._ready.pop(0)
+        if isinstance(first, DtrainError):
+            self.close()
+            raise first
+        return first
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._access.server.watches.remove(self)
+            if self._model is not None:
+                self._model.close()
+
+    def cut(self) -> None:
+        """The member behind it went away: it ends, and whoever reads it resumes."""
+        self._push(Unavailable(ErrorCode.ETCD_UNAVAILABLE, "the watch ended"))
+        if self._model is not None:
+            self._model.close()
+
+    def wake(self) -> None:
+        """There is something to deliver, some time from now."""
+        if self._model is not None and not self._scheduled and not self._closed:
+            self._scheduled = True
+            self._scheduler.after(self._scheduler.delay(WATCH_DELAY_S), self._deliver)
+
+    def _open(self) -> None:
+        if self._closed or not self._access.alive():
+            return
+        if self._access.cut or self._access.server.down:
+            self._push(_refused())
+            return
+        self._model = self._access.server.memory.watch(*self._arguments)
+        self._deliver()
+
+    def _deliver(self) -> None:
+        self._scheduled = False
+        model = self._model
+        if self._closed or model is None:
+            return
+        if self._access.cut or self._access.server.down:
+            # Half open: the reader learns of it by silence, or when it heals.
+            self._scheduled = True
+            self._scheduler.after(0.5, self._deliver)
+            return
+        while True:
+            try:
+                batch = model.poll()
+            except DtrainError as error:
+                self._push(error)
+                return
+            if batch is None:
+                return
+            last = self._ready[-1] if self._ready else None
+            if isinstance(last, WatchBatch) and last.events and batch.events and self._scheduler.chance(0.5):
+                self._ready[-1] = WatchBatch(batch.revision, last.events + batch.events)
+            else:
+                self._push(batch)
+
+    def _progress(self) -> None:
+        if self._closed or not self._access.alive():
+            return
+        if self._model is not None and not (self._access.cut or self._access.server.down):
+            self._model.progress()
+            self.wake()
+        self._scheduler.after(PROGRESS_S, self._progress)
+
+    def _push(self, item: WatchBatch | DtrainError) -> None:
+        self._ready.append(item)
+        if self._token is not None:
+            task, token = self._token
+            self._access.post(lambda: task.answer(token, None))
+
+
+def _refused() -> Unavailable:
+    return Unavailable(ErrorCode.ETCD_UNAVAILABLE, "connection refused")

@@ -1,0 +1,540 @@
+"""One machine: its guardian, its agent's lives, and what outlives them: launchers, ranks, the journal."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dtrain.agent.core.decisions import ForgetJob, JournalJob, JournalTerm, JournalWrite
+from dtrain.agent.core.events import (
+    LauncherReported,
+    RankConnected,
+    RankDisconnected,
+    RankReported,
+    SessionRenewed,
+    Tick,
+    TransferReported,
+)
+from dtrain.agent.core.events import Event as AgentEvent
+from dtrain.agent.core.state import AgentState, JobState
+from dtrain.agent.core.state import Machine as MachineFacts
+from dtrain.agent.driver import AgentDriver, Ports
+from dtrain.agent.launching import LauncherOrder, LauncherReport, LaunchSettings, ProcessId
+from dtrain.agent.transferring import TransferEnded, TransferOrder, TransferReport
+from dtrain.protocol import codec
+from dtrain.protocol.commands import Command
+from dtrain.protocol.errors import ErrorCode, Unavailable
+from dtrain.protocol.ids import AgentName, Attempt, Incarnation, JobName, Rank, Term, Uid
+from dtrain.protocol.ranklink import Hello, Message
+from dtrain.protocol.snapshot import NodeRecord, WorkerSnapshot
+from dtrain.storage.etcd.port import Compare, Delete, Get, KeyValue, Put, Target, Txn, TxnResult, flatten
+from dtrain.storage.etcd.session import FixedSession
+
+from tests.sim.etcd import EtcdAccess
+from tests.sim.process import Guardian, Process, SimClock
+from tests.sim.scheduler import Event
+from tests.sim.training import SOCKET_S, Connection, SimLauncher
+from tests.sim.transfer import SimTransfer
+
+if TYPE_CHECKING:
+    from tests.sim.cluster import Cluster
+
+PROGRESS_S = 2.0
+ORPHAN_GRACE_S = 120.0
+
+
+class Machine:
+    """Power, processes, disk."""
+
+    def __init__(self, cluster: "Cluster", name: str, slots: int) -> None:
+        self.cluster = cluster
+        self.scheduler = cluster.scheduler
+        self.name = name
+        self.host = name
+        self.slots = slots
+        self.powered = False
+        self.boots = 0
+        self.guardian: Guardian | None = None
+        self.agent: SimAgent | None = None
+        self.journal = SimJournal()
+        self.launchers: dict[tuple[JobName, Uid, str], SimLauncher] = {}
+        self.fetched: dict[str, tuple[int, bytes]] = {}
+        """What the transfer process holds in memory for ranks to map."""
+        self.processes: dict[ProcessId, None] = {}
+        self._pid = 100
+        self.cut_from_etcd = False
+        self.cut_from_coordinators = False
+        self.power_on()
+
+    # Power.
+
+    def power_on(self) -> None:
+        assert not self.powered
+        self.powered = True
+        self.boots += 1
+        self._boot_guardian()
+
+    def power_off(self) -> None:
+        """Everything on it ends at once, and nobody is told."""
+        self.powered = False
+        if self.guardian is not None:
+            self.guardian.die()
+            self.guardian = None
+        for launcher in list(self.launchers.values()):
+            launcher.end(-9, silent=True)
+        self.launchers.clear()
+        self.fetched.clear()
+        self.processes.clear()
+
+    def crash_guardian(self) -> None:
+        """The agent dies with it; launchers and ranks stay; init starts it again."""
+        if self.guardian is not None:
+            self.guardian.die()
+            self.guardian = None
+            self.scheduler.after(self.scheduler.rng.uniform(0.5, 3.0), self._boot_again)
+
+    def _boot_again(self) -> None:
+        if self.powered and self.guardian is None:
+            self._boot_guardian()
+
+    def _boot_guardian(self) -> None:
+        rng = self.scheduler.rng
+        clock = SimClock(self.scheduler, rng.uniform(0, 1e5), rng.uniform(0.97, 1.03))
+        access = EtcdAccess(self.cluster.etcd, f"{self.name}/guardian")
+        access.cut = self.cut_from_etcd
+        self.guardian = Guardian(
+            self.scheduler,
+            self.name,
+            access,
+            clock,
+            ttl_s=self.cluster.agent_ttl_s,
+            keep_lease=True,
+            start=lambda session: self._start(session, clock),
+            ended=self._agent_ended,
+        )
+
+    def _start(self, session: FixedSession, clock: SimClock) -> Process:
+        self.agent = SimAgent(self, session, clock)
+        return self.agent.process
+
+    def _agent_ended(self) -> None:
+        agent, self.agent = self.agent, None
+        if agent is not None:
+            agent.ended()
+
+    def crash_agent(self) -> None:
+        if self.guardian is not None and self.guardian.child is not None:
+            self.guardian.child_ended("killed")
+
+    def set_cut(self, cut: bool) -> None:
+        self.cut_from_etcd = cut
+        if self.guardian is not None:
+            self.guardian.access.cut = cut
+        if self.agent is not None:
+            self.agent.access.cut = cut
+
+    # Processes.
+
+    def new_process(self) -> ProcessId:
+        self._pid += 1
+        return ProcessId(self._pid, self._pid, f"{self.name}-{self.boots}")
+
+    def ranks(self) -> list[Any]:
+        return [rank for launcher in self.launchers.values() for rank in launcher.ranks if rank.alive]
+
+    def find(self, process: ProcessId) -> SimLauncher | Any | None:
+        for launcher in self.launchers.values():
+            if launcher.process == process:
+                return launcher
+            for rank in launcher.ranks:
+                if rank.live.process == process and rank.alive:
+                    return rank
+        return None
+
+    def sealed_at(self, path: str) -> bytes | None:
+        folder, local_rank, seq = path.rsplit("/", 2)
+        for launcher in self.launchers.values():
+            if launcher.folder == folder:
+                found = launcher.arena.get((int(local_rank), int(seq)))
+                return None if found is None else found[1]
+        return None
+
+
+class SimJournal:
+    """The disk: survives everything but is read back through the codec."""
+
+    def __init__(self) -> None:
+        self.term = Term(0)
+        self.jobs: dict[JobName, JobState] = {}
+        self.seen: dict[JobName, tuple[str, ...]] = {}
+        self.failing: Callable[[], bool] = lambda: False
+
+    def apply(self, writes: Sequence[JournalWrite]) -> None:
+        if not writes:
+            return
+        if self.failing():
+            raise Unavailable(ErrorCode.JOURNAL_FAILED, "the disk is full")
+        for write in writes:
+            match write:
+                case JournalTerm(term):
+                    self.term = term
+                case JournalJob(job, ids):
+                    self.jobs[job.name] = job
+                    self.seen[job.name] = (*self.seen.get(job.name, ()), *ids)
+                case ForgetJob(name):
+                    self.jobs.pop(name, None)
+                    self.seen.pop(name, None)
+
+    def load(self) -> tuple[Term, dict[JobName, JobState], dict[JobName, tuple[str, ...]]]:
+        jobs = {
+            name: codec.decode(JobState, codec.encode(job), bytes_max=1 << 23) for name, job in self.jobs.items()
+        }
+        return self.term, jobs, dict(self.seen)
+
+
+class SimAgent:
+    """One life of the agent process: the real driver and everything it reaches."""
+
+    def __init__(self, machine: Machine, session: FixedSession, clock: SimClock) -> None:
+        self.machine = machine
+        self.cluster = machine.cluster
+        self.scheduler = machine.scheduler
+        self.session = session
+        self.clock = clock
+        self.process = Process(self.scheduler, machine.name, machine.cluster.checks.bug)
+        self.access = EtcdAccess(machine.cluster.etcd, machine.name, self.process.is_alive)
+        self.access.post = self.process.post
+        self.access.cut = machine.cut_from_etcd
+        self.address = f"{machine.name}:{machine.cluster.new_port()}"
+        self.incarnation = Incarnation(f"{self.scheduler.rng.getrandbits(64):016x}")
+        self.reporter = SimReporter(self)
+        self.launchers = _Launchers(self)
+        self.transfers = _Transfers(self)
+        self._connections: dict[int, Connection] = {}
+        self._numbers = 0
+        self._tick: Event | None = None
+        self._registered = 0
+        self.process.later(0.01, self._begin)
+
+    def _begin(self) -> None:
+        term, jobs, seen = self.machine.journal.load()
+        facts = MachineFacts(
+            cluster=self.cluster.name,
+            agent=AgentName(self.machine.name),
+            host=self.machine.host,
+            rank_socket="/run/ranks",
+            run_dir="/run",
+            log_dir="/log",
+            life=str(self.incarnation),
+            orphan_grace_s=ORPHAN_GRACE_S,
+        )
+        state = AgentState(facts, self.incarnation, term, jobs, seen)
+        ports = Ports(self.machine.journal, self.launchers, self.transfers, self, self.reporter, _Logs())
+        self.driver = AgentDriver(state, ports, self.clock, confirm_term=lambda _term: False, log=self._log)
+        self.driver.adopt()
+        self._moved()
+        self._watch_session()
+
+    def _log(self, event: str, **fields: Any) -> None:
+        self.scheduler.log(self.machine.name, event, **fields)
+
+    def handle(self, event: AgentEvent) -> None:
+        """Something happened; it reaches the driver through the process."""
+        self.process.post(lambda: self._handle(event))
+
+    def _handle(self, event: AgentEvent) -> None:
+        if not hasattr(self, "driver"):
+            self.process.later(0.01, lambda: self._handle(event))
+            return
+        self.driver.handle(event)
+        self._moved()
+
+    def _moved(self) -> None:
+        self.cluster.checks.agent_stepped(self, self.driver.state)
+        if self._tick is not None:
+            self._tick.cancel()
+            self._tick = None
+        wake_at = self.driver.wake_at
+        if wake_at is not None:
+            at = max(self.clock.global_at(wake_at), self.scheduler.now + 0.001)
+            self._tick = self.scheduler.at(at, lambda: self.handle(Tick()))
+
+    def ended(self) -> None:
+        """The process is gone: what hangs on it notices."""
+        self.transfers.ended_with_agent()
+        for connection in list(self._connections.values()):
+            connection.agent_gone()
+        for launcher in self.machine.launchers.values():
+            launcher.detach()
+
+    # Commands.
+
+    def command(self, command: Command, answer: Callable[[bool, str], None]) -> None:
+        """A command has arrived on the wire."""
+        if not hasattr(self, "driver"):
+            return
+        term = command.header.term
+
+        def take(confirmed: bool) -> None:
+            result = self.driver.take(command, confirmed)
+            self._moved()
+            answer(result.accepted, result.message)
+
+        if term <= self.driver.state.term:
+            take(False)
+            return
+
+        def read(result: Any) -> None:
+            leader = None
+            if isinstance(result, TxnResult):
+                leader = flatten(result.responses).get(self.cluster.keys.leader)
+            take(leader is not None and leader.create_revision == term)
+
+        txn = Txn(success=(Get(self.cluster.keys.leader),))
+        self.access.submit(lambda etcd: etcd.txn(txn), read, write=False, deadline_s=1.0)
+
+    # The session: the node record stands under the present lease.
+
+    def _watch_session(self) -> None:
+        if self.session.generation != self._registered and self.session.lease:
+            self._register(self.session.lease, self.session.generation)
+        else:
+            self.process.later(0.2, self._watch_session)
+
+    def _register(self, lease: int, generation: int) -> None:
+        key = self.cluster.keys.node(AgentName(self.machine.name))
+        record = NodeRecord(
+            AgentName(self.machine.name),
+            self.incarnation,
+            self.address,
+            self.machine.host,
+            self.machine.slots,
+            boot_id=f"{self.machine.name}-{self.machine.boots}",
+        )
+        put = Put(key, codec.encode(record), lease)
+        # Absent, or of this very lease (an earlier life under the same guardian), or of this life.
+        absent = Txn((Compare(key, Target.CREATE, 0),), (put, Get(key)), (Get(key),))
+
+        def again() -> None:
+            self.process.later(0.5, self._watch_session)
+
+        def done(result: Any) -> None:
+            if not isinstance(result, TxnResult):
+                again()
+                return
+            found = flatten(result.responses).get(key)
+            if result.succeeded or (found is not None and found.value == put.value and found.lease == lease):
+                assert found is not None
+                self._is_registered(found, generation)
+            elif found is not None and self._is_mine(found, lease):
+                over = Txn((Compare(key, Target.MOD, found.mod_revision),), (put, Get(key)), (Get(key),))
+                self.access.submit(lambda etcd: etcd.txn(over), done, write=True, deadline_s=2.0)
+            else:
+                again()
+
+        self.access.submit(lambda etcd: etcd.txn(absent), done, write=True, deadline_s=2.0)
+
+    def _is_mine(self, found: KeyValue, lease: int) -> bool:
+        return found.lease == lease or codec.decode(NodeRecord, found.value).incarnation == self.incarnation
+
+    def _is_registered(self, node: KeyValue, generation: int) -> None:
+        self._registered = generation
+        self.reporter.node = (node.create_revision, node.lease)
+        self.scheduler.log(self.machine.name, "registered", generation=generation)
+        self._handle(SessionRenewed(generation, self.incarnation))
+        self._watch_session()
+
+    def lost_registration(self) -> None:
+        """A fenced write says that the node record is not ours any more."""
+        if self._registered:
+            self._registered = 0
+            self.reporter.node = None
+
+    # Ranks.
+
+    def rank_connected(self, connection: Connection, hello: Hello) -> None:
+        self._numbers += 1
+        number = connection.number = self._numbers
+        self._connections[number] = connection
+        connection.to_agent = lambda report: self._later(RankReported(number, report))
+        connection.on_gone = lambda: self._gone(number)
+        self._later(RankConnected(number, hello))
+
+    def _gone(self, number: int) -> None:
+        self._connections.pop(number, None)
+        self._later(RankDisconnected(number))
+
+    def _later(self, event: AgentEvent) -> None:
+        self.process.later(SOCKET_S, lambda: self._handle(event))
+
+    def send(self, connection: int, message: Message) -> None:
+        found = self._connections.get(connection)
+        if found is not None:
+            found.send(message)
+
+    def drop(self, connection: int) -> None:
+        found = self._connections.pop(connection, None)
+        if found is not None:
+            found.close()
+
+
+class SimReporter:
+    """Writes snapshots, fenced by the session: the newest of a job, urgent ones at once."""
+
+    def __init__(self, agent: SimAgent) -> None:
+        self._agent = agent
+        self._due: dict[JobName, WorkerSnapshot | None] = {}
+        self._urgent: dict[JobName, bool] = {}
+        self._busy = False
+        self._next_at: dict[JobName, float] = {}
+        self._timer: Event | None = None
+        self.node: tuple[int, int] | None = None
+        """Create revision and lease of the node record that fences."""
+
+    def submit(self, job: JobName, snapshot: WorkerSnapshot, *, urgent: bool) -> None:
+        self._due[job] = snapshot
+        self._urgent[job] = urgent or self._urgent.get(job, False)
+        self._kick()
+
+    def delete(self, job: JobName) -> None:
+        self._due[job] = None
+        self._urgent[job] = True
+        self._kick()
+
+    def _kick(self) -> None:
+        if self._busy:
+            return
+        scheduler = self._agent.scheduler
+        ready = None
+        soonest = None
+        for job in sorted(self._due):
+            at = 0.0 if self._urgent.get(job) else self._next_at.get(job, 0.0)
+            if at <= scheduler.now:
+                ready = job
+                break
+            soonest = at if soonest is None else min(soonest, at)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if ready is not None:
+            self._write(ready)
+        elif soonest is not None:
+            self._timer = scheduler.at(soonest, lambda: self._agent.process.post(self._kick))
+
+    def _write(self, job: JobName) -> None:
+        agent = self._agent
+        node = self.node
+        if node is None:
+            self._timer = agent.process.later(0.2, self._kick)
+            return
+        self._busy = True
+        snapshot = self._due.pop(job)
+        urgent = self._urgent.pop(job, False)
+        name = AgentName(agent.machine.name)
+        key = agent.cluster.keys.worker(name, job)
+        guard = Compare(agent.cluster.keys.node(name), Target.CREATE, node[0])
+        operation = Delete(key) if snapshot is None else Put(key, codec.encode(snapshot), node[1])
+        txn = Txn((guard,), (operation,), (Get(agent.cluster.keys.node(name)),))
+
+        def done(result: Any) -> None:
+            self._busy = False
+            self._next_at[job] = agent.scheduler.now + PROGRESS_S
+            if not isinstance(result, TxnResult) or not result.succeeded:
+                if isinstance(result, TxnResult) and self.node == node:
+                    agent.lost_registration()
+                if job not in self._due:
+                    self._due[job] = snapshot
+                self._urgent[job] = urgent or self._urgent.get(job, False)
+                agent.process.later(0.3, self._kick)
+                return
+            self._kick()
+
+        agent.access.submit(lambda etcd: etcd.txn(txn), done, write=True, deadline_s=2.0)
+
+
+class _Launchers:
+    """``LauncherPort`` over the machine's launchers."""
+
+    def __init__(self, agent: SimAgent) -> None:
+        self._agent = agent
+        self._machine = agent.machine
+        self._mine: dict[tuple[JobName, Uid], SimLauncher] = {}
+
+    def start(self, job: JobName, uid: Uid, settings: LaunchSettings) -> ProcessId:
+        if self._agent.scheduler.chance(self._agent.cluster.faults.launcher_failure):
+            raise Unavailable(ErrorCode.LAUNCHER_FAILED, "no process could be started")
+        launcher = SimLauncher(self._machine, job, uid, settings.folder, settings.orphan_grace_s)
+        self._machine.launchers[job, uid, settings.folder] = launcher
+        self._attach(launcher)
+        return launcher.process
+
+    def attach(self, job: JobName, uid: Uid, folder: str, process: ProcessId) -> bool:
+        launcher = self._machine.launchers.get((job, uid, folder))
+        if launcher is None or launcher.process != process:
+            return False
+        self._attach(launcher)
+        return True
+
+    def _attach(self, launcher: SimLauncher) -> None:
+        self._mine[launcher.job, launcher.uid] = launcher
+        agent = self._agent
+
+        def report(report: LauncherReport) -> None:
+            if agent.process.alive:
+                agent.handle(LauncherReported(launcher.job, launcher.uid, report))
+
+        launcher.attach(report)
+
+    def send(self, job: JobName, uid: Uid, order: LauncherOrder) -> None:
+        launcher = self._mine.get((job, uid))
+        if launcher is not None:
+            # Once written to the socket it arrives, whether or not the agent lives on.
+            self._agent.scheduler.after(SOCKET_S, lambda: launcher.obey(order))
+
+    def kill(self, process: ProcessId) -> None:
+        found = self._machine.find(process)
+        if isinstance(found, SimLauncher):
+            found.end(-9)
+        elif found is not None:
+            found.exit(-9, "killed by its agent")
+
+    def is_alive(self, process: ProcessId) -> bool:
+        return self._machine.find(process) is not None
+
+
+class _Transfers:
+    """``TransferPort``: a child of the agent, started by the first order."""
+
+    def __init__(self, agent: SimAgent) -> None:
+        self._agent = agent
+        self._transfer: SimTransfer | None = None
+        self._ended = False
+
+    def send(self, order: TransferOrder) -> None:
+        if self._ended:
+            return
+        if self._transfer is None:
+            self._transfer = SimTransfer(self._agent.machine, self._emit)
+        self._transfer.order(order)
+
+    def _emit(self, report: TransferReport) -> None:
+        self._agent.handle(TransferReported(report))
+
+    def ended(self) -> None:
+        self._ended = False
+
+    def crash(self) -> None:
+        """A fault: the process is killed, every order in it is lost."""
+        if self._transfer is not None:
+            self._transfer.die()
+            self._transfer = None
+            self._ended = True
+            self._agent.handle(TransferReported(TransferEnded(-9)))
+
+    def ended_with_agent(self) -> None:
+        if self._transfer is not None:
+            self._transfer.die()
+            self._transfer = None
+
+
+class _Logs:
+    def prepare(self, job: JobName, uid: Uid, attempt: Attempt, first_rank: Rank) -> None:
+        """Nobody reads logs here."""

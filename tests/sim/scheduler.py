@@ -1,0 +1,241 @@
+"""Virtual time: one heap of events, one seeded source of chance, one trace.
+
+Code that blocks (a transaction that waits for its answer, the mirror's loop) runs as a ``Task``: a
+thread that holds a baton, so that exactly one runs at a time and every switch is an event. Equal
+seeds give equal histories; nothing here reads a real clock.
+"""
+
+import heapq
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+Trace = Callable[..., None]
+
+
+class Killed(BaseException):  # noqa: N818 - it must pass every handler of errors
+    """The process in which a task ran is dead: unwind, do nothing."""
+
+
+class Event:
+    """One callback at one instant; ``cancel`` unsets it."""
+
+    __slots__ = ("at", "call", "number")
+
+    def __init__(self, at: float, number: int, call: Callable[[], None]) -> None:
+        self.at = at
+        self.number = number
+        self.call: Callable[[], None] | None = call
+
+    def __lt__(self, other: "Event") -> bool:
+        # Ties go to whoever asked first: stable, so that a seed is a history.
+        return (self.at, self.number) < (other.at, other.number)
+
+    def cancel(self) -> None:
+        self.call = None
+
+
+class Scheduler:
+    """Runs events in order of time. ``rng`` is the only source of chance in a run."""
+
+    def __init__(self, seed: int, trace: Trace | None = None) -> None:
+        self.now = 0.0
+        self.rng = random.Random(f"dtrain-sim-{seed}")  # noqa: S311 - reproducible on purpose
+        self.events = 0
+        self.tracing = trace is not None
+        self._trace = trace
+        self._heap: list[Event] = []
+        self._number = 0
+        self._current: Task | None = None
+        self._tasks: dict[int, Task] = {}
+
+    def at(self, when: float, call: Callable[[], None]) -> Event:
+        self._number += 1
+        event = Event(max(when, self.now), self._number, call)
+        heapq.heappush(self._heap, event)
+        return event
+
+    def after(self, delay_s: float, call: Callable[[], None]) -> Event:
+        return self.at(self.now + delay_s, call)
+
+    def chance(self, probability: float) -> bool:
+        return probability > 0 and self.rng.random() < probability
+
+    def delay(self, mean_s: float, cap_s: float = 5.0) -> float:
+        """A latency: mostly short, sometimes long."""
+        return min(cap_s, 0.2 * mean_s + self.rng.expovariate(1.0 / (0.8 * mean_s)))
+
+    def log(self, who: str, what: str, **fields: Any) -> None:
+        if self._trace is not None:
+            shown = " ".join(f"{name}={value}" for name, value in fields.items())
+            self._trace(f"{self.now:9.3f} {who:<12} {what} {shown}".rstrip())
+
+    def run(self, until: float, after_each: Callable[[], None], stop: Callable[[], bool]) -> None:
+        """Run events up to ``until``; ``after_each`` checks, ``stop`` ends early."""
+        heap = self._heap
+        while heap and heap[0].at <= until and not stop():
+            event = heapq.heappop(heap)
+            call = event.call
+            if call is None:
+                continue
+            event.call = None
+            self.now = event.at
+            self.events += 1
+            call()
+            after_each()
+        if not stop():
+            self.now = max(self.now, until)
+
+    # Tasks.
+
+    def spawn(self, body: Callable[[], None], alive: Callable[[], bool], name: str = "") -> "Task":
+        """Start ``body`` as a task, now or with the event at hand."""
+        task = Task(self, body, alive, name)
+        self._number += 1
+        task.number = self._number
+        self._tasks[task.number] = task
+        task.resume(None)
+        return task
+
+    def current(self) -> "Task":
+        assert self._current is not None, "a call that blocks was made outside of a task"
+        return self._current
+
+    def close(self) -> None:
+        """Unwind every task that still waits, and let its thread go."""
+        for task in list(self._tasks.values()):
+            task.kill()
+        _Baton.shutdown()
+
+
+class Task:
+    """Blocking code under virtual time. ``resume`` hands it a value or an exception."""
+
+    def __init__(
+        self, scheduler: Scheduler, body: Callable[[], None], alive: Callable[[], bool], name: str
+    ) -> None:
+        self._scheduler = scheduler
+        self._body = body
+        self._alive = alive
+        self.name = name
+        self.number = 0
+        self.waiting = 0
+        """Number of the wait it is in: an answer to an earlier wait is dropped."""
+        self.done = False
+        self._value: Any = None
+        self._killed = False
+        self._baton: _Baton | None = None
+
+    def sleep(self, seconds: float) -> None:
+        token = self.waiting + 1
+        self._scheduler.after(seconds, lambda: self.answer(token, None))
+        self.wait()
+
+    def wait(self) -> Any:
+        """Let the world go on until ``answer`` is called for this wait. Called by the task itself."""
+        assert self._baton is not None
+        if self._killed or not self._alive():
+            raise Killed
+        self.waiting += 1
+        self._baton.yield_()
+        if self._killed or not self._alive():
+            raise Killed
+        value, self._value = self._value, None
+        if isinstance(value, BaseException):
+            raise value
+        return value
+
+    def answer(self, token: int, value: Any) -> None:
+        if not self.done and self.waiting == token:
+            self.resume(value)
+
+    def resume(self, value: Any) -> None:
+        outer, self._scheduler._current = self._scheduler._current, self
+        self._value = value
+        try:
+            if self._baton is None:
+                self._baton = _Baton.take()
+                self._baton.begin(self._run)
+            else:
+                self._baton.resume()
+        finally:
+            self._scheduler._current = outer
+        if self.done:
+            self._scheduler._tasks.pop(self.number, None)
+            baton, self._baton = self._baton, None
+            if baton is not None:
+                baton.give_back()
+        failure = self._failure
+        if failure is not None:
+            self._failure = None
+            raise failure
+
+    _failure: BaseException | None = None
+
+    def kill(self) -> None:
+        """Unwind it now, if it has not ended."""
+        if not self.done:
+            self._killed = True
+            self.waiting += 1
+            self.resume(None)
+
+    def _run(self) -> None:
+        try:
+            self._body()
+        except Killed:
+            pass
+        except BaseException as error:  # noqa: BLE001 - raised again where the run can see it
+            self._failure = error
+        self.done = True
+
+
+class _Baton:
+    """A reusable thread and the two locks by which control goes to and fro."""
+
+    _idle: list["_Baton"] = []
+
+    def __init__(self) -> None:
+        self._go = threading.Lock()
+        self._back = threading.Lock()
+        self._go.acquire()
+        self._back.acquire()
+        self._body: Callable[[], None] | None = None
+        self._thread = threading.Thread(target=self._loop, name="sim-task", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def take(cls) -> "_Baton":
+        return cls._idle.pop() if cls._idle else cls()
+
+    @classmethod
+    def shutdown(cls) -> None:
+        while cls._idle:
+            baton = cls._idle.pop()
+            baton._body = None
+            baton._go.release()
+            baton._thread.join(5.0)
+
+    def give_back(self) -> None:
+        self._idle.append(self)
+
+    def begin(self, body: Callable[[], None]) -> None:
+        self._body = body
+        self.resume()
+
+    def resume(self) -> None:
+        self._go.release()
+        self._back.acquire()
+
+    def yield_(self) -> None:
+        self._back.release()
+        self._go.acquire()
+
+    def _loop(self) -> None:
+        while True:
+            self._go.acquire()
+            body, self._body = self._body, None
+            if body is None:
+                return
+            body()
+            self._back.release()
