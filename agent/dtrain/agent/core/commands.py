@@ -5,7 +5,7 @@ from typing import assert_never
 
 from dtrain.agent.core import launchers, preparing, saving, starting
 from dtrain.agent.core.decisions import Action, Answer, DeleteSnapshot, LauncherOrder
-from dtrain.agent.core.events import CommandArrived
+from dtrain.agent.core.events import CommandArrived, ShutDown
 from dtrain.agent.core.saving import tell_all
 from dtrain.agent.core.state import AgentState, JobState, LauncherStatus, Stopping
 from dtrain.protocol.commands import (
@@ -52,6 +52,26 @@ def take(
     ids = (*state.seen.get(head.job, ()), head.id)[-COMMAND_IDS_KEPT:]
     state = dataclasses.replace(state.with_job(job), seen={**state.seen, head.job: ids})
     return state, Answer(True)
+
+
+def shut_down(state: AgentState, event: ShutDown, now: float, out: list[Action]) -> AgentState:
+    """End every rank and launcher; the jobs stay known, as IDLE."""
+    why = "the agent is being stopped"
+    for job in state.jobs.values():
+        if job.launcher.status is LauncherStatus.GONE:
+            continue
+        tell_all(job, StopRank(why), out)
+        out.append(LauncherOrder(job.name, job.uid, launchers.stop_order(job, True, event.grace_s)))
+        release = job.stopping is not None and job.stopping.release
+        state = state.with_job(
+            dataclasses.replace(
+                job,
+                stopping=Stopping(release, why, now + event.grace_s + STOP_SLACK_S),
+                launcher=dataclasses.replace(job.launcher, quitting=True),
+                kill_at=None,
+            )
+        )
+    return state
 
 
 def _refusal(state: AgentState, command: Command) -> Answer | None:

@@ -83,6 +83,13 @@ class SessionRenewed:
 
 
 @dataclass(frozen=True, slots=True)
+class ShutDown:
+    """The agent was told to end: its ranks and launchers end first."""
+
+    grace_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -97,5 +104,6 @@ Event = (
     | RankReported
     | RankDisconnected
     | SessionRenewed
+    | ShutDown
     | Tick
 )

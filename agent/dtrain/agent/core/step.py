@@ -31,6 +31,7 @@ from dtrain.agent.core.events import (
     RankDisconnected,
     RankReported,
     SessionRenewed,
+    ShutDown,
     Tick,
     TransferReported,
 )
@@ -70,6 +71,8 @@ def step(state: AgentState, event: Event, now: float, wall: float = 0.0) -> tupl
         case SessionRenewed():
             state = dataclasses.replace(state, generation=event.generation, incarnation=event.incarnation)
             republish = frozenset(state.jobs)
+        case ShutDown():
+            state = commands.shut_down(state, event, now, out)
         case Tick():
             pass
         case _:

@@ -1,0 +1,171 @@
+"""Settings of an agent. Standard library only: the guardian reads them too."""
+
+import os
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from dtrain.protocol.errors import ErrorCode, Refused
+from dtrain.protocol.ids import AgentName, ClusterName, parse_name
+from dtrain.runtime.config import ETCD, EtcdOptions, Setting, etcd_options, parse, switch
+
+TTL_S_MIN, TTL_S_MIN_SHORT = 5, 2
+
+SETTINGS = (
+    Setting("cluster", "name of the cluster: everything lives under /dtrain/<cluster>/ in etcd", "default"),
+    Setting("name", "name of this machine, unique in the cluster (default: from the host name)", ""),
+    Setting("host", "address that other machines' ranks reach this one under (default: towards etcd)", ""),
+    Setting("listen", "address to take commands on; port 0 picks a free one (default: HOST:0)", ""),
+    Setting("advertise", "address that coordinators reach it under (default: the one listened on)", ""),
+    Setting("slots", "ranks this machine can run at once (default: its GPUs, else 1)", None, int),
+    Setting("data-dir", "journal, sockets and logs (default: ~/.local/state/dtrain/<cluster>/<name>)", ""),
+    Setting("ttl", "seconds that a silent agent is trusted; 5 is the fast profile", 10, int),
+    Setting("allow-short-ttl", "tests only: a TTL below 5 seconds", False, switch),
+    Setting("orphan-grace", "seconds that ranks live on without an agent", 600.0, float),
+    Setting("report-interval", "seconds between reports of mere progress, at least", 2.0, float),
+    Setting("keep-ranks", "leave the ranks running when the agent is stopped", False, switch),
+    Setting(
+        "stop-grace", "seconds between SIGTERM and SIGKILL for ranks when the agent is stopped", 15.0, float
+    ),
+    Setting("log-json", "one JSON object per line (default: unless stderr is a terminal)", None, switch),
+    *ETCD,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What one agent needs to know. Times in seconds."""
+
+    cluster: ClusterName
+    name: AgentName
+    host: str
+    listen: str
+    advertise: str
+    slots: int
+    gpus: int
+    data_dir: Path
+    ttl_s: int
+    allow_short_ttl: bool
+    orphan_grace_s: float
+    report_interval_s: float
+    keep_ranks: bool
+    stop_grace_s: float
+    log_json: bool | None
+    etcd: EtcdOptions
+
+    def __post_init__(self) -> None:
+        least = TTL_S_MIN_SHORT if self.allow_short_ttl else TTL_S_MIN
+        if self.ttl_s < least:
+            raise _bad(
+                f"a TTL of {self.ttl_s} s leaves no time to renew it",
+                f"use {least} s or more; 10 rides out an election of etcd's",
+            )
+        if self.slots < 1:
+            raise _bad(f"--slots cannot be {self.slots}", "use 1 or more")
+        if self.orphan_grace_s < self.ttl_s:
+            # A crashed agent needs a moment to come back, or its ranks die for nothing.
+            raise _bad(f"--orphan-grace cannot be {self.orphan_grace_s} s", "use at least the TTL")
+        if self.report_interval_s < 0 or self.stop_grace_s < 0:
+            raise _bad("--report-interval and --stop-grace cannot be negative", "use 0 or more seconds")
+        for setting, address in (("listen", self.listen), ("advertise", self.advertise)):
+            host, _, port = address.rpartition(":")
+            if address and not (host and port.isdecimal() and int(port) < 65536):
+                raise _bad(f"--{setting} cannot be {address!r}", "use host:port")
+
+    def advertised(self, port: int) -> str:
+        """Return the address for the node record, given the port that was bound."""
+        return self.advertise or f"{bracketed(self.host)}:{port}"
+
+
+def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
+    """Read the settings.
+
+    Raises:
+        Refused: BAD_SETTING or BAD_NAME.
+        SystemExit: ``--help``, or an unknown flag.
+    """
+    values = parse("dtrain agent", "The agent of one machine.", SETTINGS, argv, environ)
+    cluster = ClusterName(parse_name(values["cluster"], "cluster"))
+    name = AgentName(parse_name(values["name"] or _from_host(), "machine"))
+    etcd = etcd_options(values)
+    listen_host = values["listen"].rpartition(":")[0].strip("[]")
+    host = values["host"] or (listen_host if listen_host not in ("", "0.0.0.0", "::") else "")  # noqa: S104
+    host = host or _towards(etcd.endpoints)
+    gpus = count_gpus(environ, Path("/dev"))
+    slots = values["slots"] if values["slots"] is not None else max(1, gpus)
+    data_dir = values["data-dir"] or str(_state_home(environ) / "dtrain" / cluster / name)
+    return Config(
+        cluster=cluster,
+        name=name,
+        host=host,
+        listen=values["listen"] or f"{bracketed(host)}:0",
+        advertise=values["advertise"],
+        slots=slots,
+        gpus=gpus,
+        data_dir=Path(os.path.abspath(data_dir)),  # noqa: PTH100 - links must stay: the path names the folder
+        ttl_s=values["ttl"],
+        allow_short_ttl=values["allow-short-ttl"],
+        orphan_grace_s=values["orphan-grace"],
+        report_interval_s=values["report-interval"],
+        keep_ranks=values["keep-ranks"],
+        stop_grace_s=values["stop-grace"],
+        log_json=values["log-json"],
+        etcd=etcd,
+    )
+
+
+def count_gpus(environ: Mapping[str, str], devices: Path) -> int:
+    """Return how many NVIDIA GPUs ranks may use here, without asking a driver library."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
+    try:
+        # In a container these are the ones it was given; /proc/driver lists the host's.
+        names = os.listdir(devices)  # noqa: PTH208
+    except OSError:
+        return 0
+    return sum(1 for name in names if re.fullmatch(r"nvidia\d+", name))
+
+
+def bracketed(host: str) -> str:
+    """Return the host as it stands before a port."""
+    return f"[{host}]" if ":" in host else host
+
+
+def _towards(endpoints: Sequence[str]) -> str:
+    """Return this machine's address on the route to etcd: peers most likely share that network."""
+    for endpoint in endpoints:
+        url = urlsplit(endpoint if "://" in endpoint else f"http://{endpoint}")
+        try:
+            found = socket.getaddrinfo(url.hostname, url.port or 2379, type=socket.SOCK_DGRAM)
+        except (OSError, ValueError):
+            continue
+        for family, kind, protocol, _, address in found:
+            try:
+                # No packet is sent: connecting a datagram socket only picks the route.
+                with socket.socket(family, kind, protocol) as probe:
+                    probe.connect(address)
+                    return str(probe.getsockname()[0])
+            except OSError:
+                continue
+    raise _bad(
+        "no etcd endpoint can be resolved, so this machine's address is not known",
+        "check --endpoints, or say --host",
+    )
+
+
+def _state_home(environ: Mapping[str, str]) -> Path:
+    home = environ.get("XDG_STATE_HOME")
+    return Path(home) if home else Path.home() / ".local" / "state"
+
+
+def _from_host() -> str:
+    name = socket.gethostname().split(".")[0].lower()
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in name)[:63].strip("-") or "agent"
+
+
+def _bad(message: str, fix: str) -> Refused:
+    return Refused(ErrorCode.BAD_SETTING, message, fix=fix)

@@ -1,0 +1,138 @@
+"""The agent's gRPC service: commands from the leader, log files for anybody's ``logs``."""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent import futures
+from typing import NoReturn
+
+import grpc
+
+from dtrain.agent.core.decisions import Answer
+from dtrain.agent.logs import LogPart, RankLogs, read_part
+from dtrain.protocol import wire
+from dtrain.protocol.commands import Command
+from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, Refused
+from dtrain.protocol.ids import Attempt, Term
+from dtrain.protocol.pb import agent_pb2 as pb
+from dtrain.protocol.pb import agent_pb2_grpc
+
+THREADS_ANSWERING = 4
+THREADS_WAITING = 4
+"""Readers that wait for new log bytes hold a thread each; commands must never wait for them."""
+QUEUED_MAX = 64
+WAIT_S_MAX = 10.0
+POLL_S = 0.1
+SHORT_WAIT_S = 0.2
+"""Where no waiting thread is left: long enough that a follower does not spin."""
+REQUEST_BYTES_MAX = 4 * 1024 * 1024
+
+OPTIONS = (
+    # Without it two agents bind one port without an error, and each gets half of the commands.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", REQUEST_BYTES_MAX),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+)
+
+Execute = Callable[[Command], Answer]
+Ended = Callable[[str, str, Attempt, int], bool]
+
+
+class AgentServicer(agent_pb2_grpc.AgentServicer):
+    """``execute`` takes commands on; ``ended`` tells whether a rank will write no more."""
+
+    def __init__(self, execute: Execute, logs: RankLogs, ended: Ended, term: Callable[[], Term]) -> None:
+        self._execute = execute
+        self._logs = logs
+        self._ended = ended
+        self._term = term
+        self._waiting = threading.BoundedSemaphore(THREADS_WAITING)
+
+    def Execute(self, request: pb.Command, context: grpc.ServicerContext) -> pb.Ack:  # noqa: N802
+        try:
+            answer = self._execute(wire.command_from_pb(request))
+        except DtrainError as error:
+            abort(context, error)
+        return pb.Ack(accepted=answer.accepted, message=answer.message, term=self._term())
+
+    def ReadLog(  # noqa: N802
+        self, request: pb.ReadLogRequest, context: grpc.ServicerContext
+    ) -> pb.LogChunk:
+        try:
+            return self._read_log(request, context)
+        except DtrainError as error:
+            abort(context, error)
+
+    def _read_log(self, request: pb.ReadLogRequest, context: grpc.ServicerContext) -> pb.LogChunk:
+        place = self._logs.find(request.job, request.uid, request.attempt, request.rank, request.stream)
+        wait_s = min(max(0.0, request.wait_ms / 1000), WAIT_S_MAX)
+        holds = wait_s > 0 and self._waiting.acquire(blocking=False)
+        deadline = time.monotonic() + (wait_s if holds else min(wait_s, SHORT_WAIT_S))
+        offset = request.offset
+        try:
+            while True:
+                # Asked before the file is read: what was written before the end is then seen.
+                over = self._ended(request.job, request.uid, place.attempt, request.rank)
+                part = read_part(place.path, offset, request.bytes_max)
+                if part.data or over or time.monotonic() >= deadline or not context.is_active():
+                    return _chunk(part, place.attempt, over)
+                offset = part.next_offset
+                time.sleep(POLL_S)
+        finally:
+            if holds:
+                self._waiting.release()
+
+
+class AgentServer:
+    """The gRPC server. Bound when built, serving once started."""
+
+    def __init__(self, listen: str) -> None:
+        """Bind.
+
+        Raises:
+            Refused: PORT_IN_USE.
+        """
+        threads = THREADS_ANSWERING + THREADS_WAITING
+        self._pool = futures.ThreadPoolExecutor(threads, "link")
+        self._server = grpc.server(self._pool, options=OPTIONS, maximum_concurrent_rpcs=threads + QUEUED_MAX)
+        cause = ""
+        try:
+            self.port = self._server.add_insecure_port(listen)
+        except RuntimeError as error:
+            self.port, cause = 0, str(error)
+        if not self.port:
+            raise Refused(
+                ErrorCode.PORT_IN_USE,
+                f"{listen} cannot be listened on",
+                cause=cause,
+                fix="choose another address with --listen, or stop what listens there",
+            )
+
+    def start(self, servicer: AgentServicer) -> None:
+        """Serve."""
+        register = agent_pb2_grpc.add_AgentServicer_to_server
+        register(servicer, self._server)  # type: ignore[no-untyped-call]
+        self._server.start()
+
+    def stop(self, grace_s: float = 0.2) -> None:
+        """Take no more calls, and give those under way ``grace_s``."""
+        self._server.stop(grace_s).wait(grace_s + 0.5)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def abort(context: grpc.ServicerContext, error: DtrainError) -> NoReturn:
+    """End a call with ``error``."""
+    status = grpc.StatusCode.UNAVAILABLE
+    if isinstance(error, Refused):
+        status = grpc.StatusCode.INVALID_ARGUMENT
+    if isinstance(error, NotFound):
+        status = grpc.StatusCode.NOT_FOUND
+    context.abort(status, f"{error.message} ({error.code.value})")
+    raise AssertionError("abort returned")
+
+
+def _chunk(part: LogPart, attempt: Attempt, over: bool) -> pb.LogChunk:
+    return pb.LogChunk(
+        data=part.data, next_offset=part.next_offset, attempt=attempt, eof=over and part.at_end
+    )

@@ -1,0 +1,380 @@
+"""The composition root: parse, build, run, end.
+
+The main thread owns the driver and all state. Others hand it events through one
+bounded queue: grpc's (commands, which they confirm first), the rank server's,
+the reporter's, and those of the clients of launchers and transfer process. A
+thread that dies takes the process with it: the guardian starts another one
+beside the running ranks, which finds everything in the journal.
+"""
+
+import fcntl
+import gc
+import importlib.metadata
+import os
+import queue
+import secrets
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from pathlib import Path
+from typing import Any
+
+from dtrain.agent import config
+from dtrain.agent.config import Config
+from dtrain.agent.core.decisions import Answer
+from dtrain.agent.core.events import Event, SessionRenewed, ShutDown, Tick
+from dtrain.agent.core.state import AgentState, LauncherStatus, Machine
+from dtrain.agent.core.torch_env import base_env
+from dtrain.agent.driver import AgentDriver, Ports
+from dtrain.agent.journal import Journal
+from dtrain.agent.launch.processes import boot_id
+from dtrain.agent.link import AgentServer, AgentServicer
+from dtrain.agent.logs import RankLogs
+from dtrain.agent.processes import Launchers, Transfers
+from dtrain.agent.rank_socket import RankServer, short_run_dir
+from dtrain.agent.reporter import Reporter, ReporterThread, Settings
+from dtrain.protocol.commands import Command
+from dtrain.protocol.errors import DtrainError, ErrorCode, Refused, Unavailable
+from dtrain.protocol.ids import Attempt, Incarnation, JobName, Term
+from dtrain.protocol.keys import Keys
+from dtrain.protocol.snapshot import NodeRecord, WorkerPhase
+from dtrain.runtime import log
+from dtrain.runtime.clock import Clock, SystemClock, iso
+from dtrain.runtime.config import EtcdOptions
+from dtrain.storage.etcd.port import Etcd
+from dtrain.storage.etcd.session import Session, attach
+from dtrain.storage.etcd.transport import GatewayEtcd
+
+EX_SOFTWARE = 70
+"""A thread died: a bug."""
+
+EX_CONFIG = 78
+"""The settings need a person."""
+
+QUEUE_MAX = 10_000
+POST_S_MAX = 10.0
+LOOP_S_MAX = 0.25
+ANSWER_S_MAX = 5.0
+"""How long a command may wait for the driver; the leader sends it again."""
+LAST_WORDS_S_MAX = 2.0
+
+_WARNINGS = frozenset(
+    {
+        "journal failed",
+        "journal moved aside",
+        "launcher killed",
+        "launcher warning",
+        "log folder failed",
+        "rank refused",
+        "registration lost",
+        "snapshot not written",
+        "transfer process ended",
+    }
+)
+
+
+_Item = Event | tuple[Command, bool, "Future[Answer]"]
+
+
+class Agent:
+    """One agent, wired. ``end_process`` ends it at once, whichever thread calls."""
+
+    def __init__(
+        self,
+        settings: Config,
+        etcd: Etcd,
+        session: Session,
+        *,
+        clock: Clock,
+        end_process: Callable[[int], None] = os._exit,
+    ) -> None:
+        self._settings = settings
+        self._etcd = etcd
+        self._session = session
+        self._clock = clock
+        self._end_process = end_process
+        self._told_to_stop = False
+        self._log = log.get("agent").bind(agent=settings.name)
+        self._keys = Keys(settings.cluster)
+        self._queue: queue.Queue[_Item] = queue.Queue(QUEUE_MAX)
+        data_dir = settings.data_dir
+        run_dir = short_run_dir(data_dir)
+        self._journal = Journal.open(data_dir / "journal.sqlite3")
+        if self._journal.problem:
+            self.log("journal moved aside", problem=self._journal.problem)
+        logs = RankLogs(data_dir / "logs")
+        self._ranks = RankServer(
+            run_dir / "ranks.sock",
+            self._post,
+            on_refusal=lambda why: self.log("rank refused", why=why),
+            on_death=lambda: self._fail("the rank server died"),
+        )
+        self._server = AgentServer(settings.listen)
+        self.address = settings.advertised(self._server.port)
+        self._launchers = Launchers(self._post)
+        self._transfers = Transfers(self._post)
+        life = secrets.token_hex(8)
+        self._reporter = Reporter(
+            etcd,
+            self._keys,
+            session,
+            self._node_record(),
+            clock,
+            new_incarnation=lambda: Incarnation(secrets.token_hex(8)),
+            on_registered=lambda generation, mine: self._post(SessionRenewed(generation, mine)),
+            on_taken=self._on_taken,
+            settings=Settings(progress_s=settings.report_interval_s),
+            log=self.log,
+        )
+        self._reporting = ReporterThread(
+            self._reporter, lambda error: self._fail(f"the reporter died: {error!r}")
+        )
+        remembered = self._journal.load()
+        machine = Machine(
+            cluster=settings.cluster,
+            agent=settings.name,
+            host=settings.host,
+            rank_socket=str(self._ranks.path),
+            run_dir=str(run_dir),
+            log_dir=str(data_dir / "logs"),
+            env=base_env(os.environ),
+            working_dir=str(Path.cwd()),
+            life=life,
+            orphan_grace_s=settings.orphan_grace_s,
+        )
+        self._driver = AgentDriver(
+            AgentState(machine, Incarnation(life), remembered.term, remembered.jobs, remembered.seen),
+            Ports(self._journal, self._launchers, self._transfers, self._ranks, self._reporter, logs),
+            clock,
+            confirm_term=self._confirm_term,
+            log=self.log,
+        )
+        self._servicer = AgentServicer(self._execute, logs, self._rank_ended, lambda: self._driver.state.term)
+
+    def run(self) -> None:
+        """Serve until ``stop``; the calling thread owns all state from here on."""
+        self._ranks.start()
+        self._driver.adopt()
+        self._session.set_started()
+        self._reporting.start()
+        self._server.start(self._servicer)
+        self.log("agent started", address=self.address, slots=self._settings.slots)
+        while not self._told_to_stop:
+            self._turn()
+        self._end()
+
+    def stop(self) -> None:
+        """Ask ``run`` to end; safe in a signal handler, where the queue's lock may be held already."""
+        self._told_to_stop = True
+
+    def close(self) -> None:
+        """Free everything: for tests that go on living."""
+        self._reporting.close()
+        self._ranks.close()
+        self._launchers.close()
+        self._transfers.close()
+        self._journal.close()
+
+    def log(self, event: str, **fields: Any) -> None:
+        """One line."""
+        (self._log.warning if event in _WARNINGS else self._log.info)(event, **fields)
+
+    # The loop
+
+    def _turn(self) -> None:
+        """Take in one event, or wait a moment for one."""
+        self._session.beat()
+        now = self._clock.monotonic()
+        wake_at = self._driver.wake_at
+        if wake_at is not None and now >= wake_at:
+            self._driver.handle(Tick())
+            wake_at = self._driver.wake_at
+        # A tenth of the TTL is how often the guardian wants to see this loop alive.
+        wait_s = min(LOOP_S_MAX, max(0.05, self._session.ttl_s / 10))
+        if wake_at is not None:
+            wait_s = min(wait_s, max(0.0, wake_at - now))
+        try:
+            item = self._queue.get(timeout=wait_s) if wait_s > 0 else self._queue.get_nowait()
+        except queue.Empty:
+            return
+        if isinstance(item, tuple):
+            command, confirmed, future = item
+            # Given up by its caller: the leader sends it again, and then wants an answer.
+            if future.set_running_or_notify_cancel():
+                future.set_result(self._driver.take(command, confirmed))
+            return
+        self._driver.handle(item)
+
+    def _end(self) -> None:
+        """End ranks unless they are to be kept, publish what became of them, and let go."""
+        self._server.stop()
+        if not self._settings.keep_ranks:
+            self.log("ranks are being stopped", grace_s=self._settings.stop_grace_s)
+            self._driver.handle(ShutDown(self._settings.stop_grace_s))
+            while any(self._lives(name) for name in self._driver.state.jobs):
+                self._turn()
+        deadline = self._clock.monotonic() + LAST_WORDS_S_MAX
+        while not self._reporter.idle and self._clock.monotonic() < deadline:
+            self._session.beat()
+            self._reporter.wait(self._clock.monotonic() + 0.02)
+        self._session.set_clean_stop()
+        self.log("agent stopped")
+
+    def _lives(self, name: JobName) -> bool:
+        job = self._driver.state.jobs[name]
+        return job.launcher.status is not LauncherStatus.GONE or bool(job.leftovers)
+
+    # Other threads
+
+    def _post(self, event: Event) -> None:
+        try:
+            self._queue.put(event, timeout=POST_S_MAX)
+        except queue.Full:
+            self._fail(f"{QUEUE_MAX} events wait for the driver")
+
+    def _execute(self, command: Command) -> Answer:
+        confirmed = self._driver.confirm(command)
+        future: Future[Answer] = Future()
+        try:
+            self._queue.put((command, confirmed, future), timeout=ANSWER_S_MAX)
+            return future.result(ANSWER_S_MAX)
+        except (queue.Full, FutureTimeoutError) as error:
+            future.cancel()
+            raise Unavailable(ErrorCode.AGENT_UNAVAILABLE, "the agent is busy") from error
+
+    def _confirm_term(self, term: Term) -> bool:
+        try:
+            found = self._etcd.range(self._keys.leader, deadline_s=2.0).items
+        except DtrainError as error:
+            self.log("term not confirmed", term=term, error=error.message)
+            return False
+        return bool(found) and found[0].create_revision == term
+
+    def _rank_ended(self, job: str, uid: str, attempt: Attempt, rank: int) -> bool:
+        known = self._driver.state.jobs.get(JobName(job))
+        if known is None or known.uid != uid or attempt < known.attempt:
+            return True
+        if known.phase in (WorkerPhase.IDLE, WorkerPhase.DONE):
+            return True
+        found = next((local for local in known.ranks if local.rank == rank), None)
+        return found is not None and found.exit_code is not None
+
+    def _on_taken(self, other: NodeRecord | None, waited_s: float) -> None:
+        """Another lease holds our name: our own former guardian's, or a second machine's."""
+        where = f"{other.host} (pid {other.pid})" if other else "an agent of another version"
+        ours = (
+            other is not None
+            and other.boot_id == boot_id()
+            and other.host == self._settings.host
+            and not Path(f"/proc/{other.pid}").exists()
+        )
+        message = f"the name {self._settings.name} is taken by an agent on {where}"
+        if waited_s == 0.0:
+            self.log("name taken", reason=message, waiting="for its lease to expire")
+        if not ours and waited_s > 2 * self._settings.ttl_s:
+            complain(
+                Refused(
+                    ErrorCode.AGENT_NAME_TAKEN,
+                    message,
+                    fix="give each machine a --name of its own, or stop the other agent",
+                )
+            )
+            self._end_process(EX_CONFIG)
+
+    def _fail(self, why: str) -> None:
+        self._log.critical("agent failed", reason=why)
+        self._end_process(EX_SOFTWARE)
+
+    def _node_record(self) -> NodeRecord:
+        settings = self._settings
+        return NodeRecord(
+            agent=settings.name,
+            incarnation=Incarnation(""),
+            address=self.address,
+            host=settings.host,
+            slots=settings.slots,
+            boot_id=boot_id(),
+            pid=os.getpid(),
+            gpus=settings.gpus,
+            version=importlib.metadata.version("dtrain"),
+            since=iso(self._clock.wall()),
+        )
+
+
+def lock_data_dir(folder: Path) -> int:
+    """Take the folder for this process; return the descriptor that holds the lock.
+
+    Raises:
+        Refused: BAD_SETTING; another agent has it, or it cannot be used.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise Refused(
+            ErrorCode.BAD_SETTING,
+            f"{folder} cannot be used: {error.strerror}",
+            fix="choose another --data-dir",
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        pid = os.read(descriptor, 32).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise Refused(
+            ErrorCode.BAD_SETTING,
+            f"{folder} is in use by another agent (pid {pid or 'unknown'})",
+            fix="stop that agent, or give this one a --name or --data-dir of its own",
+        ) from error
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+    return descriptor
+
+
+def open_etcd(options: EtcdOptions, clock: Clock) -> Etcd:
+    """Return the client for the settings; it connects when first used."""
+    from dtrain.storage.etcd.endpoints import Tls
+
+    tls = Tls(options.cacert or None, options.cert or None, options.key or None)
+    return GatewayEtcd(options.endpoints, tls=tls, user=options.user, password=options.password, clock=clock)
+
+
+def complain(error: DtrainError) -> None:
+    """Tell the operator what is wrong and what to do."""
+    cause = f": {error.cause}" if error.cause else ""
+    fix = f"\n  fix: {error.fix}" if error.fix else ""
+    sys.stderr.write(f"dtrain agent: {error.message}{cause} ({error.code.value}){fix}\n")
+    sys.stderr.flush()
+
+
+def run(argv: Sequence[str]) -> int:
+    """Be the guardian's child until told to stop. Ends the process itself.
+
+    Exit codes: 0 stopped, 70 a bug, 78 a person is needed.
+    """
+    clock = SystemClock()
+    try:
+        session = attach()
+        settings = config.load(argv, os.environ)
+        log.configure(json_lines=settings.log_json, component=f"agent/{settings.name}")
+        lock_data_dir(settings.data_dir)
+        agent = Agent(settings, open_etcd(settings.etcd, clock), session, clock=clock)
+    except DtrainError as error:
+        complain(error)
+        return EX_CONFIG
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: agent.stop())
+    gc.collect()
+    # What exists now lives as long as the process: collections need not walk it again.
+    gc.freeze()
+    try:
+        agent.run()
+    except Exception:  # noqa: BLE001 - whatever it is, the guardian's next child starts from the journal
+        log.get("agent").critical("driver died", exc_info=True)
+        sys.stderr.flush()
+        os._exit(EX_SOFTWARE)
+    sys.stderr.flush()
+    # No teardown: the transfer process ends with this one, launchers that are kept do not.
+    os._exit(0)
