@@ -12,7 +12,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TypeVar, assert_never
+from typing import Protocol, TypeVar, assert_never
 
 from dtrain.coordinator.core.decisions import CollectGarbage, ProbeStore, SweepOrphans, VerifyCheckpoint, Work
 from dtrain.coordinator.core.views import Verdict
@@ -38,7 +38,7 @@ from dtrain.protocol.errors import (
     Refused,
     Unavailable,
 )
-from dtrain.protocol.ids import ClusterName, JobName, Seq
+from dtrain.protocol.ids import ClusterName, JobName, Seq, Uid
 from dtrain.protocol.job import JobStatus
 from dtrain.protocol.keys import Keys
 from dtrain.protocol.snapshot import DurablePart
@@ -52,7 +52,22 @@ from dtrain.storage.etcd.port import Etcd, Get, KeyValue, Txn, prefix_end
 
 T = TypeVar("T")
 
-Merge = Callable[[OpenRecord, Sequence[RankManifest], ClusterName, JobName, str, Seq | None], Manifest]
+
+class Merge(Protocol):
+    """``core.manifest.merge``: rank manifests to the manifest, or ``Refused``."""
+
+    def __call__(
+        self,
+        *,
+        cluster: ClusterName,
+        job: JobName,
+        uid: Uid,
+        record: OpenRecord,
+        parts: Sequence[RankManifest],
+        parent: Seq | None,
+        created: str,
+    ) -> Manifest: ...
+
 
 MANIFEST_BYTES_UNPACKED_MAX = 128 * 1024 * 1024
 """A manifest that unpacks to more than this is damage, or an attack."""
@@ -138,12 +153,13 @@ class Worker:
         prefix = blob_prefix(root, record.seq, record.attempt, record.nonce)
         manifests = [self._rank_manifest(store, prefix, part) for part in work.parts]
         merged = self._merge(
-            record,
-            manifests,
-            work.cluster,
-            work.job,
-            iso(self._clock.wall()),
-            None if work.parent is None else Seq(work.parent),
+            cluster=work.cluster,
+            job=work.job,
+            uid=work.uid,
+            record=record,
+            parts=manifests,
+            parent=None if work.parent is None else Seq(work.parent),
+            created=iso(self._clock.wall()),
         )
         for manifest in manifests:
             for blob in manifest.blobs:
