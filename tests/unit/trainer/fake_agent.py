@@ -31,8 +31,9 @@ class FakeAgent:
         restore: Fetch | None = None,
         accept: bool = True,
         checkpoints: bool = True,
+        name: str = "agent",
     ) -> None:
-        self.socket_path = str(folder / "agent.sock")
+        self.socket_path = str(folder / f"{name}.sock")
         root = folder / "store"
         root.mkdir(exist_ok=True)
         self.store = LocalBlobs(root)
@@ -51,6 +52,8 @@ class FakeAgent:
         self._open: Begin | None = None
         self._final_seq: int | None = None
         self._planned = False
+        self.may_plan = threading.Event()
+        self.may_plan.set()
 
     def __enter__(self) -> "FakeAgent":
         self.client.start()
@@ -116,16 +119,17 @@ class FakeAgent:
                 self._changed.notify_all()
             return
         assert isinstance(message, Report)
-        self._lead(message)
         with self._changed:
             self.reports.append(message)
             self._changed.notify_all()
+        self._lead(message)
 
     def _lead(self, report: Report) -> None:
         if not self.checkpoints:
             return
         if report.wants_restore and not self._planned:
             self._planned = True
+            assert self.may_plan.wait(WAIT_S)
             self.send(self._plan())
         if report.sealed is not None and self._open is not None and report.sealed.seq == self._open.seq:
             self._commit(report.sealed, final=report.sealed.seq == self._final_seq)

@@ -4,16 +4,16 @@ import gzip
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dtrain.agent.transfer_fetch import Fetcher
 from dtrain.agent.transfer_upload import Uploader
 from dtrain.agent.transferring import Fetch, Fetched, TransferReport, Upload, Uploaded
+from dtrain.coordinator.core.manifest import merge as leader_merge
 from dtrain.protocol import codec
-from dtrain.protocol.checkpoint import CHUNK_BYTES, ChunkEntry, Manifest, RankManifest, TensorEntry
-from dtrain.protocol.ids import Attempt, ClusterName, JobName, Rank, Seq, Step, Uid
+from dtrain.protocol.checkpoint import OpenRecord, RankManifest
+from dtrain.protocol.ids import Attempt, ClusterName, JobName, Rank, Seq, Step, Term, Uid
 from dtrain.protocol.ranklink import Begin, RestorePlan, Sealed
 from dtrain.protocol.snapshot import DurablePart
 from dtrain.storage.blobs import digest
@@ -47,26 +47,15 @@ def read_rank_manifest(store: BlobStore, part: DurablePart) -> RankManifest:
 
 
 def merge(store: BlobStore, parts: list[DurablePart]) -> tuple[str, str]:
-    """What the leader does, without its checks; returns the manifest's key and digest."""
-    manifests = [read_rank_manifest(store, part) for part in sorted(parts, key=lambda p: p.rank)]
+    """What the leader does; returns the manifest's key and digest."""
+    manifests = [read_rank_manifest(store, part) for part in parts]
     first = manifests[0]
-    assert {m.layout for m in manifests} == {first.layout}
-    tensors: dict[str, TensorEntry] = {}
-    objects: dict[str, Any] = {}
-    for index, manifest in enumerate(manifests):
-        for name, entry in manifest.tensors.items():
-            chunks: tuple[ChunkEntry, ...] = tuple(replace(chunk, b=index) for chunk in entry.chunks)
-            if name in tensors:
-                chunks = tensors[name].chunks + chunks
-            tensors[name] = replace(entry, chunks=chunks)
-        for name, value in manifest.objects.items():
-            assert objects.setdefault(name, value).crc == value.crc
-    whole = Manifest(
-        v=1, cluster=CLUSTER, job=JOB, uid=UID, seq=first.seq, attempt=first.attempt, nonce=first.nonce,
-        step=first.step, world=first.world, chunk_bytes=CHUNK_BYTES, crc="crc32c",
-        bytes=sum(m.blobs[0].bytes for m in manifests), layout=first.layout,
-        blobs=tuple(m.blobs[0] for m in manifests), tensors=tensors, objects=objects,
-    )  # fmt: skip
+    record = OpenRecord(
+        Term(1), UID, first.seq, first.attempt, first.step, first.nonce, first.world, timeout_s=60.0
+    )
+    whole = leader_merge(
+        cluster=CLUSTER, job=JOB, uid=UID, record=record, parts=manifests, parent=None, created=""
+    )
     data = gzip.compress(codec.canonical(codec.to_json(whole)), mtime=0)
     key = f"{CLUSTER}/{JOB}/{UID}/manifests/{first.seq:020d}.json.gz"
     store.put(key, [data], chunk_crcs=[digest.crc32c(data)])

@@ -360,3 +360,45 @@ def test_numbers_that_are_not_finite_still_reach_the_agent(
         assert metrics["nonfinite/loss"] == 1.0
         assert metrics["lr"] == 0.1
         assert "loss" not in metrics
+
+
+def test_no_rank_trains_before_all_have_their_state(tmp_path: Path) -> None:
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    script = (
+        "from dtrain import trainer\n"
+        "import torch, torch.distributed as dist\n"
+        "run = trainer.join()\n"
+        "total = torch.tensor(run.rank + 1)\n"
+        "run.track(total=total)\n"
+        "for step in run.steps(10):\n"
+        "    dist.all_reduce(total)\n"
+        "    run.report(total=total)\n"
+        "    break\n"
+        "run.close()\n"
+    )
+    ranks: list[subprocess.Popen[bytes]] = []
+    with FakeAgent(tmp_path, name="a0") as first, FakeAgent(tmp_path, name="a1") as second:
+        second.may_plan.clear()
+        try:
+            for rank, agent in enumerate((first, second)):
+                env = {
+                    **os.environ, ranklink.ENV_SOCKET: agent.socket_path, ranklink.ENV_ATTEMPT: "4",
+                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1",
+                }  # fmt: skip
+                ranks.append(subprocess.Popen([sys.executable, "-c", script], env=env))
+            for agent in (first, second):
+                agent.wait_report(lambda r: r.wants_restore)
+            store.wait(["dtrain/4/restored/arrived"])
+            assert store.add("dtrain/4/restored/arrived", 0) == 1
+            assert not any(r.phase is WorkerPhase.TRAINING for r in first.reports)
+            second.may_plan.set()
+            for agent in (first, second):
+                assert agent.wait_report(lambda r: "total" in r.metrics).metrics["total"] == 3
+            assert [rank.wait(30) for rank in ranks] == [0, 0]
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()

@@ -8,7 +8,7 @@ from typing import Any
 from dtrain.protocol import ranklink
 from dtrain.protocol.errors import ErrorCode, Refused
 
-_MEET_WAIT_S = 10.0
+_POLL_S_MAX = 0.25
 
 
 def world() -> tuple[int, int, int]:
@@ -38,7 +38,14 @@ def set_up(backend: str | None, world_size: int, local_rank: int) -> tuple[Any, 
 
     if dist.is_initialized():
         return device, False
-    dist.init_process_group(backend or ("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"))
+    chosen = backend or ("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if ranklink.ENV_ATTEMPT in os.environ:
+        # The attempt's store is up already; by torch's default rank 0 would open another on its port.
+        store = _attempt_store("group")
+        rank = int(os.environ["RANK"])
+        dist.init_process_group(chosen, store=store, rank=rank, world_size=world_size)
+    else:
+        dist.init_process_group(chosen)
     return device, True
 
 
@@ -58,6 +65,17 @@ def meet(world_size: int, stopped: Callable[[], bool]) -> None:
     """
     if world_size == 1 or ranklink.ENV_ATTEMPT not in os.environ:
         return
+    store = _attempt_store("restored")
+    if store.add("arrived", 1) == world_size:
+        store.set("all", "1")
+    began = time.monotonic()
+    # Polled: a blocking wait would not see that the attempt is over, and torch warns of each that times out.
+    while not store.check(["all"]) and not stopped():
+        time.sleep(min(_POLL_S_MAX, 0.005 + (time.monotonic() - began) / 10))
+
+
+def _attempt_store(part: str) -> Any:
+    """A client of the store that the agents serve for this attempt."""
     import datetime
 
     import torch.distributed as dist
@@ -69,17 +87,5 @@ def meet(world_size: int, stopped: Callable[[], bool]) -> None:
         timeout=datetime.timedelta(seconds=60),
         wait_for_workers=False,
     )
-    store = dist.PrefixStore(  # type: ignore[attr-defined]
-        f"dtrain/{os.environ[ranklink.ENV_ATTEMPT]}/restored", server
-    )
-    if store.add("arrived", 1) == world_size:
-        store.set("all", "1")
-    while not stopped():
-        began = time.monotonic()
-        try:
-            store.wait(["all"], datetime.timedelta(seconds=_MEET_WAIT_S))
-        except dist.DistStoreError:
-            if time.monotonic() - began < _MEET_WAIT_S / 2:
-                raise  # not a timeout
-        else:
-            return
+    prefix = f"dtrain/{os.environ[ranklink.ENV_ATTEMPT]}/{part}"
+    return dist.PrefixStore(prefix, server)  # type: ignore[attr-defined]
