@@ -382,7 +382,7 @@ def _target(draft: Draft, reached: float, slack: float, soonest: int, rate: floa
         every = policy.every_steps
         next_step = (_base_step(draft) // every + 1) * every
         ahead = next_step - (reached + slack + rate * LEAD_S)
-        if ahead <= 0:
+        if ahead < 0.5:  # half a step early does no harm; instants are rounded
             return Step(next_step if soonest <= next_step else -(-soonest // every) * every)
         if rate > 0:
             draft.wake(draft.now + ahead / rate)

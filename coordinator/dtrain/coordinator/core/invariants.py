@@ -67,6 +67,8 @@ def _checkpoints(job: JobView, status: JobStatus) -> list[str]:
             broken.append(f"checkpoint {record.seq} is open although the job is {status.phase}")
         elif record.attempt != status.attempt:
             broken.append(f"checkpoint {record.seq} of attempt {record.attempt} was not settled")
+    if job.spec is not None and job.spec.value.uid != status.uid and status.phase in TERMINAL_PHASES:
+        return broken  # a new submission has taken the name: what is left is being cleared away
     if commits and job.latest is None:
         broken.append("there are commits but no latest")
     if job.latest is not None:

@@ -118,9 +118,6 @@ def _submitted(
     draft = Draft(job, fleet, moment, spec, status)
     draft.enter(JobPhase.QUEUED, "submitted")
     draft.event(EventReason.JOB_SUBMITTED, f"submission {spec.uid}")
-    latest = job.latest
-    if before is not None and latest is not None:
-        draft.delete(draft.keys.latest(job.name), latest.mod_revision)
     phases.queued(draft)
     return draft
 
@@ -132,6 +129,8 @@ def _clear(draft: Draft) -> bool:
     somebody reads stays until it is let go.
     """
     keys, job = draft.keys, draft.job
+    if job.latest is not None:
+        draft.delete(keys.latest(job.name), job.latest.mod_revision)
     for stored in job.open:
         if draft.room > 0:
             draft.delete(keys.open(job.name, stored.value.seq), stored.mod_revision)

@@ -1,0 +1,123 @@
+"""What is deleted, in which order, and what never is."""
+
+from dataclasses import replace
+
+from tests.support.builders import JOB, KEYS, Stage, make_spec
+
+from dtrain.coordinator.core.decisions import CollectGarbage, NoKeysUnder, SweepOrphans
+from dtrain.protocol.checkpoint import Quarantine
+from dtrain.protocol.events import EVENTS_KEPT, EventReason, EventRecord, EventType
+from dtrain.protocol.ids import Seq, Term
+
+
+def running(keep_last: int, checkpoints: int) -> Stage:
+    stage = Stage(make_spec(store="s3://b", every_steps=10, keep_last=keep_last)).join("a", "b").run()
+    for number in range(1, checkpoints + 1):
+        stage.step(number * 10 - 2)
+        stage.decide()
+        stage.checkpoint()
+    return stage
+
+
+def seqs(stage: Stage) -> list[int]:
+    return [commit.seq for commit in stage.commits]
+
+
+def test_the_last_few_are_kept() -> None:
+    stage = running(2, 5)
+    stage.until_quiet()
+    assert seqs(stage) == [4, 5]
+    assert sorted(stage.of("garbage")) == [1, 2, 3]
+
+
+def test_retiring_refuses_when_somebody_begins_to_read() -> None:
+    stage = running(1, 2)
+    decision = stage.decide()
+    assert decision.absent == (NoKeysUnder(KEYS.pins(JOB, Seq(1))),)
+    assert {write.key for write in decision.writes} == {
+        KEYS.checkpoint(JOB, Seq(1)),
+        KEYS.garbage(JOB, Seq(1)),
+    }
+
+
+def test_pinned_and_restored_ones_stay() -> None:
+    stage = running(1, 1)
+    stage.fail("a")
+    stage.run(step=10)
+    stage.pinned.add(Seq(2))
+    for step in (18, 28, 38):
+        stage.step(step)
+        stage.decide()
+        stage.checkpoint()
+    stage.until_quiet()
+    assert seqs(stage) == [1, 2, 4]
+    stage.pinned.clear()
+    stage.until_quiet()
+    assert seqs(stage) == [1, 4]
+
+
+def test_blobs_go_after_the_record_and_the_tombstone_goes_last() -> None:
+    stage = running(1, 2)
+    stage.decide()
+    stage.decide()
+    (work,) = stage.work(CollectGarbage)
+    assert isinstance(work, CollectGarbage)
+    assert (work.garbage.seq, work.store) == (1, "s3://b")
+    assert stage.of("garbage")
+    stage.collected.add(Seq(1))
+    stage.until_quiet()
+    assert not stage.of("garbage")
+
+
+def test_damaged_ones_do_not_count_as_kept() -> None:
+    stage = running(2, 3)
+    stage.until_quiet()
+    stage.write(KEYS.bad(JOB, Seq(3)), Quarantine(Term(1), Seq(3), "x", 0, "a", "b"))
+    stage.until_quiet()
+    assert seqs(stage) == [2, 3]
+    stage.step(38)
+    stage.decide()
+    stage.checkpoint()
+    stage.until_quiet()
+    assert seqs(stage) == [2, 4]
+    stage.collected |= {Seq(1), Seq(3)}
+    stage.until_quiet()
+    assert not stage.of("bad")
+
+
+def test_orphans_are_swept_now_and_then() -> None:
+    stage = running(2, 0)
+    stage.took_office_at = stage.now
+    stage.decide()
+    assert not stage.work(SweepOrphans)
+    assert stage.last.wake_at == stage.now + 600.0
+    stage.after(600.0).decide()
+    assert stage.work(SweepOrphans)
+    stage.swept_at = stage.now
+    assert not stage.decide().work
+
+
+def test_retention_never_delays_a_commit() -> None:
+    stage = running(1, 2)
+    stage.step(28)
+    stage.decide()
+    stage.durable()
+    stage.verify()
+    stage.pinned.clear()
+    decision = stage.decide()
+    assert not decision.absent
+    assert len(stage.commits) == 3
+
+
+def test_event_ring_is_bounded() -> None:
+    stage = Stage().join("a", "b").run()
+    stage.write(KEYS.status(JOB), replace(stage.status, event_last=300))
+    for seq in range(80, 301):
+        event = EventRecord(Term(1), seq, EventType.NORMAL, EventReason.RANK_EXITED, "x")
+        stage.write(KEYS.event(JOB, seq), event)
+    for _ in range(30):
+        stage.step(stage.status.attempt)
+        stage.fail("a")
+        stage.after(4000.0).run(step=stage.status.attempt)
+    assert len(stage.events) == EVENTS_KEPT
+    assert stage.events[-1].seq == stage.status.event_last
