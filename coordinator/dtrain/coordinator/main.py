@@ -138,6 +138,7 @@ class Coordinator:
             self._stores,
             term=self._acting_term,
             waiting=waiting_slots(),
+            default_store=settings.default_store,
         )
 
     def start(self) -> None:
@@ -163,6 +164,7 @@ class Coordinator:
         self._loop.join(5.0)
         self._lease.join(5.0)
         self._mirror.close()
+        self._server.close()
         self._commits.shutdown(wait=True, cancel_futures=True)
         self._works.shutdown(wait=True, cancel_futures=True)
         self._channels.close()

@@ -5,6 +5,7 @@ another replica has become leader. What is not: that an answer arrives. An
 unknown outcome is resolved by reading, never by assuming.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ from dtrain.storage.etcd.port import (
 
 COMMIT_DEADLINE_S = 5.0
 LOOK_DEADLINE_S = 3.0
+LOOK_AGAIN_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +75,18 @@ Outcome = Committed | Conflict | Deposed | Unknown | NotWritten
 class Committer:
     """Commits decisions. Safe for several threads; each call blocks until it is resolved."""
 
-    def __init__(self, etcd: Etcd, cluster: ClusterName, *, may_act: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        etcd: Etcd,
+        cluster: ClusterName,
+        *,
+        may_act: Callable[[], bool],
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._etcd = etcd
         self._keys = Keys(cluster)
         self._may_act = may_act
+        self._pause = pause
 
     def commit(self, term: Term, decision: Decision) -> Outcome:
         """Apply the writes of ``decision`` if ``term`` is current and every guard holds."""
@@ -110,7 +120,8 @@ class Committer:
             try:
                 result = self._etcd.txn(Txn(success=txn.failure), deadline_s=LOOK_DEADLINE_S)
             except (Unavailable, OutcomeUnknown):
-                # The call itself has waited and rotated; may_act bounds the loop.
+                # All members were tried; the end of the lease bounds the loop.
+                self._pause(LOOK_AGAIN_S)
                 continue
             except DtrainError as error:
                 return NotWritten(f"{error.code}: {error.message}", retry=False)

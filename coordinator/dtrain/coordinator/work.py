@@ -246,14 +246,19 @@ class Worker:
             return Swept(work, problem="the job was submitted anew; nothing was deleted")
         deleted = 0
         for key in keys:
-            of = _triple(_BLOB, root, key) or _triple(_MANIFEST, root, key)
+            blob, manifest = _triple(_BLOB, root, key), _triple(_MANIFEST, root, key)
+            of = blob or manifest
             # What does not look like ours is not ours to delete.
             if of is None or of in records.named or key in records.manifests:
+                continue
+            # Of a committed checkpoint only the manifest in its record counts: the others were
+            # written by tries whose answer was lost.
+            if blob in records.committed:
                 continue
             _ask(partial(store.delete, key), idempotent=True)
             deleted += 1
         for token in uploads:
-            if not any(_names(token, of) for of in records.named):
+            if not any(_names(token, of) for of in records.named | records.committed):
                 _ask(partial(store.discard_unfinished, token), idempotent=True)
                 deleted += 1
         return Swept(work, deleted)
@@ -276,6 +281,7 @@ class Records:
         self.latest = 0
         self.seq_last = 0
         self.named: set[_Triple] = set()
+        self.committed: set[_Triple] = set()
         self.manifests: set[str] = set()
         for kv in items:
             parsed = keys.parse(kv.key)
@@ -290,7 +296,7 @@ class Records:
                     self.named.add((opened.seq, opened.attempt, opened.nonce))
                 case "checkpoint":
                     commit = codec.decode(CommitRecord, kv.value)
-                    self.named.add((commit.seq, commit.attempt, commit.nonce))
+                    self.committed.add((commit.seq, commit.attempt, commit.nonce))
                     self.manifests.add(commit.manifest)
                 case "garbage":
                     garbage = codec.decode(Garbage, kv.value)

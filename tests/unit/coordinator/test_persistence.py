@@ -60,7 +60,7 @@ def lead(etcd: MemoryEtcd) -> Term:
 
 
 def committer(etcd: MemoryEtcd, may_act: Callable[[], bool] = lambda: True) -> Committer:
-    return Committer(etcd, CLUSTER, may_act=may_act)
+    return Committer(etcd, CLUSTER, may_act=may_act, pause=lambda _seconds: None)
 
 
 def put(term: Term, expect: int = 0, step: int = 1) -> Decision:

@@ -4,8 +4,10 @@ Code, message, cause and fix travel as JSON in the trailing metadata, so that a
 client shows the same words wherever an error was raised.
 """
 
+import functools
 import json
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 
@@ -21,6 +23,9 @@ from dtrain.protocol.errors import (
     TimedOut,
     Unavailable,
 )
+from dtrain.runtime import log
+
+Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 ERROR_KEY = "dtrain-error-bin"
 
@@ -56,3 +61,22 @@ def abort(context: grpc.ServicerContext, error: DtrainError) -> NoReturn:
     context.set_trailing_metadata(((ERROR_KEY, json.dumps(detail).encode()),))
     context.abort(status_of(error), error.message)
     raise AssertionError("abort returned")
+
+
+def translated(handler: Handler) -> Handler:
+    """Wrap a servicer's method: what it raises ends the call with the right status."""
+
+    @functools.wraps(handler)
+    def call(self: Any, request: Any, context: grpc.ServicerContext) -> Any:
+        try:
+            return handler(self, request, context)
+        except DtrainError as error:
+            told = error
+        except Exception as error:  # noqa: BLE001 - one call's bug must not look like the network's
+            log.get("api").error("call failed", call=handler.__name__, exc_info=True)
+            told = InvariantBroken(
+                ErrorCode.BUG, f"{handler.__name__} failed: {type(error).__name__}", cause=str(error)
+            )
+        abort(context, told)
+
+    return call  # type: ignore[return-value]

@@ -64,6 +64,11 @@ class Server:
         self._server.start()
 
     def stop(self, grace_s: float) -> None:
-        """Take no more calls, and give those under way ``grace_s``."""
-        self._server.stop(grace_s).wait(grace_s + 0.1)
+        """Take no more calls, give those under way ``grace_s``, and wait no longer than that."""
+        self._server.stop(grace_s).wait(grace_s)
+
+    def close(self) -> None:
+        """Free the port and the threads, at leisure; ``stop`` comes first."""
+        # The server's own thread hands calls to the pool until it has ended.
+        self._server.wait_for_termination(5.0)
         self._pool.shutdown(wait=False, cancel_futures=True)

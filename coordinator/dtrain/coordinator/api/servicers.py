@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from dtrain.coordinator.api.errors import abort
+from dtrain.coordinator.api.errors import translated
 from dtrain.coordinator.api.records import Operators
 from dtrain.coordinator.dispatch import Channels
 from dtrain.coordinator.work import Stores
@@ -61,6 +61,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         *,
         term: Callable[[], Term | None],
         waiting: threading.BoundedSemaphore,
+        default_store: str = "",
     ) -> None:
         self._identity = identity
         self._mirror = mirror
@@ -69,6 +70,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self._stores = stores
         self._term = term
         self._waiting = waiting
+        self._default_store = default_store
         self._keys = Keys(identity.cluster)
         self._places_lock = threading.Lock()
         self._places: OrderedDict[tuple[str, int, int], AgentName] = OrderedDict()
@@ -77,52 +79,50 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
 
     # Operators' records.
 
+    @translated
     def Submit(  # noqa: N802
-        self, request: pb.SubmitRequest, context: grpc.ServicerContext
+        self,
+        request: pb.SubmitRequest,
+        context: grpc.ServicerContext,  # noqa: ARG002 - grpc's signature
     ) -> pb.SubmitReply:
-        try:
-            spec = self._operators.prepare(request.spec, request.request_id)
-            warnings = self._warnings(spec)
-            if request.dry_run:
-                if spec.checkpoint.store:
-                    probe(self._stores.get(spec.checkpoint.store))
-                return pb.SubmitReply(spec=codec.encode(spec), created=False, warnings=warnings)
-            done = self._operators.submit(spec)
-        except DtrainError as error:
-            abort(context, error)
+        spec = self._operators.prepare(request.spec, request.request_id)
+        warnings = self._warnings(spec)
+        if request.dry_run:
+            if store := spec.checkpoint.store or self._default_store:
+                probe(self._stores.get(store))
+            return pb.SubmitReply(spec=codec.encode(spec), created=False, warnings=warnings)
+        done = self._operators.submit(spec)
         self._log.info("job submitted", job=done.spec.name, uid=done.spec.uid, created=done.created)
         return pb.SubmitReply(
             spec=codec.encode(done.spec), created=done.created, revision=done.revision, warnings=warnings
         )
 
+    @translated
     def SetIntent(  # noqa: N802
-        self, request: pb.SetIntentRequest, context: grpc.ServicerContext
+        self,
+        request: pb.SetIntentRequest,
+        context: grpc.ServicerContext,  # noqa: ARG002 - grpc's signature
     ) -> pb.SetIntentReply:
-        try:
-            intent, revision = self._operators.set_intent(
-                request.job, request.wanted, request.checkpoint_token, request.by, self._job_names()
-            )
-        except DtrainError as error:
-            abort(context, error)
+        intent, revision = self._operators.set_intent(
+            request.job, request.wanted, request.checkpoint_token, request.by, self._job_names()
+        )
         return pb.SetIntentReply(intent=codec.encode(intent), revision=revision)
 
     # Reading.
 
+    @translated
     def Read(  # noqa: N802
         self, request: pb.ReadRequest, context: grpc.ServicerContext
     ) -> pb.ReadReply:
-        try:
-            if len(request.prefix) > PREFIX_CHARACTERS_MAX or not request.prefix.isascii():
-                raise Refused(ErrorCode.USAGE, "a prefix is short and ASCII", fix='use one such as "jobs/"')
-            root = self._keys.root
-            self._wait_for_first_list()
-            if request.after_revision and request.wait_ms:
-                self._wait_for_change(root + request.prefix, request.after_revision, request.wait_ms, context)
-            # The revision first: items may be newer than it says, never older.
-            revision = self._mirror.revision
-            items = self._mirror.prefix(root + request.prefix)
-        except DtrainError as error:
-            abort(context, error)
+        if len(request.prefix) > PREFIX_CHARACTERS_MAX or not request.prefix.isascii():
+            raise Refused(ErrorCode.USAGE, "a prefix is short and ASCII", fix='use one such as "jobs/"')
+        root = self._keys.root
+        self._wait_for_first_list()
+        if request.after_revision and request.wait_ms:
+            self._wait_for_change(root + request.prefix, request.after_revision, request.wait_ms, context)
+        # The revision first: items may be newer than it says, never older.
+        revision = self._mirror.revision
+        items = self._mirror.prefix(root + request.prefix)
         return pb.ReadReply(
             items=[
                 pb.Item(
@@ -137,6 +137,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             age_s=self._mirror.age_s(),
         )
 
+    @translated
     def Info(  # noqa: N802
         self,
         request: pb.InfoRequest,  # noqa: ARG002 - grpc's signature
@@ -162,15 +163,10 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
 
     # Logs.
 
+    @translated
     def ReadLog(  # noqa: N802
         self, request: pb.JobLogRequest, context: grpc.ServicerContext
     ) -> pb.JobLogChunk:
-        try:
-            return self._read_log(request, context)
-        except DtrainError as error:
-            abort(context, error)
-
-    def _read_log(self, request: pb.JobLogRequest, context: grpc.ServicerContext) -> pb.JobLogChunk:
         self._wait_for_first_list()
         job = JobName(parse_name(request.job, "job"))
         spec = self._record(self._keys.spec(job), JobSpec)

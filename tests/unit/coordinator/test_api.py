@@ -1,0 +1,380 @@
+"""The Coordinator service over real gRPC: a replica's API on the model of etcd."""
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent import futures
+from typing import Any
+
+import grpc
+import pytest
+
+from dtrain.coordinator.api.errors import ERROR_KEY, status_of
+from dtrain.coordinator.api.records import Operators
+from dtrain.coordinator.api.server import Server, waiting_slots
+from dtrain.coordinator.api.servicers import CoordinatorServicer, Identity
+from dtrain.coordinator.dispatch import Channels
+from dtrain.coordinator.work import Stores
+from dtrain.protocol import codec, errors
+from dtrain.protocol.cluster import LeaderRecord
+from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused
+from dtrain.protocol.ids import AgentName, Attempt, ClusterName, Incarnation, JobName, Rank, ReplicaId, Term
+from dtrain.protocol.job import Intent, JobPhase, JobSpec, JobStatus, Member, Wanted
+from dtrain.protocol.keys import Keys
+from dtrain.protocol.pb import agent_pb2 as agent_pb
+from dtrain.protocol.pb import agent_pb2_grpc
+from dtrain.protocol.pb import coordinator_pb2 as pb
+from dtrain.protocol.pb.coordinator_pb2_grpc import CoordinatorStub
+from dtrain.protocol.snapshot import NodeRecord
+from dtrain.runtime.clock import SystemClock
+from dtrain.storage.etcd.memory import MemoryEtcd
+from dtrain.storage.etcd.mirror import Mirror
+from dtrain.storage.etcd.port import Delete, Put, Txn, TxnResult
+
+CLUSTER = ClusterName("c1")
+KEYS = Keys(CLUSTER)
+JOB = JobName("train")
+SPEC = {"v": 1, "name": "train", "entry": {"kind": "script", "target": "train.py"}}
+
+
+class LossyEtcd(MemoryEtcd):
+    """Loses the answer of the next writing transactions, after or before applying them."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: 0.0)
+        self.lose: list[str] = []
+
+    def txn(self, txn: Txn, *, deadline_s: float = 5.0) -> TxnResult:
+        how = self.lose.pop(0) if self.lose and any(isinstance(op, Put) for op in txn.success) else ""
+        result = super().txn(txn, deadline_s=deadline_s) if how != "before" else None
+        if how or result is None:
+            raise OutcomeUnknown(ErrorCode.ETCD_OUTCOME_UNKNOWN, "lost")
+        return result
+
+
+class Replica:
+    """One replica's API with a mirror, and a client of it."""
+
+    def __init__(self) -> None:
+        self.etcd = LossyEtcd()
+        self.mirror = Mirror(self.etcd, KEYS.root)
+        self.channels = Channels()
+        self.term: Term | None = None
+        self.server = Server("127.0.0.1:0")
+        servicer = CoordinatorServicer(
+            Identity(CLUSTER, ReplicaId("r1"), "0.0.0"),
+            self.mirror,
+            Operators(self.etcd, CLUSTER, SystemClock()),
+            self.channels,
+            Stores(),
+            term=lambda: self.term,
+            waiting=waiting_slots(),
+        )
+        self.mirror.start()
+        assert self.mirror.wait_for(1, 5)
+        self.server.start(servicer)
+        self.channel = grpc.insecure_channel(self.server.address)
+        self.stub = CoordinatorStub(self.channel)
+
+    def close(self) -> None:
+        self.channel.close()
+        self.server.stop(0)
+        self.server.close()
+        self.mirror.close()
+        self.channels.close()
+
+    def put(self, key: str, value: Any) -> int:
+        revision = self.etcd.txn(Txn(success=(Put(key, codec.encode(value)),))).revision
+        assert self.mirror.wait_for(revision, 5)
+        return revision
+
+    def submit(self, request_id: str = "q1", dry_run: bool = False, **changes: Any) -> pb.SubmitReply:
+        document = json.dumps({**SPEC, **changes}).encode()
+        return self.stub.Submit(pb.SubmitRequest(spec=document, request_id=request_id, dry_run=dry_run))
+
+    def stored(self, key: str, kind: type) -> Any:
+        items = self.etcd.range(key).items
+        return codec.decode(kind, items[0].value) if items else None
+
+
+@pytest.fixture
+def replica() -> Iterator[Replica]:
+    made = Replica()
+    yield made
+    made.close()
+
+
+def refusal(call: Any) -> tuple[grpc.StatusCode, dict[str, str]]:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    error: Any = caught.value
+    told = dict(error.trailing_metadata())[ERROR_KEY]
+    return error.code(), json.loads(told)
+
+
+def status(uid: str, phase: JobPhase, **fields: Any) -> JobStatus:
+    return JobStatus(Term(1), uid, phase, **fields)  # type: ignore[arg-type]
+
+
+def test_a_submitted_job_is_stored_with_its_intent_at_one_revision(replica: Replica) -> None:
+    reply = replica.submit()
+    spec = codec.decode(JobSpec, reply.spec)
+    assert reply.created
+    assert replica.stored(KEYS.spec(JOB), JobSpec) == spec
+    assert len(spec.uid) == 8
+    assert spec.submitted_at
+    assert replica.stored(KEYS.intent(JOB), Intent).uid == spec.uid
+    (kv,) = replica.etcd.range(KEYS.intent(JOB)).items
+    assert kv.mod_revision == reply.revision
+
+
+def test_the_same_request_submits_once(replica: Replica) -> None:
+    first, again = replica.submit("q1"), replica.submit("q1")
+    assert (first.created, again.created) == (True, False)
+    assert first.spec == again.spec
+
+
+def test_another_request_for_a_job_that_runs_is_refused_with_a_fix(replica: Replica) -> None:
+    replica.submit("q1")
+    code, told = refusal(lambda: replica.submit("q2"))
+    assert (code, told["code"]) == (grpc.StatusCode.ALREADY_EXISTS, ErrorCode.ALREADY_EXISTS)
+    assert "dtrain cancel train" in told["fix"]
+
+
+def test_the_name_of_an_ended_job_can_be_used_again(replica: Replica) -> None:
+    old = codec.decode(JobSpec, replica.submit("q1").spec)
+    replica.put(KEYS.status(JOB), status(old.uid, JobPhase.SUCCEEDED))
+    reply = replica.submit("q2")
+    assert reply.created
+    assert codec.decode(JobSpec, reply.spec).uid != old.uid
+    # The status is still the old job's: the new one has not ended.
+    assert refusal(lambda: replica.submit("q3"))[0] is grpc.StatusCode.ALREADY_EXISTS
+
+
+@pytest.mark.parametrize("lost", [["after"], ["before"], ["before", "after"]])
+def test_a_lost_answer_neither_loses_nor_doubles_a_submission(replica: Replica, lost: list[str]) -> None:
+    replica.etcd.lose = lost
+    reply = replica.submit()
+    assert reply.created
+    assert replica.stored(KEYS.spec(JOB), JobSpec).uid == codec.decode(JobSpec, reply.spec).uid
+    assert replica.etcd.range(KEYS.spec(JOB)).items[0].version == 1
+
+
+def test_submissions_at_once_create_one_job(replica: Replica) -> None:
+    def attempt(number: int) -> str:
+        try:
+            return "created" if replica.submit(f"q{number}").created else "known"
+        except grpc.RpcError as error:
+            return str(error.code().name)
+
+    with futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(attempt, range(8)))
+    assert sorted(answers) == ["ALREADY_EXISTS"] * 7 + ["created"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"name": "../up"}, "cannot name a job"),
+        ({"name": "a\nb"}, "cannot name a job"),
+        ({"nnodes_min": 3, "nnodes_max": 2}, "nnodes"),
+        ({"nproc_per_node": 0}, "nproc_per_node"),
+        ({"entry": {"kind": "script", "target": " "}}, "script"),
+        ({"entry": {"kind": "shell", "target": "x"}}, "not one of"),
+        ({"env": {"A=B": "x"}}, "env"),
+        ({"checkpoint": {"store": "ftp://x"}}, "not a store"),
+        ({"checkpoint": {"keep_last": 0}}, "keep_last"),
+        ({"working_dir": "here"}, "working_dir"),
+    ],
+)
+def test_a_job_that_cannot_run_is_refused_by_name_of_its_field(
+    replica: Replica, changes: dict[str, Any], said: str
+) -> None:
+    code, told = refusal(lambda: replica.submit(**changes))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert said in told["message"]
+    assert not replica.etcd.range(KEYS.spec(JOB)).items
+
+
+def test_a_dry_run_checks_the_store_and_stores_nothing(replica: Replica) -> None:
+    reply = replica.submit(dry_run=True)
+    assert not reply.created
+    code, told = refusal(lambda: replica.submit(dry_run=True, checkpoint={"store": "file:///no/such"}))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert told["fix"]
+    assert not replica.etcd.range(KEYS.spec(JOB)).items
+
+
+def test_a_job_that_must_wait_for_agents_says_so(replica: Replica) -> None:
+    replica.put(KEYS.node(AgentName("a1")), NodeRecord(AgentName("a1"), Incarnation("i"), "h:1", "h", 1))
+    assert "1 agents are alive, 2 are needed" in replica.submit(nnodes_min=2, nnodes_max=2).warnings[0]
+    assert "0 of 1 agents have 4 slots" in replica.submit("q1", name="t2", nproc_per_node=4).warnings[0]
+    assert not replica.submit("q1", name="t3").warnings
+
+
+def test_an_intent_changes_only_what_was_asked(replica: Replica) -> None:
+    replica.submit()
+    first = replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, checkpoint_token="t1", by="ada"))
+    assert codec.decode(Intent, first.intent).checkpoint_token == "t1"
+    second = replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, wanted="cancel"))
+    stored = replica.stored(KEYS.intent(JOB), Intent)
+    assert (stored.wanted, stored.checkpoint_token) == (Wanted.CANCEL, "t1")
+    again = replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, wanted="cancel"))
+    assert again.intent == second.intent
+    assert replica.etcd.range(KEYS.intent(JOB)).items[0].version == 3
+
+
+def test_an_intent_for_an_unknown_job_names_one_like_it(replica: Replica) -> None:
+    replica.put(KEYS.spec(JOB), codec.decode(JobSpec, replica.submit().spec))
+    code, told = refusal(lambda: replica.stub.SetIntent(pb.SetIntentRequest(job="trian", wanted="cancel")))
+    assert code is grpc.StatusCode.NOT_FOUND
+    assert told["fix"] == "did you mean train?"
+
+
+def test_an_ended_job_wants_nothing_more(replica: Replica) -> None:
+    spec = codec.decode(JobSpec, replica.submit().spec)
+    replica.put(KEYS.status(JOB), status(spec.uid, JobPhase.FAILED))
+    code, told = refusal(lambda: replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, wanted="cancel")))
+    assert code is grpc.StatusCode.ABORTED
+    assert "FAILED" in told["message"]
+
+
+def test_a_lost_answer_to_an_intent_is_resolved(replica: Replica) -> None:
+    replica.submit()
+    replica.etcd.lose = ["after"]
+    replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, wanted="cancel"))
+    assert replica.stored(KEYS.intent(JOB), Intent).wanted is Wanted.CANCEL
+
+
+def test_reading_returns_records_below_the_root(replica: Replica) -> None:
+    revision = replica.submit().revision
+    assert replica.mirror.wait_for(revision, 5)
+    reply = replica.stub.Read(pb.ReadRequest(prefix="jobs/"))
+    assert [item.key for item in reply.items] == ["jobs/train/intent", "jobs/train/spec"]
+    assert reply.revision >= revision
+    assert 0 <= reply.age_s < 60
+
+
+def test_a_read_waits_for_a_change_below_its_prefix(replica: Replica) -> None:
+    revision = replica.submit().revision
+    assert replica.mirror.wait_for(revision, 5)
+    waiting = replica.stub.Read.future(
+        pb.ReadRequest(prefix=f"jobs/{JOB}/", after_revision=revision, wait_ms=20_000)
+    )
+    # A change elsewhere is not what it waits for.
+    replica.put(KEYS.node(AgentName("a1")), NodeRecord(AgentName("a1"), Incarnation("i"), "h:1", "h", 1))
+    with pytest.raises(grpc.FutureTimeoutError):
+        waiting.result(timeout=0.3)
+    replica.etcd.txn(Txn(success=(Delete(KEYS.intent(JOB)),)))
+    reply = waiting.result(timeout=5)
+    assert [item.key for item in reply.items] == ["jobs/train/spec"]
+
+
+def test_a_wait_ends_with_its_time(replica: Replica) -> None:
+    revision = replica.submit().revision
+    assert replica.mirror.wait_for(revision, 5)
+    began = time.monotonic()
+    reply = replica.stub.Read(pb.ReadRequest(prefix="jobs/", after_revision=revision, wait_ms=200))
+    assert 0.15 < time.monotonic() - began < 3
+    assert len(reply.items) == 2
+
+
+def test_many_waiting_readers_leave_room_for_others(replica: Replica) -> None:
+    revision = replica.submit().revision
+    assert replica.mirror.wait_for(revision, 5)
+    request = pb.ReadRequest(prefix="jobs/none/", after_revision=revision, wait_ms=20_000)
+    waiting = [replica.stub.Read.future(request) for _ in range(120)]
+    assert replica.stub.Info(pb.InfoRequest(), timeout=5).replica == "r1"
+    for call in waiting:
+        call.cancel()
+
+
+def test_info_names_the_leader(replica: Replica) -> None:
+    term = replica.put(KEYS.leader, LeaderRecord(ReplicaId("r2"), "h:2", "n"))
+    reply = replica.stub.Info(pb.InfoRequest())
+    assert (reply.leader, reply.term, reply.leader_replica, reply.leader_address) == (
+        False,
+        term,
+        "r2",
+        "h:2",
+    )
+    replica.term = Term(term)
+    assert replica.stub.Info(pb.InfoRequest()).leader
+
+
+class LogAgent(agent_pb2_grpc.AgentServicer):
+    """Has the logs of the attempts it is given."""
+
+    def __init__(self, name: str, attempts: dict[int, bytes]) -> None:
+        self.name = AgentName(name)
+        self.attempts = attempts
+        self.asked = 0
+        self.server = grpc.server(futures.ThreadPoolExecutor(4))
+        agent_pb2_grpc.add_AgentServicer_to_server(self, self.server)
+        self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+        self.server.start()
+
+    def ReadLog(self, request: agent_pb.ReadLogRequest, context: Any) -> agent_pb.LogChunk:  # noqa: N802
+        self.asked += 1
+        if request.attempt not in self.attempts:
+            context.abort(grpc.StatusCode.NOT_FOUND, "no such log")
+        data = self.attempts[request.attempt][request.offset :]
+        return agent_pb.LogChunk(
+            data=data, next_offset=request.offset + len(data), attempt=request.attempt, eof=True
+        )
+
+
+def test_logs_come_from_the_agent_that_has_them(replica: Replica) -> None:
+    agents = [LogAgent("a1", {2: b"new"}), LogAgent("a2", {1: b"old"})]
+    try:
+        spec = codec.decode(JobSpec, replica.submit().spec)
+        for agent in agents:
+            node = NodeRecord(agent.name, Incarnation("i"), agent.address, "h", 1)
+            replica.put(KEYS.node(agent.name), node)
+        member = Member(AgentName("a1"), 0, Rank(0), 1)
+        replica.put(
+            KEYS.status(JOB), status(spec.uid, JobPhase.RUNNING, attempt=Attempt(2), members=(member,))
+        )
+        now = replica.stub.ReadLog(pb.JobLogRequest(job=JOB, rank=0))
+        assert (now.data, now.agent, now.attempt, now.eof) == (b"new", "a1", 2, True)
+        assert agents[1].asked == 0
+        for offset, said in ((0, b"old"), (1, b"ld")):
+            old = replica.stub.ReadLog(pb.JobLogRequest(job=JOB, rank=0, attempt=1, offset=offset))
+            assert (old.data, old.agent) == (said, "a2")
+        assert agents[0].asked == 2, "the place is remembered"
+        for request in (pb.JobLogRequest(job=JOB, rank=5), pb.JobLogRequest(job=JOB, rank=5, attempt=7)):
+            assert refusal(lambda request=request: replica.stub.ReadLog(request))[0] is (
+                grpc.StatusCode.NOT_FOUND
+            )
+    finally:
+        for agent in agents:
+            agent.server.stop(0).wait()
+
+
+def test_an_agent_that_is_gone_is_unavailable_not_a_hang(replica: Replica) -> None:
+    agent = LogAgent("a1", {})
+    agent.server.stop(0).wait()
+    spec = codec.decode(JobSpec, replica.submit().spec)
+    replica.put(KEYS.node(agent.name), NodeRecord(agent.name, Incarnation("i"), agent.address, "h", 1))
+    member = Member(agent.name, 0, Rank(0), 1)
+    replica.put(KEYS.status(JOB), status(spec.uid, JobPhase.RUNNING, attempt=Attempt(1), members=(member,)))
+    code, told = refusal(lambda: replica.stub.ReadLog(pb.JobLogRequest(job=JOB, rank=0)))
+    assert (code, told["code"]) == (grpc.StatusCode.UNAVAILABLE, ErrorCode.AGENT_UNAVAILABLE)
+
+
+def test_a_port_in_use_is_refused_with_a_fix(replica: Replica) -> None:
+    with pytest.raises(Refused) as caught:
+        Server(replica.server.address)
+    assert caught.value.code is ErrorCode.PORT_IN_USE
+    assert "--listen" in caught.value.fix
+
+
+def test_every_kind_of_error_has_a_status() -> None:
+    kinds = [
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, DtrainError) and kind is not DtrainError
+    ]
+    assert len(kinds) == 8
+    codes = {status_of(kind(ErrorCode.BUG, "x")) for kind in kinds}
+    assert len(codes) == len(kinds)
