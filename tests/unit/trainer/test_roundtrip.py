@@ -281,3 +281,15 @@ def test_a_changed_dtype_rebuilds_the_layout(tmp_path: Path) -> None:
     holder.value = {"x": torch.ones(4, dtype=torch.bfloat16)}
     second = saver.seal(Begin(Seq(2), "n", Step(2)))
     assert second.size_bytes == first.size_bytes - 8
+
+
+def test_nesting_is_bounded_and_comes_back_at_the_bound(tmp_path: Path) -> None:
+    value: Any = torch.ones(1)
+    for _ in range(state.DEPTH_MAX - 1):
+        value = [value]
+    order = pipeline.save(tmp_path, [{"h": Holder(value)}])
+    target = Holder(None)
+    pipeline.load(tmp_path, order, {"h": target})
+    assert repr(target.value) == repr(value)
+    with pytest.raises(Refused, match="nested deeper"):
+        state.capture({"h": Holder([value])}, {}, 0)

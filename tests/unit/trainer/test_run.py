@@ -199,11 +199,12 @@ def test_a_busy_slot_is_reported_and_stays_frozen(
                 sealed = agent.wait_report(lambda r: r.sealed is not None).sealed
                 assert sealed is not None
                 busy = agent.begin(6)
+                await_order(run)
+            if step == 6:
                 problem = agent.wait_report(lambda r: r.problem is not None).problem
                 assert problem is not None
                 assert (problem.seq, problem.late) == (busy.seq, False)
                 assert "still being saved" in problem.message
-            if step == 6:
                 with Path(sealed.path).open("rb") as arena:
                     data = arena.read(sealed.size_bytes)
                 from safetensors.torch import load

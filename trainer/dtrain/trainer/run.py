@@ -63,6 +63,7 @@ class Run:
         self._due: Begin | None = None
         self._metrics: dict[str, float] = {}
         self._closed = False
+        self._pid = os.getpid()
         if world_size > 1:
             self._set_up()
         atexit.register(self.close)
@@ -197,8 +198,8 @@ class Run:
 
     def close(self) -> None:
         """Send the last report and take down what ``join`` set up; repeated calls do nothing."""
-        if self._closed:
-            return
+        if self._closed or self._pid != os.getpid():
+            return  # a forked worker leaves to the rank what is the rank's
         self._closed = True
         atexit.unregister(self.close)
         if self._link is not None:

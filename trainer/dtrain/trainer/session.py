@@ -73,9 +73,12 @@ class Session:
             begin = self._begin
             if begin is None or begin.step > step:
                 return None
-            if begin.step == step:
+            if begin.step < step:
+                self._refuse(begin, late=True, message=f"step {step} is completed already")
+            elif self._sealed is not None:
+                self._refuse(begin, late=False, message=f"checkpoint {self._sealed.seq} is still being saved")
+            else:
                 return begin
-            self._refuse(begin, late=True, message=f"step {step} is completed already")
         self._wake()
         return None
 
@@ -135,7 +138,8 @@ class Session:
             if begin is not None and begin.step > step:
                 self._refuse(begin, late=False, message=f"training ended at step {step}")
             while self._final is None and self._checkpoints is not False and self._stop is None:
-                if self._begin is not None:
+                # With the slot still held, the outcome of what is in it comes first.
+                if self._begin is not None and self._sealed is None:
                     return self._begin
                 self._changed.wait(_WAIT_S)
             if self._stop is None:
@@ -182,9 +186,9 @@ class Session:
             or (self._problem is not None and self._problem.seq == begin.seq)
         ):
             return  # said again: the report has the answer already
-        if self._sealed is not None:
-            self._refuse(begin, late=False, message=f"checkpoint {self._sealed.seq} is still being saved")
-        elif self._last_step is None and begin.step <= self._step:
+        # Whether the slot is free counts when the step is reached: the outcome of the
+        # checkpoint before may have been overtaken by this order.
+        if self._last_step is None and begin.step <= self._step:
             self._refuse(begin, late=True, message=f"step {self._step} is completed already")
         elif self._last_step is not None and begin.step != self._last_step:
             late = begin.step < self._last_step
