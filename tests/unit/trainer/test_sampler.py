@@ -3,7 +3,7 @@
 import pytest
 
 from dtrain.protocol.errors import Refused
-from dtrain.trainer import Sampler
+from dtrain.trainer import Loader, Sampler
 
 
 def stream(world: int, steps: int, sampler_state: dict[str, object] | None = None) -> list[int]:
@@ -47,3 +47,27 @@ def test_the_position_in_other_data_is_refused() -> None:
         Sampler(11, 2, rank=0, world_size=1).load_state_dict(
             Sampler(10, 2, rank=0, world_size=1).state_dict()
         )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_that_reads_ahead_resumes_where_training_was(workers: int) -> None:
+    import torch
+
+    data = list(range(100, 110))
+
+    def loader() -> Loader:
+        return Loader(data, Sampler(10, 2, seed=1, rank=0, world_size=1), num_workers=workers)
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = loader()
+    batches = iter(first)
+    seen = [next(batches).tolist() for _ in range(3)]
+    state = first.state_dict()
+    assert state["consumed"] == 6
+    second = loader()
+    more = iter(second)
+    second.load_state_dict(state)  # after iter(), before the first batch
+    seen += [next(more).tolist() for _ in range(4)]
+    assert [value - 100 for batch in seen for value in batch] == stream(1, 7)
+    assert torch.equal(before, torch.get_rng_state())

@@ -15,7 +15,7 @@ and back. Standard library only: importing it must never clash with a user's
 own packages, so torch and numpy are imported where they are used.
 """
 
-from dtrain.trainer.data import Sampler
+from dtrain.trainer.data import Loader, Sampler
 from dtrain.trainer.run import Run, join
 
-__all__ = ["Run", "Sampler", "join"]
+__all__ = ["Loader", "Run", "Sampler", "join"]

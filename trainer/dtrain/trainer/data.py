@@ -17,7 +17,7 @@ class Sampler:
     The state is the number of samples consumed by all ranks together.
 
     Each ``next()`` moves the position: take one batch per step. A DataLoader with
-    workers reads ahead of training, so give it ``indices`` of your own instead.
+    workers would take more, reading ahead of training: use ``Loader`` for that.
 
     Args:
         n: samples in the dataset.
@@ -65,8 +65,17 @@ class Sampler:
 
     def __next__(self) -> list[int]:
         batch = self.indices(self._consumed)
-        self._consumed += self.batch_size * self._world
+        self.advance()
         return batch
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples that all ranks together take per step."""
+        return self.batch_size * self._world
+
+    def advance(self) -> None:
+        """Count one step's samples as consumed."""
+        self._consumed += self.samples_per_step
 
     def indices(self, consumed: int) -> list[int]:
         """This rank's batch at a position, without moving."""
@@ -101,3 +110,57 @@ class Sampler:
             random.Random(f"{self.seed}/{epoch}").shuffle(order)  # noqa: S311
             self._order = (epoch, order)
         return self._order[1][index]
+
+
+class Loader:
+    """A DataLoader that may read ahead, whose position is that of training: ``run.track(data=loader)``.
+
+    Iterating is endless and begins at the sampler's position when the first batch
+    is taken, so after a restore. The process's own random numbers are not drawn
+    from; those that workers draw (``num_workers`` > 0) start afresh on a resume.
+
+    Args:
+        dataset: map-style.
+        sampler: of this rank; only the loader moves it.
+        options: of ``torch.utils.data.DataLoader``, without those about sampling.
+    """
+
+    def __init__(self, dataset: Any, sampler: Sampler, **options: Any) -> None:
+        clash = sorted({"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"} & options.keys())
+        if clash:
+            raise Refused(ErrorCode.USAGE, f"{', '.join(clash)}: the sampler decides this")
+        self.sampler = sampler
+        self._dataset = dataset
+        self._options = options
+
+    def __iter__(self) -> Iterator[Any]:
+        import torch
+        from torch.utils.data import DataLoader
+
+        # Its own generator: drawing a seed for the workers from the global one would
+        # make a resumed run differ from an uninterrupted one.
+        options = {"generator": torch.Generator().manual_seed(self.sampler.seed), **self._options}
+        for batch in DataLoader(self._dataset, batch_sampler=_Ahead(self.sampler), **options):
+            # Counted when it is handed out: what workers hold ready is not consumed.
+            self.sampler.advance()
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As ``Sampler.load_state_dict``."""
+        self.sampler.load_state_dict(state)
+
+
+class _Ahead:
+    """Batches from the sampler's position on, without moving it."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+
+    def __iter__(self) -> Iterator[list[int]]:
+        position = self._sampler.consumed
+        while True:
+            yield self._sampler.indices(position)
+            position += self._sampler.samples_per_step
