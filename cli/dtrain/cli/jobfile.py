@@ -208,6 +208,7 @@ _ELSEWHERE = {
     "max_restarts": "restarts.max",
     "world_size": "nnodes and nproc_per_node",
     "nodes": "nnodes",
+    "nproc": "nproc_per_node",
     "replicas": "nnodes",
     "environment": "env",
     "cwd": "working_dir",
@@ -216,8 +217,10 @@ _ELSEWHERE = {
 
 
 def _unknown(key: str, model: type[BaseModel]) -> str:
-    near = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.6)
-    guess = near[0] if near else _ELSEWHERE.get(key, "") if model is JobModel else ""
+    guess = _ELSEWHERE.get(key, "") if model is JobModel else ""
+    if not guess:
+        near = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.6)
+        guess = near[0] if near else ""
     if not guess and model is JobModel:
         near = difflib.get_close_matches(key, _ELSEWHERE, n=1, cutoff=0.8)
         guess = _ELSEWHERE[near[0]] if near else ""

@@ -1,0 +1,195 @@
+"""Tables and descriptions, as people read them."""
+
+from tests.unit.cli.fakes import (
+    JOB,
+    KEYS,
+    NOW,
+    Seq,
+    Step,
+    at,
+    failure,
+    fleet,
+    item,
+    reading,
+    running_job,
+    snapshot,
+    spec,
+    status,
+)
+
+from dtrain.cli import records, render
+from dtrain.protocol.job import Condition, Intent, JobPhase, RestorePoint, Wanted
+from dtrain.protocol.snapshot import FailureKind
+
+
+def test_get_jobs() -> None:
+    cluster = records.group(reading(*running_job()))
+    assert render.jobs(cluster, NOW).lines() == [
+        "NAME     PHASE     STEP   ATTEMPT   RANKS   LAST-CKPT     AGE    REASON",
+        "digits   RUNNING   45     3         4/4     4 (step 40)   1h1m   all 4 ranks train",
+    ]
+    assert render.jobs(cluster, NOW, wide=True).rows[0][7:10] == ("u1", "a1,a2", "1/10")
+
+
+def test_a_job_no_leader_has_seen_is_queued_and_says_so() -> None:
+    cluster = records.group(reading(item(KEYS.spec(JOB), spec())))
+    assert render.jobs(cluster, NOW).rows == (
+        ("digits", "QUEUED", "0", "0", "0/4", "–", "1h1m", "waiting for a leader to look at it"),
+    )
+
+
+def test_snapshots_of_older_attempts_do_not_count() -> None:
+    items = [*running_job(attempt=4, step=40)]
+    cluster = records.group(reading(*items))
+    assert render.jobs(cluster, NOW).rows[0][2:5] == ("40", "4", "0/4")
+
+
+def test_get_agents() -> None:
+    cluster = records.group(reading(*running_job(), *fleet()))
+    assert render.agents(cluster, NOW).lines() == [
+        "NAME   STATUS     SLOTS   JOBS     VERSION   SINCE   REASON",
+        "a1     Ready      2/2     digits   0.1.0     2h",
+        "a2     Cordoned   2/4     digits   –         10s     bad memory",
+    ]
+
+
+def test_an_agent_without_a_lease_is_lost() -> None:
+    cluster = records.group(reading(*[i for i in fleet() if "cordons" in i.key]))
+    assert render.agents(cluster, NOW).rows[0][:3] == ("a2", "Lost", "–")
+
+
+def test_get_coordinators() -> None:
+    cluster = records.group(reading(*fleet()))
+    assert render.coordinators(cluster, {"c1": 0.25, "c2": None}, NOW).lines() == [
+        "NAME   ROLE      TERM   ADDRESS   VERSION   MIRROR-AGE   SINCE",
+        "c1     leader    7      h1:7070   0.1.0     250ms        1m",
+        "c2     standby   –      h2:7070   0.1.0     –            1m",
+    ]
+
+
+def test_get_checkpoints_combines_every_kind_of_record() -> None:
+    job = records.group(reading(*running_job())).jobs["digits"]
+    assert render.checkpoints(job, NOW).lines() == [
+        "SEQ   STEP   ATTEMPT   WORLD   SIZE     STATE       PINNED   AGE",
+        "2     –      –         –       –        Deleting             –",
+        "3     30     2         4       1.2 GB   Bad                  41s",
+        "4*    40     2         4       1.2 GB   Committed   yes      41s",
+        "5     50     3         4       –        Open                 2s",
+    ]
+
+
+def test_the_checkpoint_an_attempt_restored_counts_as_pinned() -> None:
+    items = running_job(restore=RestorePoint(Seq(3), Step(30), "m", "d"))
+    lines = {
+        line.seq: line for line in render.checkpoint_lines(records.group(reading(*items)).jobs["digits"])
+    }
+    assert lines[3].pinned
+
+
+def test_get_events_is_in_order_of_time() -> None:
+    job = records.group(reading(*running_job())).jobs["digits"]
+    assert render.events([("digits", e) for e in job.events.values()], NOW).lines() == [
+        "TIME    TYPE      REASON           OBJECT              COUNT   MESSAGE",
+        "1m20s   Warning   RankSignaled     job/digits rank/3   1       SIGKILL",
+        "1m10s   Normal    AttemptStarted   job/digits          1       attempt 3 begins",
+    ]
+
+
+def test_describe_job_opens_with_the_answer() -> None:
+    condition = Condition("Placed", "True", "Members", "on a1, a2", at(60))
+    job = records.group(reading(*running_job(failure=failure(), conditions=(condition,)))).jobs["digits"]
+    lines = render.describe_job(job, NOW)
+    assert lines[:8] == [
+        "digits  RUNNING  attempt 3  restarts 1/10 in 1h  since 1m5s",
+        "  all 4 ranks train",
+        "Root cause of attempt 2   rank 3 on a2, pid 4711: SIGKILL, out of memory",
+        "    | step 431 loss=0.213",
+        "    | Killed",
+        "",
+        "Checkpoints   latest 4 (step 40, 41s old, 1.2 GB), 5 open (step 50), 3 bad",
+        "Step          45",
+    ]
+    start = lines.index("Ranks")
+    assert lines[start + 1 : start + 3] == [
+        "  RANK   AGENT   PID   STATE      STEP   EXIT   METRICS",
+        "  0      a1      100   TRAINING   46            loss=0.25",
+    ]
+    assert "  Placed   True     Members   " + at(60) + "   on a1, a2" in lines
+
+
+def test_a_member_without_a_snapshot_is_shown_as_silent() -> None:
+    items = [i for i in running_job() if "a2/workers" not in i.key]
+    job = records.group(reading(*items)).jobs["digits"]
+    assert [row[3] for row in render.rank_table(job).rows] == [
+        "TRAINING",
+        "TRAINING",
+        "no report",
+        "no report",
+    ]
+
+
+def test_what_is_wanted_is_shown_until_it_is_so() -> None:
+    intent = item(KEYS.intent(JOB), Intent(spec().uid, Wanted.CANCEL, by="me@here"))
+    job = records.group(reading(*running_job(), intent)).jobs["digits"]
+    assert "  wanted: cancel (by me@here)" in render.describe_job(job, NOW)
+
+
+def test_describe_agent() -> None:
+    cluster = records.group(reading(*running_job(), *fleet()))
+    lines = render.describe_agent(cluster.agents["a2"], NOW)
+    assert lines[:2] == ["a2  Cordoned  since 10s", "  cordoned: bad memory (by ops)"]
+    assert "Job digits   attempt 3   TRAINING" in lines
+
+
+def test_failures_are_titled_by_who_and_how() -> None:
+    assert render.failure_title(failure(message="SIGKILL")) == "rank 3 on a2, pid 4711: SIGKILL"
+    exited = failure(kind=FailureKind.EXIT, signal=None, exit_code=3, message="", pid=None)
+    assert render.failure_title(exited) == "rank 3 on a2: exit code 3"
+    lost = failure(kind=FailureKind.AGENT_LOST, rank=None, pid=None, signal=None, message="its lease expired")
+    assert render.failure_title(lost) == "agent a2: its lease expired"
+
+
+def test_lines_are_cut_to_the_width_and_never_otherwise() -> None:
+    table = render.Table(("A", "B"), (("x", "y" * 100),))
+    assert [len(line) for line in table.lines(20)] == [5, 20]
+    assert table.lines(20)[1].endswith("…")
+    assert len(table.lines()[1]) == 104
+
+
+def test_an_old_mirror_is_said() -> None:
+    assert render.stale_line(4.9) == ""
+    assert render.stale_line(12.3) == "mirror is 12s old: etcd unreachable"
+
+
+def test_json_has_the_fields_of_the_records() -> None:
+    job = records.group(reading(*running_job())).jobs["digits"].as_json()
+    assert (job["v"], job["kind"], job["name"]) == (1, "Job", "digits")
+    assert set(job) == {
+        *("v", "kind", "name", "spec", "status", "latest", "checkpoints", "open", "bad", "garbage", "pins"),
+        *("events", "workers"),
+    }
+    assert job["status"]["phase"] == "RUNNING"
+    assert job["checkpoints"]["4"]["step"] == 40
+    assert job["workers"]["a1"]["ranks"][0]["step"] == 46
+
+
+def test_a_record_of_a_newer_version_hides_nothing_else() -> None:
+    items = running_job()
+    newer = type(items[1])(items[1].key, b'{"v":2,"phase":"X"}', 1, 1)
+    job = records.group(reading(items[0], newer, *items[2:])).jobs["digits"]
+    assert job.status is None
+    assert job.raw["status"] == {"v": 2, "phase": "X"}
+
+
+def test_a_spent_budget_is_told_from_other_failures() -> None:
+    from tests.unit.cli.fakes import event
+
+    from dtrain.protocol.events import EventReason
+
+    def ended(*more: object) -> records.Job:
+        items = [item(KEYS.status(JOB), status(JobPhase.FAILED)), *more]
+        return records.group(reading(*items)).jobs["digits"]  # type: ignore[arg-type]
+
+    assert ended().exit_code == 20
+    assert ended(item(KEYS.event(JOB, 9), event(9, EventReason.BUDGET_EXHAUSTED, "x", 1))).exit_code == 22
+    assert snapshot("a1", 0, 1).attempt == 3
