@@ -376,3 +376,11 @@ def test_no_retry_storm_when_ranks_pass_the_target_forever() -> None:
     stage.step(step)
     stage.decide()
     assert stage.opened.step == step + 2 * 2**5
+
+
+def test_checkpoint_that_cannot_be_taken_is_explained() -> None:
+    stage = Stage(make_spec()).join("a", "b").run(step=5)
+    stage.want(token="t")
+    stage.decide()
+    assert "cannot be taken: it has no store" in stage.said
+    assert not stage.last.writes

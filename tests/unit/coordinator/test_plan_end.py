@@ -168,3 +168,10 @@ def test_terminal_job_ignores_whatever_agents_say() -> None:
     assert stage.phase is JobPhase.SUCCEEDED
     assert stage.status.attempt == 1
     assert AgentName("a") in stage.receivers(Stop)
+
+
+def test_without_a_store_nobody_waits_at_the_end() -> None:
+    stage = running(store="")
+    stage.end_training(50)
+    stage.decide()
+    assert told(stage, AbortCheckpoint) == [("a", True), ("b", True)]

@@ -270,3 +270,52 @@ def test_old_job_with_much_history_is_cleared_in_batches() -> None:
     assert stage.status.uid == "u2"
     assert len(stage.of("garbage")) == 39
     assert len(stage.events) == 2
+
+
+def test_agent_that_restarts_after_ready_is_prepared_again_before_any_start() -> None:
+    stage = Stage().join("a", "b")
+    stage.decide()
+    stage.everyone(WorkerPhase.READY)
+    stage.join("b", incarnation="i2")
+    stage.decide()
+    assert stage.receivers(Prepare) == ["b"]
+    assert not stage.commands(Start)
+    stage.report("b", WorkerPhase.READY)
+    stage.decide()
+    assert stage.receivers(Start) == ["a", "b"]
+
+
+def test_machine_that_loses_its_ranks_while_others_restore_is_not_let_in_again() -> None:
+    stage = Stage().join("a", "b")
+    stage.decide()
+    stage.everyone(WorkerPhase.RESTORING)
+    stage.lose("b")
+    stage.join("b", incarnation="i2")
+    stage.departed.clear()
+    stage.decide()
+    assert not stage.commands()
+    stage.after(10.0).decide()
+    assert stage.status.attempt == 2
+
+
+def test_conditions_tell_programs_where_the_job_stands() -> None:
+    def status_of(kind: str) -> str:
+        return next(c.status for c in stage.status.conditions if c.type == kind)
+
+    stage = Stage(make_spec(store="s3://b", every_steps=10))
+    stage.decide()
+    assert (status_of("Accepted"), status_of("Placed"), status_of("Finished")) == ("True", "False", "False")
+    stage.join("a", "b").run(step=8)
+    assert (status_of("Placed"), status_of("RanksReady"), status_of("Checkpointed")) == (
+        "True",
+        "True",
+        "False",
+    )
+    placed = next(c.last_transition for c in stage.status.conditions if c.type == "Placed")
+    stage.after(5.0).decide()
+    stage.checkpoint()
+    assert status_of("Checkpointed") == "True"
+    assert next(c.last_transition for c in stage.status.conditions if c.type == "Placed") == placed
+    stage.exit_all()
+    stage.decide()
+    assert (status_of("Finished"), status_of("RanksReady")) == ("True", "False")

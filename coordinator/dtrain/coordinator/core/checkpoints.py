@@ -280,6 +280,9 @@ def drive(draft: Draft, members: Sequence[Seat]) -> None:
         _follow(draft, members, current)
     elif can_checkpoint(draft, members):
         _open_if_due(draft, members)
+    elif _token(draft):
+        why = "its ranks have not joined through the SDK" if draft.status.store else "it has no store"
+        draft.say(f"the checkpoint asked for cannot be taken: {why}")
 
 
 def _follow(draft: Draft, members: Sequence[Seat], stored: Stored[OpenRecord]) -> None:
@@ -483,8 +486,9 @@ def _may_go(draft: Draft, members: Sequence[Seat]) -> bool:
 
     Once a rank has exited there will never be a checkpoint of all of them.
     """
-    left = any(rank.exit_code is not None for seat in members for rank in seat.ranks)
-    return final_commit(draft) is not None or gave_up_final(draft) or left
+    if not draft.status.store or final_commit(draft) is not None or gave_up_final(draft):
+        return True
+    return any(rank.exit_code is not None for seat in members for rank in seat.ranks)
 
 
 def tell_outcomes(draft: Draft, members: Sequence[Seat]) -> None:

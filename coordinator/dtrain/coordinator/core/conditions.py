@@ -5,14 +5,15 @@ status is written anyway; they never cause a write.
 """
 
 from dtrain.coordinator.core.stamps import iso
-from dtrain.coordinator.core.views import FleetView, JobView, Moment
+from dtrain.coordinator.core.views import FleetView, Moment
+from dtrain.protocol.checkpoint import CommitRecord
 from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, Condition, JobPhase, JobSpec, JobStatus
 
 
 def derive(
-    job: JobView, fleet: FleetView, moment: Moment, spec: JobSpec, status: JobStatus
+    fleet: FleetView, moment: Moment, spec: JobSpec, status: JobStatus, *, newest: CommitRecord | None
 ) -> tuple[Condition, ...]:
-    """All conditions of ``status``, in a fixed order."""
+    """All conditions of ``status``, in a fixed order; ``newest`` is its newest checkpoint."""
     before = {condition.type: condition for condition in status.conditions}
     stamp = iso(moment.wall)
     found = [
@@ -20,7 +21,7 @@ def derive(
         _placed(status),
         _ranks_ready(status),
         _progressing(status),
-        _checkpointed(job, spec, status),
+        _checkpointed(status, newest),
         _degraded(fleet, spec, status),
         _finished(status),
     ]
@@ -50,17 +51,14 @@ def _progressing(status: JobStatus) -> Condition:
     return Condition("Progressing", "True" if running else "False", status.phase.value.capitalize())
 
 
-def _checkpointed(job: JobView, spec: JobSpec, status: JobStatus) -> Condition:
+def _checkpointed(status: JobStatus, newest: CommitRecord | None) -> Condition:
     if not status.store and status.attempt:
         return Condition(
             "Checkpointed", "False", "NoStore", "no store is configured: a restart begins from scratch"
         )
-    mine = [commit.value for commit in job.commits if commit.value.uid == spec.uid]
-    if not mine:
+    if newest is None:
         return Condition("Checkpointed", "False", "NoCommit", "no checkpoint has been committed yet")
-    return Condition(
-        "Checkpointed", "True", "Committed", f"checkpoint {mine[-1].seq} of step {mine[-1].step}"
-    )
+    return Condition("Checkpointed", "True", "Committed", f"checkpoint {newest.seq} of step {newest.step}")
 
 
 def _degraded(fleet: FleetView, spec: JobSpec, status: JobStatus) -> Condition:

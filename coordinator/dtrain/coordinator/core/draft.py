@@ -217,9 +217,8 @@ class Draft:
         status_mod = 0 if self.job.status is None else self.job.status.mod_revision
         if self._status_changed() or self._events:
             status = replace(self.status, term=self.fleet.term, step=self._step())
-            status = replace(
-                status, conditions=conditions.derive(self.job, self.fleet, self.moment, self.spec, status)
-            )
+            derived = conditions.derive(self.fleet, self.moment, self.spec, status, newest=self.newest_good())
+            status = replace(status, conditions=derived)
             writes[status_key] = PutRecord(status_key, status, status_mod)
         elif writes:
             guards[status_key] = status_mod

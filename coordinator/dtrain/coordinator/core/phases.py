@@ -152,7 +152,7 @@ def _prepare(draft: Draft, members: Sequence[Seat]) -> None:
     if any(seat.phase in STARTED_PHASES for seat in members):
         return  # ranks run: a machine that lost its own cannot join them any more
     for seat in members:
-        if _is_ready(seat) and seat.current:
+        if _is_ready(seat):
             continue
         member = seat.member
         draft.command(
@@ -199,7 +199,8 @@ def _say_progress_of_start(draft: Draft, members: Sequence[Seat], ready: int) ->
 
 
 def _is_ready(seat: Seat) -> bool:
-    return seat.phase is WorkerPhase.READY or seat.phase in STARTED_PHASES
+    # An agent that restarted after READY is asked again: what it readied may have died with it.
+    return (seat.phase is WorkerPhase.READY and seat.current) or seat.phase in STARTED_PHASES
 
 
 def _is_training(seat: Seat) -> bool:
@@ -543,7 +544,7 @@ def terminal(draft: Draft) -> None:
     holding = [name for name, s in sorted(draft.job.workers.items()) if s.value.uid == draft.status.uid]
     header = draft.header(f"release.{draft.status.attempt}")
     for agent in holding:
-        draft.command(agent, Stop(header, 0.0, release=True, why="the job is over"))
+        draft.command(agent, Stop(header, draft.spec.shutdown_grace_s, release=True, why="the job is over"))
     since = draft.in_phase_since
     if since is None:
         return

@@ -88,8 +88,8 @@ def _collect(draft: Draft) -> None:
         store = stored.value.store or draft.status.store
         if store:
             draft.work(CollectGarbage(draft.job.name, store, stored.value))
-    if waiting and draft.status.phase in TERMINAL_PHASES:
-        draft.wake(draft.now + COLLECT_RETRY_S)
+            if draft.status.phase in TERMINAL_PHASES:
+                draft.wake(draft.now + COLLECT_RETRY_S)
 
 
 def sweep(draft: Draft) -> None:
