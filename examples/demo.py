@@ -70,7 +70,9 @@ class Demo:
     """The cluster, what is seen of it, and the faults."""
 
     def __init__(self, folder: Path, steps: int, pause_ms: float, keep: bool) -> None:
-        self.cluster = LocalCluster(folder, name="demo", remove=not keep)
+        self.cluster = LocalCluster(
+            folder, name="demo", remove=not keep, agent_flags=("--report-interval", "0.2")
+        )
         self.story = Story()
         self.steps, self.pause_ms = steps, pause_ms
         self.faults: list[Fault] = []
@@ -80,15 +82,15 @@ class Demo:
     def run(self) -> None:
         self.story.say("starting etcd, an S3 server, 3 coordinators and 3 agents on loopback")
         self.cluster.start(lambda part: self.story.say(f"  {part}"))
+        os.environ.update(self.cluster.store_env)  # to compare the weights at the end
         if self.cluster.warning:
             self.story.say(f"warning: {self.cluster.warning}")
         self.client = Client(self.cluster.addresses)
         self.mirror = Mirror(self.cluster.etcd, self.cluster.keys.root, on_changes=self._on_changes)
         self.mirror.start()
         endpoints = ",".join(self.cluster.endpoints)
-        self.story.say(
-            f"watch it yourself: {self.cluster.etcdctl} --endpoints {endpoints} watch --prefix /dtrain/demo/jobs/"
-        )
+        self.story.say("watch it yourself:")
+        self.story.say(f"  {self.cluster.etcdctl} --endpoints {endpoints} watch --prefix /dtrain/demo/jobs/")
 
         self.story.say("first, digits undisturbed: this is what the weights should be", "=")
         calm = self._submit("digits-calm")
@@ -235,9 +237,8 @@ class Demo:
             if time.monotonic() - shown > 3:
                 shown = time.monotonic()
                 status = self._status(job)
-                self.story.say(
-                    f"  {job}: {status.phase}, attempt {status.attempt}, step {self._step(job)} of {self.steps}"
-                )
+                step = f"step {self._step(job)} of {self.steps}"
+                self.story.say(f"  {job}: {status.phase}, attempt {status.attempt}, {step}")
             return self._status(job).phase in TERMINAL_PHASES
 
         self._await(f"{job} to end", ended)
@@ -247,7 +248,7 @@ class Demo:
 
     def _accuracy(self, job: JobName) -> str:
         for _ in range(100):
-            chunk = self.client.read_log(job, rank=0, offset=-4096)
+            chunk = self.client.read_log(job, 0, "stdout", offset=-4096)
             lines = [line for line in chunk.data.decode().splitlines() if line.startswith("accuracy")]
             if lines:
                 return lines[-1]

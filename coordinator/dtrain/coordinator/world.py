@@ -31,6 +31,8 @@ BRAKE_AGENTS_MIN = 3
 MIRROR_AGE_S_MAX = 15.0
 LOST_KEPT_S = 3600.0
 STEP_SAMPLES = 8
+RATE_SPAN_S = 1.0
+"""Shortest time that says something about a rate: the first snapshot of an attempt is urgent, and old."""
 AGENT_RENEWALS_PER_S = 700.0
 AGENT_TTL_S_MAX = 120.0
 
@@ -71,7 +73,7 @@ class _Job:
     store_ok: bool | None = None
     store_problem: str = ""
     store_probed_at: float | None = None
-    progress: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=STEP_SAMPLES))
+    progress: dict[AgentName, deque[tuple[float, int]]] = field(default_factory=dict)
     """(instant, step) of the current attempt, oldest first."""
     progress_of: tuple[str, int] = ("", 0)
     """The uid and attempt that ``progress`` is of."""
@@ -517,7 +519,11 @@ def _is_current(snapshot: WorkerSnapshot, status: JobStatus | None) -> bool:
 
 
 def _step_rate(job: _Job, workers: Iterable[Stored[WorkerSnapshot]]) -> float:
-    """Steps per second over the last few snapshots that showed progress; 0.0: not known."""
+    """Steps per second over the last few snapshots that showed progress; 0.0: not known.
+
+    Seen on one agent each: two agents' snapshots of different age, a moment
+    apart, would pass for thousands of steps a second.
+    """
     if job.status is None:
         return 0.0
     of = (str(job.status.uid), int(job.status.attempt))
@@ -529,12 +535,15 @@ def _step_rate(job: _Job, workers: Iterable[Stored[WorkerSnapshot]]) -> float:
         if (snapshot.uid, snapshot.attempt) != of or not snapshot.ranks:
             continue
         step = max(rank.step for rank in snapshot.ranks)
-        if step and (not job.progress or step > job.progress[-1][1]):
-            job.progress.append((stored.seen_at, step))
-    if len(job.progress) < 2:
-        return 0.0
-    (begun_at, begun), (last_at, last) = job.progress[0], job.progress[-1]
-    return (last - begun) / (last_at - begun_at) if last_at > begun_at else 0.0
+        seen = job.progress.setdefault(snapshot.agent, deque(maxlen=STEP_SAMPLES))
+        if step and (not seen or step > seen[-1][1]):
+            seen.append((stored.seen_at, step))
+    rates = [
+        (seen[-1][1] - seen[0][1]) / (seen[-1][0] - seen[0][0])
+        for seen in job.progress.values()
+        if seen and seen[-1][0] - seen[0][0] >= RATE_SPAN_S
+    ]
+    return max(rates, default=0.0)
 
 
 def stamped(verdict: Verdict, now: float) -> Verdict:

@@ -210,6 +210,8 @@ class Mirror:
             except Refused as error:
                 self._refused(error)
             except (Unavailable, OutcomeUnknown) as error:
+                if self._stop.is_set():
+                    return
                 self._log.warning(
                     "mirror interrupted", prefix=self._prefix, error=str(error), failures=self._failures
                 )
