@@ -21,11 +21,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-
 from dtrain.cli import jobfile
 from dtrain.cli.client import Client
-from dtrain.local import weights
+from dtrain.local import sweeping, weights
 from dtrain.local.cluster import LocalCluster
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import CommitRecord
@@ -260,7 +258,7 @@ class Demo:
             weights.digests(self.cluster.etcd, self.cluster.name, name, prefixes=("model", "optimizer"))
             for name in (calm, job)
         )
-        print(f"\n{self._accuracy(job)}   (undisturbed: {accuracy})\n")
+        print(f"\n{self._accuracy(job)} (undisturbed: {accuracy.split()[1]})\n")
         print(f"{'fault':24} {'until':16} {'took':>8}   steps repeated")
         for fault in self.faults:
             print(f"{fault.what:24} {fault.recovered:16} {fault.seconds:7.2f}s   {fault.steps_lost}")
@@ -321,21 +319,12 @@ def main() -> int:
             return 130
         finally:
             demo.close()
-    left = [
-        p.pid for p in psutil.process_iter() if folder.as_posix() in _command_line(p) and p.pid != os.getpid()
-    ]
+    left = [process.pid for process in sweeping.find(folder)]
     if left:
         print(f"\nFAILED: processes are left behind: {left}", file=sys.stderr)
         return 1
     print(f"\nall of it held, in {time.monotonic() - demo.story.began:.0f} s; no process is left behind")
     return 0
-
-
-def _command_line(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dtrain.local import ports, reaper, sweeping
@@ -44,7 +44,8 @@ class LocalCluster:
     ``store``: ``s3`` (an S3 server of its own) or ``dir`` (a folder). ``port``:
     the first coordinator's, the others follow; 0 picks free ones. ``remove``:
     the folder is deleted at the end, also at a violent one. ``etcd_fsync=False``
-    is for tests, where no machine loses power.
+    is for tests, where no machine loses power. ``agent_flags`` are added to each
+    agent's command line.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class LocalCluster:
         remove: bool = False,
         etcd_fsync: bool = True,
         ready_timeout_s: float = 60.0,
+        agent_flags: Sequence[str] = (),
     ) -> None:
         if store not in ("s3", "dir"):
             raise Refused(ErrorCode.BAD_SETTING, f"{store!r} is no kind of local store", fix="use s3 or dir")
@@ -72,6 +74,7 @@ class LocalCluster:
         self._slots, self._ttl_s = slots, ttl_s
         self._port, self._remove = port, remove
         self._ready_timeout_s = ready_timeout_s
+        self._agent_flags = tuple(agent_flags)
         self.etcd_servers = EtcdCluster(self.folder / "etcd", size=etcd_members, fsync=etcd_fsync)
         self.weed = WeedServer(self.folder / "weed") if store == "s3" else None
         self.coordinators: dict[str, Daemon] = {}
@@ -307,6 +310,7 @@ class LocalCluster:
             *("--cluster", self.name, "--name", name, "--listen", f"127.0.0.1:{port}"),
             *("--host", "127.0.0.1", "--slots", str(self._slots), "--data-dir", str(folder)),
             *("--endpoints", ",".join(self.endpoints), "--ttl", str(self._ttl_s)),
+            *self._agent_flags,
         )
         self._add(self.agents, name, command, folder, keeper)
 
