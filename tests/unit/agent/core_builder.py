@@ -177,9 +177,7 @@ class Table:
     def restart(self) -> tuple[Action, ...]:
         """The agent is killed and comes back with what its journal holds."""
         seen: Mapping[JobName, tuple[str, ...]] = self.state.seen
-        jobs = {
-            name: codec.decode(JobState, codec.encode(self.journaled[name])) for name in self.journaled
-        }
+        jobs = {name: codec.decode(JobState, codec.encode(self.journaled[name])) for name in self.journaled}
         state = AgentState(machine(), Incarnation("life-2"), self.state.term, jobs, seen)
         self.state, actions = adopt(state, self.now)
         check(self.state)
@@ -200,9 +198,7 @@ class Table:
         )
 
     def spec(self, uid: str = "u1", **more: Any) -> JobSpec:
-        return JobSpec(
-            JOB, Uid(uid), Entry(EntryKind.SCRIPT, "train.py"), nproc_per_node=self.nproc, **more
-        )
+        return JobSpec(JOB, Uid(uid), Entry(EntryKind.SCRIPT, "train.py"), nproc_per_node=self.nproc, **more)
 
     def prepare(self, attempt: int = 1, *, uid: str = "u1", term: int = 5, **more: Any) -> Prepare:
         return Prepare(

@@ -34,8 +34,9 @@ def _claims(job: JobState) -> list[tuple[str, bool]]:
             job.phase is not WorkerPhase.READY or (job.cleared and not job.leftovers and not job.departing),
         ),
         (
-            "READY means a warm launcher",
-            job.phase is not WorkerPhase.READY or job.launcher.status is LauncherStatus.READY,
+            # Not that it is warm: an adopted one has not told its state yet.
+            "READY means that there is a launcher",
+            job.phase is not WorkerPhase.READY or job.launcher.status is not LauncherStatus.GONE,
         ),
         (
             "DONE means that every rank exited with 0",

@@ -1,0 +1,55 @@
+"""Settings of the agent."""
+
+from pathlib import Path
+
+import pytest
+
+from dtrain.agent import config
+from dtrain.protocol.errors import Refused
+
+
+def _load(*argv: str, **environ: str) -> config.Config:
+    return config.load(["--name", "node-a", *argv], {"CUDA_VISIBLE_DEVICES": "", **environ})
+
+
+def test_defaults_suit_one_machine() -> None:
+    found = _load(XDG_STATE_HOME="/state")
+    assert found.host == "127.0.0.1"
+    assert found.listen == "127.0.0.1:0"
+    assert found.advertised(7071) == "127.0.0.1:7071"
+    assert found.slots == 1
+    assert found.data_dir == Path("/state/dtrain/default/node-a")
+
+
+def test_the_host_of_listen_is_the_host_of_the_machine() -> None:
+    assert _load("--listen", "10.0.1.1:7071").host == "10.0.1.1"
+    assert _load("--listen", "0.0.0.0:7071").host == "127.0.0.1"
+
+
+def test_ipv6_is_bracketed() -> None:
+    assert _load("--host", "fd00::1").advertised(7071) == "[fd00::1]:7071"
+
+
+def test_slots_are_the_gpus_that_can_be_seen(tmp_path: Path) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "null"):
+        (tmp_path / name).touch()
+    assert config.count_gpus({}, tmp_path) == 2
+    assert config.count_gpus({"CUDA_VISIBLE_DEVICES": "1"}, tmp_path) == 1
+    assert config.count_gpus({"CUDA_VISIBLE_DEVICES": "-1"}, tmp_path) == 0
+    assert _load("--slots", "8").slots == 8
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--slots", "0"),
+        ("--ttl", "3"),
+        ("--orphan-grace", "1"),
+        ("--listen", "7071"),
+        ("--cluster", "../x"),
+        ("--stop-grace", "-1"),
+    ],
+)
+def test_what_cannot_work_is_refused(argv: tuple[str, str]) -> None:
+    with pytest.raises(Refused):
+        _load(*argv)
