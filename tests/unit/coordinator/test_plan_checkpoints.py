@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from tests.support.builders import JOB, KEYS, Stage, make_part, make_spec
 
-from dtrain.coordinator.core.decisions import VerifyCheckpoint
+from dtrain.coordinator.core.decisions import Guard, VerifyCheckpoint
 from dtrain.protocol.checkpoint import Latest
 from dtrain.protocol.commands import AbortCheckpoint, BeginCheckpoint, ConfirmCheckpoint, Start
 from dtrain.protocol.events import EventReason, EventType
@@ -34,6 +34,8 @@ def test_intent_is_written_before_any_command() -> None:
     assert stage.receivers(BeginCheckpoint) == ["a", "b"]
     command = stage.commands(BeginCheckpoint)[0].command
     assert (command.seq, command.step, command.nonce) == (1, 10, stage.opened.nonce)
+    # A number that was ever committed is not given out again, whatever status says.
+    assert Guard(KEYS.checkpoint(JOB, Seq(1)), 0) in decision.guards
     assert stage.status.seq_last == 1
 
 
@@ -376,6 +378,8 @@ def test_no_retry_storm_when_ranks_pass_the_target_forever() -> None:
     stage.step(step)
     stage.decide()
     assert stage.opened.step == step + 2 * 2**5
+    stage.checkpoint()
+    assert stage.status.late_saves == 4
 
 
 def test_checkpoint_that_cannot_be_taken_is_explained() -> None:

@@ -255,7 +255,12 @@ def test_damaged_checkpoint_sends_all_ranks_to_the_one_before_without_budget() -
 
 
 def test_evidence_about_another_checkpoint_changes_nothing() -> None:
-    stage = running()
+    stage = running(store="s3://b", every_steps=10)
+    stage.step(8)
+    stage.decide()
+    stage.checkpoint()
+    stage.fail("a")
+    stage.run(step=10)
     snapshot = stage.workers[AgentName("a")].value
     stage.find_damage("a", 7)
     bad = stage.workers[AgentName("a")].value.bad
