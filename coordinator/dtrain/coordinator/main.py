@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from dtrain.coordinator import config
@@ -65,8 +66,19 @@ API_GRACE_S = 0.05
 
 _WARNINGS = frozenset({"commit failed", "command failed", "work failed", "record unusable", "brake"})
 
-Event = Callable[[float], None]
-"""Something that happened, to be told to the driver at an instant."""
+BATCHES_AT_ONCE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorMoved:
+    """Changes of the mirror, with the revision they lead to."""
+
+    changes: tuple[Change, ...]
+    revision: int
+
+
+Event = MirrorMoved | Callable[[float], None]
+"""What happened; a function is told the instant at which the loop gets to it."""
 
 
 class Coordinator:
@@ -210,7 +222,30 @@ class Coordinator:
                 event = self._events.get(timeout=wait_s) if wait_s > 0 else self._events.get_nowait()
             except queue.Empty:
                 continue
-            event(self._clock.monotonic())
+            self._take(event)
+
+    def _take(self, event: Event) -> None:
+        """Tell the driver, and what else the mirror has brought meanwhile in one go.
+
+        Each call decides about the jobs it touches: under load, one decision for
+        many snapshots is what lets the loop catch up.
+        """
+        other: Event | None = event
+        if isinstance(event, MirrorMoved):
+            changes, revision, other = list(event.changes), event.revision, None
+            for _ in range(BATCHES_AT_ONCE):
+                try:
+                    following = self._events.get_nowait()
+                except queue.Empty:
+                    break
+                if not isinstance(following, MirrorMoved):
+                    other = following
+                    break
+                changes += following.changes
+                revision = following.revision
+            self._driver.on_changes(changes, revision, self._clock.monotonic())
+        if other is not None and not isinstance(other, MirrorMoved):
+            other(self._clock.monotonic())
 
     def _commit(self, job: JobName, term: Term, decision: Decision) -> None:
         outcome = self._committer.commit(term, decision)
@@ -228,7 +263,7 @@ class Coordinator:
             if change.key == self._keys.leader:
                 # Past the queue: a standby's reaction to a fallen leader is a matter of milliseconds.
                 self.leadership.nudge(change.after)
-        self._tell(lambda now: self._driver.on_changes(changes, revision, now))
+        self._tell(MirrorMoved(changes, revision))
 
     def _on_command(self, directed: Directed, ok: bool, problem: str) -> None:
         self._tell(lambda now: self._driver.on_command(directed, ok, problem, now))
