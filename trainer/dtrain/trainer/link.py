@@ -131,16 +131,18 @@ class AgentLink:
     def _send_if_due(self, connection: socket.socket) -> bool:
         """Send what changed, if it is time; True once closing and all is said."""
         now = time.monotonic()
-        if not (self._urgent or self._closing or now - self._sent_at >= REPORT_INTERVAL_S):
+        closing = self._closing
+        if not (self._urgent or closing or now - self._sent_at >= REPORT_INTERVAL_S):
             return False
-        # Before the report is built: what changes later sets it again.
+        # Both read before the report is built: what changes after it is sent the next
+        # time, and closing must not take effect before the last word is in a report.
         self._urgent = False
         report = self.session.report()
         if report != self._sent:
             connection.sendall(ranklink.encode_line(report))
             self._sent = report
             self._sent_at = now
-        return self._closing
+        return closing
 
 
 def connect_from_env(rank: int, local_rank: int) -> AgentLink | None:
