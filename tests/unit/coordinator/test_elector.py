@@ -4,14 +4,23 @@ import threading
 
 import pytest
 
-from dtrain.coordinator.leadership.elector import JITTER_S_MAX, Elector, Lead, StepDown, Try, Wait
+from dtrain.coordinator.leadership.elector import (
+    JITTER_S_MAX,
+    Claim,
+    Elector,
+    Holder,
+    Lead,
+    Look,
+    StepDown,
+    Wait,
+)
 from dtrain.coordinator.leadership.lease import Leadership
-from dtrain.protocol.cluster import LeaderRecord, ReplicaRecord
+from dtrain.protocol.cluster import ReplicaRecord
 from dtrain.protocol.ids import ClusterName, ReplicaId, Term
 from dtrain.protocol.keys import Keys
 from dtrain.runtime.clock import SystemClock
 from dtrain.storage.etcd.memory import MemoryEtcd
-from dtrain.storage.etcd.port import Compare, KeyValue, Put, Target, TxnResult
+from dtrain.storage.etcd.port import put_if_absent
 from dtrain.storage.etcd.session import FixedSession
 
 KEY = "/dtrain/c1/leader"
@@ -26,107 +35,115 @@ def etcd() -> MemoryEtcd:
     return model
 
 
-def elector(lease: int = 1, nonce: str = "mine") -> Elector:
-    return Elector(KEY, LeaderRecord(ReplicaId("r1"), "h:1", nonce), lease, retry_s=RETRY_S)
+class Campaign:
+    """An elector whose claims and looks go to the model."""
 
+    def __init__(self, lease: int = 1, nonce: str = "mine") -> None:
+        self.lease = lease
+        self.nonce = nonce
+        self.elector = Elector(lease, nonce, retry_s=RETRY_S)
 
-def take(etcd: MemoryEtcd, who: Elector, now: float, lease: int = 1) -> TxnResult:
-    action = who.next(now, lease)
-    assert isinstance(action, Try)
-    result = etcd.txn(action.txn)
-    who.on_result(result, now)
-    return result
+    def holder(self, etcd: MemoryEtcd) -> Holder | None:
+        items = etcd.range(KEY).items
+        return (
+            Holder(Term(items[0].create_revision), items[0].lease, items[0].value.decode()) if items else None
+        )
+
+    def claim(self, etcd: MemoryEtcd) -> Term | None:
+        result = etcd.txn(put_if_absent(KEY, self.nonce.encode(), self.lease))
+        return Term(result.revision) if result.succeeded else None
+
+    def go(self, etcd: MemoryEtcd, now: float) -> None:
+        match self.elector.next(now, self.lease):
+            case Claim():
+                self.elector.on_claimed(self.claim(etcd), self.holder(etcd), now)
+            case Look():
+                self.elector.on_looked(self.holder(etcd), now)
+            case other:
+                raise AssertionError(other)
 
 
 def test_the_first_to_create_the_key_leads_under_its_create_revision(etcd: MemoryEtcd) -> None:
-    first, second = elector(), elector(2, "other")
-    take(etcd, first, 0)
-    take(etcd, second, 0, lease=2)
+    first, second = Campaign(), Campaign(2, "other")
+    first.go(etcd, 0)
+    second.go(etcd, 0)
     (kv,) = etcd.range(KEY).items
-    assert first.next(0, 1) == Lead(Term(kv.create_revision), RETRY_S)
+    assert first.elector.next(0, 1) == Lead(Term(kv.create_revision), RETRY_S)
     assert kv.lease == 1
-    assert second.next(0, 2) == Wait(RETRY_S)
-
-
-def test_the_key_is_created_only_if_absent_and_under_the_lease() -> None:
-    action = elector().next(0, 1)
-    assert isinstance(action, Try)
-    assert action.txn.compares == (Compare(KEY, Target.CREATE, 0),)
-    assert [op.lease for op in action.txn.success if isinstance(op, Put)] == [1]
+    assert second.elector.next(0, 2) == Wait(RETRY_S)
 
 
 def test_a_create_whose_answer_was_lost_is_recognised_by_its_nonce(etcd: MemoryEtcd) -> None:
-    who = elector()
-    action = who.next(0, 1)
-    assert isinstance(action, Try)
-    etcd.txn(action.txn)
-    who.on_failure(0)
-    assert isinstance(who.next(0.1, 1), Wait)
-    take(etcd, who, 0.3)
-    assert who.term == etcd.range(KEY).items[0].create_revision
+    who = Campaign()
+    assert who.elector.next(0, 1) == Claim()
+    who.claim(etcd)
+    who.elector.on_failure(0)
+    assert isinstance(who.elector.next(0.1, 1), Wait)
+    who.go(etcd, 0.3)
+    assert who.elector.term == etcd.range(KEY).items[0].create_revision
 
 
 def test_the_key_of_a_former_life_of_this_replica_is_not_ours(etcd: MemoryEtcd) -> None:
-    take(etcd, elector(1, "former"), 0)
-    who = elector(1, "mine")
-    take(etcd, who, 0)
-    assert who.term is None
+    Campaign(1, "former").go(etcd, 0)
+    who = Campaign(1, "mine")
+    who.go(etcd, 0)
+    assert who.elector.term is None
 
 
 def test_a_deletion_makes_a_standby_try_within_the_jitter(etcd: MemoryEtcd) -> None:
-    take(etcd, elector(2, "other"), 0, lease=2)
-    who = elector()
-    take(etcd, who, 0)
+    Campaign(2, "other").go(etcd, 0)
+    who = Campaign()
+    who.go(etcd, 0)
     etcd.revoke(2)
-    who.on_key(None, 1.0, 0.5)
-    assert who.next(1.0, 1) == Wait(1.0 + 0.5 * JITTER_S_MAX)
-    take(etcd, who, 1.0 + JITTER_S_MAX)
-    assert who.term is not None
+    who.elector.on_key(None, 1.0, 0.5)
+    assert who.elector.next(1.0, 1) == Wait(1.0 + 0.5 * JITTER_S_MAX)
+    who.go(etcd, 1.0 + JITTER_S_MAX)
+    assert who.elector.term is not None
 
 
 def test_a_standby_that_is_told_nothing_tries_at_every_renewal(etcd: MemoryEtcd) -> None:
-    take(etcd, elector(2, "other"), 0, lease=2)
-    who = elector()
-    take(etcd, who, 0)
+    Campaign(2, "other").go(etcd, 0)
+    who = Campaign()
+    who.go(etcd, 0)
     etcd.revoke(2)
-    take(etcd, who, RETRY_S)
-    assert who.term is not None
+    who.go(etcd, RETRY_S)
+    assert who.elector.term is not None
 
 
 def test_a_leader_whose_key_is_gone_steps_down(etcd: MemoryEtcd) -> None:
-    who = elector()
-    take(etcd, who, 0)
+    who = Campaign()
+    who.go(etcd, 0)
     etcd.revoke(1)
-    who.on_key(None, 1.0, 0.0)
-    take(etcd, who, 1.0)
-    assert who.next(1.0, 1) == StepDown("the leader key is gone")
+    who.elector.on_key(None, 1.0, 0.0)
+    who.go(etcd, 1.0)
+    assert who.elector.next(1.0, 1) == StepDown("the leader key is gone")
 
 
 def test_a_leader_is_not_deposed_by_a_mirror_that_is_late(etcd: MemoryEtcd) -> None:
-    who = elector()
-    take(etcd, who, 0)
+    who = Campaign()
+    who.go(etcd, 0)
     # The predecessor's deletion arrives after the win: the key is read, and it is there.
-    who.on_key(None, 1.0, 0.0)
-    take(etcd, who, 1.0)
-    assert isinstance(who.next(1.0, 1), Lead)
-    who.on_key(KeyValue(KEY, b"{}", 1, 1, 1), 1.0, 0.0)
-    assert isinstance(who.next(1.0, 1), Lead)
+    who.elector.on_key(None, 1.0, 0.0)
+    who.go(etcd, 1.0)
+    assert isinstance(who.elector.next(1.0, 1), Lead)
+    who.elector.on_key(Holder(Term(1), 9, "old"), 1.0, 0.0)
+    assert isinstance(who.elector.next(1.0, 1), Lead)
 
 
 def test_a_newer_leader_in_the_mirror_ends_leadership(etcd: MemoryEtcd) -> None:
-    who = elector()
-    take(etcd, who, 0)
-    who.on_key(KeyValue(KEY, b"{}", 99, 99, 1), 1.0, 0.0)
-    assert who.next(1.0, 1) == StepDown("another replica leads")
+    who = Campaign()
+    who.go(etcd, 0)
+    who.elector.on_key(Holder(Term(99), 9, "new"), 1.0, 0.0)
+    assert who.elector.next(1.0, 1) == StepDown("another replica leads")
 
 
 @pytest.mark.parametrize("leading", [True, False])
 def test_another_lease_ends_the_campaign(etcd: MemoryEtcd, leading: bool) -> None:
-    who = elector()
+    who = Campaign()
     if leading:
-        take(etcd, who, 0)
-    assert isinstance(who.next(1.0, 2), StepDown)
-    assert isinstance(who.next(1.0, 1), StepDown)
+        who.go(etcd, 0)
+    assert isinstance(who.elector.next(1.0, 2), StepDown)
+    assert isinstance(who.elector.next(1.0, 1), StepDown)
 
 
 class Running:

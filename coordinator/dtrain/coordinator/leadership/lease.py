@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
-from dtrain.coordinator.leadership.elector import Elector, Lead, StepDown, Try, Wait
+from dtrain.coordinator.leadership.elector import Claim, Elector, Holder, Lead, Look, StepDown, Wait
 from dtrain.protocol import codec
 from dtrain.protocol.cluster import LeaderRecord, ReplicaRecord
 from dtrain.protocol.errors import DtrainError, LeadershipLost, OutcomeUnknown, Unavailable
@@ -19,7 +19,7 @@ from dtrain.protocol.ids import ClusterName, Term
 from dtrain.protocol.keys import Keys
 from dtrain.runtime import log
 from dtrain.runtime.clock import Clock, iso
-from dtrain.storage.etcd.port import Etcd, KeyValue, Put, Txn
+from dtrain.storage.etcd.port import Etcd, Get, KeyValue, Put, Txn, flatten, put_if_absent
 from dtrain.storage.etcd.session import Session
 
 TRY_S_MAX = 1.5
@@ -57,6 +57,8 @@ class Leadership:
         self._woken = threading.Event()
         self._stop = threading.Event()
         self._elector: Elector | None = None
+        self._record: LeaderRecord | None = None
+        self._lease = 0
         self._generation = 0
         self._registered = 0
         self._register_at = 0.0
@@ -123,19 +125,26 @@ class Leadership:
                 return now
             case Wait(until) | Lead(_, until):
                 return until
-            case Try(txn):
-                self._try(txn, min(TRY_S_MAX, view.ttl_s / 6))
-                return None if self._is_over() else now
+            case Claim() | Look():
+                self._try(action, min(TRY_S_MAX, view.ttl_s / 6))
+                return None if self._stop.is_set() else now
 
     def _campaign(self, lease: int, generation: int, ttl_s: float) -> None:
-        record = LeaderRecord(
-            self._replica.replica, self._replica.address, secrets.token_hex(8), iso(self._clock.wall())
+        nonce = secrets.token_hex(8)
+        self._record = LeaderRecord(
+            self._replica.replica, self._replica.address, nonce, iso(self._clock.wall())
         )
-        self._elector = Elector(self._keys.leader, record, lease, retry_s=max(0.5, ttl_s / 4))
+        self._elector = Elector(lease, nonce, retry_s=max(0.5, ttl_s / 4))
+        self._lease = lease
         self._generation = generation
 
-    def _try(self, txn: Txn, deadline_s: float) -> None:
+    def _try(self, action: Claim | Look, deadline_s: float) -> None:
         assert self._elector is not None
+        key = self._keys.leader
+        txn = Txn(success=(Get(key),))
+        if isinstance(action, Claim):
+            assert self._record is not None
+            txn = put_if_absent(key, codec.encode(self._record), self._lease)
         try:
             result = self._etcd.txn(txn, deadline_s=deadline_s)
         except (Unavailable, OutcomeUnknown) as error:
@@ -147,7 +156,12 @@ class Leadership:
             self._elector.on_failure(self._clock.monotonic())
             self._log.warning("campaign refused", code=error.code, error=error.message)
             return
-        self._elector.on_result(result, self._clock.monotonic())
+        now = self._clock.monotonic()
+        holder = _holder(flatten(result.responses).get(key))
+        if isinstance(action, Claim):
+            self._elector.on_claimed(Term(result.revision) if result.succeeded else None, holder, now)
+        else:
+            self._elector.on_looked(holder, now)
         if self._term is None and self._elector.term is not None:
             self._won(self._elector.term)
 
@@ -167,14 +181,11 @@ class Leadership:
         self._log.error("leadership lost", reason=why)
         self._on_over(why)
 
-    def _is_over(self) -> bool:
-        return self._stop.is_set()
-
     def _take_nudges(self) -> None:
         while not self._nudges.empty():
             kv = self._nudges.get()
             if self._elector is not None:
-                self._elector.on_key(kv, self._clock.monotonic(), self._rng.random())
+                self._elector.on_key(_holder(kv), self._clock.monotonic(), self._rng.random())
 
     def _register(self, now: float) -> None:
         """Keep ``coordinators/<id>`` under the present lease: with a new lease the key is gone."""
@@ -190,3 +201,14 @@ class Leadership:
             self._log.info("not registered yet", error=error.message)
             return
         self._registered = view.generation
+
+
+def _holder(kv: KeyValue | None) -> Holder | None:
+    if kv is None:
+        return None
+    try:
+        nonce = codec.decode(LeaderRecord, kv.value).nonce
+    except DtrainError:
+        # Whoever wrote it, it is there, and it is not ours.
+        nonce = ""
+    return Holder(Term(kv.create_revision), kv.lease, nonce)
