@@ -11,7 +11,7 @@ import pytest
 
 from dtrain.coordinator.api.errors import ERROR_KEY, status_of
 from dtrain.coordinator.api.records import Operators
-from dtrain.coordinator.api.server import Server, waiting_slots
+from dtrain.coordinator.api.server import THREADS_WAITING, Server, waiting_slots
 from dtrain.coordinator.api.servicers import CoordinatorServicer, Identity
 from dtrain.coordinator.dispatch import Channels
 from dtrain.coordinator.work import Stores
@@ -60,6 +60,7 @@ class Replica:
         self.mirror = Mirror(self.etcd, KEYS.root)
         self.channels = Channels()
         self.term: Term | None = None
+        self.waiting = waiting_slots()
         self.server = Server("127.0.0.1:0")
         servicer = CoordinatorServicer(
             Identity(CLUSTER, ReplicaId("r1"), "0.0.0"),
@@ -68,7 +69,7 @@ class Replica:
             self.channels,
             Stores(),
             term=lambda: self.term,
-            waiting=waiting_slots(),
+            waiting=self.waiting,
         )
         self.mirror.start()
         assert self.mirror.wait_for(1, 5)
@@ -261,6 +262,8 @@ def test_a_read_waits_for_a_change_below_its_prefix(replica: Replica) -> None:
     waiting = replica.stub.Read.future(
         pb.ReadRequest(prefix=f"jobs/{JOB}/", after_revision=revision, wait_ms=20_000)
     )
+    while replica.waiting._value == THREADS_WAITING:
+        time.sleep(0.005)
     # A change elsewhere is not what it waits for.
     replica.put(KEYS.node(AgentName("a1")), NodeRecord(AgentName("a1"), Incarnation("i"), "h:1", "h", 1))
     with pytest.raises(grpc.FutureTimeoutError):
