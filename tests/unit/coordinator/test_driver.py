@@ -15,17 +15,29 @@ from dtrain.coordinator.core.decisions import (
     Reason,
     Work,
 )
+from dtrain.coordinator.core.plan import plan
 from dtrain.coordinator.core.views import FleetView, JobView, Moment
 from dtrain.coordinator.driver import CRASHES_MAX, QUARANTINE_S, RESYNC_S, Driver
 from dtrain.coordinator.persistence import Committer, Conflict, NotWritten, Outcome, Unknown
 from dtrain.coordinator.results import Probed
 from dtrain.coordinator.world import World
 from dtrain.protocol import codec
-from dtrain.protocol.commands import Header, Stop
+from dtrain.protocol.commands import Header, Prepare, Start, Stop
 from dtrain.protocol.errors import ErrorCode, OutcomeUnknown
-from dtrain.protocol.ids import AgentName, Attempt, ClusterName, JobName, Rank, ReplicaId, Term, Uid
-from dtrain.protocol.job import Entry, EntryKind, JobPhase, JobSpec, JobStatus, Member
+from dtrain.protocol.ids import (
+    AgentName,
+    Attempt,
+    ClusterName,
+    Incarnation,
+    JobName,
+    Rank,
+    ReplicaId,
+    Term,
+    Uid,
+)
+from dtrain.protocol.job import Entry, EntryKind, Intent, JobPhase, JobSpec, JobStatus, Member, Wanted
 from dtrain.protocol.keys import Keys
+from dtrain.protocol.snapshot import CommandOutcome, NodeRecord, WorkerPhase, WorkerSnapshot
 from dtrain.storage.etcd.memory import MemoryEtcd
 from dtrain.storage.etcd.mirror import MirrorState
 from dtrain.storage.etcd.port import Compare, Delete, Put, Target, Txn, TxnResult, prefix_end
@@ -466,12 +478,64 @@ def test_after_the_term_is_lost_late_answers_change_nothing() -> None:
     assert not harness.sent
 
 
-def led(plan: Callable[[JobView, FleetView, Moment], Decision], *jobs: str) -> Harness:
+def led(decide: Callable[[JobView, FleetView, Moment], Decision], *jobs: str) -> Harness:
     """Return a harness whose driver has just taken office over ``jobs``."""
-    harness = Harness(plan)
+    harness = Harness(decide)
     for name in jobs or (JOB,):
         harness.put(KEYS.spec(JobName(name)), replace(spec(name)))
     term = harness.take_office()
     harness.driver.on_term(term, harness.now)
     harness.sync()
     return harness
+
+
+def test_the_real_plan_starts_a_job_and_a_successor_goes_on_where_it_stopped() -> None:
+    harness = Harness(plan)
+    harness.put(KEYS.spec(JOB), spec())
+    harness.put(KEYS.intent(JOB), Intent(Uid("u1")))
+    harness.put(KEYS.node(AGENT), NodeRecord(AGENT, Incarnation("i1"), "127.0.0.1:1", "127.0.0.1", 2))
+    harness.driver.on_term(harness.take_office(), harness.now)
+    harness.settle()
+    first = harness.status()
+    assert first is not None
+    assert (first.phase, first.attempt) == (JobPhase.STARTING, 1)
+    (prepare,) = [directed.command for _, directed in harness.sent]
+    assert isinstance(prepare, Prepare)
+    assert prepare.header.attempt == 1
+
+    # Another replica with the same records: it takes the attempt over, and starts no other.
+    successor = Harness(plan, now=harness.now)
+    successor.etcd = harness.etcd
+    successor.committer = Committer(harness.etcd, CLUSTER, may_act=lambda: True)
+    successor.watch = harness.etcd.watch(KEYS.root, prefix_end(KEYS.root), 1)
+    successor.sync()
+    term = successor.take_office("r2")
+    successor.driver.on_term(term, successor.now)
+    ready = WorkerSnapshot(
+        AGENT,
+        Uid("u1"),
+        Incarnation("i1"),
+        Attempt(1),
+        WorkerPhase.READY,
+        command=CommandOutcome(prepare.header.id, "prepare", True),
+        rendezvous="127.0.0.1:2",
+    )
+    successor.put(KEYS.worker(AGENT, JOB), ready)
+    successor.settle()
+    then = successor.status()
+    assert then is not None
+    assert (then.attempt, then.term) == (1, term)
+    assert any(isinstance(directed.command, Start) for _, directed in successor.sent)
+    assert {directed.command.header.term for _, directed in successor.sent} == {term}
+
+    # The deposed one still believes: whatever it decides now is refused.
+    harness.put(KEYS.intent(JOB), Intent(Uid("u1"), Wanted.CANCEL))
+    harness.etcd.seen.clear()
+    while (batch := harness.watch.poll()) is not None:
+        kept = [event for event in batch.events if event.kv.key == KEYS.intent(JOB)]
+        changes = harness.state.apply(replace(batch, events=tuple(kept)))
+        harness.driver.on_changes(changes, harness.state.revision, harness.now)
+    assert harness.commits, "it decides from what it knows"
+    harness.perform()
+    assert harness.status() == then
+    assert not harness.driver.leads
