@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import assert_never
 
-from dtrain.agent.core.decisions import ForgetJob, JournalJob, JournalTerm, JournalWrite
-from dtrain.agent.core.state import JobState
+from dtrain.agent.core.decisions import ForgetJob, JournalJob, JournalOver, JournalTerm, JournalWrite
+from dtrain.agent.core.state import RELEASED_KEPT, JobState
 from dtrain.protocol import codec
 from dtrain.protocol.errors import DtrainError, ErrorCode, Unavailable
-from dtrain.protocol.ids import JobName, Term
+from dtrain.protocol.ids import Attempt, JobName, Term, Uid
 
 SCHEMA_VERSION = 1
 COMMAND_IDS_KEPT = 1000
 """Per job. A leader repeats a command for seconds, and not a thousand others between."""
 
 JOB_BYTES_MAX = 8 * 1024 * 1024
+_OVER = "over/"
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
@@ -39,6 +40,7 @@ class Remembered:
     term: Term
     jobs: dict[JobName, JobState]
     seen: dict[JobName, tuple[str, ...]]
+    over: dict[Uid, Attempt]
 
 
 class Journal:
@@ -77,7 +79,12 @@ class Journal:
         for name, id_ in self._connection.execute("SELECT job, id FROM seen ORDER BY n"):
             seen[JobName(name)] = (*seen.get(JobName(name), ()), id_)
         row = self._connection.execute("SELECT value FROM meta WHERE key = 'term'").fetchone()
-        return Remembered(Term(row[0] if row else 0), jobs, seen)
+        over: dict[Uid, Attempt] = {}
+        for key, attempt in self._connection.execute(
+            "SELECT key, value FROM meta WHERE key GLOB ? ORDER BY rowid", (f"{_OVER}*",)
+        ):
+            over[Uid(key.removeprefix(_OVER))] = Attempt(attempt)
+        return Remembered(Term(row[0] if row else 0), jobs, seen, over)
 
     def apply(self, writes: Sequence[JournalWrite]) -> None:
         """Make all of ``writes`` durable, or none.
@@ -113,6 +120,13 @@ class Journal:
                         "ORDER BY n DESC LIMIT 1 OFFSET ?2)",
                         (job.name, COMMAND_IDS_KEPT),
                     )
+            case JournalOver(uid, attempt):
+                execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"{_OVER}{uid}", attempt))
+                execute(
+                    "DELETE FROM meta WHERE key GLOB ?1 AND rowid NOT IN "
+                    "(SELECT rowid FROM meta WHERE key GLOB ?1 ORDER BY rowid DESC LIMIT ?2)",
+                    (f"{_OVER}*", RELEASED_KEPT),
+                )
             case ForgetJob(name):
                 execute("DELETE FROM job WHERE name = ?", (name,))
                 execute("DELETE FROM seen WHERE job = ?", (name,))

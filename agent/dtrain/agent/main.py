@@ -145,7 +145,14 @@ class Agent:
             orphan_grace_s=settings.orphan_grace_s,
         )
         self._driver = AgentDriver(
-            AgentState(machine, Incarnation(life), remembered.term, remembered.jobs, remembered.seen),
+            AgentState(
+                machine,
+                Incarnation(life),
+                remembered.term,
+                remembered.jobs,
+                remembered.seen,
+                over=remembered.over,
+            ),
             Ports(self._journal, self._launchers, self._transfers, self._ranks, self._reporter, logs),
             clock,
             confirm_term=self._confirm_term,

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.agent.core.decisions import ForgetJob, JournalJob, JournalTerm
-from dtrain.agent.core.state import durable_view
+from dtrain.agent.core.decisions import ForgetJob, JournalJob, JournalOver, JournalTerm
+from dtrain.agent.core.state import RELEASED_KEPT, durable_view
 from dtrain.agent.journal import COMMAND_IDS_KEPT, Journal
 from dtrain.protocol.errors import Unavailable
-from dtrain.protocol.ids import JobName, Term
+from dtrain.protocol.ids import Attempt, JobName, Term, Uid
 
 from .core_builder import JOB, RESTORE, Table, sealed
 
@@ -102,3 +102,12 @@ def test_a_journal_with_an_unreadable_job_is_moved_aside(tmp_path: Path) -> None
     again = Journal.open(path)
     assert "cannot be read" in again.problem
     assert JobName("train") not in again.load().jobs
+
+
+def test_the_attempt_of_a_released_submission_is_remembered(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "journal")
+    journal.apply([JournalOver(Uid("u1"), Attempt(3)), JournalOver(Uid("u2"), Attempt(1))])
+    journal.apply([JournalOver(Uid("u1"), Attempt(4))])
+    assert journal.load().over == {Uid("u1"): 4, Uid("u2"): 1}
+    journal.apply([JournalOver(Uid(f"v{n}"), Attempt(1)) for n in range(RELEASED_KEPT)])
+    assert len(journal.load().over) == RELEASED_KEPT

@@ -80,6 +80,8 @@ def _refusal(state: AgentState, command: Command) -> Answer | None:
         return None
     if isinstance(command, Prepare):
         if job is None:
+            if head.attempt <= state.over.get(head.uid, 0):
+                return Answer(False, f"attempt {head.attempt} was released here")
             return None
         if job.uid != head.uid:
             return _older_submission(job, command)

@@ -33,7 +33,15 @@ class ForgetJob:
     job: JobName
 
 
-JournalWrite = JournalJob | JournalTerm | ForgetJob
+@dataclass(frozen=True, slots=True)
+class JournalOver:
+    """Remember with which attempt a submission was released."""
+
+    uid: Uid
+    attempt: Attempt
+
+
+JournalWrite = JournalJob | JournalTerm | JournalOver | ForgetJob
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,9 +222,17 @@ class JobState:
         return any(rank.process is not None and rank.exit_code is None for rank in self.ranks)
 
 
+RELEASED_KEPT = 256
+"""Submissions whose last attempt here is remembered: late commands come within seconds."""
+
+
 @dataclass(frozen=True, slots=True)
 class AgentState:
-    """Everything. ``term`` is the highest confirmed one; ``seen`` the command ids by job, oldest first."""
+    """Everything.
+
+    ``term`` is the highest confirmed one; ``seen`` the command ids by job, oldest first; ``over`` the
+    attempt with which a submission was released here: a late PREPARE of it must not bring it back.
+    """
 
     machine: Machine
     incarnation: Incarnation
@@ -232,6 +240,7 @@ class AgentState:
     jobs: Mapping[JobName, JobState] = field(default_factory=dict)
     seen: Mapping[JobName, tuple[str, ...]] = field(default_factory=dict)
     generation: int = 0
+    over: Mapping[Uid, Attempt] = field(default_factory=dict)
 
     def with_job(self, job: JobState) -> "AgentState":
         """The state with this job replaced."""
@@ -239,10 +248,13 @@ class AgentState:
 
     def without_job(self, name: JobName) -> "AgentState":
         """The state without this job; its command ids go too."""
+        job = self.jobs[name]
+        others = [(uid, attempt) for uid, attempt in self.over.items() if uid != job.uid]
         return dataclasses.replace(
             self,
             jobs={key: job for key, job in self.jobs.items() if key != name},
             seen={key: ids for key, ids in self.seen.items() if key != name},
+            over=dict([*others[1 - RELEASED_KEPT :], (job.uid, job.attempt)]),
         )
 
 

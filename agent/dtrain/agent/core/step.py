@@ -17,6 +17,7 @@ from dtrain.agent.core.decisions import (
     DeleteSnapshot,
     ForgetJob,
     JournalJob,
+    JournalOver,
     JournalTerm,
     JournalWrite,
     WriteSnapshot,
@@ -93,7 +94,9 @@ def _journal(before: AgentState, after: AgentState) -> tuple[JournalWrite, ...]:
         ids = tuple(i for i in after.seen.get(name, ())[-1:] if i not in known)
         if ids or old is None or (old is not job and durable_view(old) != durable_view(job)):
             writes.append(JournalJob(durable_view(job), ids))
-    writes.extend(ForgetJob(name) for name in before.jobs if name not in after.jobs)
+    for name, job in before.jobs.items():
+        if name not in after.jobs:
+            writes += [JournalOver(job.uid, after.over[job.uid]), ForgetJob(name)]
     return tuple(writes)
 
 
