@@ -48,7 +48,11 @@ def many(seeds: range, jobs: int) -> int:
         for result in pool.imap(one, seeds) if jobs > 1 else map(one, seeds):
             done += 1
             virtual_s += result.virtual_s
-            attempts, commits, terms = attempts + result.attempts, commits + result.commits, terms + result.terms
+            attempts, commits, terms = (
+                attempts + result.attempts,
+                commits + result.commits,
+                terms + result.terms,
+            )
             if result.violations:
                 failed.append(result.seed)
                 print(f"seed {result.seed} FAILED: {result.violations[0].splitlines()[0]}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import tenacity.nap
 
+from dtrain.agent import reporter
 from dtrain.coordinator import work
 from dtrain.coordinator.leadership import lease
 from dtrain.coordinator.work import Stores
@@ -19,10 +20,10 @@ from dtrain.protocol import codec
 from dtrain.protocol.ids import ClusterName, JobName, Uid
 from dtrain.protocol.job import CheckpointPolicy, Entry, EntryKind, Intent, JobSpec, RestartPolicy
 from dtrain.protocol.keys import Keys
+from dtrain.storage.blobs import probe
 from dtrain.storage.blobs.memory import MemoryBlobs
 from dtrain.storage.etcd import mirror
 from dtrain.storage.etcd.port import Put, Txn
-
 from tests.sim.checks import Checks
 from tests.sim.coordinator import Replica
 from tests.sim.etcd import EtcdServer
@@ -86,14 +87,17 @@ class Cluster:
         self.total_steps = rng.choice((25, 50, 80, 120))
         self.is_calm = calm
         self.replicas = {
-            name: Replica(self, name, ttl_s=rng.choice((5, 10))) for name in ("c1", "c2", "c3")[: rng.choice((2, 3, 3))]
+            name: Replica(self, name, ttl_s=rng.choice((5, 10)))
+            for name in ("c1", "c2", "c3")[: rng.choice((2, 3, 3))]
         }
         self.machines = {
             name: Machine(self, name, slots=2)
             for name in (f"a{n}" for n in range(1, self.nnodes_max + 1 + rng.choice((1, 2))))
         }
         self.every_steps = rng.choice((0, 5, 10, 20))
-        self.every_seconds = rng.choice((0.0, 5.0, 15.0)) if self.every_steps == 0 or rng.random() < 0.2 else 0.0
+        self.every_seconds = (
+            rng.choice((0.0, 5.0, 15.0)) if self.every_steps == 0 or rng.random() < 0.2 else 0.0
+        )
         self.spec = JobSpec(
             JOB,
             Uid(f"u{seed}"),
@@ -145,7 +149,9 @@ class Cluster:
 
     def committed_seqs(self) -> list[int]:
         """Checkpoints that exist in etcd now."""
-        return [s for s in sorted(self.checks.commits) if self.keys.checkpoint(JOB, s) in self.etcd.memory._live]  # type: ignore[arg-type]
+        return [
+            s for s in sorted(self.checks.commits) if self.keys.checkpoint(JOB, s) in self.etcd.memory._live
+        ]  # type: ignore[arg-type]
 
     def bad_seqs(self) -> list[int]:
         return [s for s in sorted(self.checks.commits) if self.keys.bad(JOB, s) in self.etcd.memory._live]  # type: ignore[arg-type]
@@ -207,7 +213,9 @@ class Cluster:
     def _result(self, calm_s: float) -> Result:
         checks = self.checks
         memory = self.etcd.memory
-        state = "|".join(f"{kv.key}@{kv.mod_revision}" for kv in sorted(memory._live.values(), key=lambda kv: kv.key))
+        state = "|".join(
+            f"{kv.key}@{kv.mod_revision}" for kv in sorted(memory._live.values(), key=lambda kv: kv.key)
+        )
         text = f"{self.scheduler.events}/{self.scheduler.now!r}/{memory.revision}/{state}"
         return Result(
             self.seed,
@@ -249,9 +257,11 @@ def determinism(scheduler: Scheduler) -> Iterator[None]:
     swaps: list[tuple[Any, str, Any]] = [
         (work, "secrets", _Secrets(scheduler)),
         (lease, "secrets", _Secrets(scheduler)),
+        (probe, "secrets", _Secrets(scheduler)),
         # Looked at ten times a second nothing new is found, and most of a run is spent on it.
         (lease, "LOOK_S", 0.4),
         (mirror, "_POLL_S", 1.0),
+        (reporter, "SESSION_POLL_S", 0.5),
         (tenacity.nap, "time", _Nap(scheduler)),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in swaps]

@@ -16,7 +16,6 @@ from dtrain.protocol.cluster import ReplicaRecord
 from dtrain.protocol.ids import JobName, ReplicaId, Term
 from dtrain.storage.etcd.mirror import Change, Mirror
 from dtrain.storage.etcd.session import FixedSession
-
 from tests.sim.etcd import EtcdAccess
 from tests.sim.process import Guardian, Process, SimClock
 from tests.sim.scheduler import Event, Task
@@ -144,7 +143,10 @@ class Coordinator:
         self.access.post = self.process.post
         self.access.cut = replica.cut_from_etcd
         world = World(
-            cluster.name, ReplicaId(replica.name), agent_ttl_s=cluster.agent_ttl_s, default_store=cluster.store.uri
+            cluster.name,
+            ReplicaId(replica.name),
+            agent_ttl_s=cluster.agent_ttl_s,
+            default_store=cluster.store.uri,
         )
         self.driver = Driver(world, plan, self)
         self.leadership = Leadership(

@@ -9,9 +9,8 @@ from typing import Any
 
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Unavailable
 from dtrain.storage.etcd.memory import MemoryEtcd, MemoryWatch
+from dtrain.storage.etcd.port import Delete, Put, RangeResult, Status, Txn, TxnResult, WatchBatch
 from dtrain.storage.etcd.port import Event as WatchEvent
-from dtrain.storage.etcd.port import Put, Delete, RangeResult, Status, Txn, TxnResult, WatchBatch
-
 from tests.sim.scheduler import Scheduler
 
 LATENCY_S = 0.004
@@ -208,7 +207,9 @@ class SimWatch:
             task = self._scheduler.current()
             token = task.waiting + 1
             self._token = (task, token)
-            timer = self._scheduler.after(timeout_s, lambda: self._access.post(lambda: task.answer(token, None)))
+            timer = self._scheduler.after(
+                timeout_s, lambda: self._access.post(lambda: task.answer(token, None))
+            )
             task.wait()
             timer.cancel()
             self._token = None

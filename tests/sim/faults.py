@@ -167,9 +167,7 @@ class Faults:
             return
         self._log("coordinator host loss", replica.name)
         replica.crash()
-        self._heal(
-            self._rng.uniform(0.5, 20.0), lambda: replica.boot() if replica.guardian is None else None
-        )
+        self._heal(self._rng.uniform(0.5, 20.0), lambda: replica.boot() if replica.guardian is None else None)
 
     def _coordinator_freeze(self, *, clocks: bool = False) -> None:
         replica = self._replica()
@@ -238,9 +236,7 @@ class Faults:
         if (machine := self._machine()) is not None:
             self._log("agent cut from coordinators", machine.name)
             machine.cut_from_coordinators = True
-            self._heal(
-                self._rng.uniform(0.5, 15.0), lambda: setattr(machine, "cut_from_coordinators", False)
-            )
+            self._heal(self._rng.uniform(0.5, 15.0), lambda: setattr(machine, "cut_from_coordinators", False))
 
     def _rank_crash(self) -> None:
         machine = self._machine()

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dtrain.agent.core.decisions import ForgetJob, JournalJob, JournalTerm, JournalWrite
+from dtrain.agent.core.decisions import ForgetJob, JournalJob, JournalOver, JournalTerm, JournalWrite
+from dtrain.agent.core.events import Event as AgentEvent
 from dtrain.agent.core.events import (
     LauncherReported,
     RankConnected,
@@ -13,31 +14,31 @@ from dtrain.agent.core.events import (
     Tick,
     TransferReported,
 )
-from dtrain.agent.core.events import Event as AgentEvent
 from dtrain.agent.core.state import AgentState, JobState
 from dtrain.agent.core.state import Machine as MachineFacts
 from dtrain.agent.driver import AgentDriver, Ports
 from dtrain.agent.launching import LauncherOrder, LauncherReport, LaunchSettings, ProcessId
+from dtrain.agent.reporter import Reporter
 from dtrain.agent.transferring import TransferEnded, TransferOrder, TransferReport
 from dtrain.protocol import codec
 from dtrain.protocol.commands import Command
-from dtrain.protocol.errors import ErrorCode, Unavailable
+from dtrain.protocol.errors import DtrainError, ErrorCode, Unavailable
 from dtrain.protocol.ids import AgentName, Attempt, Incarnation, JobName, Rank, Term, Uid
 from dtrain.protocol.ranklink import Hello, Message
-from dtrain.protocol.snapshot import NodeRecord, WorkerSnapshot
-from dtrain.storage.etcd.port import Compare, Delete, Get, KeyValue, Put, Target, Txn, TxnResult, flatten
+from dtrain.protocol.snapshot import NodeRecord
 from dtrain.storage.etcd.session import FixedSession
-
 from tests.sim.etcd import EtcdAccess
 from tests.sim.process import Guardian, Process, SimClock
-from tests.sim.scheduler import Event
+from tests.sim.scheduler import Event, Task
 from tests.sim.training import SOCKET_S, Connection, SimLauncher
 from tests.sim.transfer import SimTransfer
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
 
-PROGRESS_S = 2.0
+QUEUE_S = 0.001
+"""From another thread's queue to the driver."""
+
 ORPHAN_GRACE_S = 120.0
 
 
@@ -165,6 +166,7 @@ class SimJournal:
         self.term = Term(0)
         self.jobs: dict[JobName, JobState] = {}
         self.seen: dict[JobName, tuple[str, ...]] = {}
+        self.over: dict[Uid, Attempt] = {}
         self.failing: Callable[[], bool] = lambda: False
 
     def apply(self, writes: Sequence[JournalWrite]) -> None:
@@ -179,13 +181,16 @@ class SimJournal:
                 case JournalJob(job, ids):
                     self.jobs[job.name] = job
                     self.seen[job.name] = (*self.seen.get(job.name, ()), *ids)
+                case JournalOver(uid, attempt):
+                    self.over[uid] = attempt
                 case ForgetJob(name):
                     self.jobs.pop(name, None)
                     self.seen.pop(name, None)
 
     def load(self) -> tuple[Term, dict[JobName, JobState], dict[JobName, tuple[str, ...]]]:
         jobs = {
-            name: codec.decode(JobState, codec.encode(job), bytes_max=1 << 23) for name, job in self.jobs.items()
+            name: codec.decode(JobState, codec.encode(job), bytes_max=1 << 23)
+            for name, job in self.jobs.items()
         }
         return self.term, jobs, dict(self.seen)
 
@@ -204,14 +209,31 @@ class SimAgent:
         self.access.post = self.process.post
         self.access.cut = machine.cut_from_etcd
         self.address = f"{machine.name}:{machine.cluster.new_port()}"
-        self.incarnation = Incarnation(f"{self.scheduler.rng.getrandbits(64):016x}")
-        self.reporter = SimReporter(self)
+        self.reporter = Reporter(
+            self.access,
+            self.cluster.keys,
+            session,
+            NodeRecord(
+                AgentName(machine.name),
+                Incarnation(""),
+                self.address,
+                machine.host,
+                machine.slots,
+                boot_id=f"{machine.name}-{machine.boots}",
+            ),
+            clock,
+            new_incarnation=self._new_incarnation,
+            on_registered=self._on_registered,
+            on_taken=lambda _other, _since_s: None,
+            rng=self.scheduler.rng,
+            log=self._log,
+        )
+        self.reporter._changed = _Changed(self.process)  # type: ignore[assignment]
         self.launchers = _Launchers(self)
         self.transfers = _Transfers(self)
         self._connections: dict[int, Connection] = {}
         self._numbers = 0
         self._tick: Event | None = None
-        self._registered = 0
         self.process.later(0.01, self._begin)
 
     def _begin(self) -> None:
@@ -223,15 +245,26 @@ class SimAgent:
             rank_socket="/run/ranks",
             run_dir="/run",
             log_dir="/log",
-            life=str(self.incarnation),
+            life=self._new_incarnation(),
             orphan_grace_s=ORPHAN_GRACE_S,
         )
-        state = AgentState(facts, self.incarnation, term, jobs, seen)
+        over = dict(self.machine.journal.over)
+        state = AgentState(facts, Incarnation(facts.life), term, jobs, seen, over=over)
         ports = Ports(self.machine.journal, self.launchers, self.transfers, self, self.reporter, _Logs())
-        self.driver = AgentDriver(state, ports, self.clock, confirm_term=lambda _term: False, log=self._log)
+        self.driver = AgentDriver(state, ports, self.clock, confirm_term=self._confirm_term, log=self._log)
         self.driver.adopt()
         self._moved()
-        self._watch_session()
+        self.process.spawn(self._report, "reporter")
+
+    def _report(self) -> None:
+        while True:
+            self.reporter.wait(self.reporter.work())
+
+    def _new_incarnation(self) -> Incarnation:
+        return Incarnation(f"{self.scheduler.rng.getrandbits(64):016x}")
+
+    def _on_registered(self, generation: int, incarnation: Incarnation) -> None:
+        self.process.later(QUEUE_S, lambda: self._handle(SessionRenewed(generation, incarnation)))
 
     def _log(self, event: str, **fields: Any) -> None:
         self.scheduler.log(self.machine.name, event, **fields)
@@ -269,84 +302,25 @@ class SimAgent:
 
     def command(self, command: Command, answer: Callable[[bool, str], None]) -> None:
         """A command has arrived on the wire."""
-        if not hasattr(self, "driver"):
-            return
-        term = command.header.term
+
+        def body() -> None:
+            confirmed = self.driver.confirm(command)
+            self.process.later(QUEUE_S, lambda: take(confirmed))
 
         def take(confirmed: bool) -> None:
             result = self.driver.take(command, confirmed)
             self._moved()
             answer(result.accepted, result.message)
 
-        if term <= self.driver.state.term:
-            take(False)
-            return
+        if hasattr(self, "driver"):
+            self.process.spawn(body, "command")
 
-        def read(result: Any) -> None:
-            leader = None
-            if isinstance(result, TxnResult):
-                leader = flatten(result.responses).get(self.cluster.keys.leader)
-            take(leader is not None and leader.create_revision == term)
-
-        txn = Txn(success=(Get(self.cluster.keys.leader),))
-        self.access.submit(lambda etcd: etcd.txn(txn), read, write=False, deadline_s=1.0)
-
-    # The session: the node record stands under the present lease.
-
-    def _watch_session(self) -> None:
-        if self.session.generation != self._registered and self.session.lease:
-            self._register(self.session.lease, self.session.generation)
-        else:
-            self.process.later(0.2, self._watch_session)
-
-    def _register(self, lease: int, generation: int) -> None:
-        key = self.cluster.keys.node(AgentName(self.machine.name))
-        record = NodeRecord(
-            AgentName(self.machine.name),
-            self.incarnation,
-            self.address,
-            self.machine.host,
-            self.machine.slots,
-            boot_id=f"{self.machine.name}-{self.machine.boots}",
-        )
-        put = Put(key, codec.encode(record), lease)
-        # Absent, or of this very lease (an earlier life under the same guardian), or of this life.
-        absent = Txn((Compare(key, Target.CREATE, 0),), (put, Get(key)), (Get(key),))
-
-        def again() -> None:
-            self.process.later(0.5, self._watch_session)
-
-        def done(result: Any) -> None:
-            if not isinstance(result, TxnResult):
-                again()
-                return
-            found = flatten(result.responses).get(key)
-            if result.succeeded or (found is not None and found.value == put.value and found.lease == lease):
-                assert found is not None
-                self._is_registered(found, generation)
-            elif found is not None and self._is_mine(found, lease):
-                over = Txn((Compare(key, Target.MOD, found.mod_revision),), (put, Get(key)), (Get(key),))
-                self.access.submit(lambda etcd: etcd.txn(over), done, write=True, deadline_s=2.0)
-            else:
-                again()
-
-        self.access.submit(lambda etcd: etcd.txn(absent), done, write=True, deadline_s=2.0)
-
-    def _is_mine(self, found: KeyValue, lease: int) -> bool:
-        return found.lease == lease or codec.decode(NodeRecord, found.value).incarnation == self.incarnation
-
-    def _is_registered(self, node: KeyValue, generation: int) -> None:
-        self._registered = generation
-        self.reporter.node = (node.create_revision, node.lease)
-        self.scheduler.log(self.machine.name, "registered", generation=generation)
-        self._handle(SessionRenewed(generation, self.incarnation))
-        self._watch_session()
-
-    def lost_registration(self) -> None:
-        """A fenced write says that the node record is not ours any more."""
-        if self._registered:
-            self._registered = 0
-            self.reporter.node = None
+    def _confirm_term(self, term: Term) -> bool:
+        try:
+            found = self.access.range(self.cluster.keys.leader, deadline_s=2.0).items
+        except DtrainError:
+            return False
+        return bool(found) and found[0].create_revision == term
 
     # Ranks.
 
@@ -376,78 +350,30 @@ class SimAgent:
             found.close()
 
 
-class SimReporter:
-    """Writes snapshots, fenced by the session: the newest of a job, urgent ones at once."""
+class _Changed:
+    """The reporter's condition: waiting takes virtual time."""
 
-    def __init__(self, agent: SimAgent) -> None:
-        self._agent = agent
-        self._due: dict[JobName, WorkerSnapshot | None] = {}
-        self._urgent: dict[JobName, bool] = {}
-        self._busy = False
-        self._next_at: dict[JobName, float] = {}
-        self._timer: Event | None = None
-        self.node: tuple[int, int] | None = None
-        """Create revision and lease of the node record that fences."""
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._waits: tuple[Task, int] | None = None
 
-    def submit(self, job: JobName, snapshot: WorkerSnapshot, *, urgent: bool) -> None:
-        self._due[job] = snapshot
-        self._urgent[job] = urgent or self._urgent.get(job, False)
-        self._kick()
+    def __enter__(self) -> None: ...
 
-    def delete(self, job: JobName) -> None:
-        self._due[job] = None
-        self._urgent[job] = True
-        self._kick()
+    def __exit__(self, *_: object) -> None: ...
 
-    def _kick(self) -> None:
-        if self._busy:
-            return
-        scheduler = self._agent.scheduler
-        ready = None
-        soonest = None
-        for job in sorted(self._due):
-            at = 0.0 if self._urgent.get(job) else self._next_at.get(job, 0.0)
-            if at <= scheduler.now:
-                ready = job
-                break
-            soonest = at if soonest is None else min(soonest, at)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if ready is not None:
-            self._write(ready)
-        elif soonest is not None:
-            self._timer = scheduler.at(soonest, lambda: self._agent.process.post(self._kick))
+    def notify(self) -> None:
+        if self._waits is not None:
+            task, token = self._waits
+            self._process.later(QUEUE_S, lambda: task.answer(token, None))
 
-    def _write(self, job: JobName) -> None:
-        agent = self._agent
-        node = self.node
-        if node is None:
-            self._timer = agent.process.later(0.2, self._kick)
-            return
-        self._busy = True
-        snapshot = self._due.pop(job)
-        urgent = self._urgent.pop(job, False)
-        name = AgentName(agent.machine.name)
-        key = agent.cluster.keys.worker(name, job)
-        guard = Compare(agent.cluster.keys.node(name), Target.CREATE, node[0])
-        operation = Delete(key) if snapshot is None else Put(key, codec.encode(snapshot), node[1])
-        txn = Txn((guard,), (operation,), (Get(agent.cluster.keys.node(name)),))
-
-        def done(result: Any) -> None:
-            self._busy = False
-            self._next_at[job] = agent.scheduler.now + PROGRESS_S
-            if not isinstance(result, TxnResult) or not result.succeeded:
-                if isinstance(result, TxnResult) and self.node == node:
-                    agent.lost_registration()
-                if job not in self._due:
-                    self._due[job] = snapshot
-                self._urgent[job] = urgent or self._urgent.get(job, False)
-                agent.process.later(0.3, self._kick)
-                return
-            self._kick()
-
-        agent.access.submit(lambda etcd: etcd.txn(txn), done, write=True, deadline_s=2.0)
+    def wait(self, timeout_s: float) -> None:
+        task = self._process.scheduler.current()
+        self._waits = (task, task.waiting + 1)
+        token = task.waiting + 1
+        timer = self._process.later(max(0.001, timeout_s), lambda: task.answer(token, None))
+        task.wait()
+        timer.cancel()
+        self._waits = None
 
 
 class _Launchers:

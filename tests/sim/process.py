@@ -5,7 +5,6 @@ from typing import Any
 
 from dtrain.protocol.errors import NotFound
 from dtrain.storage.etcd.session import FixedSession
-
 from tests.sim.etcd import EtcdAccess
 from tests.sim.scheduler import Event, Scheduler, Task
 

@@ -14,7 +14,7 @@ from typing import Any
 Trace = Callable[..., None]
 
 
-class Killed(BaseException):  # noqa: N818 - it must pass every handler of errors
+class Killed(BaseException):
     """The process in which a task ran is dead: unwind, do nothing."""
 
 
@@ -41,7 +41,7 @@ class Scheduler:
 
     def __init__(self, seed: int, trace: Trace | None = None) -> None:
         self.now = 0.0
-        self.rng = random.Random(f"dtrain-sim-{seed}")  # noqa: S311 - reproducible on purpose
+        self.rng = random.Random(f"dtrain-sim-{seed}")
         self.events = 0
         self.tracing = trace is not None
         self._trace = trace

@@ -13,8 +13,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from dtrain.agent.launching import (
-    Cleared,
     ClearBelow,
+    Cleared,
     Forked,
     ForkRanks,
     LauncherEnded,
@@ -43,7 +43,6 @@ from dtrain.protocol.ranklink import (
     Welcome,
 )
 from dtrain.trainer.session import Session
-
 from tests.sim.scheduler import Event, Scheduler
 
 if TYPE_CHECKING:
@@ -100,7 +99,9 @@ class SimSession(Session):
 class Group:
     """The ranks of one attempt that met in one TCPStore: they step together or not at all."""
 
-    def __init__(self, scheduler: Scheduler, world: int, attempt: Attempt, on_bad: Callable[[str], None]) -> None:
+    def __init__(
+        self, scheduler: Scheduler, world: int, attempt: Attempt, on_bad: Callable[[str], None]
+    ) -> None:
         self.scheduler = scheduler
         self.world = world
         self.attempt = attempt
@@ -131,7 +132,9 @@ class Group:
             return
         self.broken = True
         for member in self._members():
-            delay_s = self.scheduler.rng.uniform(5.0, 30.0) if silent else self.scheduler.rng.uniform(0.01, 1.5)
+            delay_s = (
+                self.scheduler.rng.uniform(5.0, 30.0) if silent else self.scheduler.rng.uniform(0.01, 1.5)
+            )
             self.scheduler.after(delay_s, member.peer_lost)
 
     def _members(self) -> list["SimRank"]:
@@ -168,6 +171,7 @@ class SimRank:
         self.rendezvous = f"{launch.env['MASTER_ADDR']}:{launch.env['MASTER_PORT']}"
         self.total_steps = total_steps
         self.alive = True
+        self.ended: RankEnded | None = None
         self.ending = False
         self.step = 0
         self.state = b""
@@ -344,7 +348,9 @@ class SimRank:
         if not self.alive:
             return
         self.alive = False
-        self.scheduler.log(self.machine.name, f"rank {self.rank} ended", attempt=self.attempt, code=code, why=why or error)
+        self.scheduler.log(
+            self.machine.name, f"rank {self.rank} ended", attempt=self.attempt, code=code, why=why or error
+        )
         if self._connection is not None:
             self._connection.rank_gone()
             self._connection = None
@@ -402,7 +408,9 @@ class _Store:
 class SimLauncher:
     """The launcher of one submission: outlives agents, dies with the machine or when told to."""
 
-    def __init__(self, machine: "Machine", job: JobName, uid: Uid, folder: str, orphan_grace_s: float) -> None:
+    def __init__(
+        self, machine: "Machine", job: JobName, uid: Uid, folder: str, orphan_grace_s: float
+    ) -> None:
         self.machine = machine
         self.scheduler = machine.scheduler
         self.job = job
@@ -437,9 +445,16 @@ class SimLauncher:
         store = self.store
         self._tell(
             LauncherState(
-                self.process, self.ready, ranks, store.attempt if store else None, store.port if store else None
+                self.process,
+                self.ready,
+                ranks,
+                store.attempt if store else None,
+                store.port if store else None,
             )
         )
+        for rank in self.ranks:
+            if rank.ended is not None:
+                self._tell(rank.ended)
 
     def detach(self) -> None:
         self.client = None
@@ -526,7 +541,8 @@ class SimLauncher:
         rank.live = replace(rank.live, exit_code=code)
         document = json.dumps({"message": {"message": error}}) if error else ""
         at = self.scheduler.now
-        self._tell(RankEnded(rank.attempt, rank.live.rank, rank.live.process.pid, code, at, document))
+        rank.ended = RankEnded(rank.attempt, rank.live.rank, rank.live.process.pid, code, at, document)
+        self._tell(rank.ended)
 
     def end(self, code: int, *, silent: bool = False) -> None:
         """It exits or is killed, and its ranks and store with it."""

@@ -113,7 +113,8 @@ class SimTransfer:
         except (Unavailable, OutcomeUnknown) as error:
             if tries > 1:
                 self._later(
-                    self.scheduler.rng.uniform(0.1, 1.0), lambda: self._upload(order, nonce, tries - 1, written)
+                    self.scheduler.rng.uniform(0.1, 1.0),
+                    lambda: self._upload(order, nonce, tries - 1, written),
                 )
                 return
             self._discard(written)
@@ -130,7 +131,9 @@ class SimTransfer:
         root = job_root(order.cluster, order.job, order.uid)
         prefix = blob_prefix(root, sealed.seq, order.attempt, sealed.nonce)
         key = blob_key(prefix, order.rank, 0, nonce)
-        head = json.dumps({"attempt": order.attempt, "step": sealed.step, "rank": order.rank, "seq": sealed.seq})
+        head = json.dumps(
+            {"attempt": order.attempt, "step": sealed.step, "rank": order.rank, "seq": sealed.seq}
+        )
         blob = head.encode().ljust(HEAD_BYTES) + data
         crc = digest.crc32c(blob)
         if key not in written:
