@@ -265,7 +265,8 @@ def failure_title(failure: Failure) -> str:
         who = f"{who} on {failure.agent}" if who else f"agent {failure.agent}"
     if failure.pid:
         who += f", pid {failure.pid}"
-    how = failure.message
+    # The leader's sentence begins with the rank; so do we.
+    how = failure.message.removeprefix(f"rank {failure.rank} ")
     if failure.kind is FailureKind.SIGNAL and failure.signal:
         name = signal_name(failure.signal)
         how = how if name in how else f"{name}, {how}" if how else name

@@ -8,6 +8,7 @@ neither does our own death: servers die with us, the reaper ends the rest. The
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from dtrain.local import ports, reaper, sweeping
 from dtrain.local.daemons import Daemon, Keeper
-from dtrain.local.etcd import EtcdCluster
+from dtrain.local.etcd import EtcdCluster, Member
 from dtrain.local.weed import WeedServer
 from dtrain.protocol import codec
 from dtrain.protocol.cluster import LeaderRecord
@@ -73,6 +74,7 @@ class LocalCluster:
         self._counts = (coordinators, agents)
         self._slots, self._ttl_s = slots, ttl_s
         self._port, self._remove = port, remove
+        self._etcd_members = etcd_members
         self._ready_timeout_s = ready_timeout_s
         self._agent_flags = tuple(agent_flags)
         self.etcd_servers = EtcdCluster(self.folder / "etcd", size=etcd_members, fsync=etcd_fsync)
@@ -283,6 +285,7 @@ class LocalCluster:
         # The store takes longest: it starts beside everything else.
         weed = self.weed
         store_ready = store_keeper.begin(weed.start) if weed is not None else self._make_folder_store
+        self._recall_etcd()
         keeper.call(self.etcd_servers.start)
         self.etcd_servers.wait_ready(self._ready_timeout_s)
         progress(f"etcd {'.'.join(map(str, self.etcd_servers.binary.version))} at {','.join(self.endpoints)}")
@@ -389,18 +392,41 @@ class LocalCluster:
             return ports.reserve(coordinators + agents)
         wanted = list(range(self._port, self._port + coordinators))
         for port in wanted:
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind(("127.0.0.1", port))
-                except (OSError, OverflowError) as error:
-                    raise Refused(
-                        ErrorCode.PORT_IN_USE,
-                        f"port {port} on 127.0.0.1 cannot be used",
-                        cause=str(error),
-                        fix="choose another --port, or 0 for any free one",
-                    ) from error
+            if not _is_free(port):
+                raise Refused(
+                    ErrorCode.PORT_IN_USE,
+                    f"port {port} on 127.0.0.1 cannot be used: another program listens there",
+                    fix="choose another --port, or 0 for any free one",
+                )
         return wanted + ports.reserve(agents)
+
+    def _recall_etcd(self) -> None:
+        """Give etcd's members the ports they had: they know each other by them."""
+        file = self.folder / "etcd" / "members.json"
+        saved = json.loads(file.read_text()) if file.exists() else []
+        size = self._etcd_members
+        if saved and len(saved) != size:
+            raise Conflict(
+                ErrorCode.CONFLICT,
+                f"{self.folder} holds the data of an etcd with {len(saved)} members, not {size}",
+                fix=f"use --etcd-members {len(saved)}, or another --folder",
+            )
+        taken = [port for pair in saved for port in pair if not _is_free(port)]
+        if taken and size > 1:
+            raise Refused(
+                ErrorCode.PORT_IN_USE,
+                f"port {taken[0]} of this cluster's etcd is in use by another program",
+                fix="stop that program, or choose another --folder",
+            )
+        if saved and not taken:
+            folder = self.folder / "etcd"
+            self.etcd_servers.members = [
+                Member(f"etcd-{index}", client, peer, folder) for index, (client, peer) in enumerate(saved)
+            ]
+        # Asking for the endpoints chooses ports where there are none yet.
+        assert self.etcd_servers.endpoints
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps([[m.client_port, m.peer_port] for m in self.etcd_servers.members]))
 
     def _take_folder(self) -> None:
         fd = os.open(self.folder / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -472,3 +498,13 @@ class LocalCluster:
             if pid is not None:
                 with contextlib.suppress(DtrainError):
                     self._hit(pid, name, number)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError):
+            return False
+    return True

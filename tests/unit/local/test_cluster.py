@@ -93,6 +93,17 @@ def test_a_daemon_that_ends_at_once_is_quoted(tmp_path: Path, monkeypatch: pytes
     assert sweeping.find(tmp_path / "cluster") == []
 
 
+def test_three_members_come_back_with_their_data_and_their_ports(tmp_path: Path) -> None:
+    folder = tmp_path / "cluster"
+    with small(folder, coordinators=1, etcd_members=3) as cluster:
+        endpoints, term = cluster.endpoints, cluster.etcd.range(cluster.keys.leader).items[0].create_revision
+    with small(folder, coordinators=1, etcd_members=3) as cluster:
+        assert cluster.endpoints == endpoints
+        assert cluster.etcd.range(cluster.keys.leader).items[0].create_revision > term
+    with pytest.raises(Conflict, match="an etcd with 3 members, not 1"):
+        small(folder).start()
+
+
 OWNER = """
 import sys, time
 from pathlib import Path
