@@ -1,0 +1,157 @@
+"""The simulation can fail: bugs put in on purpose are found by some seed of a short list."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dtrain.agent.core import commands
+from dtrain.agent.reporter import Reporter
+from dtrain.coordinator import persistence
+from dtrain.coordinator.core import checkpoints, manifest, phases, retention
+from dtrain.coordinator.core.draft import Draft
+from dtrain.protocol.commands import Prepare, Start
+from dtrain.storage.etcd.mirror import MirrorState
+from dtrain.storage.etcd.port import Txn
+
+from .cluster import Cluster, run
+from .etcd import EtcdAccess
+
+SEEDS = range(1, 26)
+
+
+def find(seeds: Iterable[int] = SEEDS) -> str:
+    """The first violation that any of the seeds finds; "" if none does."""
+    for seed in seeds:
+        result = run(seed)
+        if result.violations:
+            return result.violations[0]
+    return ""
+
+
+def sleepy_leaders(cluster: Cluster) -> None:
+    """Again and again the leader's machine is paused with its clocks until its lease is over, and the
+    other replicas are lost: when it wakes it believes that it leads, and nobody else does.
+    """
+
+    def pause() -> None:
+        name = cluster.leader_name()
+        leader = cluster.replicas.get(name or "")
+        if leader is None or leader.guardian is None or cluster.checks.job_is_over():
+            return
+        guardian = leader.guardian
+        for other in cluster.replicas.values():
+            if other is not leader and other.guardian is not None:
+                other.crash()
+                cluster.scheduler.after(leader.ttl_s + 6.0, other.boot)
+        guardian.freeze(clocks=True)
+        cluster.scheduler.after(leader.ttl_s + 2.0, guardian.thaw)
+        cluster.scheduler.after(leader.ttl_s + 20.0, pause)
+
+    cluster.scheduler.after(12.0 + cluster.scheduler.rng.random(), pause)
+
+
+def test_a_leader_that_slept_with_its_clocks_writes_nothing() -> None:
+    for seed in range(1, 6):
+        assert not run(seed, calm=True, prepare=sleepy_leaders).violations
+
+
+def test_a_leader_that_is_not_fenced_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    fenced = persistence.fenced
+
+    def unfenced(keys: Any, term: Any, decision: Any) -> Txn:
+        txn = fenced(keys, term, decision)
+        return replace(txn, compares=tuple(c for c in txn.compares if c.key != keys.leader))
+
+    monkeypatch.setattr(persistence, "fenced", unfenced)
+    found = (run(seed, calm=True, prepare=sleepy_leaders).violations for seed in range(1, 26))
+    assert "I1" in next((violations[0] for violations in found if violations), "")
+
+
+def test_open_checkpoints_that_are_not_settled_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "settle", lambda _draft, **_how: True)
+    assert "not settled" in find()
+
+
+def test_a_late_commit_of_an_older_attempt_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the missing settling, what would show it at once is blind."""
+    monkeypatch.setattr(checkpoints, "settle", lambda _draft, **_how: True)
+    monkeypatch.setattr("tests.sim.checks.invariants.check", lambda _view: [])
+    monkeypatch.setattr(checkpoints, "abort", lambda *_args, **_how: None)
+    assert find()
+
+
+def test_a_commit_without_all_parts_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "is_complete", lambda parts, _record: len(parts) > 0)
+    # The merge would refuse it: both guards have to fail.
+    monkeypatch.setattr(manifest, "_identity", lambda *_args: [])
+    monkeypatch.setattr(manifest, "tiling_problem", lambda _entry: "")
+    assert "G9" in find()
+
+
+def test_an_agent_that_obeys_an_older_attempt_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusal = commands._refusal
+
+    def obedient(state: Any, command: Any) -> Any:
+        return None if isinstance(command, Prepare) else refusal(state, command)
+
+    monkeypatch.setattr(commands, "_refusal", obedient)
+    assert "I6" in find()
+
+
+def test_snapshots_without_a_fence_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bare(self: Any, txn: Txn) -> Any:
+        guards = tuple(compare for compare in txn.compares if "/workers/" not in compare.key)
+        return self._etcd.txn(replace(txn, compares=guards))
+
+    monkeypatch.setattr(Reporter, "_txn", bare)
+    assert "I6" in find(range(1, 60))
+
+
+def test_a_watch_that_skips_a_revision_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = EtcdAccess.watch
+    monkeypatch.setattr(
+        EtcdAccess, "watch", lambda self, key, end, start: watch(self, key, end, start + 2 if start > 20 else start)
+    )
+    assert find()
+
+
+def test_a_list_that_forgets_deletions_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    relist = MirrorState.relist
+
+    def forgetful(self: Any, items: Any, revision: int) -> Any:
+        fresh = {kv.key: kv for kv in items}
+        return relist(self, {**self._items, **fresh}.values(), revision)
+
+    monkeypatch.setattr(MirrorState, "relist", forgetful)
+    assert "I8" in find(range(1, 60))
+
+
+def test_a_restore_from_another_than_the_newest_commit_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def oldest(self: Draft) -> Any:
+        bad = set(self.job.bad) | self.quarantined
+        return next((c.value for c in self.commits() if c.value.seq not in bad), None)
+
+    monkeypatch.setattr(Draft, "newest_good", oldest)
+    assert "G6" in find()
+
+
+def test_ranks_that_restore_different_states_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = iter(range(10**6))
+
+    def fickle(header: Any, rendezvous: str, restore: Any) -> Start:
+        return Start(header, rendezvous, restore if next(counter) % 2 else None)
+
+    monkeypatch.setattr(phases, "Start", fickle)
+    assert "restored different steps" in find()
+
+
+def test_retention_of_the_newest_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    surplus: Callable[..., list[Any]] = retention.surplus
+
+    def greedy(draft: Draft) -> list[Any]:
+        return surplus(draft) or list(draft.commits()[-1:])
+
+    monkeypatch.setattr(retention, "surplus", greedy)
+    assert find()
