@@ -186,11 +186,13 @@ class World:
 
     def record_reached(self, agent: AgentName, reached: bool, now: float) -> None:
         """Remember whether an agent answered the newest command."""
-        if reached == (agent not in self._unreachable):
+        if reached and agent not in self._unreachable:
             return
         if reached:
             del self._unreachable[agent]
         else:
+            # The newest failure counts: the first may be older than the attempt, or
+            # than our own sight of its record, and would say nothing about its PREPARE.
             self._unreachable[agent] = now
         self._touch_fleet(agent)
 

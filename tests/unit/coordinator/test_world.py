@@ -136,6 +136,18 @@ def test_a_rewritten_node_of_one_life_is_not_a_new_agent() -> None:
     assert not etcd.fleet().unreachable
 
 
+def test_every_failed_command_dates_an_agent_s_silence_anew() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.node(A1), node(), now=1)
+    etcd.world.record_reached(A1, False, 2)
+    etcd.world.take_touched()
+    # An attempt that began in between must see that its own PREPARE failed.
+    etcd.world.record_reached(A1, False, 5)
+    assert etcd.fleet().unreachable == {A1: 5}
+    etcd.world.record_reached(A1, True, 6)
+    assert not etcd.fleet().unreachable
+
+
 def test_a_view_given_away_does_not_change() -> None:
     etcd = Etcd()
     etcd.put(KEYS.node(A1), node())

@@ -114,7 +114,7 @@ class FleetView:
     used: Mapping[AgentName, int] = field(default_factory=dict)
     """Slots taken by the placed attempts of *other* jobs."""
     unreachable: Mapping[AgentName, float] = field(default_factory=dict)
-    """Agents that refused or did not answer the newest command, since when."""
+    """Agents that refused or did not answer the newest command, and when that was."""
     brake: str = ""
     """Not empty: why nothing may be declared lost or started elsewhere."""
     agent_ttl_s: float = 10.0
