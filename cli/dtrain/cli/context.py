@@ -8,17 +8,21 @@ import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtrain.cli.options import Settings
-from dtrain.protocol.errors import ErrorCode, NotFound, Unavailable
+from dtrain.protocol.errors import ErrorCode, NotFound, Refused, Unavailable
 from dtrain.protocol.ids import ClusterName, parse_name
 from dtrain.protocol.keys import Keys
 
 if TYPE_CHECKING:
     from dtrain.cli.client import Client
+
+
+_VARIABLES = ("DTRAIN_CLUSTER", "DTRAIN_COORDINATORS", "DTRAIN_ENDPOINTS")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +121,10 @@ def addresses(settings: Settings) -> tuple[str, ...]:
 
     Raises:
         NotFound: the cluster named is unknown.
+        Refused: a DTRAIN_ variable is misspelt.
         Unavailable: it is, but runs no more; or etcd cannot be asked.
     """
+    _refuse_misspelt(os.environ)
     if settings.coordinators:
         return _split(settings.coordinators)
     current, known = load()
@@ -164,17 +170,30 @@ def connect(settings: Settings) -> "Client":
     return Client(found, timeout_s=settings.timeout_s)
 
 
+def _refuse_misspelt(environ: Mapping[str, str]) -> None:
+    import difflib
+
+    for name in environ:
+        near = difflib.get_close_matches(name, _VARIABLES, n=1, cutoff=0.85) if name[:7] == "DTRAIN_" else []
+        if near and name not in _VARIABLES:
+            raise Refused(ErrorCode.BAD_SETTING, f"{name} is not a setting", fix=f"did you mean {near[0]}?")
+
+
 def _split(text: str) -> tuple[str, ...]:
     parts = tuple(part.strip().removeprefix("http://") for part in text.split(",") if part.strip())
     return tuple(dict.fromkeys(parts))
 
 
 def _look_up(endpoints: tuple[str, ...], cluster: str) -> tuple[str, ...]:
+    from dtrain.runtime.config import ETCD, etcd_options, parse
+    from dtrain.storage.etcd.endpoints import Tls
     from dtrain.storage.etcd.port import prefix_end
     from dtrain.storage.etcd.transport import GatewayEtcd
 
     prefix = f"{Keys(ClusterName(parse_name(cluster, 'cluster'))).root}coordinators/"
-    etcd = GatewayEtcd(endpoints)
+    options = etcd_options(parse("dtrain", "", ETCD, (), os.environ))
+    tls = Tls(options.cacert or None, options.cert or None, options.key or None)
+    etcd = GatewayEtcd(endpoints, tls=tls, user=options.user, password=options.password)
     try:
         found: Any = etcd.range(prefix, prefix_end(prefix), deadline_s=3.0)
     finally:

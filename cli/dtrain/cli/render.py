@@ -372,12 +372,34 @@ def job_change(job: Job) -> str:
     return "  ".join([*parts, reason(job)])
 
 
+class Changes:
+    """What to tell someone who follows a job: each change once, a failed attempt with its cause."""
+
+    def __init__(self) -> None:
+        self._told = ""
+        self._failed = 0
+
+    def lines(self, job: Job) -> list[str]:
+        """Lines for this state of the job, [] if it says nothing new."""
+        lines = []
+        failure = job.status.failure if job.status else None
+        if failure is not None and failure.attempt > self._failed:
+            self._failed = failure.attempt
+            lines.append(f"{job.name}  attempt {failure.attempt} failed: {failure_title(failure)}")
+        line = job_change(job)
+        if line != self._told:
+            self._told = line
+            lines.append(line)
+        return lines
+
+
 def stale_line(mirror_age_s: float) -> str:
     """The warning that reads carry when the replica's mirror is old; "" when it is not."""
     return f"mirror is {show_s(mirror_age_s)} old: etcd unreachable" if mirror_age_s > STALE_S else ""
 
 
-STALE_S = 5.0
+STALE_S = 10.0
+"""An idle etcd tells its watchers every 5 s that nothing is missing: younger than that means nothing."""
 
 
 def _checkpoint_summary(job: Job, now: float) -> str:

@@ -123,13 +123,10 @@ def until_ended(client: Client, name: str, timeout_s: float) -> Job:
 
 def watch(client: Client, accepted: Accepted, *, ranks: Callable[[Job], Sequence[int]], prefix: bool) -> Job:
     """Show logs (stdout to stdout, stderr to stderr) and changes until the job ends."""
-    told = ""
+    changes = render.Changes()
 
     def changed(job: Job) -> None:
-        nonlocal told
-        line = render.job_change(job)
-        if line != told:
-            told = line
+        for line in changes.lines(job):
             output.say(f"[dtrain] {line}")
 
     def write(line: following.Line) -> None:

@@ -157,7 +157,7 @@ def test_lines_are_cut_to_the_width_and_never_otherwise() -> None:
 
 
 def test_an_old_mirror_is_said() -> None:
-    assert render.stale_line(4.9) == ""
+    assert render.stale_line(9.9) == ""
     assert render.stale_line(12.3) == "mirror is 12s old: etcd unreachable"
 
 

@@ -240,8 +240,12 @@ def test_logs_default_to_rank_0_and_the_one_that_failed(
     assert run(["logs", "digits", "--stderr", "--coordinators", address]) == 4
 
 
-def test_a_follower_goes_on_across_attempts_and_lost_replicas(replica: FakeReplica, address: str) -> None:
+def test_a_follower_goes_on_across_attempts_and_lost_replicas(
+    replica: FakeReplica, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import grpc
+
+    monkeypatch.setattr(following, "_POLL_S", 0.2)
 
     replica.items = ended(JobPhase.RUNNING)  # type: ignore[assignment]
     replica.logs = {(3, 0, "stdout"): b"one\n"}
@@ -289,6 +293,28 @@ def test_the_context_file_names_the_cluster_until_its_up_has_gone(
     context.path().write_text("{damaged")
     assert context.load() == ("", {})
     assert "runs no more" in capsys.readouterr().err
+
+
+def test_a_misspelt_variable_is_refused_with_a_suggestion(
+    address: str, monkeypatch: pytest.MonkeyPatch, capsys: Out
+) -> None:
+    monkeypatch.setenv("DTRAIN_COORDINATOR", address)
+    assert run(["get", "jobs"]) == 2
+    assert "did you mean DTRAIN_COORDINATORS?" in capsys.readouterr().err
+
+
+def test_a_restart_is_told_with_its_cause_once() -> None:
+    from tests.unit.cli.fakes import reading
+
+    from dtrain.cli import render
+
+    changes = render.Changes()
+    job = records.group(reading(*running_job(failure=failure()))).jobs["digits"]
+    assert changes.lines(job) == [
+        "digits  attempt 2 failed: rank 3 on a2, pid 4711: SIGKILL, out of memory",
+        "digits  RUNNING  attempt 3  all 4 ranks train",
+    ]
+    assert changes.lines(job) == []
 
 
 def test_flags_beat_the_environment(

@@ -105,14 +105,11 @@ def _dump(
 def _follow(client: "Client", job: "Job", ranks: str | None, streams: tuple[str, ...]) -> int:
     from dtrain.cli import following, output, render
 
-    told = ""
+    changes = render.Changes()
 
     def changed(now: "Job") -> None:
-        nonlocal told
-        line = f"{now.name}  {now.phase}  attempt {now.attempt}"
-        if line != told:
-            told = line
-            output.say(render.job_change(now))
+        for line in changes.lines(now):
+            output.say(f"[dtrain] {line}")
 
     prefix = ranks is not None and len(chosen(job, ranks, job.attempt)) > 1
     follower = following.Follower(
