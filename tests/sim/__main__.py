@@ -1,9 +1,12 @@
-"""``python -m tests.sim --seed N [--trace]`` replays one seed; ``--seeds N [--first K] [--jobs J]`` runs many."""
+"""Replay one seed (``--seed N [--trace]``) or run many (``--seeds N [--first K] [--jobs J]``)."""
+
+# ruff: noqa: T201 - its purpose is to print
 
 import argparse
 import multiprocessing
 import sys
 import time
+from contextlib import nullcontext
 
 from tests.sim.cluster import Result, run
 
@@ -44,8 +47,10 @@ def replay(seed: int, *, calm: bool, trace: bool) -> int:
 def many(seeds: range, jobs: int) -> int:
     began = time.monotonic()
     virtual_s, failed, done, attempts, commits, terms = 0.0, [], 0, 0, 0, 0
-    with multiprocessing.Pool(jobs) as pool:
-        for result in pool.imap(one, seeds) if jobs > 1 else map(one, seeds):
+    slowest = 0.0
+    with multiprocessing.Pool(jobs) if jobs > 1 else nullcontext() as pool:
+        for result in map(one, seeds) if pool is None else pool.imap(one, seeds):
+            slowest = max(slowest, result.calm_s)
             done += 1
             virtual_s += result.virtual_s
             attempts, commits, terms = (
@@ -62,7 +67,9 @@ def many(seeds: range, jobs: int) -> int:
         f"{done} seeds, {len(failed)} failed; {virtual_s / 3600:.2f} virtual hours in {took_s:.1f} s"
         f" = {virtual_s / 60 / took_s:.2f} virtual hours per minute; {done / took_s:.2f} seeds/s"
     )
-    print(f"{attempts} attempts, {commits} commits, {terms} terms")
+    print(
+        f"{attempts} attempts, {commits} commits, {terms} terms; done at most {slowest:.0f} s into the calm"
+    )
     if failed:
         print(f"failed: {' '.join(map(str, failed))}")
     return 1 if failed else 0

@@ -203,9 +203,8 @@ class Checks:
         for launcher in machine.launchers.values():
             for rank in launcher.ranks:
                 if launcher.job == job and rank.alive:
-                    self.bad(
-                        f"I6: {machine.name} forks attempt {attempt} beside rank {rank.rank} of {rank.attempt}"
-                    )
+                    other = f"rank {rank.rank} of attempt {rank.attempt}"
+                    self.bad(f"I6: {machine.name} forks attempt {attempt} beside {other}")
 
     def restored(self, rank: SimRank, step: int, state: bytes) -> None:
         if state != weights_at(step):

@@ -9,7 +9,7 @@ import heapq
 import random
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 Trace = Callable[..., None]
 
@@ -193,7 +193,7 @@ class Task:
 class _Baton:
     """A reusable thread and the two locks by which control goes to and fro."""
 
-    _idle: list["_Baton"] = []
+    _idle: ClassVar[list["_Baton"]] = []
 
     def __init__(self) -> None:
         self._go = threading.Lock()

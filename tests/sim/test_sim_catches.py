@@ -112,7 +112,9 @@ def test_snapshots_without_a_fence_are_caught(monkeypatch: pytest.MonkeyPatch) -
 def test_a_watch_that_skips_a_revision_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = EtcdAccess.watch
     monkeypatch.setattr(
-        EtcdAccess, "watch", lambda self, key, end, start: watch(self, key, end, start + 2 if start > 20 else start)
+        EtcdAccess,
+        "watch",
+        lambda self, key, end, start: watch(self, key, end, start + 2 if start > 20 else start),
     )
     assert find()
 
