@@ -1,0 +1,29 @@
+"""``python -m benchmarks [measure ...] [--rounds N]``."""
+
+import argparse
+
+from benchmarks import failover, overhead, recovery, report
+
+MEASURES = {"failover": failover.measure, "recovery": recovery.measure, "overhead": overhead.measure}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Measure dtrain beside its peers."
+    )
+    parser.add_argument(
+        "measure", nargs="*", metavar="MEASURE", help=f"any of {', '.join(MEASURES)} (default: all)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds of each")
+    args = parser.parse_args()
+    results = []
+    for name in args.measure or MEASURES:
+        print(f"measuring {name} ...", flush=True)
+        results += MEASURES[name](args.rounds)
+        report.write(results)
+    print(report.table(results))
+    print(f"written to {report.RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
