@@ -36,6 +36,11 @@ def reserve(count: int = 1, *, twin_offset: int = 0) -> list[int]:
     raise OSError("no free loopback ports between 11000 and 22700")
 
 
+def take(wanted: list[int], *, twin_offset: int = 0) -> bool:
+    """Hold exactly these ports, if all are free; what runs on them again keeps its address."""
+    return bool(wanted) and _hold(wanted + [port + twin_offset for port in wanted if twin_offset])
+
+
 def release(ports: list[int]) -> None:
     """Give ports back before this process ends."""
     for port in ports:

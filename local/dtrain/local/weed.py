@@ -24,6 +24,8 @@ BUCKET = "dtrain"
 _TWIN_OFFSET = 10_000
 """SeaweedFS serves gRPC this far above each of its ports, and cannot be told otherwise."""
 
+_PORTS = 5
+
 
 class WeedServer:
     """A server whose data lies in ``folder``; ``start`` it from a thread that outlives it.
@@ -78,16 +80,17 @@ class WeedServer:
             return
         # Two of ten servers never got ready on ports that something had used a moment before.
         try:
-            self._ports = ports.reserve(5, twin_offset=_TWIN_OFFSET)
+            self._ports = self._former_ports() or ports.reserve(_PORTS, twin_offset=_TWIN_OFFSET)
             self._run(binary)
         except Unavailable:
             self.close()
-            self._ports = ports.reserve(5, twin_offset=_TWIN_OFFSET)
+            self._ports = ports.reserve(_PORTS, twin_offset=_TWIN_OFFSET)
             try:
                 self._run(binary)
             except BaseException:
                 self.close()
                 raise
+        self._ports_path.write_text(" ".join(str(port) for port in self._ports))
 
     def stop(self) -> None:
         """Kill the server; what was confirmed to clients is kept."""
@@ -104,6 +107,19 @@ class WeedServer:
         self.stop()
         ports.release(self._ports + [port + _TWIN_OFFSET for port in self._ports])
         self._ports = []
+
+    @property
+    def _ports_path(self) -> Path:
+        return self._folder / "ports"
+
+    def _former_ports(self) -> list[int]:
+        """The ports of the last start in this folder, if they are free: jobs know the store by its URI."""
+        try:
+            former = [int(word) for word in self._ports_path.read_text().split()]
+        except (OSError, ValueError):
+            return []
+        usable = len(former) == _PORTS and ports.take(former, twin_offset=_TWIN_OFFSET)
+        return former if usable else []
 
     def _run(self, binary: str) -> None:
         # A server that was killed with its owner could not remove them.
@@ -137,7 +153,14 @@ class WeedServer:
         env |= {"GOMEMLIMIT": "256MiB", "TMPDIR": str(self._folder), "DTRAIN_PARENT_PID": str(os.getpid())}
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self._folder, env=env
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self._folder,
+                env=env,
+                # The terminal's Ctrl-C is for our owner, who stops things in order.
+                start_new_session=True,
             )
         try:
             self._await_ready(self._process)
