@@ -57,12 +57,14 @@ def queued(draft: Draft) -> None:
         return
     store = draft.spec.checkpoint.store or draft.fleet.default_store
     if store and not _store_is_usable(draft, store):
+        release_strays(draft)
         return
     found = placement.place(draft, join_window=True)
     if found.members:
         start_attempt(draft, found.members, store)
     else:
         draft.explain(found.why)
+        release_strays(draft)
 
 
 def _store_is_usable(draft: Draft, store: str) -> bool:
@@ -541,9 +543,14 @@ def terminal(draft: Draft) -> None:
     """Release what agents and the store still hold; the phase never changes again."""
     draft.say(draft.status.reason or f"the job is over: {draft.status.phase}")
     checkpoints.settle(draft, patient=False)
-    holding = [name for name, s in sorted(draft.job.workers.items()) if s.value.uid == draft.status.uid]
-    header = draft.header(f"release.{draft.status.attempt}")
+    holding = sorted(draft.job.workers)
     for agent in holding:
+        header = draft.header(f"release.{draft.status.attempt}")
+        snapshot = draft.job.workers[agent].value
+        if snapshot.uid != draft.status.uid:
+            # Of an earlier submission: its agent could not be reached before the name was used again.
+            number = Attempt(min(snapshot.attempt, draft.status.attempt))
+            header = replace(draft.header(f"release.{number}"), uid=snapshot.uid, attempt=number)
         draft.command(agent, Stop(header, draft.spec.shutdown_grace_s, release=True, why="the job is over"))
     since = draft.in_phase_since
     if since is None:
