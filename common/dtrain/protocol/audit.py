@@ -33,10 +33,24 @@ from dtrain.protocol.snapshot import WorkerSnapshot
 PHASE_CHANGES: Mapping[JobPhase, frozenset[JobPhase]] = {
     JobPhase.QUEUED: frozenset({JobPhase.STARTING, JobPhase.CANCELLED, JobPhase.FAILED, JobPhase.CANCELLING}),
     JobPhase.STARTING: frozenset(
-        {JobPhase.RUNNING, JobPhase.RECOVERING, JobPhase.CANCELLING, JobPhase.FAILED, JobPhase.SUCCEEDED}
+        {
+            JobPhase.RUNNING,
+            JobPhase.RECOVERING,
+            JobPhase.CANCELLING,
+            JobPhase.CANCELLED,
+            JobPhase.FAILED,
+            JobPhase.SUCCEEDED,
+        }
     ),
     JobPhase.RUNNING: frozenset(
-        {JobPhase.STARTING, JobPhase.RECOVERING, JobPhase.CANCELLING, JobPhase.FAILED, JobPhase.SUCCEEDED}
+        {
+            JobPhase.STARTING,
+            JobPhase.RECOVERING,
+            JobPhase.CANCELLING,
+            JobPhase.CANCELLED,
+            JobPhase.FAILED,
+            JobPhase.SUCCEEDED,
+        }
     ),
     JobPhase.RECOVERING: frozenset(
         {JobPhase.STARTING, JobPhase.CANCELLING, JobPhase.CANCELLED, JobPhase.FAILED}
