@@ -7,6 +7,7 @@ import gzip
 import json
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dtrain.agent.core import invariants as agent_invariants
@@ -18,7 +19,7 @@ from dtrain.protocol.audit import Auditor, Change
 from dtrain.protocol.checkpoint import CommitRecord, Latest, Manifest
 from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.ids import Attempt, JobName
-from dtrain.protocol.job import TERMINAL_PHASES, JobPhase, JobStatus
+from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobStatus
 from dtrain.protocol.snapshot import FailureKind
 from dtrain.storage.etcd.mirror import Mirror
 from dtrain.storage.etcd.port import Event, prefix_end
@@ -34,6 +35,17 @@ MIRROR_SAMPLED = 16
 """One in so many changes of a mirror is compared with etcd at its revision."""
 
 
+@dataclass
+class History:
+    """What etcd has said of one job so far."""
+
+    status: JobStatus | None = None
+    latest: int = 0
+    final_tries: int = 0
+    commits: dict[int, CommitRecord] = field(default_factory=dict)
+    """Every commit ever, by seq."""
+
+
 class Checks:
     """Collects violations; the run stops at the first."""
 
@@ -41,14 +53,9 @@ class Checks:
         self._cluster = cluster
         self.violations: list[str] = []
         self.auditor = Auditor(cluster.name)
-        self.commits: dict[int, CommitRecord] = {}
-        """Every commit ever, by seq."""
+        self.jobs: dict[JobName, History] = {}
         self.damaged: set[str] = set()
         """Blobs that a fault has damaged or deleted at rest."""
-        self.statuses: list[JobStatus] = []
-        self.status: JobStatus | None = None
-        self.latest = 0
-        self.finished_ranks = 0
         self._mirror_changes = 0
         self._audited = 0
         self._terms: dict[str, int] = {}
@@ -81,41 +88,72 @@ class Checks:
             place = self._cluster.keys.parse(change.key)
             match place.kind if place else "":
                 case "status" if change.value is not None:
-                    self._status(codec.decode(JobStatus, change.value))
-                case "latest" if change.value is not None:
-                    self.latest = codec.decode(Latest, change.value).seq
+                    assert place is not None
+                    self._status(place.job, codec.decode(JobStatus, change.value))
+                case "latest":
+                    assert place is not None
+                    latest = 0 if change.value is None else codec.decode(Latest, change.value).seq
+                    self.history(place.job).latest = latest
                 case "checkpoint" if change.value is not None:
-                    self._commit(codec.decode(CommitRecord, change.value))
+                    assert place is not None
+                    self._commit(place.job, codec.decode(CommitRecord, change.value))
                 case "checkpoint":
                     assert place is not None
-                    if place.seq == self.latest:
-                        self.bad(f"I3: checkpoint {place.seq} was the newest and is gone")
+                    if place.seq == self.history(place.job).latest:
+                        self._newest_gone(place.job, place.seq)
 
-    def _status(self, status: JobStatus) -> None:
-        before = self.status
-        self.status = status
-        self.statuses.append(status)
+    def _newest_gone(self, job: JobName, seq: int) -> None:
+        """I3: only a new submission of the name may retire the newest checkpoint of the old one."""
+        record, uid = self.jobs[job].commits[seq], self._cluster.last_uid(job)
+        if record.uid == uid:
+            self.bad(f"I3: checkpoint {seq} was the newest and is gone")
+
+    def history(self, job: JobName) -> "History":
+        return self.jobs.setdefault(job, History())
+
+    def _status(self, job: JobName, status: JobStatus) -> None:
+        history = self.history(job)
+        before, history.status = history.status, status
         if before is None or before.attempt != status.attempt or before.phase != status.phase:
             self._cluster.scheduler.log(
-                "JOB", status.phase, attempt=status.attempt, step=status.step, reason=status.reason
+                "JOB", status.phase, job=job, attempt=status.attempt, step=status.step, reason=status.reason
             )
         if before is not None and status.attempt > before.attempt:
-            self._check_restore(status)
+            self._check_restore(job, status)
+        if status.phase in PLACED_PHASES:
+            self._check_slots()
+        history.final_tries = max(history.final_tries, status.final_tries)
 
-    def _check_restore(self, status: JobStatus) -> None:
+    def _check_slots(self) -> None:
+        """No machine is given more ranks than it has slots, whichever jobs they are of."""
+        used: dict[str, int] = {}
+        for history in self.jobs.values():
+            status = history.status
+            if status is not None and status.phase in PLACED_PHASES:
+                for member in status.members:
+                    used[member.agent] = used.get(member.agent, 0) + member.nproc
+        for name, count in used.items():
+            slots = self._cluster.machines[name].slots
+            if count > slots:
+                self.bad(f"{name} has {slots} slots and is given {count} ranks")
+
+    def _check_restore(self, job: JobName, status: JobStatus) -> None:
         """G6: a new attempt starts from the newest checkpoint that is good."""
-        bad = self._cluster.bad_seqs()
-        newest = max((seq for seq in self._cluster.committed_seqs() if seq not in bad), default=None)
+        bad = self._cluster.bad_seqs(job)
+        mine = [s for s in self._cluster.committed_seqs(job) if self.jobs[job].commits[s].uid == status.uid]
+        newest = max((seq for seq in mine if seq not in bad), default=None)
         found = None if status.restore is None else int(status.restore.seq)
         if found != newest:
             self.bad(
-                f"G6: attempt {status.attempt} restores checkpoint {found}, the newest good one is {newest}"
+                f"G6: {job}: attempt {status.attempt} restores {found}, the newest good checkpoint is {newest}"
             )
 
-    def _commit(self, record: CommitRecord) -> None:
+    def _commit(self, job: JobName, record: CommitRecord) -> None:
         """G2: every part from one attempt and one step, durable, and together the true state."""
-        self.commits[int(record.seq)] = record
-        self._cluster.scheduler.log("JOB", "COMMIT", seq=record.seq, step=record.step, attempt=record.attempt)
+        self.history(job).commits[int(record.seq)] = record
+        self._cluster.scheduler.log(
+            "JOB", "COMMIT", job=job, seq=record.seq, step=record.step, attempt=record.attempt
+        )
         store = self._cluster.store
         fault, store.fault = store.fault, lambda _operation, _key: None
         try:
@@ -124,9 +162,9 @@ class Checks:
             blobs = [store.get(blob.key) for blob in manifest.blobs]
             for data in blobs:
                 head = json.loads(data[:HEAD_BYTES])
-                found = (head["seq"], head["attempt"], head["step"])
-                if found != (record.seq, record.attempt, record.step):
-                    self.bad(f"G2: checkpoint {record.seq} holds a part of (seq, attempt, step) {found}")
+                found = (head["uid"], head["seq"], head["attempt"], head["step"])
+                if found != (record.uid, record.seq, record.attempt, record.step):
+                    self.bad(f"G2: checkpoint {record.seq} holds a part of {found}")
             for chunk in manifest.tensors[TENSOR].chunks:
                 state[chunk.o[0] : chunk.o[0] + chunk.len] = blobs[chunk.b][chunk.off : chunk.off + chunk.len]
             damaged = any(blob.key in self.damaged for blob in manifest.blobs)
@@ -215,14 +253,19 @@ class Checks:
             self.bad(f"rank {rank.rank} of attempt {rank.attempt} went from step {rank.step} to {step}")
 
     def finished(self, rank: SimRank) -> None:
-        self.finished_ranks += 1
-        if rank.session.stop_reason is None and rank.state != weights_at(self._cluster.total_steps):
+        if rank.session.stop_reason is None and rank.state != weights_at(rank.total_steps):
             self.bad(f"G9: rank {rank.rank} of attempt {rank.attempt} ends with other weights")
 
     # The end.
 
     def job_is_over(self) -> bool:
-        return self.status is not None and self.status.phase in TERMINAL_PHASES
+        """Every submission has reached its end."""
+        return all(
+            (status := self.history(job).status) is not None
+            and status.phase in TERMINAL_PHASES
+            and status.uid == self._cluster.last_uid(job)
+            for job in self._cluster.jobs
+        )
 
     def left_behind(self) -> list[str]:
         """What is still there although the job is over and all is calm; empty: nothing."""
@@ -251,23 +294,27 @@ class Checks:
     def _named_blobs(self) -> set[str]:
         cluster = self._cluster
         named = set()
-        for seq in cluster.committed_seqs():
-            record = self.commits[seq]
-            named.add(record.manifest)
-            prefix = f"blobs/{seq:020d}/{record.attempt:06d}-{record.nonce}/"
-            # The ranks' own manifests stay beside their blobs.
-            named |= {key for key in cluster.store._blobs if prefix in key}
+        for job in cluster.jobs:
+            for seq in cluster.committed_seqs(job):
+                record = self.jobs[job].commits[seq]
+                named.add(record.manifest)
+                prefix = f"{record.uid}/blobs/{seq:020d}/{record.attempt:06d}-{record.nonce}/"
+                # The ranks' own manifests stay beside their blobs.
+                named |= {key for key in cluster.store._blobs if prefix in key}
         return named
 
     def at_the_end(self) -> None:
         """After the calm: success, exactness, and nothing left behind."""
-        status = self.status
-        if status is None or status.phase is not JobPhase.SUCCEEDED:
-            what = "never began" if status is None else f"is {status.phase} ({status.reason})"
-            self.bad(f"I10: the job {what} long after the faults have stopped")
-            return
-        final = [c for c in self.commits.values() if c.final]
-        if not final and not any(s.final_tries for s in self.statuses):
-            self.bad("the job succeeded without a checkpoint of its end")
+        for job in self._cluster.jobs:
+            history = self.history(job)
+            status, uid = history.status, self._cluster.last_uid(job)
+            ends = {JobPhase.SUCCEEDED} | ({JobPhase.CANCELLED} if uid in self._cluster.cancelled else set())
+            if status is None or status.phase not in ends or status.uid != uid:
+                what = "never began" if status is None else f"is {status.phase} ({status.reason})"
+                self.bad(f"I10: job {job} {what} long after the faults have stopped")
+                return
+            final = [c for c in history.commits.values() if c.final and c.uid == uid]
+            if status.phase is JobPhase.SUCCEEDED and not final and not history.final_tries:
+                self.bad(f"job {job} succeeded without a checkpoint of its end")
         for sentence in self.left_behind():
             self.bad(f"I11: left behind: {sentence}")

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import tenacity.nap
@@ -17,8 +17,8 @@ from dtrain.coordinator import work
 from dtrain.coordinator.leadership import lease
 from dtrain.coordinator.work import Stores
 from dtrain.protocol import codec
-from dtrain.protocol.ids import ClusterName, JobName, Uid
-from dtrain.protocol.job import CheckpointPolicy, Entry, EntryKind, Intent, JobSpec, RestartPolicy
+from dtrain.protocol.ids import ClusterName, JobName, Seq, Uid
+from dtrain.protocol.job import CheckpointPolicy, Entry, EntryKind, Intent, JobSpec, RestartPolicy, Wanted
 from dtrain.protocol.keys import Keys
 from dtrain.storage.blobs import probe
 from dtrain.storage.blobs.memory import MemoryBlobs
@@ -33,7 +33,8 @@ from tests.sim.network import Network
 from tests.sim.scheduler import Scheduler, Trace
 from tests.sim.training import Group
 
-JOB = JobName("train")
+JOB, OTHER = JobName("train"), JobName("other")
+SECOND_JOB_SHARE = 0.25
 CALM_S_MAX = 400.0
 """From the calm to success, training itself not counted."""
 
@@ -61,6 +62,15 @@ class Result:
     trace: list[str] = field(default_factory=list)
 
 
+@dataclass
+class Job:
+    """A job as its operator knows it."""
+
+    spec: JobSpec
+    total_steps: int
+    submissions: int = 0
+
+
 class Cluster:
     """Everything that is there."""
 
@@ -77,69 +87,85 @@ class Cluster:
         self.stores = Stores(lambda _uri: self.store)
         self.groups: dict[str, Group] = {}
         self._ports = 10_000
-        self.rotten: dict[int, None] = {}
+        self.rotten: dict[tuple[JobName, int], None] = {}
         self.network = Network(self)
         self.faults = Faults(self)
         self.agent_ttl_s = rng.choice((5, 10))
-        self.nproc = rng.choice((1, 1, 2))
-        self.nnodes_min = rng.choice((1, 2, 2, 3))
-        self.nnodes_max = self.nnodes_min + rng.choice((0, 0, 0, 1))
-        self.total_steps = rng.choice((25, 50, 80, 120))
         self.is_calm = calm
         self.replicas = {
             name: Replica(self, name, ttl_s=rng.choice((5, 10)))
             for name in ("c1", "c2", "c3")[: rng.choice((2, 3, 3))]
         }
+        self.cancelled: dict[Uid, None] = {}
+        self.jobs: dict[JobName, Job] = {JOB: self._draw_job(JOB)}
+        if not calm and rng.random() < SECOND_JOB_SHARE:
+            self.jobs[OTHER] = self._draw_job(OTHER)
+        self.nodes_needed = max(job.spec.nnodes_max for job in self.jobs.values()) + 1
         self.machines = {
             name: Machine(self, name, slots=2)
-            for name in (f"a{n}" for n in range(1, self.nnodes_max + 1 + rng.choice((1, 2))))
+            for name in (f"a{n}" for n in range(1, self.nodes_needed + rng.choice((0, 1, 1, 2))))
         }
-        self.every_steps = rng.choice((0, 5, 10, 20))
-        self.every_seconds = (
-            rng.choice((0.0, 5.0, 15.0)) if self.every_steps == 0 or rng.random() < 0.2 else 0.0
-        )
-        self.spec = JobSpec(
-            JOB,
-            Uid(f"u{seed}"),
+        for name in self.jobs:
+            self.scheduler.at(rng.uniform(0.5, 8.0), lambda name=name: self.submit(name))  # type: ignore[misc]
+
+    def _draw_job(self, name: JobName) -> "Job":
+        rng = self.scheduler.rng
+        nnodes = rng.choice((1, 2, 2, 3))
+        every_steps = rng.choice((0, 5, 10, 20))
+        every_seconds = rng.choice((0.0, 5.0, 15.0)) if every_steps == 0 or rng.random() < 0.2 else 0.0
+        spec = JobSpec(
+            name,
+            Uid(""),
             Entry(EntryKind.SCRIPT, "/train.py"),
-            nnodes_min=self.nnodes_min,
-            nnodes_max=self.nnodes_max,
-            nproc_per_node=self.nproc,
+            nnodes_min=nnodes,
+            nnodes_max=nnodes + rng.choice((0, 0, 0, 1)),
+            nproc_per_node=rng.choice((1, 1, 2)),
             checkpoint=CheckpointPolicy(
-                every_steps=self.every_steps,
-                every_seconds=self.every_seconds,
-                keep_last=rng.choice((1, 2, 3)) if calm else rng.choice((2, 3)),
+                every_steps=every_steps,
+                every_seconds=every_seconds,
+                keep_last=rng.choice((2, 3)),
                 timeout_s=rng.choice((20.0, 60.0)),
             ),
             restarts=RestartPolicy(max_restarts=10_000),
             shutdown_grace_s=5.0,
-            submitted_at="2026-01-01T00:00:00.000Z",
         )
-        self.scheduler.at(rng.uniform(0.5, 8.0), self._submit)
+        return Job(spec, rng.choice((25, 50, 80, 120)))
 
     def new_port(self) -> int:
         self._ports += 1
         return self._ports
 
-    def _submit(self) -> None:
-        self.etcd.apply(
-            lambda etcd: etcd.txn(
-                Txn(
-                    success=(
-                        Put(self.keys.spec(JOB), codec.encode(self.spec)),
-                        Put(self.keys.intent(JOB), codec.encode(Intent(self.spec.uid))),
-                    )
-                )
-            )
-        )
+    # Operators.
 
-    def ask_checkpoint(self, token: str) -> None:
-        """An operator wants a checkpoint now."""
-        if self.etcd.memory._live.get(self.keys.intent(JOB)) is None or self.etcd.down:
-            return
-        intent = Intent(self.spec.uid, checkpoint_token=token)
-        put = Put(self.keys.intent(JOB), codec.encode(intent))
+    def submit(self, name: JobName) -> None:
+        """Submit the job, for the first time or again."""
+        job = self.jobs[name]
+        job.submissions += 1
+        stamp = f"2026-01-01T00:00:{job.submissions:02d}.000Z"
+        job.spec = replace(job.spec, uid=Uid(f"{name}-{job.submissions}"), submitted_at=stamp)
+        spec = Put(self.keys.spec(name), codec.encode(job.spec))
+        intent = Put(self.keys.intent(name), codec.encode(Intent(job.spec.uid)))
+        self.scheduler.log("OPERATOR", "submits", job=name, uid=job.spec.uid)
+        self.etcd.apply(lambda etcd: etcd.txn(Txn(success=(spec, intent))))
+
+    def ask(self, name: JobName, wanted: Wanted, token: str = "") -> bool:
+        """Change what is wanted of a job; False if it cannot be now."""
+        found = self.etcd.memory._live.get(self.keys.intent(name))
+        if found is None or self.etcd.down:
+            return False
+        before = codec.decode(Intent, found.value)
+        if before.wanted is Wanted.CANCEL:
+            return False
+        intent = replace(before, wanted=wanted, checkpoint_token=token or before.checkpoint_token)
+        put = Put(self.keys.intent(name), codec.encode(intent))
         self.etcd.apply(lambda etcd: etcd.txn(Txn(success=(put,))))
+        return True
+
+    def submissions(self, name: JobName) -> int:
+        return self.jobs[name].submissions
+
+    def last_uid(self, name: JobName) -> Uid:
+        return self.jobs[name].spec.uid
 
     # What others ask.
 
@@ -147,24 +173,26 @@ class Cluster:
         kv = self.etcd.memory._live.get(self.keys.leader)
         return None if kv is None else str(json.loads(kv.value)["replica"])
 
-    def committed_seqs(self) -> list[int]:
+    def committed_seqs(self, job: JobName) -> list[int]:
         """Checkpoints that exist in etcd now."""
+        live = self.etcd.memory._live
         return [
-            s for s in sorted(self.checks.commits) if self.keys.checkpoint(JOB, s) in self.etcd.memory._live
-        ]  # type: ignore[arg-type]
+            s for s in sorted(self.checks.history(job).commits) if self.keys.checkpoint(job, Seq(s)) in live
+        ]
 
-    def bad_seqs(self) -> list[int]:
-        return [s for s in sorted(self.checks.commits) if self.keys.bad(JOB, s) in self.etcd.memory._live]  # type: ignore[arg-type]
+    def bad_seqs(self, job: JobName) -> list[int]:
+        live = self.etcd.memory._live
+        return [s for s in sorted(self.checks.history(job).commits) if self.keys.bad(job, Seq(s)) in live]
 
-    def rot(self, seq: int) -> None:
+    def rot(self, job: JobName, seq: int) -> None:
         """Flip a byte of, or lose, one blob of a committed checkpoint."""
-        record = self.checks.commits[seq]
-        folder = f"blobs/{seq:020d}/{record.attempt:06d}-{record.nonce}/"
+        record = self.checks.history(job).commits[seq]
+        folder = f"{record.uid}/blobs/{seq:020d}/{record.attempt:06d}-{record.nonce}/"
         keys = [key for key in sorted(self.store._blobs) if folder in key and key.endswith(".st")]
         if not keys:
             return
         key = self.scheduler.rng.choice(keys)
-        self.rotten[seq] = None
+        self.rotten[job, seq] = None
         self.checks.damaged.add(key)
         self.scheduler.log("FAULTS", "blob rot", seq=seq, key=key[-24:])
         data, crc = self.store._blobs[key]
@@ -195,7 +223,7 @@ class Cluster:
 
         with determinism(scheduler):
             try:
-                limit = until + CALM_S_MAX + self.total_steps * 0.6
+                limit = until + CALM_S_MAX + 0.6 * sum(job.total_steps for job in self.jobs.values())
                 scheduler.run(limit, after_each, over)
                 calm_s = scheduler.now - until
                 if not checks.violations:
@@ -222,8 +250,8 @@ class Cluster:
             checks.violations,
             self.scheduler.now,
             self.scheduler.events,
-            0 if checks.status is None else checks.status.attempt,
-            len(checks.commits),
+            sum(history.status.attempt for history in checks.jobs.values() if history.status is not None),
+            sum(len(history.commits) for history in checks.jobs.values()),
             checks.auditor.terms,
             self.faults.enabled,
             hashlib.sha256(text.encode()).hexdigest()[:16],

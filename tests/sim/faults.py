@@ -8,11 +8,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dtrain.protocol.errors import ErrorCode, OutcomeUnknown, Unavailable
+from dtrain.protocol.job import TERMINAL_PHASES, Wanted
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
 
 ENABLED_SHARE = 0.4
+CANCEL_SHARE = 0.15
+SUBMISSIONS_MAX = 3
+"""Of one job's name in one run."""
 
 
 class Faults:
@@ -53,11 +57,15 @@ class Faults:
             "compaction": self._compaction,
             "blob rot": self._blob_rot,
             "checkpoint now": self._checkpoint_now,
+            "journal failure": self._journal_failure,
         }
         for name, strike in kinds.items():
             if scheduler.chance(ENABLED_SHARE):
                 self.enabled.append(name)
                 self._repeat(name, strike, self._rng.uniform(8.0, 60.0), until)
+        if scheduler.chance(CANCEL_SHARE):
+            self.enabled.append("cancel")
+            self._repeat("cancel", self._cancel, 25.0, until)
         self._rates()
         scheduler.at(until, self.calm)
 
@@ -121,11 +129,12 @@ class Faults:
             elif replica.guardian.process.frozen:
                 replica.guardian.thaw()
         for machine in cluster.machines.values():
+            machine.journal.failing = False
             machine.set_cut(False)
             machine.cut_from_coordinators = False
             if machine.guardian is not None and machine.guardian.process.frozen:
                 machine.guardian.thaw()
-        need = cluster.nnodes_min
+        need = max(plan.spec.nnodes_max for plan in cluster.jobs.values())
         for machine in cluster.machines.values():
             alive = sum(1 for other in cluster.machines.values() if other.powered)
             if not machine.powered and alive < need + 1:
@@ -259,12 +268,18 @@ class Faults:
             self._log("transfer crash", machine.name)
             machine.agent.transfers.crash()
 
+    def _journal_failure(self) -> None:
+        if (machine := self._machine()) is not None:
+            self._log("journal failure", machine.name)
+            machine.journal.failing = True
+            self._heal(self._rng.uniform(0.2, 5.0), lambda: setattr(machine.journal, "failing", False))
+
     def _power_cut(self) -> None:
         machine = self._machine()
         if machine is None:
             return
         powered = sum(1 for other in self._cluster.machines.values() if other.powered)
-        for_good = powered > self._cluster.nnodes_min + 1 and self._cluster.scheduler.chance(0.3)
+        for_good = powered > self._cluster.nodes_needed and self._cluster.scheduler.chance(0.3)
         self._log("power cut" + (" for good" if for_good else ""), machine.name)
         machine.power_off()
         if not for_good:
@@ -296,11 +311,29 @@ class Faults:
     def _blob_rot(self) -> None:
         cluster = self._cluster
         # A checkpoint that is whole must stay: the promise is the one before, not any.
-        good = [seq for seq in cluster.committed_seqs() if seq not in cluster.rotten]
+        job = self._rng.choice(sorted(cluster.jobs))
+        history = cluster.checks.history(job)
+        seqs = [
+            seq for seq in cluster.committed_seqs(job) if history.commits[seq].uid == cluster.last_uid(job)
+        ]
+        good = [seq for seq in seqs if (job, seq) not in cluster.rotten]
         if len(good) < 2:
             return
-        seq = good[-1] if cluster.scheduler.chance(0.7) else self._rng.choice(good[1:])
-        cluster.rot(seq)
+        cluster.rot(job, good[-1] if cluster.scheduler.chance(0.7) else self._rng.choice(good[1:]))
 
     def _checkpoint_now(self) -> None:
-        self._cluster.ask_checkpoint(f"token-{self.count}")
+        self._cluster.ask(self._rng.choice(sorted(self._cluster.jobs)), Wanted.RUN, f"token-{self.count}")
+
+    def _cancel(self) -> None:
+        """An operator cancels, and then submits something else under the same name."""
+        cluster = self._cluster
+        job = self._rng.choice(sorted(cluster.jobs))
+        status = cluster.checks.history(job).status
+        if status is None or status.uid != cluster.last_uid(job):
+            return
+        if status.phase in TERMINAL_PHASES:
+            if cluster.submissions(job) < SUBMISSIONS_MAX:
+                cluster.submit(job)
+        elif cluster.ask(job, Wanted.CANCEL):
+            self._log("cancel", job)
+            cluster.cancelled[status.uid] = None

@@ -167,13 +167,13 @@ class SimJournal:
         self.jobs: dict[JobName, JobState] = {}
         self.seen: dict[JobName, tuple[str, ...]] = {}
         self.over: dict[Uid, Attempt] = {}
-        self.failing: Callable[[], bool] = lambda: False
+        self.failing = False
 
     def apply(self, writes: Sequence[JournalWrite]) -> None:
         if not writes:
             return
-        if self.failing():
-            raise Unavailable(ErrorCode.JOURNAL_FAILED, "the disk is full")
+        if self.failing:
+            raise Unavailable(ErrorCode.AGENT_UNAVAILABLE, "the disk is full")
         for write in writes:
             match write:
                 case JournalTerm(term):

@@ -42,10 +42,12 @@ def test_a_calm_run_needs_one_attempt_and_loses_no_checkpoint(seed: int) -> None
     (cluster,) = clusters
     assert result.attempts == 1
     assert result.terms == 1
-    steps = sorted({int(commit.step) for commit in cluster.checks.commits.values()})
-    assert steps[-1] == cluster.total_steps
-    if cluster.every_steps and not cluster.every_seconds:
-        wanted = range(cluster.every_steps, cluster.total_steps, cluster.every_steps)
+    ((name, job),) = cluster.jobs.items()
+    steps = sorted({int(commit.step) for commit in cluster.checks.jobs[name].commits.values()})
+    policy = job.spec.checkpoint
+    assert steps[-1] == job.total_steps
+    if policy.every_steps and not policy.every_seconds:
+        wanted = range(policy.every_steps, job.total_steps, policy.every_steps)
         # A target that came too late is tried again with more slack: one may be missed, never most.
         assert len(set(wanted) - set(steps)) <= max(1, len(wanted) // 4)
 

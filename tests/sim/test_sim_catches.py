@@ -111,11 +111,11 @@ def test_snapshots_without_a_fence_are_caught(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_watch_that_skips_a_revision_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = EtcdAccess.watch
-    monkeypatch.setattr(
-        EtcdAccess,
-        "watch",
-        lambda self, key, end, start: watch(self, key, end, start + 2 if start > 20 else start),
-    )
+
+    def hasty(self: Any, key: str, end: str, start: int) -> Any:
+        return watch(self, key, end, start + 2 if start > 20 else start)
+
+    monkeypatch.setattr(EtcdAccess, "watch", hasty)
     assert find()
 
 

@@ -532,7 +532,7 @@ class SimLauncher:
         born = []
         for launch in order.ranks:
             live = LiveRank(order.attempt, launch.rank, launch.local_rank, self.machine.new_process())
-            rank = SimRank(self, launch, live, self.machine.cluster.total_steps)
+            rank = SimRank(self, launch, live, self.machine.cluster.jobs[self.job].total_steps)
             self.ranks.append(rank)
             born.append(live)
         self._tell(Forked(order.attempt, tuple(born)))

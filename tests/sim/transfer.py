@@ -131,9 +131,8 @@ class SimTransfer:
         root = job_root(order.cluster, order.job, order.uid)
         prefix = blob_prefix(root, sealed.seq, order.attempt, sealed.nonce)
         key = blob_key(prefix, order.rank, 0, nonce)
-        head = json.dumps(
-            {"attempt": order.attempt, "step": sealed.step, "rank": order.rank, "seq": sealed.seq}
-        )
+        of = (order.uid, sealed.seq, order.attempt, sealed.step)
+        head = json.dumps(dict(zip(("uid", "seq", "attempt", "step"), of, strict=True)))
         blob = head.encode().ljust(HEAD_BYTES) + data
         crc = digest.crc32c(blob)
         if key not in written:
