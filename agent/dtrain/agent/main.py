@@ -66,6 +66,7 @@ _WARNINGS = frozenset(
         "journal moved aside",
         "launcher killed",
         "launcher warning",
+        "name taken",
         "log folder failed",
         "rank refused",
         "registration lost",
