@@ -103,6 +103,8 @@ class Driver:
         self._heap: list[tuple[float, JobName]] = []
         self._working: dict[tuple[JobName, Work], None] = {}
         self._worked_at: dict[tuple[JobName, Work], float] = {}
+        self._unseen: dict[JobName, int] = {}
+        """Jobs whose slots stay reserved until the mirror has reached this revision."""
         self._resync_at = 0.0
         self._brake = ""
         self._turning = False
@@ -137,6 +139,9 @@ class Driver:
         """The mirror has reached ``revision`` by these changes."""
         self.world.apply(changes, now)
         self._revision = max(self._revision, revision)
+        for job in [name for name, reach in self._unseen.items() if reach <= self._revision]:
+            del self._unseen[job]
+            self.world.reserve(job, None)
         self._take_office(now)
         self._turn(now)
 
@@ -152,6 +157,7 @@ class Driver:
         self._tracks.clear()
         self._heap.clear()
         self._worked_at.clear()
+        self._unseen.clear()
         self.world.forget_local()
         self._ports.log("term won", term=term, revision=self._revision)
         self._take_office(now)
@@ -184,7 +190,11 @@ class Driver:
             case Deposed():
                 self.on_term_lost()
                 return
-        self.world.reserve(job, None)
+        if isinstance(outcome, (Committed, Unknown)) and track.reach > self._revision:
+            # Until the mirror shows what was written, only this keeps other jobs off its slots.
+            self._unseen[job] = track.reach
+        else:
+            self.world.reserve(job, None)
         self._turn(now)
 
     def on_command(self, directed: Directed, ok: bool, problem: str, now: float) -> None:
