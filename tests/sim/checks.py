@@ -145,7 +145,7 @@ class Checks:
         found = None if status.restore is None else int(status.restore.seq)
         if found != newest:
             self.bad(
-                f"G6: {job}: attempt {status.attempt} restores {found}, the newest good checkpoint is {newest}"
+                f"G6: attempt {status.attempt} of {job} restores {found}, the newest good one is {newest}"
             )
 
     def _commit(self, job: JobName, record: CommitRecord) -> None:
@@ -284,7 +284,9 @@ class Checks:
         named = self._named_blobs()
         # A probe whose deletion failed is nobody's to find; it is a few bytes.
         blobs = [key for key in sorted(cluster.store._blobs) if not key.startswith("dtrain-probe/")]
-        left += [f"blob {key}" for key in blobs if key not in named]
+        # Orphans of an earlier submission whose name was used again before the last sweep stay.
+        roots = tuple(f"{cluster.name}/{job}/{cluster.last_uid(job)}/" for job in cluster.jobs)
+        left += [f"blob {key}" for key in blobs if key not in named and key.startswith(roots)]
         for machine in cluster.machines.values():
             left += [
                 f"launcher of {launcher.job} on {machine.name}" for launcher in machine.launchers.values()
