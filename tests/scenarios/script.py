@@ -1,0 +1,334 @@
+"""Scenario files: blocks of commands, each followed by the transcript it produced.
+
+A block is lines of commands, a line ``----``, and the transcript up to the next empty line. Lines that
+begin with ``#`` are comments. ``play`` runs the commands and returns the text with what happened now.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+from dtrain.protocol.checkpoint import CommitRecord
+from dtrain.protocol.events import EventReason
+from dtrain.protocol.ids import JobName, Uid
+from dtrain.protocol.job import (
+    TERMINAL_PHASES,
+    CheckpointPolicy,
+    Entry,
+    EntryKind,
+    Intent,
+    JobSpec,
+    RestartPolicy,
+    Wanted,
+)
+from tests.scenarios.stage import TICK_S, Stage, StageMachine
+from tests.sim.training import SimRank
+
+RULE = "----"
+UNTIL_S_MAX = 600.0
+
+
+class ScriptError(Exception):
+    """A scenario says something that nobody understands, or that never comes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Commands and comments as written, and the transcript that is expected of them."""
+
+    commands: tuple[str, ...]
+    transcript: tuple[str, ...]
+
+
+def parse(text: str) -> list[Block]:
+    """Take a scenario apart."""
+    blocks = []
+    for part in text.strip().split("\n\n"):
+        lines = part.splitlines()
+        if RULE in lines:
+            at = lines.index(RULE)
+            blocks.append(Block(tuple(lines[:at]), tuple(lines[at + 1 :])))
+        elif all(line.startswith("#") for line in lines):
+            blocks.append(Block(tuple(lines), ()))
+        else:
+            # A block just written: ``--rewrite`` adds its transcript.
+            blocks.append(Block(tuple(lines), ()))
+    return blocks
+
+
+def render(blocks: list[Block]) -> str:
+    """Put a scenario together."""
+    parts = []
+    for block in blocks:
+        lines = list(block.commands)
+        if any(not line.startswith("#") for line in block.commands):
+            lines += [RULE, *block.transcript]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def play(text: str) -> str:
+    """Run a scenario on a new stage; return it with the transcript of this run.
+
+    Raises:
+        ScriptError: a command is not known, or what it waits for does not come.
+    """
+    stage = Stage()
+    script = Script(stage)
+    played = []
+    for block in parse(text):
+        for line in block.commands:
+            if not line.startswith("#"):
+                script.run(line)
+        played.append(replace(block, transcript=tuple(stage.told.take())))
+    stage.run(0.0)
+    return render(played)
+
+
+class Script:
+    """The commands. Each method is one, named by its first word; its docstring is its manual."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def run(self, line: str) -> None:
+        """Run one line."""
+        verb, *words = line.split()
+        command: Callable[..., None] | None = getattr(self, f"do_{verb}", None)
+        if command is None:
+            raise ScriptError(f"no command {verb!r} in {line!r}")
+        command(*words)
+
+    # The cast.
+
+    def do_agents(self, *words: str) -> None:
+        """``agents a1 a2 slots=2``: machines are switched on."""
+        names, options = _options(words)
+        for name in names:
+            self._stage.machines[name] = StageMachine(self._stage, name, int(options.get("slots", "2")))
+        self._stage.run(0.1)
+
+    def do_submit(self, name: str, *words: str) -> None:
+        """``submit JOB nnodes=1[:2] nproc=1 every_steps=0 steps=1000 keep=3 restarts=10 timeout=60``."""
+        _, options = _options(words)
+        low, _, high = options.get("nnodes", "1").partition(":")
+        stage, job = self._stage, JobName(name)
+        stage.jobs[job] = SimpleNamespace(total_steps=int(options.get("steps", "1000")))
+        spec = JobSpec(
+            job,
+            Uid(f"u{len(stage.specs) + 1}"),
+            Entry(EntryKind.SCRIPT, "/train.py"),
+            int(low),
+            int(high or low),
+            int(options.get("nproc", "1")),
+            checkpoint=CheckpointPolicy(
+                every_steps=int(options.get("every_steps", "0")),
+                keep_last=int(options.get("keep", "3")),
+                timeout_s=float(options.get("timeout", "60")),
+            ),
+            restarts=RestartPolicy(max_restarts=int(options.get("restarts", "10"))),
+            shutdown_grace_s=5.0,
+        )
+        stage.specs[job] = spec
+        stage.put(stage.keys.spec(job), spec)
+        self._intend(job, Intent(spec.uid))
+
+    def do_cancel(self, name: str) -> None:
+        """``cancel JOB``: an operator cancels it."""
+        job = JobName(name)
+        self._intend(job, replace(self._stage.intents[job], wanted=Wanted.CANCEL, by="ann"))
+
+    def do_checkpoint(self, name: str) -> None:
+        """``checkpoint JOB``: an operator wants one now."""
+        intent = self._stage.intents[JobName(name)]
+        token = f"{intent.checkpoint_token}t"
+        self._intend(JobName(name), replace(intent, checkpoint_token=token))
+
+    def _intend(self, job: JobName, intent: Intent) -> None:
+        self._stage.intents[job] = intent
+        self._stage.put(self._stage.keys.intent(job), intent)
+
+    # Time.
+
+    def do_tick(self, count: str = "1") -> None:
+        """``tick 5``: seconds pass."""
+        self._stage.run(TICK_S * int(count))
+
+    def do_train(self, steps: str) -> None:
+        """``train 120``: until every rank has done so many more steps."""
+        goal = self._step() + int(steps)
+        self._wait(f"step {goal}", lambda: self._step() >= goal)
+
+    def do_until(self, *words: str) -> None:
+        """Up to the very event by which something comes true:
+
+        ``until JOB PHASE``, ``until JOB over``, ``until AGENT PHASE``, ``until released``,
+        ``until step 120``, ``until attempt 2``, ``until term 2``,
+        ``until open 1``, ``until sealed 1``, ``until durable 1``, ``until commit 1``,
+        ``until event AgentLost``, ``until lost a2``, ``until held 2`` (commands),
+        ``until committing`` (the leader is about to).
+        """
+        stage, checks = self._stage, self._stage.checks
+        kind, what = words[0], words[-1]
+        known = len(self._events())
+        conditions: dict[str, Callable[[], bool]] = {
+            "released": lambda: not self._keys_of("worker"),
+            "step": lambda: self._step() >= int(what),
+            "attempt": lambda: self._status() is not None and self._status().attempt >= int(what),
+            "term": lambda: checks.auditor.terms >= int(what),
+            "open": lambda: int(what) in self._keys_of("open"),
+            "sealed": lambda: self._count("sealed", int(what)),
+            "durable": lambda: self._count("durable", int(what)),
+            "commit": lambda: int(what) in self._commits(),
+            "held": lambda: len(stage.held) >= int(what),
+            "committing": lambda: any("/checkpoints/" in key for key in stage.leader().in_hand),
+            "event": lambda: EventReason(what) in self._events()[known:],
+            "lost": lambda: not stage.etcd.range(stage.keys.node(what)).items,  # type: ignore[arg-type]
+        }
+        if kind in stage.specs:
+            phases = TERMINAL_PHASES if what == "over" else {what}
+            self._wait(" ".join(words), lambda: self._status() is not None and self._status().phase in phases)
+        elif kind in stage.machines:
+            self._wait(" ".join(words), lambda: stage.told.phase(kind) == what)
+        elif kind in conditions:
+            self._wait(" ".join(words), conditions[kind])
+        else:
+            raise ScriptError(f"nobody knows when {' '.join(words)!r} is")
+
+    def _wait(self, what: str, holds: Callable[[], bool]) -> None:
+        self._stage.run(UNTIL_S_MAX, holds)
+        if not holds():
+            told = "\n".join(self._stage.told.take()[-20:])
+            raise ScriptError(f"{what!r} does not come within {UNTIL_S_MAX:.0f} ticks; at last:\n{told}")
+
+    # Failures.
+
+    def do_crash(self, what: str, name: str = "") -> None:
+        """``crash rank 3`` (SIGKILL), ``crash agent a2`` (it comes back), ``crash leader``."""
+        if what == "rank":
+            self._rank(int(name)).exit(-9, "killed")
+        elif what == "agent":
+            machine = self._stage.machines[name]
+            machine.end_agent()
+            self._stage.scheduler.after(1.0, machine.start_agent)
+        elif what == "leader":
+            self._stage.leader().crash()
+        else:
+            raise ScriptError(f"nobody knows how to crash {what!r}")
+
+    def do_exit(self, _rank: str, number: str, code: str, *words: str) -> None:
+        """``exit rank 2 1 ValueError: bad batch``: a rank ends with a code and an error."""
+        self._rank(int(number)).exit(int(code), "", error=" ".join(words))
+
+    def do_power(self, way: str, name: str) -> None:
+        """``power off a2``, ``power on a2``: the machine and all that runs on it."""
+        machine = self._stage.machines[name]
+        machine.power_on() if way == "on" else machine.power_off()
+
+    def do_cut(self, name: str) -> None:
+        """``cut a2``: its agent reaches neither etcd nor a coordinator; its ranks reach the others."""
+        self._stage.machines[name].set_cut(True)
+
+    def do_heal(self, name: str) -> None:
+        """``heal a2``: the end of a cut."""
+        self._stage.machines[name].set_cut(False)
+
+    def do_freeze(self, _leader: str) -> None:
+        """``freeze leader``: it stands still, with all that it was about to do, until ``thaw``."""
+        self._stage.leader().process.freeze()
+
+    def do_thaw(self, name: str) -> None:
+        """``thaw c1``: it goes on where it stood."""
+        self._stage.coordinators[name].process.thaw()
+
+    def do_drop(self, _commands: str, count: str) -> None:
+        """``drop commands 2``: the next ones never arrive."""
+        self._stage.to_drop = int(count)
+
+    def do_hold(self, _commands: str, count: str) -> None:
+        """``hold commands 2``: the next ones stay on their way until ``release commands``."""
+        self._stage.to_hold = int(count)
+
+    def do_release(self, _commands: str) -> None:
+        """``release commands``: what was held arrives."""
+        held, self._stage.held = self._stage.held, []
+        for arrive in held:
+            arrive()
+
+    def do_duplicate(self, _commands: str, count: str) -> None:
+        """``duplicate commands 4``: the next ones arrive twice."""
+        self._stage.to_double = int(count)
+
+    def do_ambiguous(self, kind: str, how: str) -> None:
+        """``ambiguous write|commit applied|lost``: the reply to the leader's next one is lost."""
+        if kind not in ("write", "commit") or how not in ("applied", "lost"):
+            raise ScriptError(f"nobody knows an ambiguous {kind} that is {how}")
+        self._stage.to_lose.append(f"{kind} {how}")
+
+    def do_break(self, _saves: str) -> None:
+        """``break saves``: no rank can seal a snapshot, until ``mend saves``."""
+        self._stage.faults.seal_failure = 1.0
+
+    def do_mend(self, _saves: str) -> None:
+        """``mend saves``."""
+        self._stage.faults.seal_failure = 0.0
+
+    def do_corrupt(self, _checkpoint: str, seq: str) -> None:
+        """``corrupt checkpoint 1``: one byte of one of its blobs flips in the store."""
+        blobs, folder = self._stage.store._blobs, f"blobs/{int(seq):020d}/"
+        key = next(key for key in sorted(blobs) if folder in key and key.endswith(".st"))
+        data, crc = blobs[key]
+        blobs[key] = (data[:-1] + bytes([data[-1] ^ 1]), crc)
+        self._stage.checks.damaged.add(key)
+
+    # Looking.
+
+    def _status(self) -> Any:
+        """The newest status of the newest job."""
+        return self._stage.checks.history(list(self._stage.specs)[-1]).status
+
+    def _commits(self) -> dict[int, CommitRecord]:
+        return self._stage.checks.history(list(self._stage.specs)[-1]).commits
+
+    def _ranks(self) -> list[SimRank]:
+        return [rank for machine in self._stage.machines.values() for rank in machine.ranks()]
+
+    def _rank(self, number: int) -> SimRank:
+        found = [rank for rank in self._ranks() if rank.rank == number]
+        if not found:
+            raise ScriptError(f"rank {number} does not run")
+        return max(found, key=lambda rank: rank.attempt)
+
+    def _step(self) -> int:
+        status = self._status()
+        ranks = [rank for rank in self._ranks() if status is not None and rank.attempt == status.attempt]
+        return min((rank.step for rank in ranks), default=0)
+
+    def _keys_of(self, kind: str) -> set[int]:
+        parsed = [self._stage.keys.parse(key) for key in sorted(self._stage.etcd._live)]
+        return {int(place.seq or 0) for place in parsed if place is not None and place.kind == kind}
+
+    def _events(self) -> list[EventReason]:
+        return self._stage.told.events
+
+    def _count(self, what: str, seq: int) -> bool:
+        """Whether every rank of the attempt has its part of a checkpoint."""
+        status = self._status()
+        if status is None:
+            return False
+        if what == "durable":
+            return bool(self._stage.told.durable(seq) >= status.world_size > 0)
+        sealed = [
+            local
+            for machine in self._stage.machines.values()
+            for launcher in machine.launchers.values()
+            for local, of in launcher.arena
+            if of == seq
+        ]
+        return bool(len(sealed) >= status.world_size > 0)
+
+
+def _options(words: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+    names = [word for word in words if "=" not in word]
+    return names, dict(word.split("=", 1) for word in words if "=" in word)
