@@ -37,6 +37,9 @@ RESEND_FAILED_S = 0.25
 WORK_AGAIN_S = 1.0
 """Work that has just ended is not begun again at once, however often it is asked for."""
 
+CLEAN_AGAIN_S = 10.0
+"""The same for deleting what nobody needs, when the store did not let it: there is no hurry."""
+
 _BACKOFF_S = (0.0, 0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
 
@@ -229,14 +232,17 @@ class Driver:
             case Collected(work, problem):
                 if not problem:
                     self.world.record_collected(job, work.garbage.seq)
-            case Swept(_, deleted, problem):
-                self.world.record_swept(job, now)
+            case Swept(_, deleted, problem, retry):
+                if not retry:
+                    self.world.record_swept(job, now)
                 if deleted:
                     self._ports.log("orphans deleted", job=job, blobs=deleted)
             case Probed(_, problem):
                 self.world.record_probe(job, problem, now)
             case WorkCrashed(_, problem):
                 pass
+        if problem and isinstance(result, (Collected, Swept)):
+            self._worked_at[key] = now + CLEAN_AGAIN_S
         if problem:
             self._ports.log("work failed", job=job, work=type(result.work).__name__, problem=problem)
         self._dirty[job] = None

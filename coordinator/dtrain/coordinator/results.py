@@ -24,11 +24,15 @@ class Collected:
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """``deleted`` blobs and uploads; ``problem``: why the sweep stood still."""
+    """``deleted`` blobs and uploads; ``problem``: why the sweep stood still.
+
+    ``retry``: the store or etcd did not answer, so that it is still due.
+    """
 
     work: SweepOrphans
     deleted: int = 0
     problem: str = ""
+    retry: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,6 +222,8 @@ class Worker:
     def _sweep(self, work: SweepOrphans) -> Swept:
         try:
             return self._delete_orphans(work)
+        except (Unavailable, OutcomeUnknown) as error:
+            return Swept(work, problem=error.message, retry=True)
         except DtrainError as error:
             return Swept(work, problem=error.message)
 
