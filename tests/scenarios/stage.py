@@ -454,7 +454,7 @@ class StageAgent(SimAgent):
         link: Any = Link(machine.cluster, lambda: machine.cut_from_etcd)
         self.access = link
         self.reporter._etcd = link
-        self.reporter._changed.notify = lambda n=1: self._report_at(0.0)  # type: ignore[method-assign]  # noqa: ARG005
+        self.reporter._changed.notify = lambda n=1: self._report_at(0.0)  # type: ignore[method-assign]
         self.process.spawn = lambda body, _name: body()  # type: ignore[method-assign,assignment,return-value]
 
     def _report(self) -> None:
