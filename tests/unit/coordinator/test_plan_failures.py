@@ -82,11 +82,30 @@ def test_agent_missing_since_the_change_of_leader_gets_one_ttl() -> None:
     assert stage.phase is JobPhase.RECOVERING
 
 
-def test_agent_seen_to_go_is_lost_at_once_even_for_a_new_leader() -> None:
+def test_agent_that_goes_with_the_old_leader_is_given_one_ttl_to_return() -> None:
+    """etcd stood still: its first act is to end the leases of the leader and of all agents."""
+    stage = running()
+    stage.lose("b")
+    lost_at = dict(stage.lost_at)
+    stage.change_leader()
+    stage.lost_at.update(lost_at)  # a standby saw it go
+    stage.until_quiet()
+    stage.lose("a")  # and the new leader another one
+    stage.until_quiet()
+    assert stage.phase is JobPhase.RUNNING
+    assert stage.last.wake_at == stage.took_office_at + 10.0
+    stage.after(1.0).join("a", "b", incarnation="i2")
+    stage.report("a", WorkerPhase.TRAINING)
+    stage.report("b", WorkerPhase.TRAINING)
+    stage.after(60.0).until_quiet()
+    assert (stage.phase, stage.status.attempt) == (JobPhase.RUNNING, 1)
+
+
+def test_agent_that_goes_later_is_lost_at_once() -> None:
     stage = running()
     stage.change_leader()
     stage.until_quiet()
-    stage.lose("b")
+    stage.after(10.0).lose("b")
     stage.decide()
     assert stage.phase is JobPhase.RECOVERING
 

@@ -1,9 +1,9 @@
 """Who is there: each member of an attempt, its agent and its snapshot.
 
 Liveness is the agent's lease alone. Two cases look like a loss and are none:
-an agent that was missing when this leader took office may be about to renew
-its session, and an agent that restarted beside its running ranks reports the
-same attempt again under a new incarnation. Both get one agent TTL.
+an agent that is missing, or goes missing, around a change of leader may be
+about to renew its session, and an agent that restarted beside its running ranks
+reports the same attempt again under a new incarnation. Both get one agent TTL.
 """
 
 from dataclasses import dataclass
@@ -120,9 +120,11 @@ def _standing(
 ) -> tuple[Standing, str]:
     fleet = draft.fleet
     if view is None:
-        if member.agent in fleet.lost_at:
-            return _lost(draft, f"the session of agent {member.agent} ended")
-        return _after(draft, fleet.took_office_at, f"agent {member.agent} has no session")
+        seen = member.agent in fleet.lost_at
+        why = f"the session of agent {member.agent} ended" if seen else f"agent {member.agent} has no session"
+        # Seen or not: what cost the last leader its lease, an etcd that stood still, has often
+        # cost the agents theirs. They are back within a second, beside ranks that never stopped.
+        return _after(draft, fleet.took_office_at, why)
     if snapshot is not None and snapshot.incarnation == view.node.incarnation:
         return Standing.PRESENT, ""
     if not started:
