@@ -17,7 +17,10 @@ from dtrain.protocol.ids import AgentName
 from dtrain.protocol.pb import agent_pb2 as pb
 from dtrain.protocol.pb import agent_pb2_grpc
 
-COMMAND_DEADLINE_S = 2.0
+COMMAND_DEADLINE_S = 5.0
+"""An agent that says nothing for so long counts as unreachable. A busy machine may
+take seconds to answer, and its ranks may still be training."""
+
 CHANNELS_IDLE_MAX = 2000
 """More open channels than this and the ones used longest ago are closed."""
 
@@ -75,29 +78,43 @@ class Channels:
 class Dispatcher:
     """Sends commands. ``on_done(directed, ok, problem)`` runs on a grpc thread: it must only enqueue."""
 
-    def __init__(self, channels: Channels, on_done: Callable[[Directed, bool, str], None]) -> None:
+    def __init__(
+        self,
+        channels: Channels,
+        on_done: Callable[[Directed, bool, str], None],
+        *,
+        deadline_s: float = COMMAND_DEADLINE_S,
+    ) -> None:
         self._channels = channels
+        self._deadline_s = deadline_s
         self._on_done = on_done
         self._lock = threading.Lock()
-        self._flying: dict[_Key, grpc.Future[pb.Ack]] = {}
+        self._flying: dict[_Key, tuple[str, grpc.Future[pb.Ack]]] = {}
         self._closed = False
 
     def send(self, directed: Directed) -> None:
-        """Begin the call; returns at once. An older one that this supersedes is cancelled, unreported."""
+        """Begin the call; returns at once. An older one that this supersedes is cancelled, unreported.
+
+        The same command while its call is under way is that call: cancelling it
+        for its own repetition would keep a silent agent from ever timing out.
+        """
         channel = self._channels.get(directed.agent, directed.address)
         stub = agent_pb2_grpc.AgentStub(channel)  # type: ignore[no-untyped-call]
         key = (directed.agent, directed.command.header.job, _lane(directed.command))
         with self._lock:
             if self._closed:
                 return
+            flying = self._flying.get(key)
+            if flying is not None and flying[0] == directed.command.header.id:
+                return
             superseded = self._flying.pop(key, None)
         if superseded is not None:
-            superseded.cancel()
+            superseded[1].cancel()
         call: grpc.Future[pb.Ack] = stub.Execute.future(
-            wire.command_to_pb(directed.command), timeout=COMMAND_DEADLINE_S, wait_for_ready=False
+            wire.command_to_pb(directed.command), timeout=self._deadline_s, wait_for_ready=False
         )
         with self._lock:
-            self._flying[key] = call
+            self._flying[key] = (directed.command.header.id, call)
         call.add_done_callback(lambda done: self._finished(key, directed, done))
 
     def close(self) -> None:
@@ -105,12 +122,13 @@ class Dispatcher:
         with self._lock:
             self._closed = True
             calls, self._flying = list(self._flying.values()), {}
-        for call in calls:
+        for _, call in calls:
             call.cancel()
 
     def _finished(self, key: _Key, directed: Directed, call: "grpc.Future[pb.Ack]") -> None:
         with self._lock:
-            if self._flying.get(key) is call:
+            flying = self._flying.get(key)
+            if flying is not None and flying[1] is call:
                 del self._flying[key]
         if call.cancelled():
             return

@@ -56,7 +56,7 @@ def answers() -> "queue.Queue[Answer]":
 @pytest.fixture
 def dispatcher(answers: "queue.Queue[Answer]") -> Iterator[Dispatcher]:
     channels = Channels()
-    made = Dispatcher(channels, lambda *answer: answers.put(answer))
+    made = Dispatcher(channels, lambda *answer: answers.put(answer), deadline_s=1.0)
     yield made
     made.close()
     channels.close()
@@ -105,6 +105,20 @@ def test_a_frozen_agent_delays_no_other(agent, dispatcher, answers) -> None:  # 
         assert (directed.agent, ok, problem) == ("frozen", False, TIMED_OUT)
     finally:
         frozen.close()
+
+
+def test_a_frozen_agent_times_out_however_often_the_command_is_repeated(agent, dispatcher, answers) -> None:  # type: ignore[no-untyped-def]
+    agent.thawed.clear()
+    directed = to(agent.address, start())
+    for _ in range(20):
+        dispatcher.send(directed)
+        try:
+            answer = answers.get(timeout=0.1)
+        except queue.Empty:
+            continue
+        assert answer == (directed, False, TIMED_OUT)
+        return
+    pytest.fail("repeating the command kept its call from timing out")
 
 
 def test_a_newer_command_of_the_attempt_replaces_the_one_in_flight(agent, dispatcher, answers) -> None:  # type: ignore[no-untyped-def]
