@@ -42,6 +42,8 @@ class History:
     status: JobStatus | None = None
     latest: int = 0
     final_tries: int = 0
+    at_sweep: frozenset[str] = frozenset()
+    """Blobs that were there when the last sweep was done: what comes later is a zombie's."""
     commits: dict[int, CommitRecord] = field(default_factory=dict)
     """Every commit ever, by seq."""
 
@@ -123,6 +125,8 @@ class Checks:
         if status.phase in PLACED_PHASES:
             self._check_slots()
         history.final_tries = max(history.final_tries, status.final_tries)
+        if status.swept and (before is None or not before.swept):
+            history.at_sweep = frozenset(self._cluster.store._blobs)
 
     def _check_slots(self) -> None:
         """No machine is given more ranks than it has slots, whichever jobs they are of."""
@@ -286,7 +290,10 @@ class Checks:
         blobs = [key for key in sorted(cluster.store._blobs) if not key.startswith("dtrain-probe/")]
         # Orphans of an earlier submission whose name was used again before the last sweep stay.
         roots = tuple(f"{cluster.name}/{job}/{cluster.last_uid(job)}/" for job in cluster.jobs)
-        left += [f"blob {key}" for key in blobs if key not in named and key.startswith(roots)]
+        known = frozenset[str]().union(*(history.at_sweep for history in self.jobs.values()))
+        left += [
+            f"blob {key}" for key in blobs if key not in named and key.startswith(roots) and key in known
+        ]
         for machine in cluster.machines.values():
             left += [
                 f"launcher of {launcher.job} on {machine.name}" for launcher in machine.launchers.values()

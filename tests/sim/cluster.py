@@ -35,7 +35,7 @@ from tests.sim.training import Group
 
 JOB, OTHER = JobName("train"), JobName("other")
 SECOND_JOB_SHARE = 0.25
-CALM_S_MAX = 400.0
+CALM_S_MAX = 250.0
 """From the calm to success, training itself not counted."""
 
 CLEAN_S_MAX = 200.0

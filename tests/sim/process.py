@@ -108,9 +108,6 @@ class Process:
     def thaw(self) -> None:
         self.frozen = False
         held, self._held = self._held, []
-        # What came in while it slept is not seen in the order in which it came.
-        if len(held) > 1 and self.scheduler.chance(0.3):
-            self.scheduler.rng.shuffle(held)
         for call in held:
             self.post(call)
 
