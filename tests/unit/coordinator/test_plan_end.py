@@ -106,6 +106,26 @@ def test_periodic_checkpoint_beyond_the_end_gives_way_to_the_final_one() -> None
     assert (stage.opened.step, stage.opened.final) == (9, True)
 
 
+def test_periodic_checkpoint_of_the_last_step_is_the_final_one() -> None:
+    stage = running(every_steps=10)
+    stage.step(8)
+    stage.decide()
+    assert (stage.opened.step, stage.opened.final) == (10, False)
+    stage.accept()
+    stage.end_training(10)
+    stage.decide()
+    stage.durable()
+    stage.decide()
+    stage.verify()
+    stage.decide()
+    assert [(commit.step, commit.final) for commit in stage.commits] == [(10, True)]
+    assert told(stage, ConfirmCheckpoint) == [("a", True), ("b", True)]
+    stage.exit_all()
+    stage.until_quiet()
+    assert stage.phase is JobPhase.SUCCEEDED
+    assert len(stage.commits) == 1
+
+
 def test_ranks_that_end_at_different_steps_are_a_failure() -> None:
     stage = running()
     stage.report("a", WorkerPhase.TRAINING, lambda r: replace(r, last_step=Step(50)))

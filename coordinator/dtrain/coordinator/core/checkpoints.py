@@ -295,6 +295,9 @@ def _follow(draft: Draft, members: Sequence[Seat], stored: Stored[OpenRecord]) -
     ended = end_of_training(members)
     deadline = stored.seen_at + record.timeout_s
     if verdict is not None and verdict.ok and is_complete(parts, record):
+        if ended is not None and ended.agree and ended.step == record.step:
+            # Training ended at the step that was due anyway: a second one would hold the same.
+            stored = replace(stored, value=replace(record, final=True))
         commit(draft, stored, verdict)
     elif problem is not None:
         abort(draft, stored, f"rank {problem.rank}: {problem.message}", late=problem.late)
