@@ -354,6 +354,22 @@ def test_logs_come_from_the_agent_that_has_them(replica: Replica) -> None:
             agent.server.stop(0).wait()
 
 
+def test_logs_of_a_failed_job_are_found_although_it_has_no_members(replica: Replica) -> None:
+    agents = [LogAgent("a1", {}), LogAgent("a2", {1: b"why"})]
+    try:
+        spec = codec.decode(JobSpec, replica.submit().spec)
+        for agent in agents:
+            replica.put(
+                KEYS.node(agent.name), NodeRecord(agent.name, Incarnation("i"), agent.address, "h", 1)
+            )
+        replica.put(KEYS.status(JOB), status(spec.uid, JobPhase.FAILED, attempt=Attempt(1)))
+        found = replica.stub.ReadLog(pb.JobLogRequest(job=JOB, rank=0))
+        assert (found.data, found.agent) == (b"why", "a2")
+    finally:
+        for agent in agents:
+            agent.server.stop(0).wait()
+
+
 def test_an_agent_that_is_gone_is_unavailable_not_a_hang(replica: Replica) -> None:
     agent = LogAgent("a1", {})
     agent.server.stop(0).wait()

@@ -215,7 +215,8 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         """Agents that may have the log, with their addresses, the only one if it is known."""
         with self._places_lock:
             agent = self._places.get(place)
-        if attempt == status.attempt:
+        # An attempt that is over has no members any more: after a failure, just when logs are wanted.
+        if attempt == status.attempt and status.members:
             rank = place[2]
             agent = next(
                 (m.agent for m in status.members if m.first_rank <= rank < m.first_rank + m.nproc), agent
@@ -229,7 +230,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         if agent is not None:
             node = self._record(self._keys.node(agent), NodeRecord)
             return [] if node is None else [(agent, node.address)]
-        # Nothing remembers where older attempts ran: whoever has the file answers.
+        # Nothing remembers where such attempts ran: whoever has the file answers.
         found = []
         for kv in self._mirror.prefix(self._keys.agents):
             parsed = self._keys.parse(kv.key)
