@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
+from tests.support.harness import SCRIPTS, Harness
 
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import JobName
 from dtrain.protocol.job import JobPhase
 from dtrain.protocol.snapshot import FailureKind
-from tests.support.harness import SCRIPTS, Harness
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

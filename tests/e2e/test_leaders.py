@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from tests.support.harness import Harness, say
 
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import JobName
-from tests.support.harness import Harness, say
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from tests.support.harness import Harness, say
 
 from dtrain.local import sweeping
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import JobName, Rank
 from dtrain.protocol.job import JobStatus
 from dtrain.protocol.snapshot import FailureKind
-from tests.support.harness import Harness, say
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

@@ -4,11 +4,11 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.support.harness import Harness, say
 
 from dtrain.protocol.checkpoint import CommitRecord
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import JobName
-from tests.support.harness import Harness, say
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 

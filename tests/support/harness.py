@@ -7,14 +7,14 @@ are printed unless the time is the promise.
 """
 
 import contextlib
-import dataclasses
 import gzip
 import hashlib
 import os
+import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,7 +39,6 @@ from dtrain.protocol.job import (
 )
 from dtrain.protocol.snapshot import RankState, WorkerPhase, WorkerSnapshot
 from dtrain.storage.blobs.open import open_store
-from dtrain.storage.etcd.port import prefix_end
 from tests.support.history import audit
 
 T = TypeVar("T")
@@ -217,6 +216,16 @@ class Harness:
                 last = max(last, int(newest[-1][4]))
         return last
 
+    def newest_mark(self, job: JobName, rank: int, pid: int) -> float:
+        """When one process of a job completed its newest step; -inf if it has done none."""
+        try:
+            with (self._marks_folder(job) / f"{rank}-{pid}").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 200))
+                lines = [line.split() for line in file.read().splitlines()]
+        except OSError:
+            return float("-inf")
+        return max((int(words[0]) / 1e9 for words in lines if len(words) == 5), default=float("-inf"))
+
     def alive(self) -> set[int]:
         """Every live process of the cluster, ranks included."""
         return {found.pid for found in sweeping.find(self.cluster.folder)}
@@ -285,7 +294,9 @@ class Harness:
 
     def await_end(self, job: JobName, wanted: JobPhase = JobPhase.SUCCEEDED) -> JobStatus:
         status = self.until(
-            f"{job} ends", lambda: s if (s := self.status(job)).phase in TERMINAL_PHASES else None, 2 * LIMIT_S
+            f"{job} ends",
+            lambda: s if (s := self.status(job)).phase in TERMINAL_PHASES else None,
+            2 * LIMIT_S,
         )
         assert status is not None
         assert status.phase == wanted, f"{job} ended {status.phase}: {status.reason}\n{self._story()}"
@@ -300,9 +311,7 @@ class Harness:
             lambda: sum(key.endswith("/node") for key in self.cluster.read("agents/")) == count,
         )
         replicas = len(self.cluster.coordinators)
-        self.until(
-            "all replicas are registered", lambda: len(self.cluster.read("coordinators/")) == replicas
-        )
+        self.until("all replicas are registered", lambda: len(self.cluster.read("coordinators/")) == replicas)
 
     # What must be true in the end --------------------------------------------------------
 
@@ -311,7 +320,6 @@ class Harness:
         status = self.await_end(job)
         last = self.commits(job)[-1]
         assert (last.final, last.step, last.attempt) == (True, steps, status.attempt), last
-        assert status.step == steps or status.step <= steps
         self.assert_released(job)
 
     def assert_released(self, job: JobName) -> None:
@@ -322,9 +330,7 @@ class Harness:
         self.until(f"the ranks of {job} are gone", lambda: not pids & self.alive())
         self.until("no launcher is left", lambda: not self._launchers())
         self.until(f"orphans of {job} were collected", lambda: self.status(job).swept)
-        self.until(
-            f"garbage of {job} is collected", lambda: not self.cluster.read(f"jobs/{job}/garbage/")
-        )
+        self.until(f"garbage of {job} is collected", lambda: not self.cluster.read(f"jobs/{job}/garbage/"))
         self._assert_store(job)
 
     def assert_clean(self) -> None:
@@ -338,16 +344,16 @@ class Harness:
         self.until("no lease has leaked", lambda: len(self.leases()) <= running, 30.0)
 
     def leases(self) -> list[str]:
-        import subprocess
+        """Ids of all leases in etcd."""
+        words = self.etcdctl("lease", "list").split()
+        return words[3:] if "found" in words else []
 
-        done = subprocess.run(
-            [self.cluster.etcdctl, "--endpoints", ",".join(self.cluster.endpoints), "lease", "list"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
-        return done.stdout.split()[3:] if "found" in done.stdout else []
+    def etcdctl(self, *args: str) -> str:
+        """Run stock etcdctl and return what it printed."""
+        endpoints = ",".join(self.cluster.endpoints)
+        command = [self.cluster.etcdctl, "--endpoints", endpoints, *args]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout
 
     # Inside -----------------------------------------------------------------------------
 
@@ -395,13 +401,6 @@ class Harness:
         return "\n".join(lines)
 
 
-def endpoints_args(harness: Harness) -> Sequence[str]:
-    """Flags with which etcdctl finds the harness's etcd."""
-    return (harness.cluster.etcdctl, "--endpoints", ",".join(harness.cluster.endpoints))
-
-
 def say(text: str) -> None:
     """Print a measured time, for people: no test fails because of it."""
     sys.stderr.write(f"    {text}\n")
-
-

@@ -80,7 +80,7 @@ def main() -> None:
             marks.write(f"{time.monotonic_ns()} {os.getpid()} {attempt} {run.rank} {step}\n")
         if args.pause_ms:
             time.sleep(args.pause_ms / 1000)
-    print(f"rank {run.rank} is done", flush=True)
+    print(f"rank {run.rank} is done", flush=True)  # noqa: T201
 
 
 def misbehave(how: str) -> None:
