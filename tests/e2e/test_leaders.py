@@ -4,12 +4,19 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
+import grpc
 import pytest
 from tests.support.harness import Harness, say
 
+from dtrain.protocol import codec, wire
+from dtrain.protocol.commands import Command, Header, Start, Stop
 from dtrain.protocol.events import EventReason
-from dtrain.protocol.ids import JobName
+from dtrain.protocol.ids import Attempt, ClusterName, JobName, Term
+from dtrain.protocol.pb.agent_pb2_grpc import AgentStub
+from dtrain.protocol.snapshot import NodeRecord
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -62,6 +69,37 @@ def test_sigterm_hands_the_leadership_over(harness: Harness, job: JobName) -> No
         assert harness.cluster.leader() != name
         assert harness.cluster.daemon(name).wait(30.0)
         harness.cluster.start_daemon(name)
+
+
+def test_forged_late_and_repeated_commands_have_no_effect(harness: Harness, job: JobName) -> None:
+    """Whoever can reach an agent, an old leader or a stranger, cannot end training."""
+    with unnoticed(harness, job):
+        status, term = harness.status(job), harness.term()
+        agent = status.members[0].agent
+        node = codec.decode(NodeRecord, harness.cluster.etcd.range(harness.keys.node(agent)).items[0].value)
+        snapshot = harness.snapshots(job)[agent]
+        assert snapshot.rendezvous
+        now = Header(harness.cluster.name, Term(term), job, status.uid, status.attempt, "e2e")
+
+        def stop(**changes: Any) -> Stop:
+            return Stop(replace(now, **changes), 0.0, release=True, why="a test")
+
+        with grpc.insecure_channel(node.address) as channel:
+            stub = AgentStub(channel)
+
+            def send(command: Command) -> tuple[bool, str]:
+                ack = stub.Execute(wire.command_to_pb(command), timeout=20)
+                return ack.accepted, ack.message
+
+            accepted, why = send(stop(term=Term(term - 1)))
+            assert (accepted, "is over" in why) == (False, True), why
+            accepted, why = send(stop(term=Term(term + 1_000_000)))
+            assert (accepted, "could not be confirmed" in why) == (False, True), why
+            assert send(stop(attempt=Attempt(status.attempt - 1))) == (True, "nothing to do")
+            assert not send(stop(cluster=ClusterName("other")))[0]
+            # What was done is not done twice, whenever it comes again.
+            again = replace(now, id=f"start.{status.attempt}")
+            assert send(Start(again, snapshot.rendezvous, status.restore)) == (True, "known")
 
 
 def test_a_killed_guardian_costs_one_ttl(harness: Harness, job: JobName) -> None:
