@@ -110,7 +110,7 @@ def test_start_up_loads_only_what_it_needs(statement, forbidden):
 
 def test_the_guardian_loads_the_standard_library_only():
     code = (
-        "import sys; before = set(sys.modules); import dtrain.storage.etcd.guardian;"
+        "import sys; before = set(sys.modules); import dtrain.storage.etcd.guarded;"
         "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
     )
     assert set(run_python(code).split()) - set(sys.stdlib_module_names) == {"dtrain"}

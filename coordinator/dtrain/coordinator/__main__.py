@@ -8,9 +8,12 @@ import os
 import sys
 
 from dtrain.coordinator import config
-from dtrain.protocol.errors import DtrainError
-from dtrain.storage.etcd import guardian
+from dtrain.storage.etcd import guarded
+from dtrain.storage.etcd.guardian import Policy
 from dtrain.storage.etcd.session_memory import FD_VARIABLE
+
+STOP_GRACE_S = 2.0
+"""From SIGTERM to SIGKILL: a leader that resigns has nothing to wait for."""
 
 
 def main() -> int:
@@ -21,31 +24,14 @@ def main() -> int:
         from dtrain.coordinator.main import run
 
         return run(sys.argv[1:])
-    try:
-        settings = config.load(sys.argv[1:], os.environ)
-        supervised = guardian.GuardianConfig(
-            # -P: a folder named dtrain in the working directory is not this program.
-            argv=(sys.executable, "-P", "-m", "dtrain.coordinator", *sys.argv[1:]),
-            endpoints=settings.etcd.endpoints,
-            policy=guardian.Policy.COORDINATOR,
-            component=f"coordinator/{settings.replica}",
-            ttl_s=settings.ttl_s,
-            grace_s=2.0,
-            tls_ca=settings.etcd.cacert,
-            tls_cert=settings.etcd.cert,
-            tls_key=settings.etcd.key,
-            user=settings.etcd.user,
-            password=settings.etcd.password,
-            allow_short_ttl=settings.allow_short_ttl,
-        )
-    except DtrainError as error:
-        fix = f"\n  fix: {error.fix}" if error.fix else ""
-        sys.stderr.write(f"dtrain coordinator: {error.message} ({error.code.value}){fix}\n")
-        return guardian.EX_CONFIG
-    except ValueError as error:
-        sys.stderr.write(f"dtrain coordinator: {error}\n")
-        return guardian.EX_CONFIG
-    return guardian.run(supervised)
+    return guarded.run("coordinator", Policy.COORDINATOR, _guarded)
+
+
+def _guarded() -> guarded.Guarded:
+    settings = config.load(sys.argv[1:], os.environ)
+    return guarded.Guarded(
+        settings.replica, settings.etcd, settings.ttl_s, settings.allow_short_ttl, STOP_GRACE_S
+    )
 
 
 if __name__ == "__main__":
