@@ -38,11 +38,13 @@ WEIGHTS = {
     "coordinator": 1,
     "coordinator guardian": 2,
     "agent guardian": 2,
+    "frozen agent": 2,
+    "frozen coordinator": 1,
 }
 """How often each kind is drawn."""
 
 AWAY_S = (0.5, 7.0)
-"""How long a machine or daemon stays away: shorter and longer than a lease."""
+"""How long something that was killed or frozen stays away: shorter and longer than a lease."""
 
 HASTE_S = (0.05, 5.0)
 """How soon the next kill follows one that is not waited for."""
@@ -144,12 +146,16 @@ class Chaos:
                 case "leader":
                     return f"leader {cluster.kill_leader_process()}"
                 case "coordinator":
-                    name = sorted(cluster.coordinators)[int(pick * len(cluster.coordinators))]
+                    name = self._coordinator(pick)
                     return f"coordinator {name} (pid {cluster.kill_process(name)})"
                 case "coordinator guardian":
-                    name = sorted(cluster.coordinators)[int(pick * len(cluster.coordinators))]
+                    name = self._coordinator(pick)
                     cluster.kill_guardian(name)
                     return f"guardian of coordinator {name}, {self._bring_back(name, away_s)}"
+                case "frozen agent" | "frozen coordinator":
+                    name = self._member(pick) if kind == "frozen agent" else self._coordinator(pick)
+                    cluster.freeze(name)
+                    return f"froze {name} without its ranks, {self._bring_back(name, away_s)}"
                 case _:
                     name = self._member(pick)
                     cluster.kill_guardian(name)
@@ -163,6 +169,10 @@ class Chaos:
         names: list[str] = [str(name) for name in members] or sorted(self.harness.cluster.agents)
         return names[int(pick * len(names))]
 
+    def _coordinator(self, pick: float) -> str:
+        names = sorted(self.harness.cluster.coordinators)
+        return names[int(pick * len(names))]
+
     def _bring_back(self, name: str, away_s: float) -> str:
         if name not in [known for _, known in self._away]:
             heapq.heappush(self._away, (time.monotonic() + away_s, name))
@@ -171,13 +181,11 @@ class Chaos:
     # Waiting ------------------------------------------------------------------------
 
     def _tend(self) -> None:
-        """Start again what has been away for long enough."""
+        """Start, or thaw, what has been away for long enough."""
         while self._away and self._away[0][0] <= time.monotonic():
             _, name = heapq.heappop(self._away)
-            daemon = self.harness.cluster.daemon(name)
-            # A guardian that was killed is waited for, or it would count as running.
-            daemon.wait(5.0)
-            daemon.start()
+            self.harness.cluster.thaw(name)
+            self.harness.cluster.daemon(name).start()
 
     def _wait(self, seconds: float) -> None:
         end = time.monotonic() + seconds
