@@ -51,3 +51,26 @@ def test_the_job_ends_as_if_nothing_had_happened(harness: Harness, job: JobName)
     harness.stop_file(job).touch()
     harness.await_end(job)
     harness.assert_succeeded(job, int(harness.commits(job)[-1].step))
+
+
+def test_losing_one_member_of_three_is_not_noticed(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with Harness(tmp_path_factory.mktemp("h3"), etcd_members=3, agents=2) as harness:
+        harness.await_ready()
+        args = f"--steps 1000000 --pause-ms 10 --stop-file {harness.stop_file('three')}"
+        job = harness.start("three", args)
+        pids, attempt = harness.pids(job), harness.status(job).attempt
+        servers = harness.cluster.etcd_servers
+        # One of the three is the leader of etcd, and each is the one that some of us talk to.
+        for index in range(3):
+            servers.kill(index)
+            began = time.monotonic()
+            harness.await_commit(job)
+            say(f"member {index} killed: a checkpoint committed {time.monotonic() - began:.1f} s later")
+            servers.start_member(index)
+            servers.wait_ready()
+        harness.await_steps(job)
+        assert (harness.status(job).attempt, harness.pids(job)) == (attempt, pids)
+        harness.stop_file(job).touch()
+        harness.await_end(job)
+        harness.assert_succeeded(job, int(harness.commits(job)[-1].step))
+        harness.assert_clean()

@@ -1,5 +1,7 @@
 """The store is damaged, or away: restores look before they trust, and training never waits for it."""
 
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -92,3 +94,28 @@ def test_training_goes_on_while_the_store_is_away(harness: Harness) -> None:
     harness.stop_file(job).touch()
     harness.await_end(job)
     harness.assert_succeeded(job, int(harness.commits(job)[-1].step))
+
+
+def test_training_goes_on_while_an_s3_server_hangs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with Harness(tmp_path_factory.mktemp("s3"), store="s3", agents=2) as harness:
+        harness.await_ready()
+        args = f"--steps 1000000 --pause-ms 10 --stop-file {harness.stop_file('hung')}"
+        job = harness.start("hung", args, timeout_s=6.0)
+        harness.await_commit(job, after=0)
+        pids, attempt = harness.pids(job), harness.status(job).attempt
+        assert harness.cluster.weed is not None
+        server = harness.cluster.weed.pid
+        assert server is not None
+        os.kill(server, signal.SIGSTOP)
+        try:
+            event = harness.await_event(job, EventReason.CHECKPOINT_ABORTED)
+            say(f"S3 server frozen: {event.message}")
+            harness.await_steps(job, 20)
+        finally:
+            os.kill(server, signal.SIGCONT)
+        harness.await_commit(job)
+        assert (harness.status(job).attempt, harness.pids(job)) == (attempt, pids)
+        harness.stop_file(job).touch()
+        harness.await_end(job)
+        harness.assert_succeeded(job, int(harness.commits(job)[-1].step))
+        harness.assert_clean()
