@@ -100,7 +100,7 @@ def test_training_goes_on_while_an_s3_server_hangs(tmp_path_factory: pytest.Temp
     with Harness(tmp_path_factory.mktemp("s3"), store="s3", agents=2) as harness:
         harness.await_ready()
         args = f"--steps 1000000 --pause-ms 10 --stop-file {harness.stop_file('hung')}"
-        job = harness.start("hung", args, timeout_s=6.0)
+        job = harness.start("hung", args, timeout_s=3.0)
         harness.await_commit(job, after=0)
         pids, attempt = harness.pids(job), harness.status(job).attempt
         assert harness.cluster.weed is not None
