@@ -32,6 +32,8 @@ CHANNEL_OPTIONS = (
     # The control plane must not go through a proxy meant for users' downloads.
     ("grpc.enable_http_proxy", 0),
     ("grpc.enable_retries", 0),
+    # Else a new channel to the same address takes over the pauses of the old one.
+    ("grpc.use_local_subchannel_pool", 1),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 5_000),
 )
@@ -49,20 +51,31 @@ class Channels:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: dict[AgentName, tuple[str, grpc.Channel]] = {}
+        self._lives: dict[AgentName, str] = {}
 
-    def get(self, agent: AgentName, address: str) -> grpc.Channel:
-        """Return the agent's channel; one to a former address is closed."""
+    def get(self, agent: AgentName, address: str, incarnation: str = "") -> grpc.Channel:
+        """Return the agent's channel; one to a former address or life is closed.
+
+        A channel whose agent was down pauses between its tries to connect and
+        refuses all calls meanwhile: what the former life left says nothing about
+        this one. ``incarnation`` "": any life will do.
+        """
         stale: list[grpc.Channel] = []
         with self._lock:
             known = self._open.pop(agent, None)
-            if known is None or known[0] != address:
+            reborn = incarnation not in ("", self._lives.get(agent, incarnation))
+            if incarnation:
+                self._lives[agent] = incarnation
+            if known is None or known[0] != address or reborn:
                 if known is not None:
                     stale.append(known[1])
                 known = (address, grpc.insecure_channel(address, options=CHANNEL_OPTIONS))
             # Put back last: the dictionary's order is the order of use.
             self._open[agent] = known
             while len(self._open) > CHANNELS_IDLE_MAX:
-                stale.append(self._open.pop(next(iter(self._open)))[1])
+                oldest = next(iter(self._open))
+                self._lives.pop(oldest, None)
+                stale.append(self._open.pop(oldest)[1])
         for channel in stale:
             channel.close()
         return known[1]
@@ -98,7 +111,7 @@ class Dispatcher:
         The same command while its call is under way is that call: cancelling it
         for its own repetition would keep a silent agent from ever timing out.
         """
-        channel = self._channels.get(directed.agent, directed.address)
+        channel = self._channels.get(directed.agent, directed.address, directed.incarnation)
         stub = agent_pb2_grpc.AgentStub(channel)  # type: ignore[no-untyped-call]
         key = (directed.agent, directed.command.header.job, _lane(directed.command))
         with self._lock:

@@ -4,6 +4,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from concurrent import futures
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -21,14 +22,14 @@ Answer = tuple[Directed, bool, str]
 class FakeAgent(agent_pb2_grpc.AgentServicer):
     """Accepts commands, unless it is frozen or of another opinion."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str = "127.0.0.1:0") -> None:
         self.got: queue.SimpleQueue[pb.Command] = queue.SimpleQueue()
         self.thawed = threading.Event()
         self.thawed.set()
         self.opinion = ""
         self.server = grpc.server(futures.ThreadPoolExecutor(8))
         agent_pb2_grpc.add_AgentServicer_to_server(self, self.server)
-        self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+        self.address = f"127.0.0.1:{self.server.add_insecure_port(address)}"
         self.server.start()
 
     def Execute(self, request: pb.Command, context: grpc.ServicerContext) -> pb.Ack:  # noqa: N802
@@ -92,6 +93,22 @@ def test_a_refused_connection_is_reported_at_once(agent, dispatcher, answers) ->
     agent.close()
     dispatcher.send(to(agent.address, start()))
     assert answers.get(timeout=1.5)[1:] == (False, REFUSED)
+
+
+def test_an_agent_that_has_just_come_back_is_reached_at_once(agent, dispatcher, answers) -> None:  # type: ignore[no-untyped-def]
+    """Its former life's channel pauses between tries to connect, and refuses everything meanwhile."""
+    agent.close()
+    old = replace(to(agent.address, start("old")), incarnation="i1")
+    for _ in range(20):
+        dispatcher.send(old)
+        assert answers.get(timeout=1.5)[1:] == (False, REFUSED)
+    back = FakeAgent(agent.address)
+    try:
+        directed = replace(to(agent.address, start("new")), incarnation="i2")
+        dispatcher.send(directed)
+        assert answers.get(timeout=5) == (directed, True, "")
+    finally:
+        back.close()
 
 
 def test_a_frozen_agent_delays_no_other(agent, dispatcher, answers) -> None:  # type: ignore[no-untyped-def]

@@ -57,6 +57,8 @@ class Directed:
     address: str
     command: Command
     retry_s: float = 1.0
+    incarnation: str = ""
+    """The agent's life that it is meant for: no connection of a former one is used."""
 
 
 @dataclass(frozen=True, slots=True)

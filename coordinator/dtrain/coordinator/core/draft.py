@@ -197,7 +197,8 @@ class Draft:
         """Send to ``agent`` if it has a session: without one there is no address."""
         view = self.fleet.agents.get(agent)
         if view is not None:
-            self._commands.append(Directed(agent, view.node.address, command))
+            node = view.node
+            self._commands.append(Directed(agent, node.address, command, incarnation=node.incarnation))
 
     def work(self, work: Work) -> None:
         self._work.append(work)
