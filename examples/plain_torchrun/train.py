@@ -8,6 +8,7 @@ is its own business: without the SDK there are no coordinated checkpoints.
 """
 
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,9 @@ def main() -> None:
         optimizer.step()
         if rank == 0 and step % 50 == 0:
             print(f"step {step} loss {loss.item():.4f}", flush=True)
+    # gloo's thread may still be letting go of the last all-reduce, for which it needs the interpreter;
+    # a process group that is destroyed in that moment waits for the thread, and the thread for it.
+    time.sleep(0.1)
     dist.destroy_process_group()
 
 

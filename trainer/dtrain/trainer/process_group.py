@@ -54,6 +54,9 @@ def tear_down() -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():
+        # gloo's thread needs the GIL to let go of the last collective; destroying the
+        # group joins that thread with the GIL held (torch 2.13), and both wait for ever.
+        time.sleep(_LAST_COLLECTIVE_S)
         dist.destroy_process_group()
 
 
