@@ -9,6 +9,7 @@ from dtrain.protocol import ranklink
 from dtrain.protocol.errors import ErrorCode, Refused
 
 _POLL_S_MAX = 0.25
+_LAST_COLLECTIVE_S = 0.05
 
 
 def world() -> tuple[int, int, int]:
