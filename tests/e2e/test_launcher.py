@@ -131,7 +131,9 @@ class Bench:
         return self.desk.wait(Forked, lambda r: r.attempt == attempt).ranks[0].process.pid
 
     def out(self, attempt: Attempt, rank: int = 0) -> str:
-        return (self.log_dir(attempt, rank) / "stdout.log").read_text()
+        """What the rank has printed; the folder is there a moment before the file."""
+        log = self.log_dir(attempt, rank) / "stdout.log"
+        return log.read_text() if log.exists() else ""
 
 
 @contextlib.contextmanager
@@ -391,7 +393,7 @@ def test_sigquit_writes_all_stacks_and_the_rank_lives_on(bench: Bench) -> None:
             "import time\ndef stuck_here():\n    time.sleep(600)\nprint('up', flush=True)\nstuck_here()\n"
         )
     )
-    _await(lambda: (bench.log_dir(attempt) / "stdout.log").exists() and bench.out(attempt), "the rank")
+    _await(lambda: bench.out(attempt), "the rank")
     bench.client.send(SignalRanks(attempt, signal.SIGQUIT))
     stderr = bench.log_dir(attempt) / "stderr.log"
     _await(lambda: "stuck_here" in stderr.read_text(), "stacks")
@@ -499,7 +501,7 @@ def test_repeated_clear_spares_the_running_attempt_and_its_daemons(bench: Bench)
             "time.sleep(600)\n"
         )
     )
-    _await(lambda: bench.log_dir(attempt).exists() and bench.out(attempt).strip(), "a daemon")
+    _await(lambda: bench.out(attempt).strip(), "a daemon")
     daemon = int(bench.out(attempt))
     bench.client.send(ClearBelow(attempt, grace_s=0.0))
     bench.desk.wait(Cleared, lambda r: r.attempt == attempt)
