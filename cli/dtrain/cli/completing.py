@@ -2,7 +2,7 @@
 
 import click
 
-from dtrain.cli.options import Settings
+from dtrain.cli.globals import Settings
 
 
 def names(prefix: str, incomplete: str, ctx: click.Context) -> list[str]:

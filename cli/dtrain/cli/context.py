@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtrain.cli.options import Settings
+from dtrain.cli.globals import Settings
 from dtrain.protocol.errors import ErrorCode, NotFound, Refused, Unavailable
 from dtrain.protocol.ids import ClusterName, parse_name
 from dtrain.protocol.keys import Keys

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from dtrain.cli.options import Settings, connected, formatted
+from dtrain.cli.globals import Settings
+from dtrain.cli.options import connected, formatted
 
 _VERBS = Path(__file__).parent / "verbs"
 

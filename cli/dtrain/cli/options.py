@@ -1,26 +1,15 @@
 """What several verbs share on the command line, with click as the only import."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from dtrain.cli.globals import Settings
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 FORMATS = ("table", "wide", "json", "yaml", "name")
-
-
-@dataclass
-class Settings:
-    """Options that may stand before the verb or after it; the last one wins."""
-
-    cluster: str = ""
-    coordinators: str = ""
-    endpoints: str = ""
-    output: str = "table"
-    debug: bool = False
-    timeout_s: float = 5.0
 
 
 def settings() -> Settings:
