@@ -40,10 +40,8 @@ class EventReason(StrEnum):
     JOB_SUCCEEDED = "JobSucceeded"
     JOB_FAILED = "JobFailed"
     JOB_CANCELLED = "JobCancelled"
-    PLAN_FAILED = "PlanFailed"
     STORE_UNAVAILABLE = "StoreUnavailable"
     USER_REQUESTED = "UserRequested"
-    BRAKE_ON = "BrakeOn"
 
 
 @dataclass(frozen=True, slots=True)

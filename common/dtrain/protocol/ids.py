@@ -36,7 +36,6 @@ Incarnation = NewType("Incarnation", str)
 Revision = NewType("Revision", int)
 """An etcd revision."""
 
-NAME_LENGTH_MAX = 63
 _NAME = re.compile(r"[a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?")
 
 

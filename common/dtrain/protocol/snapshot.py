@@ -11,7 +11,6 @@ from enum import StrEnum
 
 from dtrain.protocol.ids import AgentName, Attempt, Incarnation, Rank, Seq, Step, Uid
 
-SNAPSHOT_BYTES_SOFT = 4 * 1024
 SNAPSHOT_BYTES_MAX = 16 * 1024
 """etcd keeps every version: a larger snapshot is cut before it is written."""
 

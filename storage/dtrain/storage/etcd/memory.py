@@ -200,11 +200,6 @@ class MemoryEtcd:
     def revision(self) -> int:
         return self._revision
 
-    @property
-    def next_expiry(self) -> float:
-        """When the next lease may expire: a simulation's event. Never late, maybe early."""
-        return self._next_expiry
-
     def leases(self) -> dict[int, tuple[str, ...]]:
         """Return the keys of each living lease."""
         with self.changed:

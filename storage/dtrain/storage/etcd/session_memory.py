@@ -25,7 +25,6 @@ _MAGIC = 0x6474_7261_696E_0001
 _AT_MAGIC, _AT_SEQUENCE, _AT_LEASE = 0, 8, 16
 _LEASE = struct.Struct("=QQddd")
 _AT_BEAT, _AT_FLAGS, _AT_ACTING = 64, 72, 80
-_U64 = struct.Struct("=Q")
 
 
 @dataclass(frozen=True, slots=True)
