@@ -45,8 +45,8 @@ class LocalCluster:
     ``store``: ``s3`` (an S3 server of its own) or ``dir`` (a folder). ``port``:
     the first coordinator's, the others follow; 0 picks free ones. ``remove``:
     the folder is deleted at the end, also at a violent one. ``etcd_fsync=False``
-    is for tests, where no machine loses power. ``agent_flags`` are added to each
-    agent's command line.
+    is for tests, where no machine loses power. ``agent_flags`` and ``coordinator_flags``
+    are added to each daemon's command line, ``env`` to its environment.
     """
 
     def __init__(
@@ -65,6 +65,8 @@ class LocalCluster:
         etcd_fsync: bool = True,
         ready_timeout_s: float = 60.0,
         agent_flags: Sequence[str] = (),
+        coordinator_flags: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
     ) -> None:
         if store not in ("s3", "dir"):
             raise Refused(ErrorCode.BAD_SETTING, f"{store!r} is no kind of local store", fix="use s3 or dir")
@@ -77,6 +79,8 @@ class LocalCluster:
         self._etcd_members = etcd_members
         self._ready_timeout_s = ready_timeout_s
         self._agent_flags = tuple(agent_flags)
+        self._coordinator_flags = tuple(coordinator_flags)
+        self._env = dict(env or {})
         self.etcd_servers = EtcdCluster(self.folder / "etcd", size=etcd_members, fsync=etcd_fsync)
         self.weed = WeedServer(self.folder / "weed") if store == "s3" else None
         self.coordinators: dict[str, Daemon] = {}
@@ -303,6 +307,7 @@ class LocalCluster:
             *("--cluster", self.name, "--id", name, "--listen", f"127.0.0.1:{port}"),
             *("--endpoints", ",".join(self.endpoints), "--ttl", str(self._ttl_s)),
             *("--default-store", self.store_uri),
+            *self._coordinator_flags,
         )
         self._add(self.coordinators, name, command, self.folder / "coordinators" / name, keeper)
 
@@ -331,7 +336,7 @@ class LocalCluster:
             command,
             folder=folder,
             log_path=self.folder / "logs" / f"{name}.log",
-            env=env | {"PYTHONUNBUFFERED": "1", **self.store_env},
+            env=env | {"PYTHONUNBUFFERED": "1", **self.store_env, **self._env},
             keeper=keeper,
         )
         where[name] = daemon

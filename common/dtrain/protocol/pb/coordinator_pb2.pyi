@@ -265,6 +265,8 @@ class InfoReply(google.protobuf.message.Message):
     MIRROR_AGE_S_FIELD_NUMBER: builtins.int
     LEADER_REPLICA_FIELD_NUMBER: builtins.int
     LEADER_ADDRESS_FIELD_NUMBER: builtins.int
+    PROBLEMS_FIELD_NUMBER: builtins.int
+    ETCD_VERSION_FIELD_NUMBER: builtins.int
     cluster: builtins.str
     replica: builtins.str
     version: builtins.str
@@ -274,6 +276,11 @@ class InfoReply(google.protobuf.message.Message):
     mirror_age_s: builtins.float
     leader_replica: builtins.str
     leader_address: builtins.str
+    etcd_version: builtins.str
+    @property
+    def problems(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Sentences for people on what is wrong now, such as an etcd without space."""
+
     def __init__(
         self,
         *,
@@ -286,7 +293,99 @@ class InfoReply(google.protobuf.message.Message):
         mirror_age_s: builtins.float = ...,
         leader_replica: builtins.str = ...,
         leader_address: builtins.str = ...,
+        problems: collections.abc.Iterable[builtins.str] | None = ...,
+        etcd_version: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cluster", b"cluster", "leader", b"leader", "leader_address", b"leader_address", "leader_replica", b"leader_replica", "mirror_age_s", b"mirror_age_s", "replica", b"replica", "revision", b"revision", "term", b"term", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cluster", b"cluster", "etcd_version", b"etcd_version", "leader", b"leader", "leader_address", b"leader_address", "leader_replica", b"leader_replica", "mirror_age_s", b"mirror_age_s", "problems", b"problems", "replica", b"replica", "revision", b"revision", "term", b"term", "version", b"version"]) -> None: ...
 
 Global___InfoReply: typing_extensions.TypeAlias = InfoReply
+
+@typing.final
+class ConsultRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    AGENT_FIELD_NUMBER: builtins.int
+    JOBS_FIELD_NUMBER: builtins.int
+    agent: builtins.str
+    @property
+    def jobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___JobPart]: ...
+    def __init__(
+        self,
+        *,
+        agent: builtins.str = ...,
+        jobs: collections.abc.Iterable[Global___JobPart] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["agent", b"agent", "jobs", b"jobs"]) -> None: ...
+
+Global___ConsultRequest: typing_extensions.TypeAlias = ConsultRequest
+
+@typing.final
+class JobPart(google.protobuf.message.Message):
+    """A job as the asking agent runs it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    UID_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    uid: builtins.str
+    attempt: builtins.int
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+        uid: builtins.str = ...,
+        attempt: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "job", b"job", "uid", b"uid"]) -> None: ...
+
+Global___JobPart: typing_extensions.TypeAlias = JobPart
+
+@typing.final
+class ConsultReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ETCD_AGE_S_FIELD_NUMBER: builtins.int
+    JOBS_FIELD_NUMBER: builtins.int
+    etcd_age_s: builtins.float
+    """Since this replica last knew its mirror to be current; negative: never."""
+    @property
+    def jobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___JobStanding]: ...
+    def __init__(
+        self,
+        *,
+        etcd_age_s: builtins.float = ...,
+        jobs: collections.abc.Iterable[Global___JobStanding] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["etcd_age_s", b"etcd_age_s", "jobs", b"jobs"]) -> None: ...
+
+Global___ConsultReply: typing_extensions.TypeAlias = ConsultReply
+
+@typing.final
+class JobStanding(google.protobuf.message.Message):
+    """A job as this replica's mirror has it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    CURRENT_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    MEMBER_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    current: builtins.bool
+    """The submission that was asked about is the present one and is not over."""
+    attempt: builtins.int
+    member: builtins.bool
+    """The asking agent is a member of that attempt."""
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+        current: builtins.bool = ...,
+        attempt: builtins.int = ...,
+        member: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "current", b"current", "job", b"job", "member", b"member"]) -> None: ...
+
+Global___JobStanding: typing_extensions.TypeAlias = JobStanding

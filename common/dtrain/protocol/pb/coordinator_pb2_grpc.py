@@ -61,6 +61,11 @@ class CoordinatorStub(object):
                 request_serializer=dtrain_dot_v1_dot_coordinator__pb2.InfoRequest.SerializeToString,
                 response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.InfoReply.FromString,
                 _registered_method=True)
+        self.Consult = channel.unary_unary(
+                '/dtrain.v1.Coordinator/Consult',
+                request_serializer=dtrain_dot_v1_dot_coordinator__pb2.ConsultRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ConsultReply.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServicer(object):
@@ -100,6 +105,14 @@ class CoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Consult(self, request, context):
+        """Asked by an agent that cannot reach etcd: is it down for everybody, or for
+        me alone, and what has become of my jobs?
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -127,6 +140,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.Info,
                     request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.InfoRequest.FromString,
                     response_serializer=dtrain_dot_v1_dot_coordinator__pb2.InfoReply.SerializeToString,
+            ),
+            'Consult': grpc.unary_unary_rpc_method_handler(
+                    servicer.Consult,
+                    request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ConsultRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_coordinator__pb2.ConsultReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -266,6 +284,33 @@ class Coordinator(object):
             '/dtrain.v1.Coordinator/Info',
             dtrain_dot_v1_dot_coordinator__pb2.InfoRequest.SerializeToString,
             dtrain_dot_v1_dot_coordinator__pb2.InfoReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Consult(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Coordinator/Consult',
+            dtrain_dot_v1_dot_coordinator__pb2.ConsultRequest.SerializeToString,
+            dtrain_dot_v1_dot_coordinator__pb2.ConsultReply.FromString,
             options,
             channel_credentials,
             insecure,
