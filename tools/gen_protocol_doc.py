@@ -12,7 +12,7 @@ PROTOCOL = ROOT / "common/dtrain/protocol"
 DOC = ROOT / "docs/protocol.md"
 MARK = "<!-- Below this line: generated from common/dtrain/protocol by tools/gen_protocol_doc.py. -->"
 PLAN: dict[str, tuple[str, list[str]]] = {
-    "Cluster": ("cluster.py", ["LeaderRecord", "ReplicaRecord", "Cordon"]),
+    "Cluster": ("cluster.py", ["LeaderRecord", "ReplicaRecord", "Cordon", "TestMark"]),
     "Agents": (
         "snapshot.py",
         [
@@ -191,6 +191,9 @@ MEANINGS = {
     "JobStatus.swept": "orphans were swept after the end",
     "ReplicaRecord.address": "host:port of its API",
     "ReplicaRecord.host": "host name",
+    "TestMark.by": "who marked it",
+    "TestMark.host": "host name of the machine it was marked on",
+    "TestMark.since": "since when (UTC)",
     "RestartPolicy.max_restarts": "restarts allowed within the window",
     "RestartPolicy.window_s": "seconds",
     "SaveProblem.late": "the rank had passed the step already",

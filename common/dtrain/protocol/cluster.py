@@ -35,3 +35,20 @@ class Cordon:
     reason: str
     by: str = ""
     until: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TestMark:
+    """Says that this cluster may be broken on purpose; without it ``dtrain chaos`` does nothing."""
+
+    __test__ = False  # no test, whatever pytest makes of the name
+
+    by: str
+    since: str = ""
+    host: str = ""
+    boot_id: str = ""
+    """The kernel's id of the boot that ``pid`` belongs to."""
+    pid: int = 0
+    """The process that runs the cluster; 0: none, it was marked by hand."""
+    faults: str = ""
+    """Path of that process's Unix socket for faults, on ``host``; empty: none."""

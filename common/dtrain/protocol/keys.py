@@ -42,6 +42,11 @@ class Keys:
     def leader(self) -> str:
         return f"{self.root}leader"
 
+    @property
+    def test(self) -> str:
+        """There only on a cluster that may be broken on purpose; ``parse`` passes it over."""
+        return f"{self.root}test"
+
     def coordinator(self, replica: ReplicaId) -> str:
         return f"{self.root}coordinators/{replica}"
 
