@@ -212,7 +212,7 @@ def test_bytes_are_injected_where_the_request_says(proxy: TcpProxy) -> None:
 
 def test_a_dead_server_resets_its_clients(echo: Echo, proxy: TcpProxy) -> None:
     echo.close()
-    with connected(proxy) as client, contextlib.suppress(ConnectionError):
+    with contextlib.suppress(ConnectionError), connected(proxy) as client:
         client.sendall(b"a")
         assert read(client, 1) == b""
 
