@@ -1,15 +1,16 @@
 """Virtual time: one heap of events, one seeded source of chance, one trace.
 
 Code that blocks (a transaction that waits for its answer, the mirror's loop) runs as a ``Task``: a
-thread that holds a baton, so that exactly one runs at a time and every switch is an event. Equal
-seeds give equal histories; nothing here reads a real clock.
+greenlet, so that exactly one runs at a time and every switch is an event. Equal seeds give equal
+histories; nothing here reads a real clock.
 """
 
 import heapq
 import random
-import threading
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
+
+from greenlet import getcurrent, greenlet
 
 Trace = Callable[..., None]
 
@@ -37,11 +38,16 @@ class Event:
 
 
 class Scheduler:
-    """Runs events in order of time. ``rng`` is the only source of chance in a run."""
+    """Runs events in order of time. ``rng`` is the only source of chance in a world.
+
+    What faults strike is drawn from ``chaos`` instead, so that the same faults, given as a schedule,
+    meet the same world.
+    """
 
     def __init__(self, seed: int, trace: Trace | None = None) -> None:
         self.now = 0.0
         self.rng = random.Random(f"dtrain-sim-{seed}")
+        self.chaos = random.Random(f"dtrain-chaos-{seed}")
         self.events = 0
         self.tracing = trace is not None
         self._trace = trace
@@ -103,10 +109,9 @@ class Scheduler:
         return self._current
 
     def close(self) -> None:
-        """Unwind every task that still waits, and let its thread go."""
+        """Unwind every task that still waits."""
         for task in list(self._tasks.values()):
             task.kill()
-        _Baton.shutdown()
 
 
 class Task:
@@ -125,7 +130,7 @@ class Task:
         self.done = False
         self._value: Any = None
         self._killed = False
-        self._baton: _Baton | None = None
+        self._inner: greenlet | None = None
 
     def sleep(self, seconds: float) -> None:
         token = self.waiting + 1
@@ -134,11 +139,12 @@ class Task:
 
     def wait(self) -> Any:
         """Let the world go on until ``answer`` is called for this wait. Called by the task itself."""
-        assert self._baton is not None
+        assert self._inner is not None
         if self._killed or not self._alive():
             raise Killed
         self.waiting += 1
-        self._baton.yield_()
+        # Back to whoever resumed this task: the event at hand, or another task's.
+        self._inner.parent.switch()
         if self._killed or not self._alive():
             raise Killed
         value, self._value = self._value, None
@@ -154,18 +160,15 @@ class Task:
         outer, self._scheduler._current = self._scheduler._current, self
         self._value = value
         try:
-            if self._baton is None:
-                self._baton = _Baton.take()
-                self._baton.begin(self._run)
-            else:
-                self._baton.resume()
+            if self._inner is None:
+                self._inner = greenlet(self._run)
+            self._inner.parent = getcurrent()
+            self._inner.switch()
         finally:
             self._scheduler._current = outer
         if self.done:
             self._scheduler._tasks.pop(self.number, None)
-            baton, self._baton = self._baton, None
-            if baton is not None:
-                baton.give_back()
+            self._inner = None
         failure = self._failure
         if failure is not None:
             self._failure = None
@@ -188,54 +191,3 @@ class Task:
         except BaseException as error:  # noqa: BLE001 - raised again where the run can see it
             self._failure = error
         self.done = True
-
-
-class _Baton:
-    """A reusable thread and the two locks by which control goes to and fro."""
-
-    _idle: ClassVar[list["_Baton"]] = []
-
-    def __init__(self) -> None:
-        self._go = threading.Lock()
-        self._back = threading.Lock()
-        self._go.acquire()
-        self._back.acquire()
-        self._body: Callable[[], None] | None = None
-        self._thread = threading.Thread(target=self._loop, name="sim-task", daemon=True)
-        self._thread.start()
-
-    @classmethod
-    def take(cls) -> "_Baton":
-        return cls._idle.pop() if cls._idle else cls()
-
-    @classmethod
-    def shutdown(cls) -> None:
-        while cls._idle:
-            baton = cls._idle.pop()
-            baton._body = None
-            baton._go.release()
-            baton._thread.join(5.0)
-
-    def give_back(self) -> None:
-        self._idle.append(self)
-
-    def begin(self, body: Callable[[], None]) -> None:
-        self._body = body
-        self.resume()
-
-    def resume(self) -> None:
-        self._go.release()
-        self._back.acquire()
-
-    def yield_(self) -> None:
-        self._back.release()
-        self._go.acquire()
-
-    def _loop(self) -> None:
-        while True:
-            self._go.acquire()
-            body, self._body = self._body, None
-            if body is None:
-                return
-            body()
-            self._back.release()
