@@ -84,6 +84,8 @@ class _Track:
     wake_at: float | None = None
     setbacks: int = 0
     """Conflicts and failed commits in a row."""
+    told: str = ""
+    """The setback that was logged last."""
     crashes: int = 0
     reason: str = ""
     sent: dict[tuple[AgentName, str], _Sent] = field(default_factory=dict)
@@ -181,7 +183,7 @@ class Driver:
         self._dirty[job] = None
         match outcome:
             case Committed(revision):
-                track.reach, track.setbacks = revision, 0
+                track.reach, track.setbacks, track.told = revision, 0, ""
                 self._perform(job, track, decision, now)
             case Conflict(revision) | Unknown(revision):
                 track.reach = revision
@@ -377,7 +379,10 @@ class Driver:
     def _setback(self, job: JobName, track: _Track, what: str, now: float) -> None:
         wait_s = _BACKOFF_S[min(track.setbacks, len(_BACKOFF_S) - 1)]
         track.setbacks += 1
-        self._ports.log("commit failed", job=job, problem=what, times=track.setbacks)
+        if what != track.told:
+            # An etcd that is away or full for an hour is one line, not one every two seconds.
+            track.told = what
+            self._ports.log("commit failed", job=job, problem=what, times=track.setbacks)
         self._hold(job, track, now + wait_s)
 
     def _crashed(self, job: JobName, track: _Track, problem: str, now: float) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dtrain.coordinator.core.decisions import Decision, PutRecord
 from dtrain.protocol import codec
-from dtrain.protocol.errors import DtrainError, OutcomeUnknown, Unavailable
+from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Unavailable
 from dtrain.protocol.ids import ClusterName, Term
 from dtrain.protocol.keys import Keys
 from dtrain.storage.etcd.port import (
@@ -63,7 +63,7 @@ class Unknown:
 
 @dataclass(frozen=True, slots=True)
 class NotWritten:
-    """Nothing happened: etcd was not reached (``retry``), or it refused the writes."""
+    """Nothing happened: etcd was not reached or has no space (``retry``), or it refused the writes."""
 
     problem: str
     retry: bool
@@ -81,11 +81,13 @@ class Committer:
         cluster: ClusterName,
         *,
         may_act: Callable[[], bool],
+        on_no_space: Callable[[], None] = lambda: None,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._etcd = etcd
         self._keys = Keys(cluster)
         self._may_act = may_act
+        self._on_no_space = on_no_space
         self._pause = pause
 
     def commit(self, term: Term, decision: Decision) -> Outcome:
@@ -101,10 +103,17 @@ class Committer:
         except Unavailable as error:
             return NotWritten(error.message, retry=True)
         except DtrainError as error:
-            return NotWritten(f"{error.code}: {error.message}", retry=False)
+            return self._not_accepted(error)
         if result.succeeded:
             return Committed(result.revision)
         return self._refused(term, result)
+
+    def _not_accepted(self, error: DtrainError) -> NotWritten:
+        no_space = error.code is ErrorCode.ETCD_NO_SPACE
+        if no_space:
+            self._on_no_space()
+        # Space comes back, and then the very same decision is right: the job is not to blame.
+        return NotWritten(f"{error.code}: {error.message}", retry=no_space)
 
     def _refused(self, term: Term, result: TxnResult) -> Outcome:
         found = flatten(result.responses)
@@ -124,7 +133,7 @@ class Committer:
                 self._pause(LOOK_AGAIN_S)
                 continue
             except DtrainError as error:
-                return NotWritten(f"{error.code}: {error.message}", retry=False)
+                return self._not_accepted(error)
             found = flatten(result.responses)
             if not self._is_ours(term, found):
                 return Deposed()

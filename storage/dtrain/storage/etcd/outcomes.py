@@ -80,6 +80,7 @@ def no_space(said: str) -> Refused:
     """Return the error of a cluster that accepts no new data."""
     return Refused(
         ErrorCode.ETCD_NO_SPACE,
-        said,
-        fix="compact, defragment each member, then disarm the alarm: etcdctl alarm disarm",
+        "etcd has no space left and accepts no new data",
+        cause=said,
+        fix="etcdctl compact <revision>, then etcdctl defrag --cluster, then etcdctl alarm disarm",
     )

@@ -1,0 +1,156 @@
+"""What is wrong now with this replica and with what it depends on, in sentences for people.
+
+``Health`` collects problems: each has a name, begins, may be reworded, and ends.
+Beginning and end are one log line each, however often the same is found; what
+stands now is in ``InfoReply.problems``, and so in ``dtrain get coordinators``.
+Whoever finds out about something tells it here: a problem without a place would
+be noticed by the job that it stops.
+
+``EtcdHealth`` is the thread that looks at etcd. A problem decides nothing: that
+etcd cannot be reached ends leadership through the lease, and a stale mirror
+stops rescheduling through the brake, whether or not anybody reads these lines.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dtrain.protocol.errors import DtrainError, Unavailable
+from dtrain.storage.etcd.port import Etcd, Status
+
+LOOK_S = 5.0
+LOOK_AGAIN_S = 1.0
+"""While something is wrong: its end is seen sooner than its beginning."""
+
+STATUS_DEADLINE_S = 3.0
+MIRROR_STALE_S = 15.0
+"""The age at which the brake stops rescheduling, too."""
+
+NO_SPACE = "etcd-no-space"
+CORRUPT = "etcd-corrupt"
+UNREACHABLE = "etcd-unreachable"
+MIRROR_STALE = "mirror-stale"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """``sentence``: what is wrong and what still works; ``fix``: what a person can do, or ""."""
+
+    sentence: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.sentence}; {self.fix}" if self.fix else self.sentence
+
+
+class Health:
+    """The problems of one process. Thread-safe. ``log`` writes one line: event, then fields."""
+
+    def __init__(self, log: Callable[..., Any]) -> None:
+        self._log = log
+        self._lock = threading.Lock()
+        self._problems: dict[str, Problem] = {}
+
+    def begin(self, name: str, sentence: str, fix: str = "") -> None:
+        """Say that this is wrong now. Again with the same ``name``: only its words change."""
+        with self._lock:
+            known = name in self._problems
+            self._problems[name] = Problem(sentence, fix)
+        if not known:
+            self._log("problem", name=name, problem=sentence, fix=fix)
+
+    def end(self, name: str) -> None:
+        """Say that this is right, again or still."""
+        with self._lock:
+            was = self._problems.pop(name, None)
+        if was is not None:
+            self._log("problem over", name=name, problem=was.sentence)
+
+    def has(self, name: str) -> bool:
+        """Whether this is wrong now."""
+        with self._lock:
+            return name in self._problems
+
+    def sentences(self) -> list[str]:
+        """What is wrong now, the longest-lasting first."""
+        with self._lock:
+            return [str(problem) for problem in self._problems.values()]
+
+
+class EtcdHealth:
+    """Looks at etcd every few seconds until ``stop``. ``run`` is a thread's body."""
+
+    def __init__(self, etcd: Etcd, health: Health, *, mirror_age_s: Callable[[], float]) -> None:
+        self._etcd = etcd
+        self._health = health
+        self._mirror_age_s = mirror_age_s
+        self._stop = threading.Event()
+        self._woken = threading.Event()
+        self._version = ""
+
+    @property
+    def version(self) -> str:
+        """The version of the member that answered last; "" before the first answer."""
+        return self._version
+
+    def run(self) -> None:
+        """Look until ``stop``."""
+        while not self._stop.is_set():
+            self.look()
+            self._woken.wait(LOOK_AGAIN_S if self._health.sentences() else LOOK_S)
+            self._woken.clear()
+
+    def stop(self) -> None:
+        """End ``run`` soon."""
+        self._stop.set()
+        self._woken.set()
+
+    def refused_for_space(self) -> None:
+        """A write was refused because etcd has no space: known before the next look."""
+        if not self._health.has(NO_SPACE):
+            self._no_space("<revision>")
+            self._woken.set()
+
+    def look(self) -> None:
+        """Look once, seconds at most."""
+        try:
+            status = self._etcd.status(deadline_s=STATUS_DEADLINE_S)
+        except DtrainError as error:
+            what = "cannot be reached" if isinstance(error, Unavailable) else "does not answer as it should"
+            self._health.begin(
+                UNREACHABLE,
+                f"etcd {what}: {error.message}; training goes on, nothing is committed until it is back",
+                error.fix or "see that a majority of its members runs and can be reached from here",
+            )
+        else:
+            self._health.end(UNREACHABLE)
+            self._version = status.version
+            self._judge(status)
+        age_s = self._mirror_age_s()
+        if age_s > MIRROR_STALE_S:
+            since = "has not been read yet" if age_s == float("inf") else f"is {age_s:.0f} s old"
+            self._health.begin(MIRROR_STALE, f"this replica's copy of etcd {since}; nothing is rescheduled")
+        else:
+            self._health.end(MIRROR_STALE)
+
+    def _judge(self, status: Status) -> None:
+        if "NOSPACE" in status.alarms:
+            self._no_space(str(status.revision))
+        else:
+            self._health.end(NO_SPACE)
+        if "CORRUPT" in status.alarms:
+            self._health.begin(
+                CORRUPT,
+                "etcd has raised its CORRUPT alarm: its members do not hold the same data",
+                "find the bad member with etcdctl alarm list and replace it",
+            )
+        else:
+            self._health.end(CORRUPT)
+
+    def _no_space(self, revision: str) -> None:
+        self._health.begin(
+            NO_SPACE,
+            "etcd has no space: training and renewals go on, no checkpoint is committed, no job is accepted",
+            f"etcdctl compact {revision}, then etcdctl defrag --cluster, then etcdctl alarm disarm",
+        )
