@@ -53,6 +53,8 @@ MEANINGS = {
 # By code first, where it says more than the class does.
 _BY_CODE = {
     ErrorCode.ETCD_AUTH: NOT_ALLOWED,
+    ErrorCode.NOT_A_TEST_CLUSTER: NOT_ALLOWED,
+    ErrorCode.NOT_PERMITTED: NOT_ALLOWED,
     ErrorCode.ALREADY_EXISTS: CONFLICT,
     ErrorCode.AGENT_NAME_TAKEN: CONFLICT,
     ErrorCode.PORT_IN_USE: CONFLICT,

@@ -19,17 +19,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from dtrain.local import ports, reaper, sweeping
+from dtrain.local import marks, ports, reaper, sweeping
+from dtrain.local.breaking import Breakable
 from dtrain.local.daemons import Daemon, Keeper
 from dtrain.local.etcd import EtcdCluster, Member
+from dtrain.local.links import Links
 from dtrain.local.weed import WeedServer
-from dtrain.protocol import codec
-from dtrain.protocol.cluster import LeaderRecord
-from dtrain.protocol.errors import Conflict, DtrainError, ErrorCode, NotFound, Refused, Unavailable
-from dtrain.protocol.ids import AgentName, ClusterName, JobName, parse_name
+from dtrain.protocol.errors import Conflict, ErrorCode, Refused, Unavailable
+from dtrain.protocol.ids import AgentName, ClusterName, parse_name
 from dtrain.protocol.keys import Keys
-from dtrain.protocol.snapshot import WorkerSnapshot
-from dtrain.storage.etcd.port import KeyValue, prefix_end
 from dtrain.storage.etcd.transport import GatewayEtcd
 
 STOP_S = 5.0
@@ -39,14 +37,16 @@ _LOCK = "cluster.lock"
 _KEPT = ("DTRAIN_ETCD_BIN", "DTRAIN_ETCDCTL_BIN", "DTRAIN_WEED_BIN")
 
 
-class LocalCluster:
+class LocalCluster(Breakable):
     """One cluster in ``folder``; coordinators are c1, c2, ..., agents a1, a2, ...
 
     ``store``: ``s3`` (an S3 server of its own) or ``dir`` (a folder). ``port``:
     the first coordinator's, the others follow; 0 picks free ones. ``remove``:
     the folder is deleted at the end, also at a violent one. ``etcd_fsync=False``
     is for tests, where no machine loses power. ``agent_flags`` and ``coordinator_flags``
-    are added to each daemon's command line, ``env`` to its environment.
+    are added to each daemon's command line, ``env`` to its environment. ``faults``
+    marks it as a test cluster and gives each daemon links of its own to etcd, which
+    can be cut and slowed.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class LocalCluster:
         agent_flags: Sequence[str] = (),
         coordinator_flags: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
+        faults: bool = False,
     ) -> None:
         if store not in ("s3", "dir"):
             raise Refused(ErrorCode.BAD_SETTING, f"{store!r} is no kind of local store", fix="use s3 or dir")
@@ -81,10 +82,12 @@ class LocalCluster:
         self._agent_flags = tuple(agent_flags)
         self._coordinator_flags = tuple(coordinator_flags)
         self._env = dict(env or {})
+        self._faults = faults
         self.etcd_servers = EtcdCluster(self.folder / "etcd", size=etcd_members, fsync=etcd_fsync)
         self.weed = WeedServer(self.folder / "weed") if store == "s3" else None
         self.coordinators: dict[str, Daemon] = {}
         self.agents: dict[str, Daemon] = {}
+        self.links: dict[str, Links] = {}
         self.addresses: tuple[str, ...] = ()
         self._ports: list[int] = []
         self._keepers: list[Keeper] = []
@@ -121,6 +124,8 @@ class LocalCluster:
         """End everything; ``clean`` gives the daemons a moment to do it in order. May be repeated."""
         daemons = [*self.agents.values(), *self.coordinators.values()]
         if clean:
+            for links in self.links.values():
+                links.heal()
             for daemon in daemons:
                 daemon.terminate()
             deadline = time.monotonic() + STOP_S
@@ -131,6 +136,9 @@ class LocalCluster:
         for daemon in daemons:
             daemon.send(signal.SIGKILL)
             daemon.wait(5.0)
+        for links in self.links.values():
+            links.close()
+        self.links = {}
         if self._client is not None:
             self._client.close()
             self._client = None
@@ -187,96 +195,6 @@ class LocalCluster:
             self._client = GatewayEtcd(self.endpoints)
         return self._client
 
-    def read(self, prefix: str) -> dict[str, KeyValue]:
-        """Return the records under ``prefix`` (below the cluster's root), straight from etcd."""
-        full = self.keys.root + prefix
-        return {item.key: item for item in self.etcd.range(full, prefix_end(full)).items}
-
-    def daemon(self, name: str) -> Daemon:
-        """The coordinator or agent called ``name``.
-
-        Raises:
-            NotFound: there is none.
-        """
-        found = self.coordinators.get(name) or self.agents.get(name)
-        if found is None:
-            known = ", ".join([*self.coordinators, *self.agents])
-            raise NotFound(
-                ErrorCode.NOT_FOUND, f"there is no {name} in this cluster", fix=f"there are {known}"
-            )
-        return found
-
-    def leader(self) -> str | None:
-        """Name of the replica that leads, None at the moment."""
-        found = self.etcd.range(self.keys.leader).items
-        return str(codec.decode(LeaderRecord, found[0].value).replica) if found else None
-
-    def snapshots(self) -> list[tuple[JobName, WorkerSnapshot]]:
-        """Every agent's snapshot of every job."""
-        found = []
-        for key, item in self.read("agents/").items():
-            parsed = self.keys.parse(key)
-            if parsed is not None and parsed.kind == "worker":
-                found.append((parsed.job, codec.decode(WorkerSnapshot, item.value)))
-        return found
-
-    # Breaking things -----------------------------------------------------------------
-
-    def kill_leader_process(self, number: int = signal.SIGKILL) -> str:
-        """Signal the leader's real process (its guardian lives on); return its name.
-
-        Raises:
-            NotFound: nobody leads.
-        """
-        name = self.leader()
-        if name is None:
-            raise NotFound(ErrorCode.NOT_FOUND, "there is no leader at the moment")
-        self.kill_process(name, number)
-        return name
-
-    def kill_process(self, name: str, number: int = signal.SIGKILL) -> int:
-        """Signal the real process of a coordinator or agent; return its pid."""
-        return self._hit(self.daemon(name).process_pid, f"process of {name}", number)
-
-    def kill_agent(self, name: str, number: int = signal.SIGKILL) -> int:
-        """Signal an agent's process: its launchers and ranks live on."""
-        return self.kill_process(name, number)
-
-    def kill_guardian(self, name: str, number: int = signal.SIGKILL) -> int:
-        """Signal the guardian of a coordinator or agent."""
-        return self._hit(self.daemon(name).guardian_pid, f"guardian of {name}", number)
-
-    def kill_launcher(self, agent: str, number: int = signal.SIGKILL) -> int:
-        """Signal the launcher of an agent (the first, with several jobs)."""
-        found = self.daemon(agent).launcher_pids()
-        return self._hit(found[0] if found else None, f"launcher of {agent}", number)
-
-    def kill_rank(self, rank: int, number: int = signal.SIGKILL, *, job: str = "") -> int:
-        """Signal a rank, by its newest snapshot; return its pid."""
-        newest, pid = -1, None
-        for name, snapshot in self.snapshots():
-            for state in snapshot.ranks:
-                wanted = state.rank == rank and state.exit_code is None and job in ("", name)
-                if wanted and snapshot.attempt > newest:
-                    newest, pid = snapshot.attempt, state.pid
-        return self._hit(pid, f"rank {rank}", number)
-
-    def power_cut(self, agent: str) -> None:
-        """Everything of one machine dies at the same moment; ``start_daemon`` brings it back."""
-        self.daemon(agent).power_cut()
-
-    def freeze(self, name: str) -> None:
-        """SIGSTOP for guardian and process of a daemon, as if its machine had been suspended."""
-        self._to_both(name, signal.SIGSTOP)
-
-    def thaw(self, name: str) -> None:
-        """SIGCONT after ``freeze``."""
-        self._to_both(name, signal.SIGCONT)
-
-    def start_daemon(self, name: str) -> None:
-        """Start a coordinator or agent that has ended."""
-        self.daemon(name).start()
-
     # Inside --------------------------------------------------------------------------
 
     def _start(self, progress: Callable[[str], None]) -> None:
@@ -292,6 +210,7 @@ class LocalCluster:
         self._recall_etcd()
         keeper.call(self.etcd_servers.start)
         self.etcd_servers.wait_ready(self._ready_timeout_s)
+        self._mark()
         progress(f"etcd {'.'.join(map(str, self.etcd_servers.binary.version))} at {','.join(self.endpoints)}")
         for index in range(agent_count):
             self._add_agent(f"a{index + 1}", self._ports[count + index], keeper)
@@ -305,7 +224,7 @@ class LocalCluster:
         command = (
             *(sys.executable, "-m", "dtrain.coordinator"),
             *("--cluster", self.name, "--id", name, "--listen", f"127.0.0.1:{port}"),
-            *("--endpoints", ",".join(self.endpoints), "--ttl", str(self._ttl_s)),
+            *("--endpoints", ",".join(self._endpoints_of(name)), "--ttl", str(self._ttl_s)),
             *("--default-store", self.store_uri),
             *self._coordinator_flags,
         )
@@ -317,10 +236,24 @@ class LocalCluster:
             *(sys.executable, "-m", "dtrain.agent"),
             *("--cluster", self.name, "--name", name, "--listen", f"127.0.0.1:{port}"),
             *("--host", "127.0.0.1", "--slots", str(self._slots), "--data-dir", str(folder)),
-            *("--endpoints", ",".join(self.endpoints), "--ttl", str(self._ttl_s)),
+            *("--endpoints", ",".join(self._endpoints_of(name)), "--ttl", str(self._ttl_s)),
             *self._agent_flags,
         )
         self._add(self.agents, name, command, folder, keeper)
+
+    def _mark(self) -> None:
+        """Say in etcd whether this cluster may be broken; a mark of an earlier start counts no more."""
+        if self._faults:
+            marks.put(self.etcd, self.keys, marks.make(pid=os.getpid()))
+        else:
+            marks.remove(self.etcd, self.keys)
+
+    def _endpoints_of(self, name: str) -> tuple[str, ...]:
+        """Where a daemon finds etcd: with ``faults``, behind links of its own."""
+        if not self._faults:
+            return self.endpoints
+        self.links[name] = Links(self.endpoints)
+        return self.links[name].endpoints
 
     def _add(
         self, where: dict[str, Daemon], name: str, command: tuple[str, ...], folder: Path, keeper: Keeper
@@ -487,22 +420,6 @@ class LocalCluster:
 
     def _make_folder_store(self) -> None:
         (self.folder / "store").mkdir(parents=True, exist_ok=True)
-
-    def _hit(self, pid: int | None, what: str, number: int) -> int:
-        if pid is None:
-            raise NotFound(ErrorCode.NOT_FOUND, f"there is no {what}")
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError as error:
-            raise NotFound(ErrorCode.NOT_FOUND, f"{what} has just ended") from error
-        return pid
-
-    def _to_both(self, name: str, number: int) -> None:
-        daemon = self.daemon(name)
-        for pid in (daemon.guardian_pid, daemon.process_pid):
-            if pid is not None:
-                with contextlib.suppress(DtrainError):
-                    self._hit(pid, name, number)
 
 
 def _is_free(port: int) -> bool:
