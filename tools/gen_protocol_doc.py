@@ -22,6 +22,7 @@ PLAN: dict[str, tuple[str, list[str]]] = {
             "Failure",
             "DurablePart",
             "SaveProblem",
+            "StuckProcess",
             "BadBlob",
             "CommandOutcome",
         ],
@@ -143,11 +144,15 @@ MEANINGS = {
     "JobSpec.checkpoint": "see `CheckpointPolicy`",
     "JobSpec.entry": "see `Entry`",
     "JobSpec.env": "environment of the ranks",
+    "JobSpec.isolation_grace_s": "seconds that ranks go on, while they complete steps, on a machine without etcd; "
+    "0: 600 or two checkpoint intervals",
     "JobSpec.name": "name of the job",
     "JobSpec.nnodes_max": "machines it uses at most",
     "JobSpec.nnodes_min": "machines it needs at least",
     "JobSpec.nproc_per_node": "ranks on each machine",
     "JobSpec.preload": "modules the launcher imports once",
+    "JobSpec.reschedule_grace_s": "seconds that an agent may be gone before it is called lost; "
+    "0: its expired lease is the grace",
     "JobSpec.restarts": "see `RestartPolicy`",
     "JobSpec.shutdown_grace_s": "seconds from SIGTERM to SIGKILL when it is cancelled",
     "JobSpec.submitted_at": "when (UTC)",

@@ -202,6 +202,8 @@ class JobModel(_Strict):
     checkpoint: CheckpointSection = CheckpointSection()
     restarts: RestartsSection = RestartsSection()
     shutdown_grace: Annotated[float, _seconds()] = 30.0
+    isolation_grace: Annotated[float, _seconds()] = 0.0
+    reschedule_grace: Annotated[float, _seconds()] = 0.0
 
 
 PROGRAMS = ("script", "module", "command")
@@ -239,4 +241,6 @@ def to_spec(model: JobModel, folder: Path) -> JobSpec:
         ),
         restarts=RestartPolicy(max_restarts=model.restarts.max, window_s=model.restarts.window),
         shutdown_grace_s=model.shutdown_grace,
+        isolation_grace_s=model.isolation_grace,
+        reschedule_grace_s=model.reschedule_grace,
     )

@@ -34,6 +34,7 @@ class EventReason(StrEnum):
     RANK_SIGNALED = "RankSignaled"
     AGENT_LOST = "AgentLost"
     PREPARE_TIMEOUT = "PrepareTimeout"
+    PROCESS_UNKILLABLE = "ProcessUnkillable"
     LEADER_CHANGED = "LeaderChanged"
     BUDGET_EXHAUSTED = "BudgetExhausted"
     DO_NOT_RETRY = "DoNotRetry"

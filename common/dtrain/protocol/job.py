@@ -88,7 +88,13 @@ class RestartPolicy:
 
 @dataclass(frozen=True, slots=True)
 class JobSpec:
-    """A validated job. ``nnodes_min`` to ``nnodes_max`` machines, ``nproc_per_node`` ranks on each."""
+    """A validated job. ``nnodes_min`` to ``nnodes_max`` machines, ``nproc_per_node`` ranks on each.
+
+    ``isolation_grace_s`` is how long ranks go on, while they complete steps, on a
+    machine that cannot reach etcd; 0: ten minutes or two checkpoint intervals,
+    whichever is longer. ``reschedule_grace_s`` is how long the leader waits for an
+    agent whose lease has ended; 0: not at all.
+    """
 
     name: JobName
     uid: Uid
@@ -102,6 +108,8 @@ class JobSpec:
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     restarts: RestartPolicy = RestartPolicy()
     shutdown_grace_s: float = 30.0
+    isolation_grace_s: float = 0.0
+    reschedule_grace_s: float = 0.0
     submitted_at: str = ""
     request_id: str = ""
     """Chosen by the client: submitting again with the same one changes nothing."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from dtrain.protocol.ids import AgentName, Attempt, Incarnation, Rank, Seq, Step, Uid
+from dtrain.protocol.ids import AgentName, Attempt, Incarnation, Rank, Seq, Step, Term, Uid
 
 SNAPSHOT_BYTES_MAX = 16 * 1024
 """etcd keeps every version: a larger snapshot is cut before it is written."""
@@ -42,6 +42,8 @@ class FailureKind(StrEnum):
     EXCEPTION = "exception"
     AGENT_LOST = "agent-lost"
     UNREACHABLE = "unreachable"
+    UNKILLABLE = "unkillable"
+    """What is left of an older attempt does not die: the machine cannot be used."""
     PREPARE = "prepare"
     RESTORE = "restore"
     COLLECTIVE = "collective"
@@ -109,6 +111,17 @@ class BadBlob:
 
 
 @dataclass(frozen=True, slots=True)
+class StuckProcess:
+    """A process that SIGKILL has not ended: it sits in the kernel and holds what it holds."""
+
+    pid: int
+    rank: Rank | None = None
+    """The rank it is; None: something that a rank had started."""
+    waits_in: str = ""
+    """Kernel function it waits in, as far as the kernel tells."""
+
+
+@dataclass(frozen=True, slots=True)
 class RankState:
     """One rank as its agent sees it.
 
@@ -135,6 +148,8 @@ class CommandOutcome:
     kind: str
     ok: bool
     message: str = ""
+    term: Term = Term(0)
+    """Who ordered it: lets the auditor see that no older leader was obeyed after a newer one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +173,10 @@ class WorkerSnapshot:
     """host:port of the attempt's TCPStore, on the member that serves it."""
     restored: bool = False
     """Every local rank has restored and verified its state."""
+    note: str = ""
+    """What the agent last did with the job of its own accord, in one sentence."""
+    stuck: tuple[StuckProcess, ...] = ()
+    """Processes of older attempts that cannot be killed: no rank is started beside them."""
     at: float = 0.0
     """Wall time of writing, epoch seconds, for people."""
 
@@ -180,3 +199,5 @@ class NodeRecord:
     labels: Mapping[str, str] = field(default_factory=dict)
     version: str = ""
     since: str = ""
+    problem: str = ""
+    """Why nothing new should be placed here, in one sentence."""

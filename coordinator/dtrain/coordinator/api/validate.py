@@ -53,6 +53,8 @@ def check(spec: JobSpec) -> None:
     _between("restarts.max", spec.restarts.max_restarts, 0, 10**6)
     _seconds("restarts.window", spec.restarts.window_s, 1.0)
     _seconds("shutdown_grace", spec.shutdown_grace_s, 0.0)
+    _seconds("isolation_grace", spec.isolation_grace_s, 0.0)
+    _seconds("reschedule_grace", spec.reschedule_grace_s, 0.0)
 
 
 def _between(field: str, value: int, least: int, most: int) -> None:

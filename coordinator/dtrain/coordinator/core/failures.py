@@ -85,6 +85,8 @@ def event_of(failure: Failure) -> tuple[EventReason, str]:
             return EventReason.RANK_SIGNALED, about
         case FailureKind.AGENT_LOST:
             return EventReason.AGENT_LOST, about
+        case FailureKind.UNKILLABLE:
+            return EventReason.PROCESS_UNKILLABLE, about
         case FailureKind.UNREACHABLE | FailureKind.PREPARE:
             return EventReason.PREPARE_TIMEOUT, about
         case _:

@@ -4,6 +4,8 @@ Liveness is the agent's lease alone. Two cases look like a loss and are none:
 an agent that is missing, or goes missing, around a change of leader may be
 about to renew its session, and an agent that restarted beside its running ranks
 reports the same attempt again under a new incarnation. Both get one agent TTL.
+A job may ask for more: with ``reschedule_grace_s`` an agent that has lost etcd,
+not its ranks, is waited for that long after its session ended.
 """
 
 from dataclasses import dataclass
@@ -124,7 +126,10 @@ def _standing(
         why = f"the session of agent {member.agent} ended" if seen else f"agent {member.agent} has no session"
         # Seen or not: what cost the last leader its lease, an etcd that stood still, has often
         # cost the agents theirs. They are back within a second, beside ranks that never stopped.
-        return _after(draft, fleet.took_office_at, why)
+        due = fleet.took_office_at + fleet.agent_ttl_s
+        # A leader that did not see it go counts from when it could have seen it first.
+        ended_at = fleet.lost_at.get(member.agent, fleet.took_office_at)
+        return _until(draft, max(due, ended_at + draft.spec.reschedule_grace_s), why)
     if snapshot is not None and snapshot.incarnation == view.node.incarnation:
         return Standing.PRESENT, ""
     if not started:
@@ -140,7 +145,10 @@ def _standing(
 
 
 def _after(draft: Draft, since: float, why: str) -> tuple[Standing, str]:
-    due = since + draft.fleet.agent_ttl_s
+    return _until(draft, since + draft.fleet.agent_ttl_s, why)
+
+
+def _until(draft: Draft, due: float, why: str) -> tuple[Standing, str]:
     if draft.now < due:
         draft.wake(due)
         return Standing.SETTLING, why

@@ -291,7 +291,9 @@ def _why_over(draft: Draft, members: Sequence[Seat]) -> Ending | None:
     if not found and not free:
         return None
     cause = failures.root_cause([*found, *free])
-    return Ending(cause, charge=any(cause is failure for failure in found))
+    # Neither is a process that the kernel does not let go of: the machine is left alone instead.
+    charged = [failure for failure in found if failure.kind is not FailureKind.UNKILLABLE]
+    return Ending(cause, charge=any(cause is failure for failure in charged))
 
 
 def _snapshots_of_attempt(draft: Draft, members: Sequence[Seat]) -> list[WorkerSnapshot]:
@@ -328,7 +330,13 @@ def _losses(draft: Draft, members: Sequence[Seat]) -> list[Failure]:
 def _forgotten(draft: Draft, members: Sequence[Seat]) -> list[Failure]:
     """Members whose agent reports the running attempt without ranks: they cannot come back into it."""
     return [
-        _leader_failure(draft, FailureKind.AGENT_LOST, "the agent has lost its ranks", seat.member.agent)
+        _leader_failure(
+            draft,
+            FailureKind.AGENT_LOST,
+            # An agent that was cut off for too long has ended them, and says so.
+            (seat.snapshot.note if seat.snapshot is not None else "") or "the agent has lost its ranks",
+            seat.member.agent,
+        )
         for seat in members
         if seat.phase in (WorkerPhase.IDLE, WorkerPhase.STARTING, WorkerPhase.READY)
     ]

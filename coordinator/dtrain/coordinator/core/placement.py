@@ -56,7 +56,7 @@ def candidates(draft: Draft) -> dict[AgentName, AgentView]:
     fleet = draft.fleet
     found = {}
     for name, view in fleet.agents.items():
-        if name in fleet.cordoned:
+        if name in fleet.cordoned or blocked(draft, name, view):
             continue
         if view.node.slots - fleet.used.get(name, 0) < draft.spec.nproc_per_node:
             continue
@@ -64,6 +64,12 @@ def candidates(draft: Draft) -> dict[AgentName, AgentView]:
             continue
         found[name] = view
     return found
+
+
+def blocked(draft: Draft, name: AgentName, view: AgentView) -> bool:
+    """Whether something on the machine does not die: nothing is started beside it until it is gone."""
+    stored = draft.job.workers.get(name)
+    return bool(view.node.problem) or (stored is not None and bool(stored.value.stuck))
 
 
 def resting(draft: Draft, name: AgentName, view: AgentView) -> bool:
@@ -133,17 +139,25 @@ def _short_of(draft: Draft, usable: dict[AgentName, AgentView]) -> str:
     slots = f"{spec.nproc_per_node} free slot{'' if spec.nproc_per_node == 1 else 's'}"
     parts = []
     cordoned = sum(1 for name in fleet.agents if name in fleet.cordoned)
+    stuck = sum(
+        1
+        for name, view in fleet.agents.items()
+        if name not in fleet.cordoned and blocked(draft, name, view)
+    )
     full = sum(
         1
         for name, view in fleet.agents.items()
         if name not in fleet.cordoned
+        and not blocked(draft, name, view)
         and view.node.slots - fleet.used.get(name, 0) < draft.spec.nproc_per_node
     )
-    silent = len(fleet.agents) - cordoned - full - len(usable)
+    silent = len(fleet.agents) - cordoned - stuck - full - len(usable)
     if full:
         parts.append(f"{full} without {slots}")
     if cordoned:
         parts.append(f"{cordoned} cordoned")
+    if stuck:
+        parts.append(f"{stuck} with a process that cannot be killed")
     if silent:
         parts.append(f"{silent} not answering")
     detail = f" ({', '.join(parts)})" if parts else ""
