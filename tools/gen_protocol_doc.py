@@ -118,6 +118,7 @@ MEANINGS = {
     "CommandOutcome.id": "id of the command",
     "CommandOutcome.kind": "its name",
     "CommandOutcome.ok": "it was done or is being done",
+    "CommandOutcome.term": "term of the leader that ordered it",
     "CommitRecord.bytes": "bytes of all blobs",
     "CommitRecord.committed_at": "when (UTC)",
     "CommitRecord.manifest_bytes": "size of the manifest as stored",

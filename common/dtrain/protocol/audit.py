@@ -1,34 +1,50 @@
 """Which histories of the records are valid: the invariants, replayed.
 
 etcd's revisions are a total order of everything that dtrain decided. Feed an
-``Auditor`` every revision under the cluster's prefix, from the first, and it
-names each one that breaks a promise. It knows the records only, none of the
-code that writes them.
+``Auditor`` every revision under the cluster's prefix, in order, and it names
+each one that breaks a promise. It knows the records only, none of the code that
+writes them. Where history before some revision is gone, ``begin_at`` seeds it
+from a list: from there on it judges exactly, about what was before it is silent.
 
-Checked (numbers as in ``docs/guarantees.md``'s invariants):
+Checked (numbers as in ``docs/guarantees.md``):
 
-* I1  every record of the leader carries the term that led at that revision;
-* I2  terms strictly increase;
-* I3  a commit record appears once and goes only together with a tombstone;
-* I4  ``latest`` never goes back and points at a commit record;
-* I5  attempts rise by one; a commit belongs to the attempt of the status it
-  was written under, had an open record of the same step and nonce, and removes
-  it in the same revision;
-* I6  an agent's snapshots of one submission never go back to an older attempt;
-* I9  a terminal phase is final; phases only change as ``PHASE_CHANGES`` allows.
+* I1  every record of the leader carries the term that led at that revision, and
+  none is deleted while nobody leads;
+* I2  terms strictly increase, each by a leader key created after the former went;
+* I3  a commit record appears once, never changes, and goes only by a retirement:
+  together with its tombstone, not while it is pinned, restored from or newest;
+* I4  ``latest`` never goes back, always points at a commit record, the newest one;
+* I5  attempts rise by one; at any revision at most one attempt can commit, and
+  what it commits is what was opened;
+* I6  no agent goes back to an older attempt or term, obeys one that was never
+  decided, or runs ranks that its attempt did not give it;
+* I7  one command id, one effect;
+* I9  nothing is declared lost, or placed, by a decision that saw the brake on.
+
+Two more names occur: ``phase`` (a job went where the phase diagram does not
+lead) and ``readable`` (a record that does not parse). I8 and I10 to I12 are not
+in a history; the simulation and the chaos tests check them.
+
+Memory is bounded by the records that exist, not by how long they have existed.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from dtrain.protocol import codec
+from dtrain.protocol.audit_agents import AgentAudit
 from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord, Quarantine
 from dtrain.protocol.errors import Refused
-from dtrain.protocol.events import EventRecord
-from dtrain.protocol.ids import ClusterName
+from dtrain.protocol.events import EventReason, EventRecord
+from dtrain.protocol.ids import ClusterName, JobName
 from dtrain.protocol.job import TERMINAL_PHASES, JobPhase, JobStatus
 from dtrain.protocol.keys import Keys, Parsed
-from dtrain.protocol.snapshot import WorkerSnapshot
+from dtrain.protocol.snapshot import FailureKind, NodeRecord, WorkerSnapshot
+
+VIOLATIONS_KEPT = 1000
+"""Told in full; further ones are only counted."""
 
 PHASE_CHANGES: Mapping[JobPhase, frozenset[JobPhase]] = {
     JobPhase.QUEUED: frozenset({JobPhase.STARTING, JobPhase.CANCELLED, JobPhase.FAILED, JobPhase.CANCELLING}),
@@ -70,6 +86,11 @@ _LEADERS_KINDS = {
     "bad": Quarantine,
     "event": EventRecord,
 }
+_READ_KINDS = _LEADERS_KINDS | {"worker": WorkerSnapshot, "node": NodeRecord}
+
+T = TypeVar("T")
+Record = object
+"""A decoded record; for a spec its uid, for a pin the bytes as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,183 +115,389 @@ class Violation:
 
 
 class Auditor:
-    """Replays one cluster's history; feed every revision once, in order."""
+    """Replays one cluster's history; feed every revision once, in order.
+
+    ``terms``, ``commits``, ``attempts`` and ``commands`` count what was judged.
+    """
 
     def __init__(self, cluster: ClusterName) -> None:
         self.violations: list[Violation] = []
+        self.violations_more = 0
+        """Beyond the ``VIOLATIONS_KEPT`` that are told in full."""
         self.revisions = 0
-        self.commits = 0
         self.terms = 0
+        self.commits = 0
+        self.attempts = 0
+        self.snapshots = 0
+        self.begun_at = 0
+        """Revision of the list that the judgement rests on; 0: the whole history was seen."""
         self._keys = Keys(cluster)
         self._term: int | None = None
         self._term_last = 0
-        self._records: dict[Parsed, object] = {}
-        self._seqs_opened: set[tuple[str, int]] = set()
-        self._commits_ever: set[tuple[str, int]] = set()
-        self._snapshot_attempts: dict[tuple[str, str, str], int] = {}
+        self._revision = 0
+        self._jobs: dict[JobName, _Job] = {}
+        self._agents = AgentAudit(self._bad)
+
+    def begin_at(self, revision: int, records: Iterable[Change]) -> None:
+        """Take ``records``, all that there are at ``revision``, for the state to go on from.
+
+        Also in the middle, after a gap: then only what must not go back is compared.
+        """
+        self.begun_at = self._revision = revision
+        former, self._jobs = self._jobs, {}
+        self._agents.forget()
+        self._term = None
+        found = list(self._parse(records))
+        for place, change, record in found:
+            if place.kind == "leader":
+                self._term = change.create_revision
+                if self._term < self._term_last:
+                    self._bad("I2", f"term {self._term} after term {self._term_last}")
+                self._term_last = max(self._term_last, self._term)
+            elif place.kind == "node":
+                self._agents.node(place, _as(NodeRecord, record), change.create_revision)
+            elif place.job and place.kind in _KEPT_KINDS:
+                self._job(place.job).records[place] = record
+            if place.kind in _LEADERS_KINDS and record is not None:
+                term: int = record.term  # type: ignore[attr-defined]
+                self._term_last = max(self._term_last, term)
+        for name, job in self._jobs.items():
+            job.begin(name)
+            before = former.get(name)
+            if before is not None:
+                self._check_gap(name, before, job)
+            job.tell_breaches(name, self._bad)
+            status = job.status(name)
+            if status is not None:
+                self._agents.status(Parsed("status", job=name), status)
+        for place, _, record in found:
+            if place.kind == "worker":
+                self._agents.snapshot(place, _as(WorkerSnapshot, record), self._term_last)
 
     def feed(self, revision: int, changes: Sequence[Change]) -> None:
         """Check one revision against everything before it, then apply it."""
         self.revisions += 1
-        parsed = [(self._keys.parse(change.key), change) for change in changes]
-        now: dict[Parsed, object | None] = {}
-        for place, change in parsed:
-            if place is None or place.kind in (
-                "leader",
-                "coordinator",
-                "node",
-                "cordon",
-                "spec",
-                "intent",
-                "pin",
-            ):
-                continue
-            now[place] = self._decode(revision, place, change)
-        for place, change in parsed:
-            if place is not None and place.kind == "leader":
-                self._lead(revision, change)
+        self._revision = revision
+        parsed = self._parse(changes)
+        for place, change, record in parsed:
+            if place.kind == "leader":
+                self._lead(change)
+            elif place.kind == "node":
+                self._agents.node(place, _as(NodeRecord, record), change.create_revision)
+        now: dict[Parsed, Record | None] = {place: record for place, _, record in parsed if place.job}
         for place, record in now.items():
-            if record is not None and place.kind in _LEADERS_KINDS:
-                self._check_term(revision, place, record)
+            if place.kind in _LEADERS_KINDS:
+                self._check_term(place, record)
+            job = self._job(place.job)
             match place.kind:
                 case "status":
-                    self._check_status(revision, place, record)
+                    self._check_status(place, job, record)
                 case "open":
-                    self._check_open(revision, place, record)
+                    self._check_open(place, job, record)
                 case "checkpoint":
-                    self._check_checkpoint(revision, place, record, now)
+                    self._check_checkpoint(place, job, record, now)
                 case "latest":
-                    self._check_latest(revision, place, record, now)
-                case "worker":
-                    self._check_snapshot(revision, place, record)
+                    self._check_latest(place, job, record)
+        touched = {place.job for place in now if place.kind in _KEPT_KINDS}
         for place, record in now.items():
-            if record is None:
-                self._records.pop(place, None)
-            else:
-                self._records[place] = record
+            if place.kind in _KEPT_KINDS:
+                self._job(place.job).put(place, record)
+        for name in touched:
+            self._jobs[name].tell_breaches(name, self._bad)
+        for place, record in now.items():
+            if place.kind == "event":
+                self._check_event(place, record)
+            elif place.kind == "worker":
+                self.snapshots += record is not None
+                self._agents.snapshot(place, _as(WorkerSnapshot, record), self._term_last)
 
-    def _bad(self, revision: int, invariant: str, message: str) -> None:
-        self.violations.append(Violation(revision, invariant, message))
+    # Inside ---------------------------------------------------------------------------
 
-    def _decode(self, revision: int, place: Parsed, change: Change) -> object | None:
+    def _bad(self, invariant: str, message: str) -> None:
+        if len(self.violations) < VIOLATIONS_KEPT:
+            self.violations.append(Violation(self._revision, invariant, message))
+        else:
+            self.violations_more += 1
+
+    def _job(self, name: JobName) -> "_Job":
+        return self._jobs.setdefault(name, _Job())
+
+    def _parse(self, changes: Iterable[Change]) -> list[tuple[Parsed, Change, Record | None]]:
+        found: list[tuple[Parsed, Change, Record | None]] = []
+        for change in changes:
+            place = self._keys.parse(change.key)
+            if place is not None:
+                found.append((place, change, self._decode(place, change)))
+        return found
+
+    def _decode(self, place: Parsed, change: Change) -> Record | None:
         if change.value is None:
             return None
-        kind = _LEADERS_KINDS.get(place.kind, WorkerSnapshot)
+        if place.kind == "spec":
+            return _uid_of(change.value)
+        kind = _READ_KINDS.get(place.kind)
+        if kind is None:
+            return change.value
         try:
             return codec.decode(kind, change.value)
         except Refused as error:
-            self._bad(revision, "readable", f"{change.key}: {error}")
+            self._bad("readable", f"{change.key}: {error}")
             return None
 
-    def _lead(self, revision: int, change: Change) -> None:
+    def _check_gap(self, name: JobName, before: "_Job", after: "_Job") -> None:
+        """Compare what only rises across revisions that nobody could read."""
+        if after.attempt_last < before.attempt_last:
+            self._bad("I5", f"{name} went from attempt {before.attempt_last} to {after.attempt_last}")
+        was, now = before.latest(name), after.latest(name)
+        if was is not None and now is not None and now.seq < was.seq:
+            self._bad("I4", f"latest of {name} went from {was.seq} back to {now.seq}")
+        after.seq_opened = max(after.seq_opened, before.seq_opened)
+
+    def _lead(self, change: Change) -> None:
         if change.value is None:
             self._term = None
             return
+        revision = self._revision
         if change.create_revision != revision:
-            self._bad(revision, "I2", "the leader key was overwritten instead of created")
+            self._bad("I2", "the leader key was overwritten instead of created")
+        elif self._term is not None:
+            self._bad("I2", f"term {revision} began while term {self._term} led")
         if revision <= self._term_last:
-            self._bad(revision, "I2", f"term {revision} after term {self._term_last}")
-        self._term = self._term_last = revision
+            self._bad("I2", f"term {revision} after term {self._term_last}")
+        self._term = revision
+        self._term_last = max(self._term_last, revision)
         self.terms += 1
 
-    def _check_term(self, revision: int, place: Parsed, record: object) -> None:
+    def _check_term(self, place: Parsed, record: Record | None) -> None:
+        if record is None:
+            if self._term is None:
+                self._bad("I1", f"{_name(place)} was deleted while nobody led")
+            return
         term = record.term  # type: ignore[attr-defined]
         if term != self._term:
-            self._bad(
-                revision,
-                "I1",
-                f"{_name(place)} was written by term {term} while {self._term or 'nobody'} led",
-            )
+            self._bad("I1", f"{_name(place)} was written by term {term} while {self._term or 'nobody'} led")
 
-    def _check_status(self, revision: int, place: Parsed, record: object | None) -> None:
-        before = self._records.get(place)
-        if not isinstance(before, JobStatus):
-            return
+    def _check_status(self, place: Parsed, job: "_Job", record: Record | None) -> None:
+        before = job.status(place.job)
         if not isinstance(record, JobStatus):
-            self._bad(revision, "I9", f"the status of {place.job} was deleted")
+            if before is not None:
+                self._bad("phase", f"the status of {place.job} was deleted")
             return
-        if record.attempt not in (before.attempt, before.attempt + 1):
-            self._bad(revision, "I5", f"{place.job} went from attempt {before.attempt} to {record.attempt}")
+        last = job.attempt_last
+        # A job's first record may already be of its first attempt.
+        if record.attempt not in (last, last + 1):
+            self._bad("I5", f"{place.job} went from attempt {last} to {record.attempt}")
+        self.attempts += record.attempt > last
+        self._agents.status(place, record)
+        if before is None:
+            return
         if record.seq_last < before.seq_last:
-            self._bad(revision, "I5", f"{place.job} forgot checkpoint numbers up to {before.seq_last}")
+            self._bad("I5", f"{place.job} forgot checkpoint numbers up to {before.seq_last}")
         if record.uid != before.uid:
             if before.phase not in TERMINAL_PHASES:
-                self._bad(revision, "I9", f"{place.job} was replaced while {before.phase}")
+                self._bad("phase", f"{place.job} was replaced while {before.phase}")
         elif record.phase != before.phase and record.phase not in PHASE_CHANGES[before.phase]:
-            self._bad(revision, "I9", f"{place.job} went from {before.phase} to {record.phase}")
+            self._bad("phase", f"{place.job} went from {before.phase} to {record.phase}")
+        self._check_brake(place, before, record)
 
-    def _check_open(self, revision: int, place: Parsed, record: object | None) -> None:
-        before = self._records.get(place)
+    def _check_brake(self, place: Parsed, before: JobStatus, record: JobStatus) -> None:
+        braked = any(
+            (one.type, one.status, one.reason) == ("Degraded", "True", "BrakeOn") for one in record.conditions
+        )
+        if not braked:
+            return
+        if record.attempt > before.attempt:
+            self._bad("I9", f"attempt {record.attempt} of {place.job} was placed under the brake")
+        lost = record.failure is not None and record.failure.kind is FailureKind.AGENT_LOST
+        if lost and record.failure != before.failure:
+            self._bad("I9", f"an agent of {place.job} was declared lost under the brake: {record.reason}")
+
+    def _check_open(self, place: Parsed, job: "_Job", record: Record | None) -> None:
+        before = job.records.get(place)
         if not isinstance(record, OpenRecord):
             return
         if isinstance(before, OpenRecord):
             same = (record.attempt, record.step, record.nonce) == (before.attempt, before.step, before.nonce)
             if not same:
-                self._bad(revision, "I5", f"{_name(place)} was changed into another checkpoint")
+                self._bad("I5", f"{_name(place)} was changed into another checkpoint")
             return
-        if (place.job, place.seq) in self._seqs_opened:
-            self._bad(revision, "I5", f"{_name(place)} was opened twice")
-        self._seqs_opened.add((place.job, place.seq))
-        status = self._records.get(Parsed("status", job=place.job))
-        if isinstance(status, JobStatus) and record.attempt != status.attempt:
-            self._bad(revision, "I5", f"{_name(place)} is of attempt {record.attempt}, not {status.attempt}")
+        if place.seq <= job.seq_opened:
+            self._bad("I5", f"{_name(place)} was opened twice, or after {job.seq_opened}")
+        job.seq_opened = max(job.seq_opened, place.seq)
 
     def _check_checkpoint(
-        self, revision: int, place: Parsed, record: object | None, now: Mapping[Parsed, object | None]
+        self, place: Parsed, job: "_Job", record: Record | None, now: Mapping[Parsed, Record | None]
     ) -> None:
-        before = self._records.get(place)
-        if record is None:
-            tombstone = now.get(Parsed("garbage", job=place.job, seq=place.seq))
-            if isinstance(before, CommitRecord) and not isinstance(tombstone, Garbage):
-                self._bad(revision, "I3", f"{_name(place)} disappeared without a tombstone")
-            return
+        before = job.records.get(place)
         if not isinstance(record, CommitRecord):
+            if isinstance(before, CommitRecord):
+                self._check_retired(place, job, before, now)
             return
-        if (place.job, place.seq) in self._commits_ever:
-            self._bad(revision, "I3", f"{_name(place)} was written twice")
-        self._commits_ever.add((place.job, place.seq))
+        if isinstance(before, CommitRecord):
+            self._bad("I3", f"{_name(place)} was written twice")
         self.commits += 1
         key = Parsed("open", job=place.job, seq=place.seq)
-        intent = self._records.get(key)
+        intent = job.records.get(key)
         if not isinstance(intent, OpenRecord):
-            self._bad(revision, "I5", f"{_name(place)} was committed without an open record")
+            self._bad("I5", f"{_name(place)} was committed without an open record")
         elif (intent.attempt, intent.step, intent.nonce) != (record.attempt, record.step, record.nonce):
-            self._bad(revision, "I5", f"{_name(place)} is not the checkpoint that was opened")
+            self._bad("I5", f"{_name(place)} is not the checkpoint that was opened")
         if key not in now or now[key] is not None:
-            self._bad(revision, "I5", f"{_name(place)} left its open record behind")
-        status = self._records.get(Parsed("status", job=place.job))
-        if isinstance(status, JobStatus) and status.attempt != record.attempt:
+            self._bad("I5", f"{_name(place)} left its open record behind")
+        # The status before this revision: what settles an attempt may begin the next one.
+        status = job.status(place.job)
+        if status is not None and status.attempt != record.attempt:
             self._bad(
-                revision,
-                "I5",
-                f"{_name(place)} of attempt {record.attempt} was committed during {status.attempt}",
+                "I5", f"{_name(place)} of attempt {record.attempt} was committed during {status.attempt}"
             )
 
-    def _check_latest(
-        self, revision: int, place: Parsed, record: object | None, now: Mapping[Parsed, object | None]
+    def _check_retired(
+        self, place: Parsed, job: "_Job", before: CommitRecord, now: Mapping[Parsed, Record | None]
     ) -> None:
-        before = self._records.get(place)
-        if not isinstance(record, Latest):
+        name = _name(place)
+        tombstone = now.get(Parsed("garbage", job=place.job, seq=place.seq))
+        if not isinstance(tombstone, Garbage):
+            self._bad("I3", f"{name} disappeared without a tombstone")
             return
-        if isinstance(before, Latest) and record.seq < before.seq:
-            self._bad(revision, "I4", f"latest of {place.job} went from {before.seq} back to {record.seq}")
-        target = Parsed("checkpoint", job=place.job, seq=record.seq)
-        pointed = now[target] if target in now else self._records.get(target)
-        if not isinstance(pointed, CommitRecord):
-            self._bad(revision, "I4", f"latest of {place.job} points at {record.seq}, which is not committed")
+        if (tombstone.manifest, tombstone.digest) != (before.manifest, before.digest):
+            self._bad("I3", f"the tombstone of {name} is of another checkpoint")
+        if any(one.kind == "pin" and one.seq == place.seq and one not in now for one in job.records):
+            self._bad("I3", f"{name} was retired while somebody read it")
+        if job.records.get(Parsed("spec", job=place.job), before.uid) != before.uid:
+            return  # the name was submitted again: nothing of the former job is kept
+        latest = job.latest(place.job)
+        if latest is not None and latest.seq == place.seq:
+            self._bad("I3", f"{name} was the newest and was retired")
+        status = now.get(Parsed("status", job=place.job)) or job.status(place.job)
+        if (
+            isinstance(status, JobStatus)
+            and status.phase not in TERMINAL_PHASES
+            and status.uid == before.uid
+            and status.restore is not None
+            and status.restore.seq == place.seq
+        ):
+            self._bad("I3", f"{name} was retired while attempt {status.attempt} restored from it")
 
-    def _check_snapshot(self, revision: int, place: Parsed, record: object | None) -> None:
-        if not isinstance(record, WorkerSnapshot):
+    def _check_latest(self, place: Parsed, job: "_Job", record: Record | None) -> None:
+        before = job.records.get(place)
+        if isinstance(record, Latest):
+            if isinstance(before, Latest) and record.seq < before.seq:
+                self._bad("I4", f"latest of {place.job} went from {before.seq} back to {record.seq}")
             return
-        who = (place.agent, place.job, record.uid)
-        if record.attempt < self._snapshot_attempts.get(who, 0):
-            self._bad(
-                revision,
-                "I6",
-                f"{place.agent} went from attempt {self._snapshot_attempts[who]} of {place.job} "
-                f"back to {record.attempt}",
-            )
-        self._snapshot_attempts[who] = max(record.attempt, self._snapshot_attempts.get(who, 0))
+        status, spec = job.status(place.job), job.records.get(Parsed("spec", job=place.job))
+        if isinstance(before, Latest) and status is not None and spec in (None, status.uid):
+            self._bad("I4", f"latest of {place.job} was deleted")
+
+    def _check_event(self, place: Parsed, record: Record | None) -> None:
+        """What was told to be committed is there: an acknowledgement that etcd itself keeps."""
+        told = (EventReason.CHECKPOINT_COMMITTED, EventReason.CHECKPOINT_SETTLED)
+        if not isinstance(record, EventRecord) or record.reason not in told:
+            return
+        kind, _, number = record.object.partition("/")
+        if kind == "checkpoint" and number.isdecimal():
+            key = Parsed("checkpoint", job=place.job, seq=int(number))  # type: ignore[arg-type]
+            if not isinstance(self._job(place.job).records.get(key), CommitRecord):
+                self._bad("I3", f"checkpoint {number} of {place.job} was acknowledged without a record")
+
+
+_KEPT_KINDS = frozenset({"status", "open", "checkpoint", "latest", "garbage", "pin", "spec"})
+"""What the rules look back at, of a job."""
+
+
+class _Bad(Protocol):
+    def __call__(self, invariant: str, message: str) -> None: ...
+
+
+class _Job:
+    """The records of one job, and what outlives them."""
+
+    def __init__(self) -> None:
+        self.records: dict[Parsed, Record] = {}
+        self.attempt_last = 0
+        self.seq_opened = 0
+        self._told: set[str] = set()
+
+    def latest(self, name: JobName) -> Latest | None:
+        return _as(Latest, self.records.get(Parsed("latest", job=name)))
+
+    def status(self, name: JobName) -> JobStatus | None:
+        return _as(JobStatus, self.records.get(Parsed("status", job=name)))
+
+    def put(self, place: Parsed, record: Record | None) -> None:
+        if record is None:
+            self.records.pop(place, None)
+        else:
+            self.records[place] = record
+        if isinstance(record, JobStatus):
+            self.attempt_last = max(self.attempt_last, record.attempt)
+
+    def begin(self, name: JobName) -> None:
+        """Take the numbers that only rise from the records."""
+        status = self.status(name)
+        if status is not None:
+            self.attempt_last, self.seq_opened = status.attempt, status.seq_last
+        seqs = [place.seq for place in self.records if place.kind in ("open", "checkpoint", "garbage")]
+        self.seq_opened = max([self.seq_opened, *seqs])
+
+    def tell_breaches(self, name: JobName, bad: _Bad) -> None:
+        """Check what must hold of the records of any one revision; each breach is told once."""
+        found = [*self._breaches_of_open(name), *self._breaches_of_latest(name)]
+        for invariant, message in found:
+            if message not in self._told:
+                bad(invariant, message)
+        self._told = {message for _, message in found}
+
+    def _breaches_of_open(self, name: JobName) -> Iterator[tuple[str, str]]:
+        status = self.status(name)
+        if status is None:
+            return
+        mine = [
+            record
+            for record in self.records.values()
+            if isinstance(record, OpenRecord) and record.uid == status.uid
+        ]
+        for record in mine:
+            what = f"checkpoint {record.seq} of {name} is open"
+            if record.attempt != status.attempt:
+                yield "I5", f"{what} for attempt {record.attempt} in attempt {status.attempt}"
+            elif status.phase in TERMINAL_PHASES:
+                yield "I5", f"{what} although the job is {status.phase}"
+        if len({record.attempt for record in mine}) > 1:
+            yield "I5", f"several attempts of {name} can commit at once"
+
+    def _breaches_of_latest(self, name: JobName) -> Iterator[tuple[str, str]]:
+        latest, status = self.latest(name), self.status(name)
+        commits = {
+            place.seq: record for place, record in self.records.items() if isinstance(record, CommitRecord)
+        }
+        if latest is not None:
+            pointed = commits.get(latest.seq)
+            if pointed is None:
+                yield "I4", f"latest of {name} points at {latest.seq}, which is not committed"
+            elif pointed.step != latest.step:
+                yield "I4", f"latest of {name} says step {latest.step}, its checkpoint {pointed.step}"
+            if commits and max(commits) > latest.seq:
+                yield "I4", f"latest of {name} is {latest.seq}, and {max(commits)} is committed"
+        elif (
+            status is not None
+            and any(record.uid == status.uid for record in commits.values())
+            and self.records.get(Parsed("spec", job=name)) in (None, status.uid)
+        ):
+            # Submitted again, the former job's pointer goes before its commits do.
+            yield "I4", f"{name} has commits but no latest"
+
+
+def _as(kind: type[T], record: Record | None) -> T | None:
+    return record if isinstance(record, kind) else None
+
+
+def _uid_of(spec: bytes) -> str:
+    """The uid in a job file; a recorded stream keeps nothing else of it."""
+    try:
+        found = json.loads(spec)
+        return str(found.get("uid", "")) if isinstance(found, dict) else ""
+    except ValueError:
+        return ""
 
 
 def _name(place: Parsed) -> str:

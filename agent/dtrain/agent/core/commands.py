@@ -48,7 +48,9 @@ def take(
     job = _apply(state, command, now, out)
     if job is None:
         return state, Answer(True, "nothing to do")
-    job = dataclasses.replace(job, command=CommandOutcome(head.id, type(command).__name__, True))
+    job = dataclasses.replace(
+        job, command=CommandOutcome(head.id, type(command).__name__, True, term=head.term)
+    )
     ids = (*state.seen.get(head.job, ()), head.id)[-COMMAND_IDS_KEPT:]
     state = dataclasses.replace(state.with_job(job), seen={**state.seen, head.job: ids})
     return state, Answer(True)
