@@ -186,7 +186,9 @@ class Reporter:
 
     def _try_later(self, error: DtrainError, wait_s: float) -> float:
         if error.message != self._complained:
-            self._log("snapshot not written", error=error.message, cause=error.cause)
+            full = error.code is ErrorCode.ETCD_NO_SPACE
+            event = "etcd has no space" if full else "snapshot not written"
+            self._log(event, error=error.message, cause=error.cause, fix=error.fix)
             self._complained = error.message
         self._retry_s = min(RETRY_S_MAX, self._retry_s * 2)
         self._retry_at = self._clock.monotonic() + wait_s

@@ -123,6 +123,15 @@ def coordinators(
     return Table((*headings, *(("HOST", "PID") if wide else ())), tuple(rows))
 
 
+def problem_lines(found: dict[str, tuple[str, ...]]) -> list[str]:
+    """What replicas say is wrong, by replica; what several say is one line."""
+    by_sentence: dict[str, list[str]] = {}
+    for name in sorted(found):
+        for sentence in found[name]:
+            by_sentence.setdefault(sentence, []).append(name)
+    return [f"PROBLEM ({', '.join(names)}): {sentence}" for sentence, names in by_sentence.items()]
+
+
 @dataclass(frozen=True, slots=True)
 class CheckpointLine:
     """One checkpoint, from whichever of its records there are."""

@@ -207,6 +207,7 @@ class FakeReplica(coordinator_pb2_grpc.CoordinatorServicer):
     logs: dict[tuple[int, int, str], bytes] = field(default_factory=dict)
     """(attempt, rank, stream) to what was written."""
     changed: threading.Condition = field(default_factory=threading.Condition)
+    problems: list[str] = field(default_factory=list)
 
     def update(self, items: list[Item]) -> None:
         with self.changed:
@@ -265,7 +266,9 @@ class FakeReplica(coordinator_pb2_grpc.CoordinatorServicer):
 
     def Info(self, request: pb.InfoRequest, context: grpc.ServicerContext) -> pb.InfoReply:  # noqa: N802
         self._enter("Info", context)
-        return pb.InfoReply(cluster="local", replica="c1", version="0.1.0", mirror_age_s=0.2)
+        return pb.InfoReply(
+            cluster="local", replica="c1", version="0.1.0", mirror_age_s=0.2, problems=self.problems
+        )
 
     def _enter(self, name: str, context: grpc.ServicerContext) -> None:
         self.calls.append(name)

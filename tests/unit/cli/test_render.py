@@ -193,3 +193,11 @@ def test_a_spent_budget_is_told_from_other_failures() -> None:
     assert ended().exit_code == 20
     assert ended(item(KEYS.event(JOB, 9), event(9, EventReason.BUDGET_EXHAUSTED, "x", 1))).exit_code == 22
     assert snapshot("a1", 0, 1).attempt == 3
+
+
+def test_a_problem_that_several_replicas_see_is_one_line() -> None:
+    found = {"c2": ("etcd is full", "its certificate ends"), "c1": ("etcd is full",), "c3": ()}
+    assert render.problem_lines(found) == [
+        "PROBLEM (c1, c2): etcd is full",
+        "PROBLEM (c2): its certificate ends",
+    ]

@@ -71,6 +71,13 @@ def test_every_read_verb_answers_in_json_and_yaml(
     assert "\x1b" not in capsys.readouterr().out
 
 
+def test_what_is_wrong_is_told_beside_every_answer(replica: FakeReplica, address: str, capsys: Out) -> None:
+    replica.items = [*running_job(), *fleet()]
+    replica.problems = ["etcd has no space"]
+    assert run(["describe", "job/digits", "--coordinators", address]) == 0
+    assert "PROBLEM (c1): etcd has no space" in capsys.readouterr().err
+
+
 def test_names_only(replica: FakeReplica, address: str, capsys: Out) -> None:
     replica.items = [*running_job(), *fleet()]
     assert run(["get", "jobs", "--coordinators", address, "-o", "name"]) == 0

@@ -17,16 +17,23 @@ def command(what: tuple[str, ...]) -> None:
 
     NAME alone means a job; job/NAME and unique beginnings are fine, too.
     """
+    import contextlib
     import time
 
     from dtrain.cli import context, output, reading, render
     from dtrain.cli.client import closing
     from dtrain.cli.records import Agent, Job
+    from dtrain.protocol.errors import DtrainError
 
     kind, name = _target(what)
     found: Job | Agent
     with closing(context.connect(settings())) as client:
         found, cluster = reading.job(client, name) if kind == "job" else reading.agent(client, name)
+        problems: dict[str, tuple[str, ...]] = {}
+        # What was asked for is known; that a replica does not say how it is must not hide it.
+        with contextlib.suppress(DtrainError):
+            info = client.info()
+            problems[info.replica] = info.problems
     wanted = settings().output
     if wanted in ("json", "yaml"):
         output.document({**found.as_json(), "revision": cluster.revision}, wanted)
@@ -37,6 +44,8 @@ def command(what: tuple[str, ...]) -> None:
         )
         for line in output.coloured(lines):
             click.echo(line)
+    for line in render.problem_lines(problems):
+        output.say(line)
     output.freshness(cluster.age_s)
 
 
