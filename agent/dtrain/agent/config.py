@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.ids import AgentName, ClusterName, parse_name
 from dtrain.runtime.config import ETCD, EtcdOptions, Setting, etcd_options, parse, switch
+from dtrain.runtime.tls import TLS, TlsFiles, tls_files
 
 TTL_S_MIN, TTL_S_MIN_SHORT = 5, 2
 
@@ -31,6 +32,7 @@ SETTINGS = (
         "stop-grace", "seconds between SIGTERM and SIGKILL for ranks when the agent is stopped", 15.0, float
     ),
     Setting("log-json", "one JSON object per line (default: unless stderr is a terminal)", None, switch),
+    *TLS,
     *ETCD,
 )
 
@@ -55,6 +57,7 @@ class Config:
     stop_grace_s: float
     log_json: bool | None
     etcd: EtcdOptions
+    tls: TlsFiles | None = None
 
     def __post_init__(self) -> None:
         least = TTL_S_MIN_SHORT if self.allow_short_ttl else TTL_S_MIN
@@ -114,6 +117,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         stop_grace_s=values["stop-grace"],
         log_json=values["log-json"],
         etcd=etcd,
+        tls=tls_files(values),
     )
 
 

@@ -16,6 +16,7 @@ from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, Refused
 from dtrain.protocol.ids import Attempt, Term
 from dtrain.protocol.pb import agent_pb2 as pb
 from dtrain.protocol.pb import agent_pb2_grpc
+from dtrain.runtime import grpc_tls
 
 THREADS_ANSWERING = 4
 THREADS_WAITING = 4
@@ -25,14 +26,13 @@ WAIT_S_MAX = 10.0
 POLL_S = 0.1
 SHORT_WAIT_S = 0.2
 """Where no waiting thread is left: long enough that a follower does not spin."""
-REQUEST_BYTES_MAX = 4 * 1024 * 1024
+MESSAGE_BYTES_MAX = 4 * 1024 * 1024
 
 OPTIONS = (
-    # Without it two agents bind one port without an error, and each gets half of the commands.
-    ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", REQUEST_BYTES_MAX),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    *grpc_tls.SERVER_OPTIONS,
+    ("grpc.max_concurrent_streams", THREADS_ANSWERING + THREADS_WAITING + QUEUED_MAX),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
 )
 
 Execute = Callable[[Command], Answer]
@@ -87,7 +87,7 @@ class AgentServicer(agent_pb2_grpc.AgentServicer):
 class AgentServer:
     """The gRPC server. Bound when built, serving once started."""
 
-    def __init__(self, listen: str) -> None:
+    def __init__(self, listen: str, tls: grpc_tls.Credentials | None = None) -> None:
         """Bind.
 
         Raises:
@@ -95,19 +95,13 @@ class AgentServer:
         """
         threads = THREADS_ANSWERING + THREADS_WAITING
         self._pool = futures.ThreadPoolExecutor(threads, "link")
-        self._server = grpc.server(self._pool, options=OPTIONS, maximum_concurrent_rpcs=threads + QUEUED_MAX)
-        cause = ""
-        try:
-            self.port = self._server.add_insecure_port(listen)
-        except RuntimeError as error:
-            self.port, cause = 0, str(error)
-        if not self.port:
-            raise Refused(
-                ErrorCode.PORT_IN_USE,
-                f"{listen} cannot be listened on",
-                cause=cause,
-                fix="choose another address with --listen, or stop what listens there",
-            )
+        self._server = grpc.server(
+            self._pool,
+            interceptors=[grpc_tls.Gate(tls, abort)],
+            options=OPTIONS,
+            maximum_concurrent_rpcs=threads + QUEUED_MAX,
+        )
+        self.port = grpc_tls.bind(self._server, listen, tls)
 
     def start(self, servicer: AgentServicer) -> None:
         """Serve."""
@@ -128,6 +122,8 @@ def abort(context: grpc.ServicerContext, error: DtrainError) -> NoReturn:
         status = grpc.StatusCode.INVALID_ARGUMENT
     if isinstance(error, NotFound):
         status = grpc.StatusCode.NOT_FOUND
+    if error.code is ErrorCode.NOT_PERMITTED:
+        status = grpc.StatusCode.PERMISSION_DENIED
     context.abort(status, f"{error.message} ({error.code.value})")
     raise AssertionError("abort returned")
 

@@ -40,9 +40,10 @@ from dtrain.protocol.errors import DtrainError, ErrorCode, Refused, Unavailable
 from dtrain.protocol.ids import Attempt, Incarnation, JobName, Term
 from dtrain.protocol.keys import Keys
 from dtrain.protocol.snapshot import NodeRecord, WorkerPhase
-from dtrain.runtime import log
+from dtrain.runtime import grpc_tls, log
 from dtrain.runtime.clock import Clock, SystemClock, iso
 from dtrain.runtime.config import EtcdOptions
+from dtrain.runtime.tls import Role
 from dtrain.storage.etcd.port import Etcd
 from dtrain.storage.etcd.session import Session, attach
 from dtrain.storage.etcd.transport import GatewayEtcd
@@ -112,7 +113,8 @@ class Agent:
             on_refusal=lambda why: self.log("rank refused", why=why),
             on_death=lambda: self._fail("the rank server died"),
         )
-        self._server = AgentServer(settings.listen)
+        self._tls = grpc_tls.load(settings.tls, settings.cluster, Role.AGENT, settings.name, clock=clock)
+        self._server = AgentServer(settings.listen, self._tls)
         self.address = settings.advertised(self._server.port)
         self._launchers = Launchers(self._post)
         self._transfers = Transfers(self._post)

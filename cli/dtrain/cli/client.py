@@ -9,6 +9,7 @@ nothing. The servers' errors come back as members of the error tree.
 import contextlib
 import json
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from dtrain.protocol import errors
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, TimedOut, Unavailable
 from dtrain.protocol.pb import coordinator_pb2 as pb
 from dtrain.protocol.pb.coordinator_pb2_grpc import CoordinatorStub
+from dtrain.runtime import grpc_tls
+from dtrain.runtime.tls import TlsFiles
 
 T = TypeVar("T")
 
@@ -36,10 +39,12 @@ CATCH_UP_S = 0.3
 PACE_S = 0.1
 """A waiting read takes this long at least: in a large cluster something always changes."""
 
+_REQUEST_BYTES_MAX = 4 * 1024 * 1024
 _REPLY_BYTES_MAX = 64 * 1024 * 1024
 _PAUSE_S_FIRST, _PAUSE_S_MAX = 0.05, 0.5
 
 _OPTIONS = (
+    ("grpc.max_send_message_length", _REQUEST_BYTES_MAX),
     ("grpc.max_receive_message_length", _REPLY_BYTES_MAX),
     # Loopback and private addresses are no business of a web proxy.
     ("grpc.enable_http_proxy", 0),
@@ -103,6 +108,9 @@ class ReplicaInfo:
     revision: int
     mirror_age_s: float
     leader_replica: str
+    problems: tuple[str, ...] = ()
+    """What is wrong now, in sentences for people."""
+    etcd_version: str = ""
 
 
 class Client:
@@ -112,19 +120,30 @@ class Client:
     on top of it.
     """
 
-    def __init__(self, addresses: Sequence[str], *, timeout_s: float = 5.0) -> None:
+    def __init__(
+        self, addresses: Sequence[str], *, timeout_s: float = 5.0, tls: TlsFiles | None = None
+    ) -> None:
+        """Remember the addresses.
+
+        Raises:
+            Refused: BAD_SETTING; the TLS files cannot be used.
+        """
         assert addresses
         self._timeout_s = timeout_s
-        self._channels = [grpc.insecure_channel(address, options=_OPTIONS) for address in addresses]
-        self._stubs = [CoordinatorStub(channel) for channel in self._channels]  # type: ignore[no-untyped-call]
         self._addresses = tuple(addresses)
+        self._tls = grpc_tls.Credentials(tls) if tls is not None else None
+        self._lock = threading.Lock()
+        self._retired: list[grpc.Channel] = []
+        self._open()
         # Clients that all began with the first replica would load only that one.
         self._current = random.randrange(len(addresses))  # noqa: S311 - no secret
         self._seen_revision = 0
 
     def close(self) -> None:
         """End all connections; blocked calls fail."""
-        for channel in self._channels:
+        with self._lock:
+            channels, self._retired = [*self._channels, *self._retired], []
+        for channel in channels:
             channel.close()
 
     @property
@@ -230,6 +249,7 @@ class Client:
     def info_each(self, *, timeout_s: float = 1.0) -> dict[str, ReplicaInfo | DtrainError]:
         """Ask every replica about itself, one after the other."""
         found: dict[str, ReplicaInfo | DtrainError] = {}
+        self._refresh()
         for address, stub in zip(self._addresses, self._stubs, strict=True):
             try:
                 found[address] = self._info(stub, address, timeout_s)
@@ -249,6 +269,8 @@ class Client:
             reply.revision,
             reply.mirror_age_s,
             reply.leader_replica,
+            tuple(reply.problems),
+            reply.etcd_version,
         )
 
     def _call(self, call: Callable[[Any, float], T], *, wait_s: float = 0.0) -> T:
@@ -256,6 +278,7 @@ class Client:
         pause_s = _PAUSE_S_FIRST
         failures = 0
         while True:
+            self._refresh()
             left_s = deadline - time.monotonic() - wait_s
             current = self._current
             address = self._addresses[current]
@@ -283,8 +306,41 @@ class Client:
             ErrorCode.COORDINATOR_UNAVAILABLE,
             f"no coordinator answers at {', '.join(self._addresses)}",
             cause=last.cause or last.message,
-            fix="check --coordinators and that the replicas run, or start a local cluster: dtrain up",
+            fix=_fix(last.cause, self._tls is not None),
         )
+
+    def _open(self) -> None:
+        self._generation = self._tls.generation if self._tls is not None else 0
+        self._channels = [
+            grpc_tls.to_coordinator(address, self._tls, _OPTIONS) for address in self._addresses
+        ]
+        self._stubs = [CoordinatorStub(channel) for channel in self._channels]  # type: ignore[no-untyped-call]
+
+    def _refresh(self) -> None:
+        """Open new channels once the certificate has been replaced: a follower lives for days."""
+        if self._tls is None or self._tls.generation == self._generation:
+            return
+        with self._lock:
+            if self._tls.generation == self._generation:
+                return
+            # Other threads' calls may be under way on the ones of last time, never on older ones.
+            over, self._retired = self._retired, self._channels
+            self._open()
+        for channel in over:
+            channel.close()
+
+
+def _fix(cause: str, secured: bool) -> str:
+    told = cause.lower()
+    if secured and any(word in told for word in ("handshake", "certificate", "verification", "ssl")):
+        return (
+            "the coordinator's certificate must be signed by --tls-cacert, be of the cluster that yours "
+            "names, and neither may have expired: docs/security.md"
+        )
+    fix = "check --coordinators and that the replicas run, or start a local cluster: dtrain up"
+    if not secured and ("socket closed" in told or "reset" in told or "handshake" in told):
+        return f"{fix}; if they use TLS, give --tls-cert, --tls-key and --tls-cacert"
+    return fix
 
 
 @contextlib.contextmanager
@@ -321,7 +377,7 @@ _BY_STATUS: dict[grpc.StatusCode, tuple[type[DtrainError], ErrorCode]] = {
     grpc.StatusCode.UNIMPLEMENTED: (errors.Refused, ErrorCode.USAGE),
     grpc.StatusCode.RESOURCE_EXHAUSTED: (errors.Refused, ErrorCode.USAGE),
     grpc.StatusCode.UNAUTHENTICATED: (errors.Refused, ErrorCode.ETCD_AUTH),
-    grpc.StatusCode.PERMISSION_DENIED: (errors.Refused, ErrorCode.ETCD_AUTH),
+    grpc.StatusCode.PERMISSION_DENIED: (errors.Refused, ErrorCode.NOT_PERMITTED),
 }
 
 _KINDS: dict[str, type[DtrainError]] = {

@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,20 @@ from dtrain.cli.globals import Settings
 from dtrain.protocol.errors import ErrorCode, NotFound, Refused, Unavailable
 from dtrain.protocol.ids import ClusterName, parse_name
 from dtrain.protocol.keys import Keys
+from dtrain.runtime.tls import TLS, TlsFiles, tls_files
 
 if TYPE_CHECKING:
     from dtrain.cli.client import Client
 
 
-_VARIABLES = ("DTRAIN_CLUSTER", "DTRAIN_COORDINATORS", "DTRAIN_ENDPOINTS")
+_VARIABLES = (
+    "DTRAIN_CLUSTER",
+    "DTRAIN_COORDINATORS",
+    "DTRAIN_ENDPOINTS",
+    "DTRAIN_TLS_CERT",
+    "DTRAIN_TLS_KEY",
+    "DTRAIN_TLS_CACERT",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,9 @@ class Known:
     pid: int = 0
     started: int = 0
     """Start time of ``pid``, in ticks: a pid may be used again."""
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_cacert: str = ""
 
     @property
     def alive(self) -> bool:
@@ -61,6 +72,7 @@ def load() -> tuple[str, dict[str, Known]]:
                 entry.get("folder", ""),
                 entry.get("pid", 0),
                 entry.get("started", 0),
+                *(str(entry.get(setting.name.replace("-", "_"), "")) for setting in TLS),
             )
             for name, entry in document["clusters"].items()
         }
@@ -165,9 +177,33 @@ def connect(settings: Settings) -> "Client":
             cause="neither --coordinators nor --endpoints is given, and no local cluster runs",
             fix="start a local cluster (dtrain up), or set DTRAIN_COORDINATORS=host:port,...",
         )
+    return client(settings, found, timeout_s=settings.timeout_s)
+
+
+def client(settings: Settings, replicas: Sequence[str], *, timeout_s: float) -> "Client":
+    """Return a client of ``replicas`` with the TLS files that are configured.
+
+    Raises:
+        Refused: BAD_SETTING; some of them are missing, or cannot be used.
+    """
     from dtrain.cli.client import Client
 
-    return Client(found, timeout_s=settings.timeout_s)
+    return Client(replicas, timeout_s=timeout_s, tls=tls_of(settings))
+
+
+def tls_of(settings: Settings) -> TlsFiles | None:
+    """Return the TLS files of the cluster that is meant: options and environment, then the context file.
+
+    Raises:
+        Refused: BAD_SETTING; some of them are missing, or cannot be read.
+    """
+    values = {setting.name: getattr(settings, setting.name.replace("-", "_")) for setting in TLS}
+    if not any(values.values()) and not settings.coordinators and not settings.endpoints:
+        current, known = load()
+        entry = known.get(settings.cluster or current)
+        if entry is not None:
+            values = {setting.name: getattr(entry, setting.name.replace("-", "_")) for setting in TLS}
+    return tls_files(values)
 
 
 def _refuse_misspelt(environ: Mapping[str, str]) -> None:

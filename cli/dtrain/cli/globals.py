@@ -10,6 +10,9 @@ class Settings:
     cluster: str = ""
     coordinators: str = ""
     endpoints: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_cacert: str = ""
     output: str = "table"
     debug: bool = False
     timeout_s: float = 5.0

@@ -11,6 +11,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 FORMATS = ("table", "wide", "json", "yaml", "name")
 
+_TLS = (
+    ("tls-cert", "Your certificate for gRPC"),
+    ("tls-key", "Its key"),
+    ("tls-cacert", "CA bundle of the coordinators' certificates"),
+)
+
 
 def settings() -> Settings:
     """Return the settings of the running command."""
@@ -56,6 +62,17 @@ def connected(function: F) -> F:
                 help="etcd endpoints: the replicas are looked up there.",
                 expose_value=False,
                 callback=_remember,
+            ),
+            *(
+                click.option(
+                    f"--{name}",
+                    envvar=f"DTRAIN_{name.upper().replace('-', '_')}",
+                    metavar="FILE",
+                    help=f"{text} (PEM); all three, or none for plain text.",
+                    expose_value=False,
+                    callback=_remember,
+                )
+                for name, text in _TLS
             ),
             debugging,
         )

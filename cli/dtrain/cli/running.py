@@ -134,7 +134,7 @@ def _document(given: Mapping[str, Any], program: str, args: list[str], *, here: 
 
 
 def _on_cluster(addresses: tuple[str, ...], spec: JobSpec, given: Mapping[str, Any]) -> int:
-    with closing(Client(addresses, timeout_s=settings().timeout_s)) as client:
+    with closing(context.client(settings(), addresses, timeout_s=settings().timeout_s)) as client:
         accepted = submitting.submit(client, spec, None, "table")
         ranks = shown_ranks(given, spec.nproc_per_node)
         try:

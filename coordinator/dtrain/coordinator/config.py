@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.ids import ClusterName, ReplicaId, parse_name
 from dtrain.runtime.config import ETCD, EtcdOptions, Setting, etcd_options, parse, switch
+from dtrain.runtime.tls import TLS, TlsFiles, tls_files
 
 TTL_S_MIN, TTL_S_MIN_SHORT = 5, 2
 
@@ -19,6 +20,7 @@ SETTINGS = (
     Setting("allow-short-ttl", "tests only: a TTL below 5 seconds", False, switch),
     Setting("default-store", "where jobs that name no store keep their checkpoints", ""),
     Setting("log-json", "one JSON object per line (default: unless stderr is a terminal)", None, switch),
+    *TLS,
     *ETCD,
 )
 
@@ -39,6 +41,7 @@ class Config:
     default_store: str
     log_json: bool | None
     etcd: EtcdOptions
+    tls: TlsFiles | None = None
 
     def __post_init__(self) -> None:
         least = TTL_S_MIN_SHORT if self.allow_short_ttl else TTL_S_MIN
@@ -74,6 +77,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         values["default-store"],
         values["log-json"],
         etcd_options(values),
+        tls_files(values),
     )
 
 

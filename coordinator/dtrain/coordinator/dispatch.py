@@ -16,6 +16,8 @@ from dtrain.protocol.commands import AbortCheckpoint, BeginCheckpoint, Command, 
 from dtrain.protocol.ids import AgentName
 from dtrain.protocol.pb import agent_pb2 as pb
 from dtrain.protocol.pb import agent_pb2_grpc
+from dtrain.runtime import grpc_tls
+from dtrain.runtime.clock import Clock, SystemClock
 
 COMMAND_DEADLINE_S = 5.0
 """An agent that says nothing for so long counts as unreachable. A busy machine may
@@ -24,7 +26,15 @@ take seconds to answer, and its ranks may still be training."""
 CHANNELS_IDLE_MAX = 2000
 """More open channels than this and the ones used longest ago are closed."""
 
+MESSAGE_BYTES_MAX = 4 * 1024 * 1024
+
+RETIRED_S = 60.0
+"""How long a channel with a replaced certificate is kept for the calls under way on it:
+longer than any of them may take."""
+
 CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     # A restarted agent is usable again within a second, not after the library's 20.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 500),
@@ -46,12 +56,18 @@ _Key = tuple[AgentName, str, str]
 
 
 class Channels:
-    """One channel per agent and address, opened when first used. Thread-safe."""
+    """One channel per agent and address, opened when first used. Thread-safe.
 
-    def __init__(self) -> None:
+    With ``tls`` the other side must have that agent's certificate.
+    """
+
+    def __init__(self, tls: grpc_tls.Credentials | None = None, *, clock: Clock | None = None) -> None:
+        self._tls = tls
+        self._clock = clock or SystemClock()
         self._lock = threading.Lock()
-        self._open: dict[AgentName, tuple[str, grpc.Channel]] = {}
+        self._open: dict[AgentName, tuple[str, grpc.Channel, int]] = {}
         self._lives: dict[AgentName, str] = {}
+        self._retired: list[tuple[float, grpc.Channel]] = []
 
     def get(self, agent: AgentName, address: str, incarnation: str = "") -> grpc.Channel:
         """Return the agent's channel; one to a former address or life is closed.
@@ -60,16 +76,23 @@ class Channels:
         refuses all calls meanwhile: what the former life left says nothing about
         this one. ``incarnation`` "": any life will do.
         """
-        stale: list[grpc.Channel] = []
+        generation = self._tls.generation if self._tls is not None else 0
         with self._lock:
+            stale = self._expired()
             known = self._open.pop(agent, None)
             reborn = incarnation not in ("", self._lives.get(agent, incarnation))
             if incarnation:
                 self._lives[agent] = incarnation
-            if known is None or known[0] != address or reborn:
-                if known is not None:
-                    stale.append(known[1])
-                known = (address, grpc.insecure_channel(address, options=CHANNEL_OPTIONS))
+            if known is not None and (known[0] != address or reborn):
+                stale.append(known[1])
+                known = None
+            elif known is not None and known[2] != generation:
+                # Its calls are as good as ever; only the next ones take the new certificate.
+                self._retired.append((self._clock.monotonic() + RETIRED_S, known[1]))
+                known = None
+            if known is None:
+                channel = grpc_tls.to_agent(agent, address, self._tls, CHANNEL_OPTIONS)
+                known = (address, channel, generation)
             # Put back last: the dictionary's order is the order of use.
             self._open[agent] = known
             while len(self._open) > CHANNELS_IDLE_MAX:
@@ -83,9 +106,16 @@ class Channels:
     def close(self) -> None:
         """Close all channels; calls in flight are cancelled."""
         with self._lock:
-            channels, self._open = [channel for _, channel in self._open.values()], {}
+            channels = [known[1] for known in self._open.values()] + [old for _, old in self._retired]
+            self._open, self._retired = {}, []
         for channel in channels:
             channel.close()
+
+    def _expired(self) -> list[grpc.Channel]:
+        now = self._clock.monotonic()
+        over = [channel for end, channel in self._retired if end <= now]
+        self._retired = [(end, channel) for end, channel in self._retired if end > now]
+        return over
 
 
 class Dispatcher:

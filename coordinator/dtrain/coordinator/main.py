@@ -2,6 +2,7 @@
 
 Threads: the loop owns all state; the mirror's, the lease's, two that commit,
 two that work at the store, and those of grpc hand it values through one queue.
+One more looks at etcd's health and tells people only.
 A thread that dies takes the process with it: a replica that looks healthy and
 is not would be worse than none.
 """
@@ -31,6 +32,7 @@ from dtrain.coordinator.core.plan import plan
 from dtrain.coordinator.core.views import Moment
 from dtrain.coordinator.dispatch import Channels, Dispatcher
 from dtrain.coordinator.driver import Driver, Plan
+from dtrain.coordinator.health import EtcdHealth, Health
 from dtrain.coordinator.leadership.lease import Leadership
 from dtrain.coordinator.persistence import Committer, Deposed
 from dtrain.coordinator.work import Merge, Stores, Worker
@@ -39,9 +41,10 @@ from dtrain.protocol.cluster import ReplicaRecord
 from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.ids import JobName, Term
 from dtrain.protocol.keys import Keys
-from dtrain.runtime import log
+from dtrain.runtime import grpc_tls, log
 from dtrain.runtime.clock import Clock, SystemClock
 from dtrain.runtime.config import EtcdOptions
+from dtrain.runtime.tls import Role
 from dtrain.storage.etcd.endpoints import Tls
 from dtrain.storage.etcd.mirror import Change, Mirror
 from dtrain.storage.etcd.port import Etcd
@@ -106,7 +109,10 @@ class Coordinator:
         )
         self._keys = Keys(settings.cluster)
         version = importlib.metadata.version("dtrain")
-        self._server = Server(settings.listen)
+        self._tls = grpc_tls.load(
+            settings.tls, settings.cluster, Role.COORDINATOR, settings.replica, clock=clock
+        )
+        self._server = Server(settings.listen, self._tls)
         self.address = settings.advertise or self._server.address
         self._mirror = Mirror(
             etcd,
@@ -128,10 +134,20 @@ class Coordinator:
         self._lease = threading.Thread(
             target=self._guarded, args=(self.leadership.run,), name="lease", daemon=True
         )
-        self._channels = Channels()
+        self._channels = Channels(self._tls, clock=clock)
+        self._health = Health(self._log.warning)
+        self._etcd_health = EtcdHealth(etcd, self._health, mirror_age_s=self._mirror.age_s)
+        self._health_thread = threading.Thread(
+            target=self._guarded, args=(self._etcd_health.run,), name="health", daemon=True
+        )
         self._dispatcher = Dispatcher(self._channels, self._on_command)
         self._stores = Stores()
-        self._committer = Committer(etcd, settings.cluster, may_act=self.leadership.may_act)
+        self._committer = Committer(
+            etcd,
+            settings.cluster,
+            may_act=self.leadership.may_act,
+            on_no_space=self._etcd_health.refused_for_space,
+        )
         self._worker = Worker(etcd, self._stores, merge_manifests, clock)
         self._commits = ThreadPoolExecutor(COMMIT_THREADS, "commit")
         self._works = ThreadPoolExecutor(WORK_THREADS, "work")
@@ -151,6 +167,8 @@ class Coordinator:
             term=self._acting_term,
             waiting=waiting_slots(),
             default_store=settings.default_store,
+            problems=self._problems,
+            etcd_version=lambda: self._etcd_health.version,
         )
 
     def start(self) -> None:
@@ -158,6 +176,7 @@ class Coordinator:
         self._loop.start()
         self._mirror.start()
         self._lease.start()
+        self._health_thread.start()
         self._server.start(self._servicer)
         self._log.info("coordinator started", address=self.address)
 
@@ -165,6 +184,7 @@ class Coordinator:
         """Stop acting and serving, quickly; what is in flight is for the successor to resolve."""
         self.leadership.stop()
         self._stopping.set()
+        self._etcd_health.stop()
         self._session.set_clean_stop()
         self._dispatcher.close()
         self._server.stop(API_GRACE_S)
@@ -173,6 +193,8 @@ class Coordinator:
     def close(self) -> None:
         """Free everything, at leisure: for tests that go on living."""
         self._stopping.set()
+        self._etcd_health.stop()
+        self._health_thread.join(5.0)
         self._loop.join(5.0)
         self._lease.join(5.0)
         self._mirror.close()
@@ -278,6 +300,10 @@ class Coordinator:
             self._events.put(event, timeout=5.0)
         except queue.Full:
             self._fail(f"{QUEUE_MAX} events wait for the driver")
+
+    def _problems(self) -> list[str]:
+        """Sentences for people on what is wrong with this replica now."""
+        return [*self._health.sentences(), *(self._tls.problems() if self._tls is not None else ())]
 
     def _acting_term(self) -> Term | None:
         return self.leadership.term if self.leadership.may_act() else None

@@ -124,22 +124,27 @@ def agents(names: tuple[str, ...]) -> None:
 @formatted()
 @connected
 def coordinators() -> None:
-    """List replicas: which one leads, since when, how old their mirrors are."""
+    """List replicas: which one leads, since when, how old their mirrors are, what is wrong."""
     from dtrain.cli import context, output, reading, render
-    from dtrain.cli.client import Client, ReplicaInfo, closing
+    from dtrain.cli.client import ReplicaInfo, closing
 
     with closing(context.connect(settings())) as client:
         cluster = reading.coordinators(client)
     addresses = [replica.record.address for replica in cluster.replicas.values() if replica.record]
     ages_s: dict[str, float | None] = {}
+    problems: dict[str, tuple[str, ...]] = {}
     if addresses:
-        with closing(Client(addresses)) as each:
+        with closing(context.client(settings(), addresses, timeout_s=5.0)) as each:
             for address, answer in each.info_each().items():
                 replica = render.replica_of(cluster, address)
                 if replica is not None:
                     age_s = answer.mirror_age_s if isinstance(answer, ReplicaInfo) else None
                     ages_s[replica.name] = age_s
                     replica.raw["mirror_age_s"] = age_s
+                    if isinstance(answer, ReplicaInfo):
+                        problems[replica.name] = answer.problems
+                        replica.raw["problems"] = list(answer.problems)
+                        replica.raw["etcd_version"] = answer.etcd_version
     wanted = settings().output
     output.listing(
         "Coordinator",
@@ -149,6 +154,8 @@ def coordinators() -> None:
         output=wanted,
         revision=cluster.revision,
     )
+    for line in render.problem_lines(problems):
+        output.say(line)
     if cluster.leader is None:
         output.say("there is no leader at the moment; training goes on, and jobs can be submitted")
     output.freshness(cluster.age_s)

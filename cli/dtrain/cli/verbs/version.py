@@ -50,9 +50,9 @@ def _server() -> dict[str, str] | None:
         addresses = context.addresses(settings())
         if not addresses:
             return None
-        from dtrain.cli.client import Client, closing
+        from dtrain.cli.client import closing
 
-        with closing(Client(addresses, timeout_s=2.0)) as client:
+        with closing(context.client(settings(), addresses, timeout_s=2.0)) as client:
             info = client.info()
     except DtrainError:
         return None

@@ -41,11 +41,17 @@ _STATUS: tuple[tuple[type[DtrainError], grpc.StatusCode], ...] = (
     (InvariantBroken, grpc.StatusCode.INTERNAL),
 )
 
+_BY_CODE = {
+    # More than the class says.
+    ErrorCode.ALREADY_EXISTS: grpc.StatusCode.ALREADY_EXISTS,
+    ErrorCode.NOT_PERMITTED: grpc.StatusCode.PERMISSION_DENIED,
+}
+
 
 def status_of(error: DtrainError) -> grpc.StatusCode:
     """Return the status for an error."""
-    if error.code is ErrorCode.ALREADY_EXISTS:
-        return grpc.StatusCode.ALREADY_EXISTS
+    if error.code in _BY_CODE:
+        return _BY_CODE[error.code]
     return next((code for kind, code in _STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 

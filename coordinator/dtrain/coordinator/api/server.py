@@ -5,9 +5,10 @@ from concurrent import futures
 
 import grpc
 
-from dtrain.coordinator.api.servicers import CoordinatorServicer
-from dtrain.protocol.errors import ErrorCode, Refused
+from dtrain.coordinator.api.errors import abort
+from dtrain.coordinator.api.servicers import REPLY_BYTES_MAX, CoordinatorServicer
 from dtrain.protocol.pb import coordinator_pb2_grpc
+from dtrain.runtime import grpc_tls
 
 THREADS_ANSWERING = 24
 THREADS_WAITING = 72
@@ -17,12 +18,11 @@ REQUEST_BYTES_MAX = 4 * 1024 * 1024
 QUEUED_MAX = 128
 
 OPTIONS = (
-    # Without it two processes bind one port without an error, and each gets half of the calls.
-    ("grpc.so_reuseport", 0),
+    *grpc_tls.SERVER_OPTIONS,
+    # One connection may use all threads: whoever follows a job of many ranks waits on many logs.
+    ("grpc.max_concurrent_streams", THREADS_ANSWERING + THREADS_WAITING + QUEUED_MAX),
     ("grpc.max_receive_message_length", REQUEST_BYTES_MAX),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.max_send_message_length", REPLY_BYTES_MAX),
 )
 
 
@@ -34,28 +34,21 @@ def waiting_slots() -> threading.BoundedSemaphore:
 class Server:
     """The gRPC server of one replica. Bound when built, serving once started."""
 
-    def __init__(self, listen: str) -> None:
+    def __init__(self, listen: str, tls: grpc_tls.Credentials | None = None) -> None:
+        """Bind.
+
+        Raises:
+            Refused: PORT_IN_USE.
+        """
         self._pool = futures.ThreadPoolExecutor(THREADS_ANSWERING + THREADS_WAITING, "api")
         self._server = grpc.server(
             self._pool,
+            interceptors=[grpc_tls.Gate(tls, abort)],
             options=OPTIONS,
             maximum_concurrent_rpcs=THREADS_ANSWERING + THREADS_WAITING + QUEUED_MAX,
         )
         host, _, _port = listen.rpartition(":")
-        try:
-            port = self._server.add_insecure_port(listen)
-        except RuntimeError as error:
-            port, cause = 0, str(error)
-        else:
-            cause = ""
-        if not port:
-            raise Refused(
-                ErrorCode.PORT_IN_USE,
-                f"{listen} cannot be listened on",
-                cause=cause,
-                fix="choose another address with --listen, or stop what listens there",
-            )
-        self.address = f"{host}:{port}"
+        self.address = f"{host}:{grpc_tls.bind(self._server, listen, tls)}"
 
     def start(self, servicer: CoordinatorServicer) -> None:
         """Serve."""

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ from dtrain.protocol.pb import agent_pb2 as agent_pb
 from dtrain.protocol.pb import agent_pb2_grpc, coordinator_pb2_grpc
 from dtrain.protocol.pb import coordinator_pb2 as pb
 from dtrain.protocol.snapshot import NodeRecord
-from dtrain.runtime import log
+from dtrain.runtime import grpc_tls, log
 from dtrain.storage.blobs.probe import probe
 from dtrain.storage.etcd.mirror import Mirror
 from dtrain.storage.etcd.port import KeyValue
@@ -33,6 +33,11 @@ T = TypeVar("T")
 WAIT_S_MAX = 30.0
 LOG_BYTES_MAX = 1024 * 1024
 PREFIX_CHARACTERS_MAX = 256
+REPLY_BYTES_MAX = 64 * 1024 * 1024
+"""Of one answer; only ``Read`` may come near it: 30,000 snapshots of 2 KiB."""
+READ_BYTES_MAX = REPLY_BYTES_MAX - 1024 * 1024
+ITEM_BYTES = 64
+"""What a record takes in an answer beyond its key and value."""
 AGENT_DEADLINE_S = 2.0
 AGENTS_ASKED_MAX = 256
 LOG_PLACES_KEPT = 4096
@@ -62,6 +67,8 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         term: Callable[[], Term | None],
         waiting: threading.BoundedSemaphore,
         default_store: str = "",
+        problems: Callable[[], Iterable[str]] = tuple,
+        etcd_version: Callable[[], str] = str,
     ) -> None:
         self._identity = identity
         self._mirror = mirror
@@ -71,6 +78,8 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self._term = term
         self._waiting = waiting
         self._default_store = default_store
+        self._problems = problems
+        self._etcd_version = etcd_version
         self._keys = Keys(identity.cluster)
         self._places_lock = threading.Lock()
         self._places: OrderedDict[tuple[str, int, int], AgentName] = OrderedDict()
@@ -99,12 +108,13 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
 
     @translated
     def SetIntent(  # noqa: N802
-        self,
-        request: pb.SetIntentRequest,
-        context: grpc.ServicerContext,  # noqa: ARG002 - grpc's signature
+        self, request: pb.SetIntentRequest, context: grpc.ServicerContext
     ) -> pb.SetIntentReply:
+        peer = grpc_tls.caller(context)
+        # What a client says of itself proves nothing; what its certificate says does.
+        by = request.by if peer is None else peer.name
         intent, revision = self._operators.set_intent(
-            request.job, request.wanted, request.checkpoint_token, request.by, self._job_names()
+            request.job, request.wanted, request.checkpoint_token, by, self._job_names()
         )
         return pb.SetIntentReply(intent=codec.encode(intent), revision=revision)
 
@@ -123,6 +133,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         # The revision first: items may be newer than it says, never older.
         revision = self._mirror.revision
         items = self._mirror.prefix(root + request.prefix)
+        _check_size(items, request.prefix)
         return pb.ReadReply(
             items=[
                 pb.Item(
@@ -159,6 +170,8 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             mirror_age_s=self._mirror.age_s(),
             leader_replica=known.replica if known is not None else "",
             leader_address=known.address if known is not None else "",
+            problems=self._problems(),
+            etcd_version=self._etcd_version(),
         )
 
     # Logs.
@@ -331,6 +344,16 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
                 "the job waits for more"
             ]
         return [f"{alive} agents are alive, {spec.nnodes_min} are needed: the job waits for more"]
+
+
+def _check_size(items: list[KeyValue], prefix: str) -> None:
+    size = sum(len(kv.key) + len(kv.value) + ITEM_BYTES for kv in items)
+    if size > READ_BYTES_MAX:
+        raise Refused(
+            ErrorCode.USAGE,
+            f"the {len(items)} records under {prefix!r} take {size // 2**20} MiB, more than one answer may",
+            fix='ask for less, such as "jobs/NAME/" or "agents/NAME/"',
+        )
 
 
 def _fingerprint(items: list[KeyValue]) -> tuple[int, int]:
