@@ -172,6 +172,10 @@ class EtcdCluster:
         self._progress_s = progress_s
         self._binary: EtcdBinary | None = binary
         self.members: list[Member] = []
+        self.flags: tuple[str, ...] = ()
+        """Added to each member's command line at its next start: a small quota, say."""
+        self.prefixes: dict[int, tuple[str, ...]] = {}
+        """What runs a member's command line, by its number: ``nsenter``, say, or ``faketime``."""
 
     def __enter__(self) -> "EtcdCluster":
         self.start()
@@ -213,8 +217,10 @@ class EtcdCluster:
             sys.executable,
             "-m",
             "dtrain.local.exec_pdeathsig",
+            *self.prefixes.get(index, ()),
             self.binary.path,
             *self._flags(member),
+            *self.flags,
         ]
         env = {key: value for key, value in os.environ.items() if not key.startswith("ETCD_")}
         env["DTRAIN_PARENT_PID"] = str(os.getpid())
