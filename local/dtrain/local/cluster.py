@@ -45,8 +45,9 @@ class LocalCluster(Breakable):
     the folder is deleted at the end, also at a violent one. ``etcd_fsync=False``
     is for tests, where no machine loses power. ``agent_flags`` and ``coordinator_flags``
     are added to each daemon's command line, ``env`` to its environment. ``faults``
-    marks it as a test cluster and gives each daemon links of its own to etcd, which
-    can be cut and slowed.
+    marks it as a test cluster, gives each daemon links of its own to etcd, which can be
+    cut and slowed, and serves ``dtrain chaos``. ``auto_compaction``: how long etcd keeps
+    history ("10m"; "": for ever).
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class LocalCluster(Breakable):
         coordinator_flags: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         faults: bool = False,
+        etcd_quota_bytes: int = 0,
+        auto_compaction: str = "",
     ) -> None:
         if store not in ("s3", "dir"):
             raise Refused(ErrorCode.BAD_SETTING, f"{store!r} is no kind of local store", fix="use s3 or dir")
@@ -83,7 +86,13 @@ class LocalCluster(Breakable):
         self._coordinator_flags = tuple(coordinator_flags)
         self._env = dict(env or {})
         self._faults = faults
-        self.etcd_servers = EtcdCluster(self.folder / "etcd", size=etcd_members, fsync=etcd_fsync)
+        self.etcd_servers = EtcdCluster(
+            self.folder / "etcd",
+            size=etcd_members,
+            fsync=etcd_fsync,
+            auto_compaction=auto_compaction,
+            quota_bytes=etcd_quota_bytes,
+        )
         self.weed = WeedServer(self.folder / "weed") if store == "s3" else None
         self.coordinators: dict[str, Daemon] = {}
         self.agents: dict[str, Daemon] = {}

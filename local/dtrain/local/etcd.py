@@ -145,7 +145,7 @@ class EtcdCluster:
     """``size`` members on loopback. Start it from a thread that outlives it.
 
     ``fsync=False`` is for tests, where no machine loses power: several times
-    faster, and a killed process still loses nothing.
+    faster, and a killed process still loses nothing. ``quota_bytes`` 0: etcd's default, 2 GiB.
     """
 
     def __init__(
@@ -160,6 +160,7 @@ class EtcdCluster:
         election_ms: int = 500,
         auto_compaction: str = "",
         progress_s: int = PROGRESS_S,
+        quota_bytes: int = 0,
     ) -> None:
         self._folder = folder
         self._size = size
@@ -170,6 +171,7 @@ class EtcdCluster:
         self._election_ms = election_ms
         self._auto_compaction = auto_compaction
         self._progress_s = progress_s
+        self._quota_bytes = quota_bytes
         self._binary: EtcdBinary | None = binary
         self.members: list[Member] = []
         self.flags: tuple[str, ...] = ()
@@ -316,6 +318,8 @@ class EtcdCluster:
         flags.append(f"--{experimental}watch-progress-notify-interval={self._progress_s}s")
         if not self._fsync and version >= (3, 5):
             flags.append("--unsafe-no-fsync")
+        if self._quota_bytes:
+            flags.append(f"--quota-backend-bytes={self._quota_bytes}")
         if self._auto_compaction:
             flags += [
                 "--auto-compaction-mode=periodic",
