@@ -29,3 +29,11 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
         made.await_ready()
         yield made
         made.assert_clean()
+
+
+@pytest.fixture(autouse=True)
+def audited(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A violation fails the test during which it happened."""
+    yield
+    if "harness" in request.fixturenames:
+        request.getfixturevalue("harness").assert_audited(catch_up=False)

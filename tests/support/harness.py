@@ -39,7 +39,7 @@ from dtrain.protocol.job import (
 )
 from dtrain.protocol.snapshot import RankState, WorkerPhase, WorkerSnapshot
 from dtrain.storage.blobs.open import open_store
-from tests.support.history import audit
+from tests.support.history import Following
 
 T = TypeVar("T")
 
@@ -62,7 +62,10 @@ class Mark:
 
 
 class Harness:
-    """A ``LocalCluster`` and eyes on it."""
+    """A ``LocalCluster`` and eyes on it, the auditor's among them: it judges every revision as it comes.
+
+    Leaving a ``with`` block without an error fails if etcd's history broke a promise.
+    """
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         defaults: dict[str, Any] = {
@@ -78,15 +81,32 @@ class Harness:
         self.client: Client
         self._specs: dict[JobName, JobSpec] = {}
         self._env_before: dict[str, str | None] = {}
+        self._auditing: Following | None = None
 
     def __enter__(self) -> "Harness":
         self.cluster.start()
+        self._auditing = Following(self.cluster.endpoints, self.cluster.name)
         self._env_before = {name: os.environ.get(name) for name in self.cluster.store_env}
         os.environ.update(self.cluster.store_env)
         self.client = Client(self.cluster.addresses)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self._audit_the_end()
+        finally:
+            self._close()
+
+    def _audit_the_end(self) -> None:
+        # A test may end without an etcd; until then everything was judged.
+        with contextlib.suppress(DtrainError):
+            self.assert_audited()
+        self.assert_audited(catch_up=False)
+
+    def _close(self) -> None:
+        if self._auditing is not None:
+            self._auditing.close()
         with contextlib.suppress(AttributeError):
             self.client.close()
         self.cluster.stop()
@@ -335,13 +355,22 @@ class Harness:
 
     def assert_clean(self) -> None:
         """The whole history keeps every promise, and no lease but the daemons' own is left."""
-        found = audit(self.cluster.etcd, self.cluster.name)
-        assert not found.violations, "\n".join(str(violation) for violation in found.violations[:20])
+        self.assert_audited()
+        assert self._auditing is not None
+        found = self._auditing.auditor
         assert found.commits + found.terms > 0, "nothing was audited"
         # One lease per guardian, of those that run.
         daemons = [*self.cluster.coordinators.values(), *self.cluster.agents.values()]
         running = sum(daemon.is_running for daemon in daemons)
         self.until("no lease has leaked", lambda: len(self.leases()) <= running, 30.0)
+
+    def assert_audited(self, *, catch_up: bool = True) -> None:
+        """No revision so far has broken a promise. ``catch_up``: up to this very moment."""
+        assert self._auditing is not None
+        if catch_up:
+            self._auditing.catch_up()
+        found = self._auditing.violations()
+        assert not found, "the auditor:\n" + "\n".join(str(violation) for violation in found[:20])
 
     def leases(self) -> list[str]:
         """Ids of all leases in etcd."""

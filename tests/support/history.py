@@ -1,31 +1,73 @@
-"""Reads a cluster's whole history out of etcd and replays it through the auditor."""
+"""The auditor attached to a cluster under test: the code of ``dtrain audit``, in a thread."""
 
-import itertools
+import threading
+from collections.abc import Sequence
 
-from dtrain.protocol.audit import Auditor, Change
+from dtrain.cli.auditing import RETRY_S, Replay
+from dtrain.protocol.audit import Auditor, Violation
+from dtrain.protocol.errors import DtrainError, OutcomeUnknown, Unavailable
 from dtrain.protocol.ids import ClusterName
-from dtrain.protocol.keys import Keys
-from dtrain.storage.etcd.port import Etcd, prefix_end
+from dtrain.storage.etcd.port import Etcd
+from dtrain.storage.etcd.transport import GatewayEtcd
 
 
 def audit(etcd: Etcd, cluster: ClusterName) -> Auditor:
-    """Replay everything since revision 1; etcd must not have been compacted."""
+    """Replay everything since the oldest revision that is not compacted."""
     auditor = Auditor(cluster)
-    keys = Keys(cluster)
-    end = etcd.range(keys.root, prefix_end(keys.root), limit=1).revision
-    stream = etcd.watch(keys.root, prefix_end(keys.root), 1)
+    replay = Replay(etcd, cluster, auditor)
     try:
-        reached = 0
-        while reached < end:
-            batch = stream.next(10.0)
-            assert batch is not None, f"the history ends at {reached}, before {end}"
-            for revision, events in itertools.groupby(batch.events, key=lambda event: event.kv.mod_revision):
-                changes = [
-                    Change(e.kv.key, None if e.kind == "delete" else e.kv.value, e.kv.create_revision)
-                    for e in events
-                ]
-                auditor.feed(revision, changes)
-            reached = max(reached, batch.revision)
+        replay.catch_up(60.0)
     finally:
-        stream.close()
+        replay.close()
     return auditor
+
+
+class Following:
+    """Audits a cluster from now until ``close``, through every loss of etcd.
+
+    It sees each revision when it happens: what is compacted later was judged.
+    """
+
+    def __init__(self, endpoints: Sequence[str], cluster: ClusterName) -> None:
+        self.auditor = Auditor(cluster)
+        self._etcd = GatewayEtcd(endpoints)
+        self._replay = Replay(self._etcd, cluster, self.auditor)
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._died: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="auditor", daemon=True)
+        self._thread.start()
+
+    def violations(self) -> list[Violation]:
+        """What has been found so far."""
+        if self._died is not None:
+            raise AssertionError("the auditor died") from self._died
+        return list(self.auditor.violations)
+
+    def catch_up(self, limit_s: float = 30.0) -> None:
+        """Return once everything that is in etcd now has been judged."""
+        with self._lock:
+            self._replay.catch_up(limit_s)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        self._thread.join(30.0)
+        self._replay.close()
+        self._etcd.close()
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                try:
+                    with self._lock:
+                        self._replay.step(0.1)
+                except (Unavailable, OutcomeUnknown):
+                    self._stop.wait(RETRY_S)
+                except DtrainError:
+                    # A test that takes permissions away, or etcd's identity, from whoever asks.
+                    self._stop.wait(RETRY_S)
+                # Whoever wants to catch up gets the lock in between.
+                self._stop.wait(0.01)
+        except BaseException as error:  # noqa: BLE001 - told by the next look
+            self._died = error
