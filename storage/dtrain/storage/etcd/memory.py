@@ -34,9 +34,14 @@ from dtrain.storage.etcd.port import (
     TxnResult,
     WatchBatch,
 )
-from dtrain.storage.etcd.semantics import check_limits, holds, lease_not_found
-
-LEASE_TTL_S_MIN = 2
+from dtrain.storage.etcd.semantics import (
+    LEASE_TTL_S_MIN,
+    check_key,
+    check_limits,
+    check_ttl,
+    holds,
+    lease_not_found,
+)
 
 
 @dataclass(slots=True)
@@ -61,11 +66,17 @@ class _History:
 
 
 class MemoryEtcd:
-    """``port.Etcd`` in memory. Safe for several threads; deterministic with one."""
+    """``port.Etcd`` in memory. Safe for several threads; deterministic with one.
+
+    ``version`` is what it reports, and whose known fault at a compaction it has.
+    """
 
     def __init__(self, now: Callable[[], float], *, version: str = "3.5.16") -> None:
         self._now = now
         self._version = version
+        numbers = tuple(int(part) for part in version.split("."))
+        self._loses_deletions = numbers < (3, 4, 34) or (3, 5) <= numbers < (3, 5, 16)
+        """Older servers forget a deletion at the very revision compacted: a watch from there misses it."""
         self.changed = threading.Condition()
         self._revision = 1
         self._compacted = 0
@@ -108,10 +119,11 @@ class MemoryEtcd:
         limit: int = 0,
         deadline_s: float = 5.0,
     ) -> RangeResult:
+        check_key(key)
         with self.changed:
             self._begin()
             if revision > self._revision:
-                raise Refused(ErrorCode.ETCD_REFUSED, f"revision {revision} is a future revision")
+                raise self._future_error(revision)
             if revision and revision < self._compacted:
                 raise self.compacted_error(revision)
             found: list[KeyValue] = []
@@ -124,8 +136,10 @@ class MemoryEtcd:
             return RangeResult(tuple(found), revision or self._revision, more)
 
     def grant(self, ttl_s: int, lease: int, *, deadline_s: float = 5.0) -> float:
-        if lease <= 0 or ttl_s <= 0:
-            raise Refused(ErrorCode.ETCD_REFUSED, f"lease {lease} with a TTL of {ttl_s} s cannot be granted")
+        if lease <= 0:
+            # etcd would choose an id of its own for 0: the port grants ids of the caller's only.
+            raise Refused(ErrorCode.ETCD_REFUSED, f"lease {lease} cannot be granted")
+        check_ttl(ttl_s)
         with self.changed:
             self._begin()
             if self.out_of_space:
@@ -175,10 +189,16 @@ class MemoryEtcd:
             self._expire()
 
     def compact(self, revision: int) -> None:
-        """Forget history before ``revision``; what lives at it stays readable."""
+        """Forget history before ``revision``; what lives at it stays readable.
+
+        Raises:
+            Refused: as etcd answers a revision that is compacted already, or not there yet.
+        """
         with self.changed:
-            if not self._compacted < revision <= self._revision:
-                raise Refused(ErrorCode.ETCD_REFUSED, f"revision {revision} cannot be compacted")
+            if revision <= self._compacted:
+                raise self.compacted_error(revision)
+            if revision > self._revision:
+                raise self._future_error(revision)
             # An open watch was sent these events already, even if nobody has read them yet.
             for stream in self._watches:
                 stream.collect()
@@ -187,6 +207,8 @@ class MemoryEtcd:
                 self._forget_before(key, revision)
             cut = bisect.bisect_left(self._log_revisions, revision)
             del self._log_revisions[:cut], self._log[:cut]
+            if self._loses_deletions and self._log_revisions[:1] == [revision]:
+                self._log[0] = tuple(event for event in self._log[0] if event.kind == "put")
             self.changed.notify_all()
 
     def cut_watches(self) -> None:
@@ -335,6 +357,9 @@ class MemoryEtcd:
 
     def _holds(self, compare: Compare) -> bool:
         return holds(compare, list(self._at(compare.key, compare.range_end, 0)))
+
+    def _future_error(self, revision: int) -> Refused:
+        return Refused(ErrorCode.ETCD_REFUSED, f"revision {revision} is a future revision")
 
     # For its watches.
 
