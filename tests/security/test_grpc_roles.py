@@ -10,83 +10,24 @@ from typing import Any
 import grpc
 import pytest
 
-from dtrain.agent.core.decisions import Answer
-from dtrain.agent.link import AgentServer, AgentServicer
-from dtrain.agent.logs import RankLogs
 from dtrain.cli.client import Client, closing
 from dtrain.coordinator.api.errors import ERROR_KEY
-from dtrain.coordinator.api.records import Operators
-from dtrain.coordinator.api.server import Server, waiting_slots
-from dtrain.coordinator.api.servicers import CoordinatorServicer, Identity
 from dtrain.coordinator.core.decisions import Directed
 from dtrain.coordinator.dispatch import REFUSED, Channels, Dispatcher
-from dtrain.coordinator.work import Stores
 from dtrain.protocol import codec
-from dtrain.protocol.commands import Command, Header, Stop
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused
-from dtrain.protocol.ids import AgentName, Attempt, ClusterName, JobName, ReplicaId, Term, Uid
+from dtrain.protocol.ids import AgentName, JobName
 from dtrain.protocol.job import Intent
-from dtrain.protocol.keys import Keys
 from dtrain.protocol.pb import agent_pb2, coordinator_pb2
 from dtrain.runtime import grpc_tls
-from dtrain.runtime.clock import SystemClock
 from dtrain.runtime.tls import Role, parse_peer
-from dtrain.storage.etcd.memory import MemoryEtcd
-from dtrain.storage.etcd.mirror import Mirror
+from tests.security.services import KEYS, SPEC, STOP, Machine, Replica
 from tests.support.certificates import Authority, authority
-
-CLUSTER = ClusterName("c1")
-KEYS = Keys(CLUSTER)
-SPEC = {"v": 1, "name": "train", "entry": {"kind": "script", "target": "train.py"}}
-STOP = Stop(Header(CLUSTER, Term(5), JobName("train"), Uid("u1"), Attempt(1), "id-1"), 1.0, True, "test")
 
 
 @pytest.fixture(scope="module")
 def ca(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return authority(tmp_path_factory.mktemp("ca"))
-
-
-class Replica:
-    """A coordinator's API behind TLS, on the model of etcd."""
-
-    def __init__(self, tls: grpc_tls.Credentials | None) -> None:
-        self.etcd = MemoryEtcd(lambda: 0.0)
-        self.mirror = Mirror(self.etcd, KEYS.root)
-        self.channels = Channels(tls)
-        self.server = Server("127.0.0.1:0", tls)
-        servicer = CoordinatorServicer(
-            Identity(CLUSTER, ReplicaId("r1"), "0.0.0"),
-            self.mirror,
-            Operators(self.etcd, CLUSTER, SystemClock()),
-            self.channels,
-            Stores(),
-            term=lambda: None,
-            waiting=waiting_slots(),
-            problems=tls.problems if tls else tuple,
-        )
-        self.mirror.start()
-        assert self.mirror.wait_for(1, 5)
-        self.server.start(servicer)
-
-    def close(self) -> None:
-        self.server.stop(0)
-        self.server.close()
-        self.mirror.close()
-        self.channels.close()
-
-
-class Machine:
-    """An agent's service behind TLS."""
-
-    def __init__(self, folder: Path, tls: grpc_tls.Credentials | None) -> None:
-        self.taken: list[Command] = []
-        self.server = AgentServer("127.0.0.1:0", tls)
-        self.address = f"127.0.0.1:{self.server.port}"
-        self.server.start(AgentServicer(self._execute, RankLogs(folder), lambda *_: True, lambda: Term(5)))
-
-    def _execute(self, command: Command) -> Answer:
-        self.taken.append(command)
-        return Answer(True, "")
 
 
 @pytest.fixture(scope="module")

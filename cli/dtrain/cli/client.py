@@ -113,6 +113,13 @@ class ReplicaInfo:
     etcd_version: str = ""
 
 
+class _Silent:
+    def info(self, event: str, **fields: Any) -> None:
+        pass
+
+    warning = info
+
+
 class Client:
     """The cluster, through whichever replica answers. Safe for several threads.
 
@@ -131,7 +138,8 @@ class Client:
         assert addresses
         self._timeout_s = timeout_s
         self._addresses = tuple(addresses)
-        self._tls = grpc_tls.Credentials(tls) if tls is not None else None
+        # What a program prints must hold no log lines: ``problems`` is for its stderr.
+        self._tls = grpc_tls.Credentials(tls, logger=_Silent()) if tls is not None else None
         self._lock = threading.Lock()
         self._retired: list[grpc.Channel] = []
         self._open()
@@ -150,6 +158,10 @@ class Client:
     def addresses(self) -> tuple[str, ...]:
         """The replicas that are asked."""
         return self._addresses
+
+    def problems(self) -> list[str]:
+        """Sentences on this client's certificate, such as that it expires."""
+        return self._tls.problems() if self._tls is not None else []
 
     def submit(self, spec: bytes, request_id: str, *, dry_run: bool = False) -> Submitted:
         """Submit a job; the same ``request_id`` submits it once.

@@ -187,8 +187,12 @@ def client(settings: Settings, replicas: Sequence[str], *, timeout_s: float) -> 
         Refused: BAD_SETTING; some of them are missing, or cannot be used.
     """
     from dtrain.cli.client import Client
+    from dtrain.cli.output import say
 
-    return Client(replicas, timeout_s=timeout_s, tls=tls_of(settings))
+    made = Client(replicas, timeout_s=timeout_s, tls=tls_of(settings))
+    for problem in made.problems():
+        say(f"warning: {problem}")
+    return made
 
 
 def tls_of(settings: Settings) -> TlsFiles | None:

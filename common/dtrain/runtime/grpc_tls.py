@@ -100,7 +100,9 @@ class Credentials:
     the former ones stay in use and ``problems`` says so.
     """
 
-    def __init__(self, files: TlsFiles, *, clock: Clock | None = None) -> None:
+    def __init__(
+        self, files: TlsFiles, *, clock: Clock | None = None, logger: log.Logger | None = None
+    ) -> None:
         """Read the files.
 
         Raises:
@@ -110,7 +112,7 @@ class Credentials:
         self._files = files
         self._clock = clock or SystemClock()
         self._lock = threading.Lock()
-        self._log = log.get("tls")
+        self._log = logger or log.get("tls")
         self._stamp: Any = _stamp(files)
         self._material = _read(files)
         self._checked_at = self._clock.monotonic()
