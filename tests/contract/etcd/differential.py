@@ -1,4 +1,4 @@
-"""The model of etcd beside real ones: ``python -m tests.contract.etcd.differential --sequences N --seed S``."""
+"""The model of etcd beside real ones: ``python -m tests.contract.etcd.differential --sequences N``."""
 
 # ruff: noqa: T201 - its purpose is to print
 

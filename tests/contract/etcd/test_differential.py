@@ -1,6 +1,6 @@
 """The model of etcd does what real servers do, and real servers say what the transport takes them to say.
 
-500 random programs per server; ``DTRAIN_DIFFERENTIAL_SEQUENCES`` and ``DTRAIN_DIFFERENTIAL_SEED`` ask for more,
+500 random programs per server; ``DTRAIN_DIFFERENTIAL_SEQUENCES`` and ``DTRAIN_DIFFERENTIAL_SEED`` change that,
 ``python -m tests.contract.etcd.differential`` runs as many as there is time for.
 """
 
