@@ -7,12 +7,15 @@ Secrets come from files or the environment, never from flags.
 
 import argparse
 import difflib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dtrain.protocol.errors import ErrorCode, Refused
+from dtrain.runtime.watched import read_endpoints, read_password
+
+T = TypeVar("T")
 
 # Set for child processes by dtrain itself, or read by other components.
 FOREIGN = (
@@ -21,6 +24,9 @@ FOREIGN = (
     "DTRAIN_ETCD_BIN",
     "DTRAIN_ETCDCTL_BIN",
     "DTRAIN_WEED_BIN",
+    "DTRAIN_TLS_CERT",
+    "DTRAIN_TLS_KEY",
+    "DTRAIN_TLS_CACERT",
 )
 
 
@@ -73,19 +79,24 @@ ETCD = (
         words,
         fallback_env="ETCDCTL_ENDPOINTS",
     ),
+    Setting("endpoints-file", "file with etcd client URLs instead; read again when it changes", ""),
     Setting("cacert", "CA bundle that signs etcd's certificates", "", fallback_env="ETCDCTL_CACERT"),
     Setting("cert", "client certificate for etcd", "", fallback_env="ETCDCTL_CERT"),
     Setting("key", "key of the client certificate", "", fallback_env="ETCDCTL_KEY"),
     Setting("user", "etcd user name", "", fallback_env="ETCDCTL_USER"),
-    Setting("password-file", "file that holds the etcd user's password", ""),
+    Setting("password-file", "file that holds the etcd user's password; read again when it changes", ""),
     Setting("password", "the etcd user's password", "", fallback_env="ETCDCTL_PASSWORD", flag=False),
 )
 """Settings of everything that talks to etcd, named as etcdctl's."""
 
 
+READ_TRIES_S = 2.0
+"""How long a file that is just being replaced has to be there again."""
+
+
 @dataclass(frozen=True, slots=True)
 class EtcdOptions:
-    """How to reach etcd. ``repr`` hides the password."""
+    """How to reach etcd, as the files said at the start. ``repr`` hides the password."""
 
     endpoints: tuple[str, ...]
     cacert: str = ""
@@ -93,21 +104,51 @@ class EtcdOptions:
     key: str = ""
     user: str = ""
     password: str = ""
+    password_file: str = ""
+    endpoints_file: str = ""
 
     def __repr__(self) -> str:
         return f"EtcdOptions(endpoints={self.endpoints}, user={self.user!r})"
 
 
 def etcd_options(values: Mapping[str, Any]) -> EtcdOptions:
-    """Pick the etcd settings out of parsed values and read the password file."""
+    """Pick the etcd settings out of parsed values and read the files they name.
+
+    Raises:
+        Refused: BAD_SETTING; a file cannot be used.
+    """
     user, _, inline = values["user"].partition(":")
-    password = values["password"] or inline
+    password, endpoints = values["password"] or inline, values["endpoints"]
     if values["password-file"]:
+        password = _patiently("password-file", values["password-file"], read_password)
+    if values["endpoints-file"]:
+        endpoints = _patiently("endpoints-file", values["endpoints-file"], read_endpoints)
+    return EtcdOptions(
+        endpoints,
+        values["cacert"],
+        values["cert"],
+        values["key"],
+        user,
+        password,
+        values["password-file"],
+        values["endpoints-file"],
+    )
+
+
+def _patiently(setting: str, path: str, read: Callable[[str], T]) -> T:
+    """Read a file that somebody may be replacing at this very moment."""
+    end = time.monotonic() + READ_TRIES_S
+    while True:
         try:
-            password = Path(values["password-file"]).read_text().strip()
-        except OSError as error:
-            raise Refused(ErrorCode.BAD_SETTING, f"cannot read the password file: {error}") from error
-    return EtcdOptions(values["endpoints"], values["cacert"], values["cert"], values["key"], user, password)
+            return read(path)
+        except (OSError, ValueError) as error:
+            if time.monotonic() > end:
+                raise Refused(
+                    ErrorCode.BAD_SETTING,
+                    f"--{setting} cannot be used: {error}",
+                    fix="name a file that this user can read",
+                ) from error
+        time.sleep(0.1)
 
 
 def parse(
@@ -143,6 +184,12 @@ def parse(
         if text is None:
             values[setting.name] = setting.default
             continue
+        if setting.name == "user" and source.startswith("--") and ":" in text:
+            raise Refused(
+                ErrorCode.BAD_SETTING,
+                "--user holds a password, which every process of this machine can read there",
+                fix="use --password-file, or DTRAIN_USER in the environment",
+            )
         try:
             values[setting.name] = setting.parse(text)
         except (ValueError, Refused) as error:

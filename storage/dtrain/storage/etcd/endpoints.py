@@ -2,7 +2,7 @@
 
 Sticky: all calls go to one member until it fails, so that connections and
 tokens are few. A member that failed rests, unless all of them failed. Members
-come from configuration: asking etcd for its members needs permissions that
+come from configuration, which may change while we run: asking etcd for its members needs permissions that
 agents do not have, and answers addresses that may be unreachable from here.
 """
 
@@ -10,10 +10,10 @@ import random
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.runtime.clock import Clock
+from dtrain.storage.etcd.access import split_endpoint
 
 REST_S = 5.0
 """How long a member that failed is asked last."""
@@ -51,18 +51,14 @@ def parse_endpoint(text: str) -> Endpoint:
         Refused: ``BAD_SETTING``.
     """
     try:
-        url = urlsplit(text if "://" in text else f"http://{text}")
-        port = url.port or 2379
-    except ValueError:
-        url, port = urlsplit(""), 0
-    rest = url.path.strip("/") or url.query or url.fragment or url.username
-    if url.scheme not in ("http", "https") or not url.hostname or rest:
+        secure, host, port = split_endpoint(text)
+    except ValueError as error:
         raise Refused(
             ErrorCode.BAD_SETTING,
             f"{text[:100]!r} is not an etcd endpoint",
             fix="write endpoints as http://host:2379 or https://host:2379",
-        )
-    return Endpoint(url.scheme, url.hostname, port)
+        ) from error
+    return Endpoint("https" if secure else "http", host, port)
 
 
 def backoff_s(failures: int, rng: random.Random) -> float:
@@ -81,6 +77,7 @@ class Endpoints:
             )
         self._members = tuple(parse_endpoint(url) for url in urls)
         self._clock = clock
+        self._rng = rng
         self._lock = threading.Lock()
         self._rests_until = dict.fromkeys(self._members, 0.0)
         # Clients that all began with the first member would load only that one.
@@ -92,6 +89,26 @@ class Endpoints:
     def __str__(self) -> str:
         return ",".join(str(member) for member in self._members)
 
+    def __contains__(self, endpoint: object) -> bool:
+        return endpoint in self._members
+
+    def replace(self, urls: Sequence[str]) -> tuple[Endpoint, ...]:
+        """Know these members from now on; return those that are gone.
+
+        The current one stays so if it is still there.
+        """
+        members = tuple(parse_endpoint(url) for url in urls)
+        with self._lock:
+            gone = tuple(member for member in self._members if member not in members)
+            current = self._members[self._current]
+            self._members = members
+            self._rests_until = {member: self._rests_until.get(member, 0.0) for member in members}
+            if current in members:
+                self._current = members.index(current)
+            else:
+                self._current = self._rng.randrange(len(members))
+        return gone
+
     def in_order(self) -> list[Endpoint]:
         """Return every member once: the current one first, those that rest last."""
         with self._lock:
@@ -102,12 +119,16 @@ class Endpoints:
     def worked(self, endpoint: Endpoint) -> None:
         """Stay with ``endpoint``."""
         with self._lock:
-            self._rests_until[endpoint] = 0.0
-            self._current = self._members.index(endpoint)
+            # A call that was under way when its member was taken off the list is no reason to return.
+            if endpoint in self._members:
+                self._rests_until[endpoint] = 0.0
+                self._current = self._members.index(endpoint)
 
     def failed(self, endpoint: Endpoint) -> None:
         """Let ``endpoint`` rest and, if it is the current one, go on to the next."""
         with self._lock:
+            if endpoint not in self._members:
+                return
             self._rests_until[endpoint] = self._clock.monotonic() + REST_S
             if self._members[self._current] == endpoint:
                 self._current = (self._current + 1) % len(self._members)

@@ -7,8 +7,11 @@ read instead.
 
 import socket
 import ssl
+from collections.abc import Callable
 from typing import Any
 
+import requests
+import requests.adapters
 import urllib3
 import urllib3.connection
 import urllib3.connectionpool
@@ -69,7 +72,51 @@ class _TlsSocket(ssl.SSLSocket):
         return super().recv_into(*args, **kwargs)
 
 
-def pool_classes(exchange: Exchange) -> dict[str, type[urllib3.connectionpool.HTTPConnectionPool]]:
+class HttpSession(requests.Session):
+    """A session that keeps no proxy or .netrc of the environment and records what happened.
+
+    ``context`` returns the TLS context for a new connection: the only place that
+    says whom to trust, since requests would add the bundle that it ships with.
+    """
+
+    def __init__(self, exchange: Exchange, context: Callable[[], ssl.SSLContext]) -> None:
+        super().__init__()
+        self.trust_env = False
+        adapter = _Adapter(exchange, context)
+        self.mount("http://", adapter)
+        self.mount("https://", adapter)
+        self._exchange = exchange
+
+    def post(self, url, *args, **kwargs):  # type: ignore[no-untyped-def]
+        """Send with the timeouts of the call at hand: etcd3gw has one per client."""
+        kwargs |= {"timeout": self._exchange.timeouts(), "allow_redirects": False}
+        return super().post(url, *args, **kwargs)
+
+
+class _Adapter(requests.adapters.HTTPAdapter):
+    def __init__(self, exchange: Exchange, context: Callable[[], ssl.SSLContext]) -> None:
+        self._exchange = exchange
+        self._context = context
+        super().__init__(pool_connections=1, pool_maxsize=1, max_retries=0)
+
+    def init_poolmanager(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = _pool_classes(self._exchange, self._context)
+
+    def cert_verify(self, conn, url, verify, cert):  # type: ignore[no-untyped-def]
+        """Add nothing to what the context trusts."""
+        del url, verify, cert
+        conn.cert_reqs = "CERT_REQUIRED"
+
+    def send(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        response = super().send(*args, **kwargs)
+        self._exchange.http_status = response.status_code
+        return response
+
+
+def _pool_classes(
+    exchange: Exchange, context: Callable[[], ssl.SSLContext]
+) -> dict[str, type[urllib3.connectionpool.HTTPConnectionPool]]:
     """Return urllib3's pool classes with connections that report to ``exchange``."""
 
     class Plain(urllib3.connection.HTTPConnection):
@@ -89,9 +136,7 @@ def pool_classes(exchange: Exchange) -> dict[str, type[urllib3.connectionpool.HT
 
     class Secure(urllib3.connection.HTTPSConnection):
         def connect(self) -> None:
-            # The context is urllib3's own, made per connection from the session's files.
-            if self.ssl_context is None:
-                self.ssl_context = urllib3.util.ssl_.create_urllib3_context()
+            self.ssl_context = context()
             self.ssl_context.sslsocket_class = _TlsSocket
             super().connect()
             assert isinstance(self.sock, _TlsSocket)

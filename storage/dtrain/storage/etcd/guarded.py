@@ -40,6 +40,8 @@ def run(daemon: str, policy: guardian.Policy, load: Callable[[], Guarded]) -> in
             tls_key=guarded.etcd.key,
             user=guarded.etcd.user,
             password=guarded.etcd.password,
+            password_file=guarded.etcd.password_file,
+            endpoints_file=guarded.etcd.endpoints_file,
             allow_short_ttl=guarded.allow_short_ttl,
         )
     except DtrainError as error:

@@ -2,9 +2,9 @@
 
 Renewals must not wait for application code: a long ``json.loads``, a garbage
 collection or a regex delays a thread beside it by seconds. So this process does
-nothing else. Standard library only, as are its three neighbours
-``session_memory``, ``lease_client`` and ``lease_keeper``; it must start in
-milliseconds and survive what kills its child.
+nothing else. Standard library only, as are its neighbours ``session_memory``,
+``lease_client``, ``lease_keeper`` and ``access``; it must start in milliseconds
+and survive what kills its child.
 
 Above a coordinator, a dead or stuck child is killed, waited for, and only
 *then* the lease is revoked: another replica may win the moment it is gone, and
@@ -31,7 +31,8 @@ from enum import Enum
 from types import FrameType
 from typing import Any
 
-from dtrain.storage.etcd.lease_client import Access, boottime, check_endpoints
+from dtrain.storage.etcd.access import Access, check_endpoints
+from dtrain.storage.etcd.lease_client import boottime
 from dtrain.storage.etcd.lease_keeper import DEMOTE_SHARE, TRY_S_MAX, LeaseKeeper
 from dtrain.storage.etcd.session_memory import (
     CLEAN_STOP,
@@ -78,6 +79,8 @@ class GuardianConfig:
     tls_key: str = ""
     user: str = ""
     password: str = field(default="", repr=False)
+    password_file: str = ""
+    endpoints_file: str = ""
     env: Mapping[str, str] | None = None
     """Environment of the child; None: ours."""
 
@@ -132,7 +135,14 @@ class _Guardian:
         self._wake_write.setblocking(False)
         self._keeper = LeaseKeeper(
             Access(
-                config.endpoints, config.tls_ca, config.tls_cert, config.tls_key, config.user, config.password
+                config.endpoints,
+                config.tls_ca,
+                config.tls_cert,
+                config.tls_key,
+                config.user,
+                config.password,
+                config.password_file,
+                config.endpoints_file,
             ),
             ttl_s=config.ttl_s,
             renew_share=config.renew_share,

@@ -9,12 +9,11 @@ import contextlib
 import http.client
 import json
 import os
-import ssl
+import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+
+from dtrain.storage.etcd.access import Access, LiveAccess, LoginRefused, split_endpoint
 
 _CONNECT_S = 0.5
 _ANSWER_BYTES_MAX = 1024 * 1024
@@ -30,18 +29,6 @@ def new_lease_id() -> int:
     return int.from_bytes(os.urandom(8), "big") >> 1 or 1
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
-    """How to reach etcd; paths name PEM files."""
-
-    endpoints: tuple[str, ...]
-    ca: str = ""
-    cert: str = ""
-    key: str = ""
-    user: str = ""
-    password: str = ""
-
-
 class LeaseGone(Exception):
     """The lease has expired or was revoked."""
 
@@ -50,19 +37,30 @@ class NotAnswered(Exception):
     """This try brought nothing: another member, or later."""
 
 
+class AccessDenied(NotAnswered):
+    """etcd answers, and refuses: the user, its password or its role is wrong."""
+
+
 class LeaseClient:
     """One connection to one member at a time. Not thread-safe."""
 
-    def __init__(self, access: Access) -> None:
-        self._access = access
-        self._members = [_parse(endpoint) for endpoint in access.endpoints]
+    def __init__(self, access: Access | LiveAccess) -> None:
+        self._access = (
+            access
+            if isinstance(access, LiveAccess)
+            else LiveAccess(access, boottime, lambda *_args, **_fields: None)
+        )
+        urls, self._list_version = self._access.endpoints()
+        self._members = [split_endpoint(url) for url in urls]
         self._current = 0
         self._connection: http.client.HTTPConnection | None = None
         self._token = ""
-        self._context: ssl.SSLContext | None = None
+        self._tls_version = 0
+        self._dropped_token = False
 
     @property
     def members(self) -> int:
+        """How many members there are to ask."""
         return len(self._members)
 
     def rotate(self) -> None:
@@ -71,11 +69,10 @@ class LeaseClient:
         self._current = (self._current + 1) % len(self._members)
 
     def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        self._connection = None
+        self._disconnect()
         # Tokens are per member.
         self._token = ""
+        self._dropped_token = False
 
     def grant(self, lease: int, ttl_s: int, timeout_s: float) -> float:
         """Grant ``lease`` and return its TTL, s. Granted already is fine.
@@ -113,30 +110,77 @@ class LeaseClient:
         with contextlib.suppress(LeaseGone):
             self._call("lease/revoke", {"ID": str(lease)}, boottime() + timeout_s)
 
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+    def _look_at_files(self) -> None:
+        """Let go of what was made with files that have been replaced since."""
+        urls, list_version = self._access.endpoints()
+        if list_version != self._list_version:
+            self._list_version = list_version
+            present = self._members[self._current]
+            self._members = [split_endpoint(url) for url in urls]
+            if present in self._members:
+                self._current = self._members.index(present)
+            else:
+                self.close()
+                self._current = random.randrange(len(self._members))  # noqa: S311 - only spreads load
+        if not self._members[self._current][0]:
+            return
+        try:
+            _, tls_version = self._access.context()
+        except (OSError, ValueError) as error:
+            raise NotAnswered(f"the TLS files cannot be used: {error}") from error
+        if tls_version != self._tls_version:
+            self._tls_version = tls_version
+            self._disconnect()
+
     def _call(self, path: str, body: dict[str, Any], end: float) -> dict[str, Any]:
-        reused = self._connection is not None
-        try:
-            return self._exchange(path, body, end)
-        except _LoginNeeded as error:
-            if not self._access.user:
-                raise NotAnswered(f"etcd wants a login: {error}") from error
-            self._token = ""
-        except _Dropped as error:
-            # A kept connection may have been closed while idle; all three calls may be repeated.
-            self.close()
-            if not reused:
-                raise NotAnswered(str(error)) from error
-        try:
-            return self._exchange(path, body, end)
-        except (_LoginNeeded, _Dropped) as error:
-            self.close()
-            raise NotAnswered(str(error)) from error
+        self._look_at_files()
+        reused, logged_in = self._connection is not None, False
+        while True:
+            try:
+                return self._exchange(path, body, end)
+            except _LoginNeeded as error:
+                if not self._access.user:
+                    raise AccessDenied(f"etcd wants a login: {error}") from error
+                if logged_in:
+                    raise NotAnswered(str(error)) from error
+                # Tokens expire, and are unknown to a member that was restarted.
+                self._dropped_token, self._token, logged_in = bool(self._token), "", True
+            except _Dropped as error:
+                # A kept connection may have been closed while idle; all three calls may be repeated.
+                self._disconnect()
+                if not reused:
+                    raise NotAnswered(str(error)) from error
+                reused = False
 
     def _exchange(self, path: str, body: dict[str, Any], end: float) -> dict[str, Any]:
         if self._access.user and not self._token:
-            login = {"name": self._access.user, "password": self._access.password}
-            self._token = str(self._post("auth/authenticate", login, end).get("token", ""))
+            self._log_in(end)
         return self._post(path, body, end)
+
+    def _log_in(self, end: float) -> None:
+        logins = self._access.logins
+        try:
+            password, version = self._access.password()
+        except (OSError, ValueError) as error:
+            raise NotAnswered(f"the password cannot be read: {error}") from error
+        try:
+            logins.check(version)
+            if self._dropped_token:
+                time.sleep(logins.spread_s(max(0.0, end - boottime())))
+            login = {"name": self._access.user, "password": password}
+            self._token = str(self._post("auth/authenticate", login, end).get("token", ""))
+        except LoginRefused as error:
+            raise AccessDenied(f"etcd refuses the login: {error}") from error
+        except (AccessDenied, _LoginNeeded) as error:
+            logins.refused(version, str(error))
+            raise AccessDenied(str(error)) from error
+        self._dropped_token = False
+        logins.accepted()
 
     def _post(self, path: str, body: dict[str, Any], end: float) -> dict[str, Any]:
         headers = {"Content-Type": "application/json", "Grpc-Metadata-Hasleader": "true"}
@@ -158,27 +202,26 @@ class LeaseClient:
             raise NotAnswered("no answer in time") from error
         except (OSError, http.client.HTTPException) as error:
             raise _Dropped(str(error) or type(error).__name__) from error
-        return _read(response.status, text)
+        answer = _read(response.status, text)
+        header = answer.get("header")
+        cluster_id = int(header.get("cluster_id", 0)) if isinstance(header, dict) else 0
+        if self._access.is_foreign(cluster_id):
+            # What it says of our lease is no news of ours: believing it would depose a leader.
+            raise NotAnswered(f"another etcd cluster answers: {cluster_id:x}")
+        return answer
 
     def _connect(self, end: float) -> http.client.HTTPConnection:
         if self._connection is None:
             secure, host, port = self._members[self._current]
             timeout_s = min(_CONNECT_S, _left(end))
             if secure:
-                context = self._tls_context()
+                context, self._tls_version = self._access.context()
                 self._connection = http.client.HTTPSConnection(host, port, timeout=timeout_s, context=context)
             else:
                 self._connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
             self._connection.connect()
         self._connection.sock.settimeout(_left(end))
         return self._connection
-
-    def _tls_context(self) -> ssl.SSLContext:
-        if self._context is None:
-            self._context = ssl.create_default_context(cafile=self._access.ca or None)
-            if self._access.cert:
-                self._context.load_cert_chain(self._access.cert, self._access.key or None)
-        return self._context
 
 
 class _LoginNeeded(Exception):
@@ -198,13 +241,6 @@ def _left(end: float) -> float:
     if left_s <= 0:
         raise TimeoutError
     return left_s
-
-
-def _parse(endpoint: str) -> tuple[bool, str, int]:
-    url = urlsplit(endpoint if "://" in endpoint else f"http://{endpoint}")
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise ValueError(f"{endpoint!r} is not an etcd endpoint")
-    return url.scheme == "https", url.hostname, url.port or 2379
 
 
 def _read(status: int, text: bytes) -> dict[str, Any]:
@@ -228,16 +264,6 @@ def _read(status: int, text: bytes) -> dict[str, Any]:
         sign in known for sign in ("invalid auth token", "auth store is old", "user name is empty")
     ):
         raise _LoginNeeded(message)
+    if status == http.client.FORBIDDEN or "authentication " in known:
+        raise AccessDenied(f"etcd answered {status}: {message[:200]}")
     raise NotAnswered(f"etcd answered {status}: {message[:200]}")
-
-
-def check_endpoints(endpoints: Sequence[str]) -> None:
-    """Refuse endpoints that cannot be asked.
-
-    Raises:
-        ValueError: none, or one that is no URL.
-    """
-    if not endpoints:
-        raise ValueError("no etcd endpoint is configured")
-    for endpoint in endpoints:
-        _parse(endpoint)

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dtrain.storage.etcd.access import Access, LiveAccess
 from dtrain.storage.etcd.lease_client import (
-    Access,
+    AccessDenied,
     LeaseClient,
     LeaseGone,
     NotAnswered,
@@ -26,6 +27,8 @@ KILL_SHARE = 0.85
 TRY_S_MAX = 1.5
 _RETRY_S = 0.25
 _COMPLAIN_EVERY_S = 5.0
+_COMPLAIN_OF_DENIAL_EVERY_S = 60.0
+"""Until a person has put the user or its role right, there is nothing new to say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +63,12 @@ class LeaseKeeper:
         on_change: Callable[[], None],
         report: Callable[..., Any],
     ) -> None:
-        self._access = access
+        self._access = LiveAccess(access, boottime, report)
         self._ttl_s = ttl_s
         self._renew_share = renew_share
         self._on_change = on_change
         self._report = report
-        self._client = LeaseClient(access)
+        self._client = LeaseClient(self._access)
         # Replicas that start together should not all turn to the first member.
         for _ in range(random.randrange(self._client.members)):  # noqa: S311 - only spreads load
             self._client.rotate()
@@ -79,6 +82,7 @@ class LeaseKeeper:
         self._memory: SessionMemory | None = None
         self._failures = 0
         self._complained_at = float("-inf")
+        self._denied = False
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
 
     def start(self) -> None:
@@ -206,7 +210,7 @@ class LeaseKeeper:
 
     def _worked(self) -> None:
         if self._failures:
-            self._report("etcd answers again", endpoints=list(self._access.endpoints))
+            self._report("etcd answers again", endpoints=list(self._access.endpoints()[0]))
         self._failures = 0
         while self._orphans:
             with self._condition:
@@ -219,10 +223,12 @@ class LeaseKeeper:
                 return
 
     def _complain(self, error: NotAnswered) -> None:
-        now = boottime()
-        if now - self._complained_at >= _COMPLAIN_EVERY_S:
-            self._complained_at = now
-            self._report("etcd does not answer", endpoints=list(self._access.endpoints), error=str(error))
+        now, denied = boottime(), isinstance(error, AccessDenied)
+        every_s = _COMPLAIN_OF_DENIAL_EVERY_S if denied else _COMPLAIN_EVERY_S
+        if now - self._complained_at >= every_s or denied != self._denied:
+            self._complained_at, self._denied = now, denied
+            event = "etcd denies access" if denied else "etcd does not answer"
+            self._report(event, endpoints=list(self._access.endpoints()[0]), error=str(error))
 
     def _publish(self) -> None:
         if self._memory is not None:

@@ -15,6 +15,7 @@ import http.client
 import random
 import ssl
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -22,13 +23,14 @@ from typing import TypeVar
 import etcd3gw
 import etcd3gw.exceptions
 import requests
-import requests.adapters
 
 from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, OutcomeUnknown, Refused, Unavailable
+from dtrain.runtime import log
 from dtrain.runtime.clock import Clock, SystemClock
 from dtrain.storage.etcd import wire
+from dtrain.storage.etcd.access import Access, LiveAccess, LoginRefused
 from dtrain.storage.etcd.endpoints import Endpoint, Endpoints, Tls
-from dtrain.storage.etcd.exchange import Exchange, pool_classes
+from dtrain.storage.etcd.exchange import Exchange, HttpSession
 from dtrain.storage.etcd.outcomes import LeaseExists, LoginNeeded, classify, parse_error, read_error
 from dtrain.storage.etcd.port import Delete, Put, RangeResult, Status, Txn, TxnResult
 from dtrain.storage.etcd.watching import GatewayWatch, open_stream
@@ -40,6 +42,12 @@ CONNECT_S = 0.5
 TRY_S_MIN = 1.0
 """A member gets at least this long to answer while others are left to ask."""
 
+RECHECK_S_MIN, RECHECK_S_MAX = 300.0, 600.0
+"""With users, a watch is opened anew after so long: etcd checks permissions only then."""
+
+CUT_SPREAD_S = 2.0
+"""Watches whose certificates were replaced end within this time, not all at once."""
+
 _HEADERS = {
     # A member cut off from the quorum answers "no leader" at once instead of after 7 s.
     "Grpc-Metadata-Hasleader": "true",
@@ -49,6 +57,8 @@ _HEADERS = {
 class GatewayEtcd:
     """``port.Etcd`` over the members at ``endpoints``. Safe for several threads.
 
+    Every file named here (``tls``, ``password_file``, ``endpoints_file``) may be
+    replaced at any time; within seconds nothing uses the former content.
     Threads that end leave their connections to the garbage collector.
     """
 
@@ -59,18 +69,39 @@ class GatewayEtcd:
         tls: Tls | None = None,
         user: str = "",
         password: str = "",
+        password_file: str = "",
+        endpoints_file: str = "",
         clock: Clock | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self._clock = clock or SystemClock()
-        self._endpoints = Endpoints(endpoints, self._clock, rng or random.Random())  # noqa: S311 - jitter only
-        self._tls = tls or Tls()
-        self._user, self._password = user, password
+        self._rng = rng or random.Random()  # noqa: S311 - jitter only
+        self._endpoints = Endpoints(endpoints, self._clock, self._rng)
+        tls = tls or Tls()
+        self._access = LiveAccess(
+            Access(
+                tuple(endpoints),
+                tls.ca or "",
+                tls.cert or "",
+                tls.key or "",
+                user,
+                password,
+                password_file,
+                endpoints_file,
+            ),
+            self._clock.monotonic,
+            log.get("etcd").warning,
+        )
+        self._user = user
         self._local = threading.local()
-        self._sessions: weakref.WeakSet[requests.Session] = weakref.WeakSet()
+        self._sessions: weakref.WeakSet[_Session] = weakref.WeakSet()
         self._watches: weakref.WeakSet[GatewayWatch] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._tokens: dict[Endpoint, str] = {}
+        self._dropped: set[Endpoint] = set()
+        self._login_locks: dict[Endpoint, threading.Lock] = {}
+        self._list_version = 1
+        self._tls_version = 0
         self._cluster_id = 0
         self._raft_term = 0
         self._closed = False
@@ -148,7 +179,7 @@ class GatewayEtcd:
 
         def attempt(endpoint: Endpoint, limit_s: float) -> GatewayWatch:
             headers = _HEADERS | self._authorization(endpoint, limit_s)
-            context = self._tls_context() if endpoint.scheme == "https" else None
+            context, tls_version = self._context(endpoint)
             stream = open_stream(
                 endpoint,
                 body,
@@ -158,11 +189,16 @@ class GatewayEtcd:
                 open_s=limit_s,
                 accept=self._accept_watch_header,
                 on_dead=lambda: self._endpoints.failed(endpoint),
+                why_end=self._lifetime(endpoint, tls_version),
             )
             self._watches.add(stream)
             return stream
 
         return self._on_members(attempt, deadline_s=5.0, resend=True, reads=True)
+
+    def problems(self) -> tuple[str, ...]:
+        """Return what a person should know of the files and the user that etcd is reached with."""
+        return self._access.problems(self._clock.wall())
 
     def close(self) -> None:
         self._closed = True
@@ -200,6 +236,7 @@ class GatewayEtcd:
         ``resend``: asking again after an unknown outcome does no harm.
         ``reads``: there is no outcome that could be unknown.
         """
+        self.look_at_files()
         end = self._clock.monotonic() + deadline_s
         unknown: DtrainError | None = None
         last: DtrainError | None = None
@@ -244,7 +281,8 @@ class GatewayEtcd:
                 raise
             # Tokens are per member and end with the member: one login, then the same request again.
             with self._lock:
-                self._tokens.pop(endpoint, None)
+                if self._tokens.pop(endpoint, None):
+                    self._dropped.add(endpoint)
             return attempt(endpoint, self._left(end))
 
     def _authorization(self, endpoint: Endpoint, limit_s: float) -> dict[str, str]:
@@ -252,16 +290,46 @@ class GatewayEtcd:
             return {}
         token = self._tokens.get(endpoint)
         if token is None:
-            login = {"name": self._user, "password": self._password}
-            try:
-                token = str(
-                    self._post(endpoint, "/auth/authenticate", login, _HEADERS, limit_s).get("token", "")
-                )
-            except OutcomeUnknown as error:
-                raise Unavailable(ErrorCode.ETCD_UNAVAILABLE, f"etcd login did not end: {error}") from error
+            end = self._clock.monotonic() + limit_s
             with self._lock:
-                self._tokens[endpoint] = token
+                turn = self._login_locks.setdefault(endpoint, threading.Lock())
+            # One login serves all threads of this process: each costs etcd a tenth of a second of CPU.
+            if not turn.acquire(timeout=limit_s):
+                raise Unavailable(ErrorCode.ETCD_UNAVAILABLE, f"the login at {endpoint} takes too long")
+            try:
+                token = self._tokens.get(endpoint) or self._log_in(endpoint, end)
+            finally:
+                turn.release()
         return {"Authorization": token}
+
+    def _log_in(self, endpoint: Endpoint, end: float) -> str:
+        logins = self._access.logins
+        try:
+            password, version = self._access.password()
+            logins.check(version)
+        except (OSError, ValueError) as error:
+            raise Unavailable(
+                ErrorCode.ETCD_UNAVAILABLE, f"the password for etcd cannot be read: {error}"
+            ) from error
+        except LoginRefused as error:
+            raise _denied(self._user, str(error)) from error
+        if endpoint in self._dropped:
+            # Whoever used that member lost its token with us.
+            time.sleep(logins.spread_s(self._left(end)))
+        login = {"name": self._user, "password": password}
+        try:
+            answer = self._post(endpoint, "/auth/authenticate", login, _HEADERS, self._left(end))
+        except OutcomeUnknown as error:
+            raise Unavailable(ErrorCode.ETCD_UNAVAILABLE, f"etcd login did not end: {error}") from error
+        except Refused as error:
+            logins.refused(version, error.message)
+            raise _denied(self._user, error.message) from error
+        logins.accepted()
+        token = str(answer.get("token", ""))
+        with self._lock:
+            self._tokens[endpoint] = token
+            self._dropped.discard(endpoint)
+        return token
 
     def _post(
         self, endpoint: Endpoint, path: str, body: Json, headers: dict[str, str], limit_s: float
@@ -293,18 +361,77 @@ class GatewayEtcd:
         return OutcomeUnknown(ErrorCode.ETCD_OUTCOME_UNKNOWN, f"etcd at {endpoint} did not answer: {reason}")
 
     def _client(self, endpoint: Endpoint) -> tuple[etcd3gw.Etcd3Client, Exchange]:
-        clients: dict[Endpoint, tuple[etcd3gw.Etcd3Client, Exchange]] = self._local.__dict__.setdefault(
-            "clients", {}
-        )
+        clients: dict[Endpoint, tuple[_Session, etcd3gw.Etcd3Client, Exchange]]
+        clients = self._local.__dict__.setdefault("clients", {})
+        for known in [known for known, (session, _, _) in clients.items() if session.retired]:
+            del clients[known]
         if endpoint not in clients:
+            _, tls_version = self._context(endpoint)
             exchange = Exchange(self._clock)
-            session = _Session(exchange, self._tls)
+            session = _Session(exchange, lambda: self._access.context()[0], endpoint, tls_version)
             self._sessions.add(session)
             client = etcd3gw.Etcd3Client(
                 endpoint.host, endpoint.port, endpoint.scheme, api_path="/v3/", session=session
             )
-            clients[endpoint] = client, exchange
-        return clients[endpoint]
+            clients[endpoint] = session, client, exchange
+        return clients[endpoint][1:]
+
+    def look_at_files(self) -> None:
+        """Let go of what was made with files that have been replaced since; cheap."""
+        try:
+            urls, list_version = self._access.endpoints()
+            tls_version = self._access.context()[1] if self._tls_version else 0
+        except (OSError, ValueError):
+            # Never usable: the call itself says so.
+            return
+        if list_version == self._list_version and tls_version == self._tls_version:
+            return
+        with self._lock:
+            if list_version != self._list_version:
+                self._list_version = list_version
+                for gone in self._endpoints.replace(urls):
+                    self._tokens.pop(gone, None)
+            self._tls_version = tls_version
+            sessions = list(self._sessions)
+        for session in sessions:
+            if session.endpoint not in self._endpoints or session.tls_version not in (0, tls_version):
+                session.retire()
+
+    def _lifetime(self, endpoint: Endpoint, tls_version: int) -> Callable[[], str]:
+        """Return a function that tells why a watch opened now is to end, "" for not yet."""
+        now = self._clock.monotonic()
+        recheck_at = now + self._rng.uniform(RECHECK_S_MIN, RECHECK_S_MAX) if self._user else float("inf")
+        spread_s = self._rng.uniform(0.0, CUT_SPREAD_S)
+        cut_at = float("inf")
+
+        def why_end() -> str:
+            nonlocal cut_at
+            self.look_at_files()
+            now = self._clock.monotonic()
+            if endpoint not in self._endpoints:
+                return "its member is no longer configured"
+            if tls_version != self._tls_version and tls_version:
+                cut_at = min(cut_at, now + spread_s)
+            if now >= cut_at:
+                return "the TLS files have been replaced"
+            return "its permission is to be checked again" if now >= recheck_at else ""
+
+        return why_end
+
+    def _context(self, endpoint: Endpoint) -> tuple[ssl.SSLContext | None, int]:
+        """Return the TLS context for a connection and its version; (None, 0) for plain text."""
+        if endpoint.scheme != "https":
+            return None, 0
+        try:
+            context, version = self._access.context()
+        except (OSError, ValueError) as error:
+            raise Unavailable(
+                ErrorCode.ETCD_UNAVAILABLE,
+                f"the TLS files for etcd cannot be used: {error}",
+                fix="check --cacert, --cert and --key",
+            ) from error
+        self._tls_version = self._tls_version or version
+        return context, version
 
     def _check_identity(self, answer: Json, term_at_send: int) -> None:
         """Refuse another cluster, and a cluster restored from an older state.
@@ -337,49 +464,25 @@ class GatewayEtcd:
                 ErrorCode.ETCD_UNAVAILABLE, f"the member is at raft term {term}, not {self._raft_term}"
             )
 
-    def _tls_context(self) -> ssl.SSLContext:
-        context = ssl.create_default_context(cafile=self._tls.ca)
-        if self._tls.cert:
-            context.load_cert_chain(self._tls.cert, self._tls.key)
-        return context
-
     def _left(self, end: float) -> float:
         return max(0.0, end - self._clock.monotonic())
 
 
-class _Session(requests.Session):
-    """A session that keeps no proxy or .netrc of the environment and records what happened."""
+class _Session(HttpSession):
+    """The connection of one thread to one member. ``retired``: the thread makes itself another one."""
 
-    def __init__(self, exchange: Exchange, tls: Tls) -> None:
-        super().__init__()
-        self.trust_env = False
-        self.verify = tls.ca or True
-        if tls.cert:
-            self.cert = (tls.cert, tls.key) if tls.key else tls.cert
-        adapter = _Adapter(exchange)
-        self.mount("http://", adapter)
-        self.mount("https://", adapter)
-        self._exchange = exchange
+    def __init__(
+        self, exchange: Exchange, context: Callable[[], ssl.SSLContext], endpoint: Endpoint, tls_version: int
+    ) -> None:
+        super().__init__(exchange, context)
+        self.endpoint = endpoint
+        self.tls_version = tls_version
+        self.retired = False
 
-    def post(self, url, *args, **kwargs):  # type: ignore[no-untyped-def]
-        """Send with the timeouts of the call at hand: etcd3gw has one per client."""
-        kwargs |= {"timeout": self._exchange.timeouts(), "allow_redirects": False}
-        return super().post(url, *args, **kwargs)
-
-
-class _Adapter(requests.adapters.HTTPAdapter):
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
-        super().__init__(pool_connections=1, pool_maxsize=1, max_retries=0)
-
-    def init_poolmanager(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = pool_classes(self._exchange)
-
-    def send(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        response = super().send(*args, **kwargs)
-        self._exchange.http_status = response.status_code
-        return response
+    def retire(self) -> None:
+        """Close it, when a call that is under way has ended."""
+        self.retired = True
+        self.close()
 
 
 def _first_cause(error: BaseException) -> str:
@@ -387,6 +490,14 @@ def _first_cause(error: BaseException) -> str:
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     return f"{error or type(error).__name__}"[:300]
+
+
+def _denied(user: str, said: str) -> Refused:
+    return Refused(
+        ErrorCode.ETCD_AUTH,
+        f"etcd refuses the login of {user}: {said}",
+        fix="check the etcd user, its password and its role",
+    )
 
 
 def _went_back(what: str) -> Refused:

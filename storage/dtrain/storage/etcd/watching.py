@@ -34,11 +34,13 @@ class GatewayWatch:
         endpoint: Endpoint,
         accept: Callable[[Json], None],
         on_dead: Callable[[], None],
+        why_end: Callable[[], str],
     ) -> None:
         self._sock = sock
         self._endpoint = endpoint
         self._accept = accept
         self._on_dead = on_dead
+        self._why_end = why_end
         self._parser = StreamParser()
         self._ready: deque[WatchBatch] = deque()
         self._failure: DtrainError | None = None
@@ -53,6 +55,9 @@ class GatewayWatch:
                 return self._ready.popleft()
             if self._failure is not None:
                 raise self._failure
+            if why := self._why_end():
+                self._end(why)
+                continue
             left_s = end - time.monotonic()
             if left_s <= 0 and timeout_s > 0:
                 return None
@@ -135,6 +140,11 @@ class GatewayWatch:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             self._fail(self._lost(f"unreadable message: {error}"))
 
+    def _end(self, why: str) -> None:
+        """Let the reader open another stream: this one ends on purpose, by no fault of the member."""
+        self._failure = self._lost(why)
+        self.close()
+
     def _fail(self, error: DtrainError) -> None:
         if self._failure is not None:
             return
@@ -181,11 +191,13 @@ def open_stream(
     open_s: float,
     accept: Callable[[Json], None],
     on_dead: Callable[[], None],
+    why_end: Callable[[], str] = str,
 ) -> GatewayWatch:
     """Send the watch request and wait until the server has set it up.
 
     ``accept`` raises on a message of a wrong cluster; ``on_dead`` is called
-    when the stream ends by a fault of this member.
+    when the stream ends by a fault of this member. ``why_end`` is asked again and
+    again, by whoever reads; unless it says "", the stream ends for that reason.
 
     Raises:
         Unavailable: another member may do better.
@@ -207,7 +219,7 @@ def open_stream(
         ) from error
     sock: socket.socket = connection.sock
     _keep_alive(sock)
-    stream = GatewayWatch(sock, endpoint, accept, on_dead)
+    stream = GatewayWatch(sock, endpoint, accept, on_dead, why_end)
     try:
         stream.wait_created(open_s)
     except DtrainError:
