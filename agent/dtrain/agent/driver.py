@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, assert_never
 
+from dtrain.agent.core import isolation
 from dtrain.agent.core.adoption import adopt
 from dtrain.agent.core.decisions import (
     Action,
@@ -24,6 +25,7 @@ from dtrain.agent.core.decisions import (
     LauncherOrder,
     PrepareLogs,
     ProbeProcesses,
+    PublishHealth,
     RankMessage,
     TransferOrder,
     WriteSnapshot,
@@ -34,6 +36,7 @@ from dtrain.agent.core.events import (
     LauncherReported,
     LauncherStarted,
     ProcessesProbed,
+    SessionSeen,
     Tick,
     TransferReported,
 )
@@ -84,6 +87,10 @@ class LauncherPort(Protocol):
         """Whether exactly this process still runs."""
         ...
 
+    def waits_in(self, process: ProcessId) -> str:
+        """The kernel function that a living process waits in, "" if the kernel does not tell."""
+        ...
+
 
 class TransferPort(Protocol):
     """The transfer process; it is started by the first order."""
@@ -109,6 +116,10 @@ class ReporterPort(Protocol):
     def submit(self, job: JobName, snapshot: WorkerSnapshot, *, urgent: bool) -> None: ...
 
     def delete(self, job: JobName) -> None: ...
+
+    def set_problem(self, problem: str) -> None:
+        """Say in the node record what is wrong with the machine; "": nothing."""
+        ...
 
 
 class LogPort(Protocol):
@@ -207,6 +218,11 @@ class AgentDriver:
             )
         return answer
 
+    def see_session(self, seen: SessionSeen) -> None:
+        """Take in what the guardian says of the lease: each turn, at no cost while all is well."""
+        if isolation.observe(self._state.link, seen, self._clock.monotonic()) != self._state.link:
+            self.handle(seen)
+
     def handle(self, event: Event) -> Answer | None:
         """Take in one event, and whatever it brings about at once; return a command's answer."""
         answer = self._handle(event)
@@ -265,8 +281,8 @@ class AgentDriver:
                 for process in processes:
                     ports.launchers.kill(process)
                 alive = tuple(process for process in processes if ports.launchers.is_alive(process))
-                if alive != processes:
-                    self._events.append(ProcessesProbed(job, uid, alive))
+                waits = tuple(ports.launchers.waits_in(process) for process in alive)
+                self._events.append(ProcessesProbed(job, uid, alive, waits))
             case PrepareLogs(job, uid, attempt, first_rank):
                 try:
                     ports.logs.prepare(job, uid, attempt, first_rank)
@@ -283,6 +299,12 @@ class AgentDriver:
                 ports.reporter.submit(job, snapshot, urgent=urgent)
             case DeleteSnapshot(job):
                 ports.reporter.delete(job)
+            case PublishHealth(problem):
+                if problem:
+                    self._log("machine blocked", reason=problem)
+                else:
+                    self._log("machine usable again")
+                ports.reporter.set_problem(problem)
             case _:
                 assert_never(action)
 
@@ -296,6 +318,9 @@ class AgentDriver:
         self._events.append(LauncherStarted(job, uid, process))
 
     def _tell_changes(self, before: AgentState, after: AgentState) -> None:
+        told = isolation.sentence(before, after, self._clock.monotonic())
+        if told:
+            self._log("etcd link", state=after.link.state.value, reason=told)
         for name, job in after.jobs.items():
             old = before.jobs.get(name)
             if old is job:
@@ -305,6 +330,8 @@ class AgentDriver:
                 if job.failure is not None:
                     fields |= {"failure": job.failure.kind.value, "reason": job.failure.message}
                 self._log("phase", **fields)
+            if job.note and (old is None or old.note != job.note):
+                self._log("job note", job=name, attempt=job.attempt, reason=job.note)
             if job.launcher.warning and (old is None or old.launcher.warning != job.launcher.warning):
                 self._log("launcher warning", job=name, warning=job.launcher.warning)
         for name in before.jobs.keys() - after.jobs.keys():

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import assert_never
 
-from dtrain.agent.core.decisions import ForgetJob, JournalJob, JournalOver, JournalTerm, JournalWrite
+from dtrain.agent.core.decisions import (
+    ForgetJob,
+    JournalCoordinators,
+    JournalJob,
+    JournalOver,
+    JournalTerm,
+    JournalWrite,
+)
 from dtrain.agent.core.state import RELEASED_KEPT, JobState
 from dtrain.protocol import codec
 from dtrain.protocol.errors import DtrainError, ErrorCode, Unavailable
@@ -31,6 +38,8 @@ CREATE TABLE job (name TEXT PRIMARY KEY, state BLOB NOT NULL) STRICT;
 CREATE TABLE seen (n INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, id TEXT NOT NULL) STRICT;
 CREATE INDEX seen_by_job ON seen (job, n);
 """
+_ADDED = "CREATE TABLE IF NOT EXISTS coordinator (address TEXT PRIMARY KEY) STRICT"
+"""Later than the first journals, and of no use to agents that do not know it: no new version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +50,7 @@ class Remembered:
     jobs: dict[JobName, JobState]
     seen: dict[JobName, tuple[str, ...]]
     over: dict[Uid, Attempt]
+    coordinators: tuple[str, ...] = ()
 
 
 class Journal:
@@ -84,7 +94,9 @@ class Journal:
             "SELECT key, value FROM meta WHERE key GLOB ? ORDER BY rowid", (f"{_OVER}*",)
         ):
             over[Uid(key.removeprefix(_OVER))] = Attempt(attempt)
-        return Remembered(Term(row[0] if row else 0), jobs, seen, over)
+        found = self._connection.execute("SELECT address FROM coordinator ORDER BY address")
+        coordinators = tuple(str(address) for (address,) in found)
+        return Remembered(Term(row[0] if row else 0), jobs, seen, over, coordinators)
 
     def apply(self, writes: Sequence[JournalWrite]) -> None:
         """Make all of ``writes`` durable, or none.
@@ -127,6 +139,10 @@ class Journal:
                     "(SELECT rowid FROM meta WHERE key GLOB ?1 ORDER BY rowid DESC LIMIT ?2)",
                     (f"{_OVER}*", RELEASED_KEPT),
                 )
+            case JournalCoordinators(addresses):
+                execute("DELETE FROM coordinator")
+                for address in addresses:
+                    execute("INSERT INTO coordinator VALUES (?)", (address,))
             case ForgetJob(name):
                 execute("DELETE FROM job WHERE name = ?", (name,))
                 execute("DELETE FROM seen WHERE job = ?", (name,))
@@ -140,6 +156,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     connection.execute("PRAGMA synchronous = FULL")
     if not connection.execute("PRAGMA user_version").fetchone()[0]:
         connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+    connection.execute(_ADDED)
     return connection
 
 

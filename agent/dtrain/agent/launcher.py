@@ -162,7 +162,7 @@ class Launcher:
             if finished:
                 self._clearings.remove(clearing)
                 self._family.forget_below(int(clearing.below))
-                self._tell(Cleared(Attempt(int(clearing.below)), stuck))
+                self._tell(Cleared(Attempt(int(clearing.below)), stuck, self._family.named(stuck)))
         if self._asked_to_end and self._ending is None:
             log("ending", why="signal")
             self._end(SIGTERM_GRACE_S)

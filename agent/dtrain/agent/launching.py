@@ -138,11 +138,21 @@ class LauncherReady:
 
 
 @dataclass(frozen=True, slots=True)
+class Unkilled:
+    """A process that SIGKILL does not end, and the rank it is or descends from, if that can be told."""
+
+    process: ProcessId
+    rank: Rank | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Cleared:
     """Nothing of an attempt lower than ``attempt`` is alive. ``stuck``: pids that cannot be killed."""
 
     attempt: Attempt
     stuck: tuple[int, ...] = ()
+    unkilled: tuple[Unkilled, ...] = ()
+    """Who they are; empty from a launcher of an older version."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,10 +26,13 @@ WAIT_S_MAX = 10.0
 POLL_S = 0.1
 SHORT_WAIT_S = 0.2
 """Where no waiting thread is left: long enough that a follower does not spin."""
+CONNECTIONS_MAX = 200
+"""Replicas are few; descriptors are needed for ranks."""
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024
 
 OPTIONS = (
     *grpc_tls.SERVER_OPTIONS,
+    ("grpc.max_allowed_incoming_connections", CONNECTIONS_MAX),
     ("grpc.max_concurrent_streams", THREADS_ANSWERING + THREADS_WAITING + QUEUED_MAX),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),

@@ -23,8 +23,10 @@ from typing import Any
 
 from dtrain.agent import config
 from dtrain.agent.config import Config
+from dtrain.agent.consult import Consultant, ConsultThread, ask_over_grpc
 from dtrain.agent.core.decisions import Answer
-from dtrain.agent.core.events import Event, SessionRenewed, ShutDown, Tick
+from dtrain.agent.core.events import Event, SessionRenewed, SessionSeen, ShutDown, Tick
+from dtrain.agent.core.health import is_waiting
 from dtrain.agent.core.state import AgentState, LauncherStatus, Machine
 from dtrain.agent.core.torch_env import base_env
 from dtrain.agent.driver import AgentDriver, Ports
@@ -67,6 +69,7 @@ _WARNINGS = frozenset(
         "journal moved aside",
         "launcher killed",
         "launcher warning",
+        "machine blocked",
         "name taken",
         "log folder failed",
         "rank refused",
@@ -155,11 +158,26 @@ class Agent:
                 remembered.jobs,
                 remembered.seen,
                 over=remembered.over,
+                coordinators=remembered.coordinators,
             ),
             Ports(self._journal, self._launchers, self._transfers, self._ranks, self._reporter, logs),
             clock,
             confirm_term=self._confirm_term,
             log=self.log,
+        )
+        self._consulting = ConsultThread(
+            Consultant(
+                etcd,
+                self._keys,
+                settings.name,
+                clock,
+                state=lambda: self._driver.state,
+                post=self._post,
+                ask=ask_over_grpc(self._tls),
+                log=self.log,
+            ),
+            clock,
+            lambda error: self._fail(f"the consultant died: {error!r}"),
         )
         self._servicer = AgentServicer(self._execute, logs, self._rank_ended, lambda: self._driver.state.term)
 
@@ -169,6 +187,7 @@ class Agent:
         self._driver.adopt()
         self._session.set_started()
         self._reporting.start()
+        self._consulting.start()
         self._server.start(self._servicer)
         self.log("agent started", address=self.address, slots=self._settings.slots)
         while not self._told_to_stop:
@@ -182,6 +201,7 @@ class Agent:
     def close(self) -> None:
         """Free everything: for tests that go on living."""
         self._reporting.close()
+        self._consulting.close()
         self._ranks.close()
         self._launchers.close()
         self._transfers.close()
@@ -196,6 +216,8 @@ class Agent:
     def _turn(self) -> None:
         """Take in one event, or wait a moment for one."""
         self._session.beat()
+        view = self._session.view()
+        self._driver.see_session(SessionSeen(view.lease, view.ttl_s, view.demote_at))
         now = self._clock.monotonic()
         wake_at = self._driver.wake_at
         if wake_at is not None and now >= wake_at:
@@ -234,7 +256,8 @@ class Agent:
 
     def _lives(self, name: JobName) -> bool:
         job = self._driver.state.jobs[name]
-        return job.launcher.status is not LauncherStatus.GONE or bool(job.leftovers)
+        # What does not die is not waited for: it is not ours to end.
+        return job.launcher.status is not LauncherStatus.GONE or is_waiting(job)
 
     # Other threads
 

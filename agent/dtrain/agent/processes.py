@@ -58,6 +58,9 @@ class Launchers:
     def is_alive(self, process: ProcessId) -> bool:
         return proc.is_alive(process)
 
+    def waits_in(self, process: ProcessId) -> str:
+        return proc.waits_in(process.pid)
+
     def close(self) -> None:
         """Let go of all launchers; they live on."""
         for client in self._clients.values():

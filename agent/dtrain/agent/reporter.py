@@ -110,6 +110,7 @@ class Reporter:
         self._registration = _NOTHING
         self._generation = _NOTHING
         self._lease = _NOTHING
+        self._problem = self._told_problem = ""
         self._taken_since: float | None = None
         self._retry_s = RETRY_S_FIRST
         self._retry_at = float("-inf")
@@ -141,6 +142,12 @@ class Reporter:
             known.snapshot, known.dirty, known.due_at = None, True, self._clock.monotonic()
             self._tell()
 
+    def set_problem(self, problem: str) -> None:
+        """Say in the node record what is wrong with the machine; "": nothing."""
+        with self._changed:
+            self._problem = problem
+            self._tell()
+
     @property
     def idle(self) -> bool:
         """Everything has been published."""
@@ -155,6 +162,8 @@ class Reporter:
         try:
             if self._session_changed() and not self._register():
                 return self._clock.monotonic() + SESSION_POLL_S
+            if self._problem != self._told_problem and not self._tell_problem():
+                return self._clock.monotonic()
             wake_at = self._publish()
         except (Unavailable, OutcomeUnknown) as error:
             return self._try_later(error, self._retry_s * (0.5 + self._rng.random()))
@@ -205,7 +214,8 @@ class Reporter:
             return False
         self._registration = _NOTHING
         incarnation = self._new_incarnation()
-        node = dataclasses.replace(self._node, incarnation=incarnation)
+        problem = self._problem
+        node = dataclasses.replace(self._node, incarnation=incarnation, problem=problem)
         key, value = self._keys.node(self._node.agent), codec.encode(node)
         put = Put(key, value, view.lease)
         result = self._txn(Txn((Compare(key, Target.CREATE, 0),), (put,), (Get(key),)))
@@ -229,9 +239,24 @@ class Reporter:
             for name in left_behind:
                 self._jobs.setdefault(name, _Job(None, self._clock.monotonic()))
         self._registration, self._generation, self._lease = result.revision, view.generation, view.lease
+        self._node, self._told_problem = node, problem
         self._taken_since = None
         self._log("registered", incarnation=incarnation, lease=f"{view.lease:x}")
         self._on_registered(view.generation, incarnation)
+        return True
+
+    def _tell_problem(self) -> bool:
+        """Write the node record anew, before any snapshot that says more; False: it is not ours any more."""
+        problem = self._problem
+        node = dataclasses.replace(self._node, problem=problem)
+        key = self._keys.node(node.agent)
+        fence = Compare(key, Target.MOD, self._registration)
+        result = self._txn(Txn((fence,), (Put(key, codec.encode(node), self._lease),)))
+        if not result.succeeded:
+            self._log("registration lost")
+            self._registration = _NOTHING
+            return False
+        self._registration, self._node, self._told_problem = result.revision, node, problem
         return True
 
     def _left_behind(self) -> list[JobName]:

@@ -12,7 +12,7 @@ stops rescheduling through the brake, whether or not anybody reads these lines.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,12 +79,24 @@ class Health:
 
 
 class EtcdHealth:
-    """Looks at etcd every few seconds until ``stop``. ``run`` is a thread's body."""
+    """Looks at etcd every few seconds until ``stop``. ``run`` is a thread's body.
 
-    def __init__(self, etcd: Etcd, health: Health, *, mirror_age_s: Callable[[], float]) -> None:
+    ``remarks`` returns, for the version of etcd, sentences that stand until a person acts.
+    """
+
+    def __init__(
+        self,
+        etcd: Etcd,
+        health: Health,
+        *,
+        mirror_age_s: Callable[[], float],
+        remarks: Callable[[str], Iterable[str]] = lambda _version: (),
+    ) -> None:
         self._etcd = etcd
         self._health = health
         self._mirror_age_s = mirror_age_s
+        self._remarks = remarks
+        self._remarked: set[str] = set()
         self._stop = threading.Event()
         self._woken = threading.Event()
         self._version = ""
@@ -98,7 +110,8 @@ class EtcdHealth:
         """Look until ``stop``."""
         while not self._stop.is_set():
             self.look()
-            self._woken.wait(LOOK_AGAIN_S if self._health.sentences() else LOOK_S)
+            passing = len(self._health.sentences()) > len(self._remarked)
+            self._woken.wait(LOOK_AGAIN_S if passing else LOOK_S)
             self._woken.clear()
 
     def stop(self) -> None:
@@ -127,6 +140,12 @@ class EtcdHealth:
             self._health.end(UNREACHABLE)
             self._version = status.version
             self._judge(status)
+        remarks = set(self._remarks(self._version))
+        for remark in self._remarked - remarks:
+            self._health.end(remark)
+        for remark in sorted(remarks):
+            self._health.begin(remark, remark)
+        self._remarked = remarks
         age_s = self._mirror_age_s()
         if age_s > MIRROR_STALE_S:
             since = "has not been read yet" if age_s == float("inf") else f"is {age_s:.0f} s old"

@@ -43,13 +43,12 @@ from dtrain.protocol.ids import JobName, Term
 from dtrain.protocol.keys import Keys
 from dtrain.runtime import grpc_tls, log
 from dtrain.runtime.clock import Clock, SystemClock
-from dtrain.runtime.config import EtcdOptions
 from dtrain.runtime.tls import Role
-from dtrain.storage.etcd.endpoints import Tls
 from dtrain.storage.etcd.mirror import Change, Mirror
+from dtrain.storage.etcd.open import open_etcd
 from dtrain.storage.etcd.port import Etcd
 from dtrain.storage.etcd.session import Session, attach
-from dtrain.storage.etcd.transport import GatewayEtcd
+from dtrain.storage.etcd.versions import version_warnings
 
 EX_SOFTWARE = 70
 """A thread died: a bug."""
@@ -96,6 +95,7 @@ class Coordinator:
         clock: Clock,
         decide: Plan,
         merge_manifests: Merge,
+        access_problems: Callable[[], Iterable[str]] = tuple,
         end_process: Callable[[int], None] = os._exit,
     ) -> None:
         self._session = session
@@ -136,7 +136,15 @@ class Coordinator:
         )
         self._channels = Channels(self._tls, clock=clock)
         self._health = Health(self._log.warning)
-        self._etcd_health = EtcdHealth(etcd, self._health, mirror_age_s=self._mirror.age_s)
+        self._etcd_health = EtcdHealth(
+            etcd,
+            self._health,
+            mirror_age_s=self._mirror.age_s,
+            remarks=lambda version: (
+                *version_warnings(version, bool(settings.etcd.user)),
+                *access_problems(),
+            ),
+        )
         self._health_thread = threading.Thread(
             target=self._guarded, args=(self._etcd_health.run,), name="health", daemon=True
         )
@@ -320,12 +328,6 @@ class Coordinator:
         self._end_process(EX_SOFTWARE)
 
 
-def open_etcd(options: EtcdOptions, clock: Clock) -> Etcd:
-    """Return the client for the settings; it connects when first used."""
-    tls = Tls(options.cacert or None, options.cert or None, options.key or None)
-    return GatewayEtcd(options.endpoints, tls=tls, user=options.user, password=options.password, clock=clock)
-
-
 def run(argv: Sequence[str]) -> int:
     """Be the guardian's child until told to stop. Ends the process itself.
 
@@ -336,13 +338,15 @@ def run(argv: Sequence[str]) -> int:
         session = attach()
         settings = config.load(argv, os.environ)
         log.configure(json_lines=settings.log_json, component=f"coordinator/{settings.replica}")
+        etcd = open_etcd(settings.etcd, clock)
         coordinator = Coordinator(
             settings,
-            open_etcd(settings.etcd, clock),
+            etcd,
             session,
             clock=clock,
             decide=plan,
             merge_manifests=merge,
+            access_problems=etcd.problems,
         )
     except DtrainError as error:
         cause = f": {error.cause}" if error.cause else ""

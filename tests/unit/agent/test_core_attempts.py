@@ -21,12 +21,14 @@ from dtrain.agent.launching import (
     ForkRanks,
     LauncherEnded,
     LauncherState,
+    ProcessId,
     Quit,
     ServeStore,
     SignalRanks,
     StoreReady,
+    Unkilled,
 )
-from dtrain.protocol.ids import Attempt, Incarnation, Uid
+from dtrain.protocol.ids import Attempt, Incarnation, Rank, Uid
 from dtrain.protocol.ranklink import StopRank, Welcome
 from dtrain.protocol.snapshot import FailureKind, WorkerPhase
 
@@ -120,11 +122,11 @@ def test_an_old_attempts_clearing_does_not_make_a_new_one_ready() -> None:
 def test_processes_that_cannot_be_killed_are_named() -> None:
     table = Table()
     table.command(table.prepare())
-    table.report(Cleared(Attempt(1), stuck=(4711,)))
+    table.report(Cleared(Attempt(1), (4711,), (Unkilled(ProcessId(4711, 9, "boot"), Rank(1)),)))
     assert table.snapshot.phase is WorkerPhase.ERROR
     assert table.snapshot.failure is not None
-    assert table.snapshot.failure.kind is FailureKind.PREPARE
-    assert "4711" in table.snapshot.failure.message
+    assert table.snapshot.failure.kind is FailureKind.UNKILLABLE
+    assert "rank 1 (pid 4711) on node-a cannot be killed" in table.snapshot.failure.message
 
 
 def test_a_store_that_cannot_be_opened_ends_the_attempt() -> None:

@@ -79,6 +79,9 @@ class PlayedLaunchers:
     def is_alive(self, process: ProcessId) -> bool:
         return process in self.alive
 
+    def waits_in(self, process: ProcessId) -> str:
+        return ""
+
     def _answer(self, job: JobName, uid: Uid, *reports: Any) -> None:
         self.answers += [LauncherReported(job, uid, report) for report in reports]
 

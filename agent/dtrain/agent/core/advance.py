@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from dtrain.agent.core import preparing, saving, transfers
+from dtrain.agent.core import isolation, preparing, saving, transfers
 from dtrain.agent.core.decisions import Action, KillLauncher, LauncherOrder
 from dtrain.agent.core.snapshots import group_phase
 from dtrain.agent.core.state import AgentState, JobState, LauncherStatus
@@ -19,6 +19,7 @@ KILL_AGAIN_S = 10.0
 def advance(state: AgentState, job: JobState, tick: bool, now: float, out: list[Action]) -> AgentState:
     """Do what is due; return the state with the job moved on, or without it."""
     before = job
+    job = isolation.advance(state, job, now, out)
     job = preparing.chase(job, tick, now, out)
     if job.stopping is not None:
         moved = _stop(job, now, out)
@@ -38,7 +39,7 @@ def advance(state: AgentState, job: JobState, tick: bool, now: float, out: list[
 
 def wake_at(state: AgentState, now: float) -> float | None:
     """When something depends on time alone, or None."""
-    times: list[float] = []
+    times: list[float] = isolation.wake_at(state)
     for job in state.jobs.values():
         times.extend(preparing.wake_at(job, now))
         if job.kill_at is not None:

@@ -71,6 +71,7 @@ def shut_down(state: AgentState, event: ShutDown, now: float, out: list[Action])
                 stopping=Stopping(release, why, now + event.grace_s + STOP_SLACK_S),
                 launcher=dataclasses.replace(job.launcher, quitting=True),
                 kill_at=None,
+                note=why,
             )
         )
     return state
@@ -156,4 +157,4 @@ def _stop(job: JobState | None, command: Stop, now: float, out: list[Action]) ->
         launcher = dataclasses.replace(launcher, quitting=launcher.quitting or command.release)
     if command.release:
         job = saving.drop(job, out)
-    return dataclasses.replace(job, stopping=stopping, launcher=launcher, kill_at=None)
+    return dataclasses.replace(job, stopping=stopping, launcher=launcher, kill_at=None, note="")

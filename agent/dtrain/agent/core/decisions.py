@@ -41,7 +41,14 @@ class JournalOver:
     attempt: Attempt
 
 
-JournalWrite = JournalJob | JournalTerm | JournalOver | ForgetJob
+@dataclass(frozen=True, slots=True)
+class JournalCoordinators:
+    """Remember whom to ask when etcd cannot be reached."""
+
+    addresses: tuple[str, ...]
+
+
+JournalWrite = JournalJob | JournalTerm | JournalOver | ForgetJob | JournalCoordinators
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +135,13 @@ class DeleteSnapshot:
     job: JobName
 
 
+@dataclass(frozen=True, slots=True)
+class PublishHealth:
+    """Say in the node record what is wrong with the machine; "": nothing any more."""
+
+    problem: str
+
+
 Action = (
     EnsureLauncher
     | LauncherOrder
@@ -139,6 +153,7 @@ Action = (
     | DropConnection
     | WriteSnapshot
     | DeleteSnapshot
+    | PublishHealth
 )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from dtrain.agent.launching import LauncherReport, ProcessId
 from dtrain.agent.transferring import TransferReport
 from dtrain.protocol.commands import Command
-from dtrain.protocol.ids import Incarnation, JobName, Uid
+from dtrain.protocol.ids import Attempt, Incarnation, JobName, Uid
 from dtrain.protocol.ranklink import Hello, Report
 
 
@@ -37,11 +37,13 @@ class LauncherReported:
 
 @dataclass(frozen=True, slots=True)
 class ProcessesProbed:
-    """Of the processes asked about, these are still alive."""
+    """Of the processes asked about, these are still alive; ``waits``: the kernel functions they wait in."""
 
     job: JobName
     uid: Uid
     alive: tuple[ProcessId, ...]
+    waits: tuple[str, ...] = ()
+    """In the order of ``alive``; "" where the kernel does not tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,51 @@ class SessionRenewed:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionSeen:
+    """What the guardian says of the lease. ``deadline`` (monotonic) 0: etcd has called it lost."""
+
+    lease: int
+    ttl_s: float
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorsRead:
+    """The addresses of all replicas, read from etcd just now."""
+
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a replica's mirror has of a job that it was asked about as attempt ``asked``."""
+
+    job: JobName
+    uid: Uid
+    asked: Attempt
+    current: bool
+    """The submission is the present one and is not over."""
+    attempt: Attempt
+    member: bool
+    """This agent is a member of that attempt."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaAnswer:
+    """One replica's answer. ``etcd_age_s``: since its mirror was known to be current; negative: never."""
+
+    etcd_age_s: float
+    standings: tuple[Standing, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Consulted:
+    """Coordinators were asked, once around; ``answers`` of those that answered."""
+
+    answers: tuple[ReplicaAnswer, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ShutDown:
     """The agent was told to end: its ranks and launchers end first."""
 
@@ -104,6 +151,9 @@ Event = (
     | RankReported
     | RankDisconnected
     | SessionRenewed
+    | SessionSeen
+    | CoordinatorsRead
+    | Consulted
     | ShutDown
     | Tick
 )

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import assert_never
 
-from dtrain.agent.core import preparing, starting
+from dtrain.agent.core import health, preparing, starting
 from dtrain.agent.core.decisions import Action, LauncherOrder
 from dtrain.agent.core.events import LauncherReported, LauncherStarted, ProcessesProbed
 from dtrain.agent.core.failures import LOG_TAIL_CHARS_MAX, fail, rank_failure, signal_name
@@ -37,13 +37,14 @@ def started(state: AgentState, event: LauncherStarted) -> AgentState:
     return state.with_job(dataclasses.replace(job, launcher=launcher))
 
 
-def probed(state: AgentState, event: ProcessesProbed) -> AgentState:
+def probed(state: AgentState, event: ProcessesProbed, now: float, wall: float) -> AgentState:
     """Forget processes that are seen to be gone."""
     job = state.jobs.get(event.job)
     if job is None or job.uid != event.uid:
         return state
-    left = tuple(process for process in job.leftovers if process in event.alive)
-    return state.with_job(dataclasses.replace(job, leftovers=left))
+    waits = event.waits or ("",) * len(event.alive)
+    alive = dict(zip(event.alive, waits, strict=True))
+    return state.with_job(health.probed(state, job, alive, now, wall))
 
 
 def reported(
@@ -68,7 +69,7 @@ def reported(
             )
             job = dataclasses.replace(job, launcher=launcher)
         case Cleared():
-            job = _cleared(state, job, report, wall)
+            job = _cleared(state, job, report, now, wall)
         case StoreReady():
             job = _store(state, job, report, now, wall)
         case Forked():
@@ -128,15 +129,15 @@ def _live(job: JobState, live: LiveRank, now: float) -> JobState:
     return replace_rank(job, dataclasses.replace(rank, process=live.process, forked_at=forked_at))
 
 
-def _cleared(state: AgentState, job: JobState, report: Cleared, wall: float) -> JobState:
+def _cleared(state: AgentState, job: JobState, report: Cleared, now: float, wall: float) -> JobState:
     if report.attempt < job.attempt:
         return job
     if report.stuck:
-        pids = ", ".join(str(pid) for pid in report.stuck)
-        message = f"processes of an older attempt cannot be killed: pid {pids}; is a device or NFS hung?"
-        failure = _failure(state, job, FailureKind.PREPARE, message, wall)
-        job = dataclasses.replace(job, stopping=None, phase=WorkerPhase.ERROR, failure=job.failure or failure)
-        return _answered(job)
+        found = [(one.process, one.rank) for one in report.unkilled]
+        job = health.hold(_answered(job), found, now, overdue=True)
+        job = health.give_up(state.machine.agent, job, wall, pids=report.stuck)
+        released = job.stopping is not None and job.stopping.release
+        return job if released else dataclasses.replace(job, stopping=None)
     if job.stopping is not None and not job.stopping.release and report.attempt > job.attempt:
         job = dataclasses.replace(job, stopping=None, phase=WorkerPhase.IDLE)
     elif job.phase is WorkerPhase.STARTING:
@@ -178,16 +179,15 @@ def _launcher_ended(
 ) -> JobState:
     expected = job.launcher.killed or job.launcher.quitting
     # Its ranks are killed by the kernel as it ends; that they are gone must still be seen.
-    left = tuple(rank.process for rank in job.ranks if rank.process and rank.exit_code is None)
+    left = [(rank.process, rank.rank) for rank in job.ranks if rank.process and rank.exit_code is None]
     ranks = tuple(
         rank
         if rank.exit_code is not None
         else dataclasses.replace(rank, exit_code=-9, phase=WorkerPhase.ERROR, connection=0)
         for rank in job.ranks
     )
-    job = dataclasses.replace(
-        job, launcher=Launcher(), cleared=False, rendezvous="", ranks=ranks, leftovers=(*job.leftovers, *left)
-    )
+    job = health.hold(job, left, now, overdue=False)
+    job = dataclasses.replace(job, launcher=Launcher(), cleared=False, rendezvous="", ranks=ranks)
     if job.stopping is not None or (expected and job.phase is WorkerPhase.STARTING):
         return job
     if job.phase not in (*_BEFORE_START, *_RUNNING):

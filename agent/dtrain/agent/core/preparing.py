@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 
-from dtrain.agent.core import saving
+from dtrain.agent.core import health, saving
 from dtrain.agent.core.decisions import Action, EnsureLauncher, KillLauncher, LauncherOrder, ProbeProcesses
 from dtrain.agent.core.state import (
     Departing,
@@ -23,6 +23,8 @@ WARM_UP_S_MAX = 300.0
 """The same for one that imports."""
 QUIT_S_MAX = 15.0
 PROBE_S = 0.1
+PROBE_STUCK_S = 2.0
+"""For processes that have been given up on."""
 
 
 def prepare(
@@ -39,9 +41,14 @@ def prepare(
         if job.launcher.status is not LauncherStatus.GONE:
             out.append(LauncherOrder(job.name, job.uid, Quit(0.0)))
             departing = (*departing, Departing(job.uid, job.launcher.folder, job.launcher.process, now))
-        return dataclasses.replace(fresh, departing=departing, leftovers=job.leftovers)
+        return dataclasses.replace(fresh, departing=departing, leftovers=job.leftovers, held=job.held)
     fresh = dataclasses.replace(
-        fresh, departing=job.departing, launcher=job.launcher, leftovers=job.leftovers, sdk=job.sdk
+        fresh,
+        departing=job.departing,
+        launcher=job.launcher,
+        leftovers=job.leftovers,
+        held=job.held,
+        sdk=job.sdk,
     )
     if fresh.launcher.status is LauncherStatus.GONE or fresh.launcher.quitting:
         return fresh
@@ -115,7 +122,7 @@ def wake_at(job: JobState, now: float) -> list[float]:
     """When ``chase`` has something to look at."""
     times = [one.asked_at + QUIT_S_MAX for one in job.departing]
     if job.leftovers:
-        times.append(now + PROBE_S)
+        times.append(now + (PROBE_S if health.is_waiting(job) else PROBE_STUCK_S))
     if job.launcher.process is not None and job.launcher.asked_at:
         ready = job.launcher.status is LauncherStatus.READY
         times.append(job.launcher.asked_at + (ANSWER_S_MAX if ready else WARM_UP_S_MAX))

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from dtrain.agent.core import saving
+from dtrain.agent.core import isolation, saving
 from dtrain.agent.core.decisions import Action, DropConnection, RankMessage
 from dtrain.agent.core.events import RankConnected, RankDisconnected, RankReported
 from dtrain.agent.core.failures import MESSAGE_CHARS_MAX, fail
@@ -53,6 +53,8 @@ def reported(
         return state
     job, rank = found
     report = event.report
+    if rank.phase is report.phase is WorkerPhase.TRAINING:
+        job = isolation.paced(job, rank.step, report.step, now)
     rank = dataclasses.replace(
         rank,
         phase=_phase(report),

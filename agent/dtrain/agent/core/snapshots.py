@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from dtrain.agent.core.health import stuck
 from dtrain.agent.core.state import AgentState, JobState
 from dtrain.protocol.ids import Step
 from dtrain.protocol.snapshot import WorkerPhase, WorkerSnapshot
@@ -24,6 +25,8 @@ def snapshot_of(state: AgentState, job: JobState) -> WorkerSnapshot:
         bad=job.bad,
         rendezvous=job.rendezvous,
         restored=bool(job.ranks) and all(rank.restored for rank in job.ranks),
+        note=job.note,
+        stuck=stuck(job),
     )
 
 
@@ -36,7 +39,8 @@ def group_phase(job: JobState) -> WorkerPhase:
     """Return the phase of the least advanced local rank; ERROR stays."""
     if job.phase not in (WorkerPhase.RESTORING, WorkerPhase.TRAINING) or not job.ranks:
         return job.phase
-    if all(rank.exit_code == 0 for rank in job.ranks):
+    # A rank that is told to end may well exit with 0: that is not the end of training.
+    if job.stopping is None and all(rank.exit_code == 0 for rank in job.ranks):
         return WorkerPhase.DONE
     if all(rank.restored for rank in job.ranks):
         return WorkerPhase.TRAINING

@@ -174,6 +174,34 @@ class Stopping:
 
 
 @dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast the ranks of this attempt complete steps, as far as this life of the agent has seen."""
+
+    step: int = 0
+    at: float = 0.0
+    """When ``step`` was first seen (monotonic); 0: no step yet."""
+    longest_s: float = 0.0
+    """The longest single step."""
+    seconds: float = 0.0
+    steps: int = 0
+    """What ``seconds`` were needed for; 0: nothing has been measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A process that is to be gone and is not yet. ``overdue``: SIGKILL has not ended it in time."""
+
+    process: ProcessId
+    rank: Rank | None = None
+    """None: something that a rank had started, or that is not known any more."""
+    since: float = 0.0
+    """When it was first missed (monotonic)."""
+    overdue: bool = False
+    waits_in: str = ""
+    """Kernel function it waits in; "": the kernel does not tell."""
+
+
+@dataclass(frozen=True, slots=True)
 class JobState:
     """This machine's part of one job."""
 
@@ -188,7 +216,9 @@ class JobState:
     cleared: bool = False
     """Nothing of an older attempt is alive under the current launcher."""
     leftovers: tuple[ProcessId, ...] = ()
-    """Ranks of a launcher that ended, not yet verified to be gone."""
+    """Processes of a launcher that ended, or that it could not kill, not yet verified to be gone."""
+    held: tuple[Held, ...] = ()
+    """What is known of each of ``leftovers``."""
     departing: tuple[Departing, ...] = ()
     launcher: Launcher = Launcher()
     rendezvous: str = ""
@@ -206,6 +236,9 @@ class JobState:
     stopping: Stopping | None = None
     sdk: bool = False
     """A rank of this job has joined through the SDK, in this attempt or before."""
+    pace: Pace = Pace()
+    note: str = ""
+    """What was last done with it without an order, for people."""
 
     @property
     def store(self) -> str:
@@ -220,6 +253,34 @@ class JobState:
     def alive(self) -> bool:
         """Some rank has been forked and has not ended."""
         return any(rank.process is not None and rank.exit_code is None for rank in self.ranks)
+
+
+class LinkState(StrEnum):
+    """How a machine stands with etcd; ``isolation`` has the rules."""
+
+    OK = "ok"
+    SUSPECT = "suspect"
+    ISOLATED = "isolated"
+
+
+class Scope(StrEnum):
+    """Whom etcd fails, according to coordinators. UNKNOWN: none has answered."""
+
+    UNKNOWN = "unknown"
+    ALONE = "alone"
+    ALL = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class EtcdLink:
+    """The machine's link to etcd. Times are monotonic, s; 0 while all is well."""
+
+    state: LinkState = LinkState.OK
+    since: float = 0.0
+    """Since when: for an isolated machine, the deadline that it missed."""
+    entered_at: float = 0.0
+    """When this state was noticed."""
+    scope: Scope = Scope.UNKNOWN
 
 
 RELEASED_KEPT = 256
@@ -241,6 +302,9 @@ class AgentState:
     seen: Mapping[JobName, tuple[str, ...]] = field(default_factory=dict)
     generation: int = 0
     over: Mapping[Uid, Attempt] = field(default_factory=dict)
+    link: EtcdLink = EtcdLink()
+    coordinators: tuple[str, ...] = ()
+    """Addresses of all replicas when etcd was last read: whom to ask when it cannot be."""
 
     def with_job(self, job: JobState) -> "AgentState":
         """The state with this job replaced."""
@@ -280,6 +344,8 @@ def durable_view(job: JobState) -> JobState:
         departing=tuple(dataclasses.replace(one, asked_at=0.0) for one in job.departing),
         restore=dataclasses.replace(job.restore, plan=None, tries=0, ordered=False),
         uploads=(),
+        pace=Pace(),
+        held=(),
         kill_at=None,
         stopping=dataclasses.replace(job.stopping, kill_at=0.0) if job.stopping else None,
     )

@@ -9,21 +9,25 @@ that no handler can forget it.
 import dataclasses
 from typing import assert_never
 
-from dtrain.agent.core import advance, commands, launchers, ranks, transfers
+from dtrain.agent.core import advance, commands, health, isolation, launchers, ranks, transfers
 from dtrain.agent.core.decisions import (
     Action,
     Answer,
     Decision,
     DeleteSnapshot,
     ForgetJob,
+    JournalCoordinators,
     JournalJob,
     JournalOver,
     JournalTerm,
     JournalWrite,
+    PublishHealth,
     WriteSnapshot,
 )
 from dtrain.agent.core.events import (
     CommandArrived,
+    Consulted,
+    CoordinatorsRead,
     Event,
     LauncherReported,
     LauncherStarted,
@@ -32,6 +36,7 @@ from dtrain.agent.core.events import (
     RankDisconnected,
     RankReported,
     SessionRenewed,
+    SessionSeen,
     ShutDown,
     Tick,
     TransferReported,
@@ -60,7 +65,7 @@ def step(state: AgentState, event: Event, now: float, wall: float = 0.0) -> tupl
         case LauncherReported():
             state = launchers.reported(state, event, now, wall, out)
         case ProcessesProbed():
-            state = launchers.probed(state, event)
+            state = launchers.probed(state, event, now, wall)
         case TransferReported():
             state = transfers.reported(state, event.report, now, wall, out)
         case RankConnected():
@@ -72,6 +77,13 @@ def step(state: AgentState, event: Event, now: float, wall: float = 0.0) -> tupl
         case SessionRenewed():
             state = dataclasses.replace(state, generation=event.generation, incarnation=event.incarnation)
             republish = frozenset(state.jobs)
+        case SessionSeen():
+            state = dataclasses.replace(state, link=isolation.observe(state.link, event, now))
+            state = isolation.rejoined(before, state, now)
+        case CoordinatorsRead():
+            state = dataclasses.replace(state, coordinators=isolation.bounded(event.addresses))
+        case Consulted():
+            state = isolation.heard(state, event, now, out)
         case ShutDown():
             state = commands.shut_down(state, event, now, out)
         case Tick():
@@ -80,6 +92,9 @@ def step(state: AgentState, event: Event, now: float, wall: float = 0.0) -> tupl
             assert_never(event)
     for name in tuple(state.jobs):
         state = advance.advance(state, state.jobs[name], isinstance(event, Tick), now, out)
+    if (problem := health.problem(state)) != health.problem(before):
+        # Before the snapshots: whoever learns from one that an attempt is over must not place the next here.
+        out.append(PublishHealth(problem))
     out.extend(_snapshots(before, state, republish))
     return state, Decision(_journal(before, state), tuple(out), answer, advance.wake_at(state, now))
 
@@ -88,6 +103,8 @@ def _journal(before: AgentState, after: AgentState) -> tuple[JournalWrite, ...]:
     writes: list[JournalWrite] = []
     if after.term != before.term:
         writes.append(JournalTerm(after.term))
+    if after.coordinators != before.coordinators:
+        writes.append(JournalCoordinators(after.coordinators))
     for name, job in after.jobs.items():
         old = before.jobs.get(name)
         known = before.seen.get(name, ())

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from dtrain.agent.launch import processes
-from dtrain.agent.launching import LiveRank, RankEnded
+from dtrain.agent.launching import LiveRank, RankEnded, Unkilled
 from dtrain.protocol.ids import Attempt, Rank
 from dtrain.protocol.ranklink import ENV_ATTEMPT
 
@@ -97,6 +97,22 @@ class Family:
             if old and (not around[pid].is_zombie or pid in attempt_of):
                 found.add(pid)
         return found
+
+    def named(self, pids: Iterable[int]) -> tuple[Unkilled, ...]:
+        """Processes by lasting identity, with the rank each is or descends from."""
+        around = processes.look_around()
+        rank_of = {pid: child.live.rank for pid, child in self.ranks.items()}
+        found = []
+        for pid in pids:
+            process = processes.identify(pid)
+            if process is None:
+                continue
+            at: int | None = pid
+            while at is not None and at in around and at not in rank_of and at != os.getpid():
+                group = around[at].group
+                at = group if group in rank_of else around[at].parent
+            found.append(Unkilled(process, None if at is None else rank_of.get(at)))
+        return tuple(found)
 
     def _owner(
         self, pid: int, around: dict[int, processes.Seen], attempt_of: dict[int, Attempt]

@@ -31,11 +31,11 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def look(pid: int) -> Seen | None:
-    """The process with this pid, zombies included; None if there is none."""
+def look(pid: int, path: str = "") -> Seen | None:
+    """The process with this pid, zombies included; None if there is none. ``path``: of one of its threads."""
     try:
         # Not through Path: a clean-up reads this file of every process of the machine.
-        descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path or f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
@@ -69,14 +69,45 @@ def identify(pid: int) -> ProcessId | None:
 
 
 def is_alive(process: ProcessId) -> bool:
-    """Whether exactly this process still runs; a zombie does not."""
+    """Whether exactly this process still runs; a zombie does not, unless one of its threads lives on."""
     seen = look(process.pid)
     return (
         seen is not None
-        and not seen.is_zombie
         and seen.start_time == process.start_time
         and process.boot_id == boot_id()
+        and (not seen.is_zombie or bool(_living_threads(process.pid)))
     )
+
+
+def waits_in(pid: int) -> str:
+    """The kernel function that a process waits in; "" if it runs, is gone, or the kernel does not tell.
+
+    Of its threads, the one that cannot be interrupted: the first thread is often a zombie by then.
+    """
+    threads = _living_threads(pid)
+    ordered = sorted(threads, key=lambda thread: (threads[thread] != "D", thread))
+    for thread in ordered:
+        try:
+            text = Path(f"/proc/{pid}/task/{thread}/wchan").read_text().strip("\0\n ")
+        except OSError:
+            continue
+        if text not in ("", "0"):
+            return text
+    return ""
+
+
+def _living_threads(pid: int) -> dict[int, str]:
+    """The state of each thread that is no zombie."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")  # noqa: PTH208
+    except OSError:
+        return {}
+    found = {}
+    for name in threads:
+        seen = look(int(name), f"/proc/{pid}/task/{name}/stat")
+        if seen is not None and not seen.is_zombie:
+            found[int(name)] = seen.state
+    return found
 
 
 def descendants(of: int, around: Mapping[int, Seen]) -> set[int]:

@@ -16,9 +16,11 @@ THREADS_WAITING = 72
 
 REQUEST_BYTES_MAX = 4 * 1024 * 1024
 QUEUED_MAX = 128
+CONNECTIONS_MAX = 4000
 
 OPTIONS = (
     *grpc_tls.SERVER_OPTIONS,
+    ("grpc.max_allowed_incoming_connections", CONNECTIONS_MAX),
     # One connection may use all threads: whoever follows a job of many ranks waits on many logs.
     ("grpc.max_concurrent_streams", THREADS_ANSWERING + THREADS_WAITING + QUEUED_MAX),
     ("grpc.max_receive_message_length", REQUEST_BYTES_MAX),

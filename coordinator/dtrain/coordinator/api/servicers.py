@@ -1,5 +1,6 @@
 """The Coordinator service: what clients ask of any replica."""
 
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -17,7 +18,7 @@ from dtrain.protocol import codec
 from dtrain.protocol.cluster import LeaderRecord
 from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, Refused, Unavailable
 from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId, Term, parse_name
-from dtrain.protocol.job import JobSpec, JobStatus
+from dtrain.protocol.job import TERMINAL_PHASES, JobSpec, JobStatus
 from dtrain.protocol.keys import Keys
 from dtrain.protocol.pb import agent_pb2 as agent_pb
 from dtrain.protocol.pb import agent_pb2_grpc, coordinator_pb2_grpc
@@ -41,6 +42,7 @@ ITEM_BYTES = 64
 AGENT_DEADLINE_S = 2.0
 AGENTS_ASKED_MAX = 256
 LOG_PLACES_KEPT = 4096
+JOBS_CONSULTED_MAX = 1024
 FIRST_LIST_S = 5.0
 
 
@@ -172,6 +174,39 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             leader_address=known.address if known is not None else "",
             problems=self._problems(),
             etcd_version=self._etcd_version(),
+        )
+
+    @translated
+    def Consult(  # noqa: N802
+        self,
+        request: pb.ConsultRequest,
+        context: grpc.ServicerContext,  # noqa: ARG002 - grpc's signature
+    ) -> pb.ConsultReply:
+        """Answer from the mirror, however old it is: the agent judges by its age."""
+        if len(request.jobs) > JOBS_CONSULTED_MAX:
+            raise Refused(ErrorCode.USAGE, f"an agent asks about {JOBS_CONSULTED_MAX} jobs at most")
+        # Before the records: they may be newer than it says, never older.
+        age_s = self._mirror.age_s()
+        agent = AgentName(parse_name(request.agent, "agent"))
+        return pb.ConsultReply(
+            etcd_age_s=age_s if math.isfinite(age_s) else -1.0,
+            jobs=[self._standing(agent, part) for part in request.jobs],
+        )
+
+    def _standing(self, agent: AgentName, part: pb.JobPart) -> pb.JobStanding:
+        job = JobName(parse_name(part.job, "job"))
+        try:
+            spec = self._record(self._keys.spec(job), JobSpec)
+            status = self._record(self._keys.status(job), JobStatus)
+        except DtrainError:
+            spec = status = None  # of a newer version, perhaps: nothing can be said about it
+        if spec is None or status is None:
+            return pb.JobStanding(job=job)
+        return pb.JobStanding(
+            job=job,
+            current=spec.uid == status.uid == part.uid and status.phase not in TERMINAL_PHASES,
+            attempt=status.attempt,
+            member=any(member.agent == agent for member in status.members),
         )
 
     # Logs.
