@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,13 @@ _VARIABLES = (
     "DTRAIN_CLUSTER",
     "DTRAIN_COORDINATORS",
     "DTRAIN_ENDPOINTS",
+    "DTRAIN_ENDPOINTS_FILE",
+    "DTRAIN_CACERT",
+    "DTRAIN_CERT",
+    "DTRAIN_KEY",
+    "DTRAIN_USER",
+    "DTRAIN_PASSWORD",
+    "DTRAIN_PASSWORD_FILE",
     "DTRAIN_TLS_CERT",
     "DTRAIN_TLS_KEY",
     "DTRAIN_TLS_CACERT",
@@ -140,7 +147,7 @@ def addresses(settings: Settings) -> tuple[str, ...]:
     if settings.coordinators:
         return _split(settings.coordinators)
     current, known = load()
-    if settings.endpoints:
+    if settings.endpoints or os.environ.get("DTRAIN_ENDPOINTS_FILE"):
         return _look_up(_split(settings.endpoints), settings.cluster or "default")
     name = settings.cluster or current
     if not name:
@@ -226,14 +233,14 @@ def _split(text: str) -> tuple[str, ...]:
 
 def _look_up(endpoints: tuple[str, ...], cluster: str) -> tuple[str, ...]:
     from dtrain.runtime.config import ETCD, etcd_options, parse
-    from dtrain.storage.etcd.endpoints import Tls
+    from dtrain.storage.etcd.open import open_etcd
     from dtrain.storage.etcd.port import prefix_end
-    from dtrain.storage.etcd.transport import GatewayEtcd
 
     prefix = f"{Keys(ClusterName(parse_name(cluster, 'cluster'))).root}coordinators/"
     options = etcd_options(parse("dtrain", "", ETCD, (), os.environ))
-    tls = Tls(options.cacert or None, options.cert or None, options.key or None)
-    etcd = GatewayEtcd(endpoints, tls=tls, user=options.user, password=options.password)
+    if endpoints:
+        options = replace(options, endpoints=endpoints, endpoints_file="")
+    etcd = open_etcd(options)
     try:
         found: Any = etcd.range(prefix, prefix_end(prefix), deadline_s=3.0)
     finally:

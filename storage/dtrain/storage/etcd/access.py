@@ -7,6 +7,7 @@ lets go of connections made with the former.
 """
 
 import calendar
+import math
 import random
 import ssl
 import threading
@@ -227,7 +228,7 @@ def expiry_problem(cert_path: str, wall_s: float) -> str:
     if left_s <= 0:
         return f"the certificate {cert_path} has expired"
     if left_s < EXPIRY_WARNING_S:
-        return f"the certificate {cert_path} expires in {left_s / 86400:.1f} days"
+        return f"the certificate {cert_path} expires in {math.ceil(left_s / 86400)} days or less"
     return ""
 
 
