@@ -15,6 +15,7 @@ import queue
 import secrets
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -44,11 +45,11 @@ from dtrain.protocol.keys import Keys
 from dtrain.protocol.snapshot import NodeRecord, WorkerPhase
 from dtrain.runtime import grpc_tls, log
 from dtrain.runtime.clock import Clock, SystemClock, iso
-from dtrain.runtime.config import EtcdOptions
 from dtrain.runtime.tls import Role
+from dtrain.storage.etcd import versions
+from dtrain.storage.etcd.open import open_etcd
 from dtrain.storage.etcd.port import Etcd
 from dtrain.storage.etcd.session import Session, attach
-from dtrain.storage.etcd.transport import GatewayEtcd
 
 EX_SOFTWARE = 70
 """A thread died: a bug."""
@@ -366,14 +367,6 @@ def lock_data_dir(folder: Path) -> int:
     return descriptor
 
 
-def open_etcd(options: EtcdOptions, clock: Clock) -> Etcd:
-    """Return the client for the settings; it connects when first used."""
-    from dtrain.storage.etcd.endpoints import Tls
-
-    tls = Tls(options.cacert or None, options.cert or None, options.key or None)
-    return GatewayEtcd(options.endpoints, tls=tls, user=options.user, password=options.password, clock=clock)
-
-
 def complain(error: DtrainError) -> None:
     """Tell the operator what is wrong and what to do."""
     cause = f": {error.cause}" if error.cause else ""
@@ -393,12 +386,16 @@ def run(argv: Sequence[str]) -> int:
         settings = config.load(argv, os.environ)
         log.configure(json_lines=settings.log_json, component=f"agent/{settings.name}")
         lock_data_dir(settings.data_dir)
-        agent = Agent(settings, open_etcd(settings.etcd, clock), session, clock=clock)
+        etcd = open_etcd(settings.etcd, clock)
+        agent = Agent(settings, etcd, session, clock=clock)
     except DtrainError as error:
         complain(error)
         return EX_CONFIG
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: agent.stop())
+    # It ends once etcd has answered: nothing waits for it.
+    tells = (etcd, bool(settings.etcd.user), log.get("etcd").warning)
+    threading.Thread(target=versions.tell, args=tells, name="etcd-version", daemon=True).start()
     gc.collect()
     # What exists now lives as long as the process: collections need not walk it again.
     gc.freeze()
