@@ -27,6 +27,9 @@ PROGRESS_INTERVAL_S = 5.0
 
 _POLL_S = 0.5
 _LAGGING_TRIES_MAX = 5
+_QUIET_OPENS_MAX = 3
+"""So many streams in a row that ended before their first message: the next message may be one that
+cannot be read, such as a backlog beyond the longest line, and a list in pages gets past it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +215,8 @@ class Mirror:
             except (Unavailable, OutcomeUnknown) as error:
                 if self._stop.is_set():
                     return
+                if self._quiet_opens >= _QUIET_OPENS_MAX:
+                    self._listed = False
                 self._log.warning(
                     "mirror interrupted", prefix=self._prefix, error=str(error), failures=self._failures
                 )
