@@ -132,6 +132,8 @@ class Harness:
         timeout_s: float = 60.0,
         max_restarts: int = 10,
         shutdown_grace_s: float = 2.0,
+        isolation_grace_s: float = 0.0,
+        reschedule_grace_s: float = 0.0,
         marks: bool = True,
     ) -> JobName:
         """Submit a job; its ranks leave marks."""
@@ -148,6 +150,8 @@ class Harness:
             checkpoint=CheckpointPolicy(every_steps=every_steps, keep_last=keep_last, timeout_s=timeout_s),
             restarts=RestartPolicy(max_restarts=max_restarts),
             shutdown_grace_s=shutdown_grace_s,
+            isolation_grace_s=isolation_grace_s,
+            reschedule_grace_s=reschedule_grace_s,
         )
         self.client.submit(codec.encode(self._specs[job]), uuid.uuid4().hex)
         return job
