@@ -58,6 +58,9 @@ class Checks:
         self.jobs: dict[JobName, History] = {}
         self.damaged: set[str] = set()
         """Blobs that a fault has damaged or deleted at rest."""
+        self.went_back = False
+        """etcd was restored from an older snapshot: whoever notices must stop."""
+        self._forgetful: set[str] = set()
         self._mirror_changes = 0
         self._audited = 0
         self._terms: dict[str, int] = {}
@@ -70,6 +73,19 @@ class Checks:
     def bug(self, where: str, error: BaseException) -> None:
         lines = traceback.format_exception(error)
         self.bad(f"{where} died of {type(error).__name__}: {error}\n{''.join(lines[-6:])}")
+
+    def etcd_went_back(self, name: str, error: DtrainError) -> bool:
+        """A mirror says that etcd is not the one it was; whether that is so."""
+        if not self.went_back:
+            self.bug(f"{name}/alarm", error)
+        return self.went_back
+
+    def journal_lost(self, machine: str) -> None:
+        """Its agent begins anew: what it had promised to remember, it cannot."""
+        self._forgetful.add(machine)
+        self._terms.pop(machine, None)
+        for place in [place for place in self._attempts if place[0] == machine]:
+            del self._attempts[place]
 
     # etcd's history.
 
@@ -84,6 +100,8 @@ class Checks:
         ]
         self.auditor.feed(revision, changes)
         for violation in self.auditor.violations[self._audited :]:
+            if violation.invariant == "I6" and violation.message.split()[0] in self._forgetful:
+                continue
             self.bad(f"auditor: {violation}")
         self._audited = len(self.auditor.violations)
         for change in changes:
@@ -244,7 +262,7 @@ class Checks:
         """I6: no machine runs two sets of ranks of a job."""
         for launcher in machine.launchers.values():
             for rank in launcher.ranks:
-                if launcher.job == job and rank.alive:
+                if launcher.job == job and rank.alive and not launcher.stray:
                     other = f"rank {rank.rank} of attempt {rank.attempt}"
                     self.bad(f"I6: {machine.name} forks attempt {attempt} beside {other}")
 
@@ -279,12 +297,7 @@ class Checks:
             place = cluster.keys.parse(kv.key)
             if place is None or place.kind in ("worker", "open", "garbage", "pin"):
                 left.append(f"key {kv.key}")
-        leases = len(cluster.etcd.memory.leases())
-        expected = sum(1 for r in cluster.replicas.values() if r.guardian) + sum(
-            1 for m in cluster.machines.values() if m.powered
-        )
-        if leases != expected:
-            left.append(f"{leases} leases instead of {expected}")
+        left += self.leases_wrong()
         named = self._named_blobs()
         # A probe whose deletion failed is nobody's to find; it is a few bytes.
         blobs = [key for key in sorted(cluster.store._blobs) if not key.startswith("dtrain-probe/")]
@@ -299,6 +312,15 @@ class Checks:
                 f"launcher of {launcher.job} on {machine.name}" for launcher in machine.launchers.values()
             ]
         return left
+
+    def leases_wrong(self) -> list[str]:
+        """I11: one lease for each guardian that lives, and no other."""
+        cluster = self._cluster
+        leases = len(cluster.etcd.memory.leases())
+        expected = sum(1 for r in cluster.replicas.values() if r.guardian) + sum(
+            1 for m in cluster.machines.values() if m.powered
+        )
+        return [f"{leases} leases instead of {expected}"] if leases != expected else []
 
     def _named_blobs(self) -> set[str]:
         cluster = self._cluster

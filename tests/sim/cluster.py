@@ -1,10 +1,11 @@
 """A whole cluster in one process, and the story of one seed: faults, then calm, then success.
 
-``run(seed)`` is the entry point. Sizes, rates and targets are drawn from the seed.
+``run(seed)`` and ``play(schedule)`` are the entry points; ``swarm.draw`` makes a schedule of a seed.
 """
 
 import hashlib
 import json
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,34 +16,50 @@ import tenacity.nap
 from dtrain.agent import reporter
 from dtrain.coordinator import work
 from dtrain.coordinator.leadership import lease
-from dtrain.coordinator.work import Stores
 from dtrain.protocol import codec
 from dtrain.protocol.ids import ClusterName, JobName, Seq, Uid
-from dtrain.protocol.job import CheckpointPolicy, Entry, EntryKind, Intent, JobSpec, RestartPolicy, Wanted
+from dtrain.protocol.job import (
+    TERMINAL_PHASES,
+    CheckpointPolicy,
+    Entry,
+    EntryKind,
+    Intent,
+    JobSpec,
+    RestartPolicy,
+    Wanted,
+)
 from dtrain.protocol.keys import Keys
 from dtrain.storage.blobs import probe
 from dtrain.storage.blobs.memory import MemoryBlobs
 from dtrain.storage.etcd import mirror
 from dtrain.storage.etcd.port import Put, Txn
+from tests.sim import swarm
+from tests.sim.calm import Calm
 from tests.sim.checks import Checks
 from tests.sim.coordinator import Replica
 from tests.sim.etcd import EtcdServer
 from tests.sim.faults import Faults
 from tests.sim.machine import Machine
 from tests.sim.network import Network
+from tests.sim.process import SimClock
+from tests.sim.schedule import JobShape, Schedule
 from tests.sim.scheduler import Scheduler, Trace
 from tests.sim.training import Group
 
-JOB, OTHER = JobName("train"), JobName("other")
-SECOND_JOB_SHARE = 0.25
 CALM_S_MAX = 250.0
 """From the calm to success, training itself not counted."""
 
 CLEAN_S_MAX = 200.0
 """From success to nothing left behind."""
 
-EVENTS_MAX = 600_000
-"""More than this in one run is a storm: commands or writes that repeat without end."""
+OPERATOR_S = 3.0
+"""How often the operator looks after the jobs."""
+
+LOOK_S = 0.25
+"""How often it is asked whether all is over."""
+
+EVENTS_PER_S_MAX, EVENTS_SPARE = 3_000, 300_000
+"""More than this is a storm of its own: commands or writes that repeat without end."""
 
 
 @dataclass
@@ -56,10 +73,20 @@ class Result:
     attempts: int
     commits: int
     terms: int
-    faults: list[str]
+    schedule: Schedule
+    """What was done, strike by strike: run again, it gives this result again."""
     fingerprint: str
     calm_s: float = 0.0
+    """From the last calm to the end of the last job."""
+    vacuous: str = ""
+    """Why this run proves little; "" if it proves something."""
+    settled_s: float = 0.0
+    """The longest time that any calm took until all was as desired."""
     trace: list[str] = field(default_factory=list)
+
+    @property
+    def faults(self) -> list[str]:
+        return sorted({strike.kind for strike in self.schedule.strikes or ()})
 
 
 @dataclass
@@ -67,69 +94,64 @@ class Job:
     """A job as its operator knows it."""
 
     spec: JobSpec
-    total_steps: int
+    shape: JobShape
     submissions: int = 0
+
+    @property
+    def total_steps(self) -> int:
+        return self.shape.total_steps
 
 
 class Cluster:
     """Everything that is there."""
 
-    def __init__(self, seed: int, *, calm: bool = False, trace: Trace | None = None) -> None:
-        self.scheduler = Scheduler(seed, trace)
-        rng = self.scheduler.rng
-        self.seed = seed
+    def __init__(self, schedule: Schedule, trace: Trace | None = None) -> None:
+        self.schedule = schedule
+        shape = schedule.shape
+        self.scheduler = Scheduler(schedule.seed, trace)
+        self.seed = schedule.seed
         self.name = ClusterName("sim")
         self.keys = Keys(self.name)
         self.checks = Checks(self)
         self.etcd = EtcdServer(self.scheduler)
         self.etcd.on_revision = self.checks.on_revision
-        self.store = MemoryBlobs(f"sim-{seed}")
-        self.stores = Stores(lambda _uri: self.store)
+        self.store = MemoryBlobs(f"sim-{schedule.seed}")
         self.groups: dict[str, Group] = {}
         self._ports = 10_000
         self.rotten: dict[tuple[JobName, int], None] = {}
         self.network = Network(self)
         self.faults = Faults(self)
-        self.agent_ttl_s = rng.choice((5, 10))
-        self.is_calm = calm
+        self.agent_ttl_s = shape.agent_ttl_s
         self.replicas = {
-            name: Replica(self, name, ttl_s=rng.choice((5, 10)))
-            for name in ("c1", "c2", "c3")[: rng.choice((2, 3, 3))]
+            f"c{number}": Replica(self, f"c{number}", ttl_s=ttl_s)
+            for number, ttl_s in enumerate(shape.replica_ttls_s, 1)
         }
+        self.twins: list[Replica] = []
+        """Replicas under a name that another one has."""
         self.cancelled: dict[Uid, None] = {}
-        self.jobs: dict[JobName, Job] = {JOB: self._draw_job(JOB)}
-        if not calm and rng.random() < SECOND_JOB_SHARE:
-            self.jobs[OTHER] = self._draw_job(OTHER)
-        self.nodes_needed = max(job.spec.nnodes_max for job in self.jobs.values()) + 1
+        self.jobs = {JobName(job.name): Job(_spec(job), job) for job in shape.jobs}
+        self.nodes_needed = max((job.nnodes_max for job in shape.jobs), default=0) + 1
         self.machines = {
-            name: Machine(self, name, slots=2)
-            for name in (f"a{n}" for n in range(1, self.nodes_needed + rng.choice((0, 1, 1, 2))))
+            name: Machine(self, name, slots=shape.slots)
+            for name in (f"a{n}" for n in range(1, shape.machines + 1))
         }
-        for name in self.jobs:
-            self.scheduler.at(rng.uniform(0.5, 8.0), lambda name=name: self.submit(name))  # type: ignore[misc]
+        for name, job in self.jobs.items():
+            self.scheduler.at(job.shape.submit_at, lambda name=name: self.submit(name))  # type: ignore[misc]
 
-    def _draw_job(self, name: JobName) -> "Job":
-        rng = self.scheduler.rng
-        nnodes = rng.choice((1, 2, 2, 3))
-        every_steps = rng.choice((0, 5, 10, 20))
-        every_seconds = rng.choice((0.0, 5.0, 15.0)) if every_steps == 0 or rng.random() < 0.2 else 0.0
-        spec = JobSpec(
-            name,
-            Uid(""),
-            Entry(EntryKind.SCRIPT, "/train.py"),
-            nnodes_min=nnodes,
-            nnodes_max=nnodes + rng.choice((0, 0, 0, 1)),
-            nproc_per_node=rng.choice((1, 1, 2)),
-            checkpoint=CheckpointPolicy(
-                every_steps=every_steps,
-                every_seconds=every_seconds,
-                keep_last=rng.choice((2, 3)),
-                timeout_s=rng.choice((20.0, 60.0)),
-            ),
-            restarts=RestartPolicy(max_restarts=10_000),
-            shutdown_grace_s=5.0,
-        )
-        return Job(spec, rng.choice((25, 50, 80, 120)))
+    def new_twin(self, name: str) -> Replica:
+        """Another replica under a name that is taken."""
+        twin = Replica(self, name, ttl_s=self.replicas[name].ttl_s)
+        self.twins.append(twin)
+        return twin
+
+    def end_twin(self, twin: Replica) -> None:
+        self.twins.remove(twin)
+        twin.crash()
+
+    def new_clock(self) -> SimClock:
+        """The clock of a machine that boots: its own origin, its own error."""
+        rng, drift = self.scheduler.rng, self.schedule.shape.clock_drift
+        return SimClock(self.scheduler, rng.uniform(0, 1e5), rng.uniform(1 - drift, 1 + drift))
 
     def new_port(self) -> int:
         self._ports += 1
@@ -140,18 +162,33 @@ class Cluster:
     def submit(self, name: JobName) -> None:
         """Submit the job, for the first time or again."""
         job = self.jobs[name]
-        job.submissions += 1
-        stamp = f"2026-01-01T00:00:{job.submissions:02d}.000Z"
-        job.spec = replace(job.spec, uid=Uid(f"{name}-{job.submissions}"), submitted_at=stamp)
-        spec = Put(self.keys.spec(name), codec.encode(job.spec))
-        intent = Put(self.keys.intent(name), codec.encode(Intent(job.spec.uid)))
+        number = job.submissions + 1
+        stamp = f"2026-01-01T00:00:{number:02d}.000Z"
+        new = replace(job.spec, uid=Uid(f"{name}-{number}"), submitted_at=stamp)
+        spec = Put(self.keys.spec(name), codec.encode(new))
+        intent = Put(self.keys.intent(name), codec.encode(Intent(new.uid)))
+        if self.etcd.down or self.etcd.memory.out_of_space:
+            self.scheduler.after(OPERATOR_S, lambda: self.submit(name))
+            return
+        job.submissions, job.spec = number, new
         self.scheduler.log("OPERATOR", "submits", job=name, uid=job.spec.uid)
         self.etcd.apply(lambda etcd: etcd.txn(Txn(success=(spec, intent))))
+
+    def _operate(self) -> None:
+        """While faults strike, a job that is over is submitted again: there is always something to break."""
+        if not self.faults.raging:
+            return
+        for name, job in self.jobs.items():
+            status = self.checks.history(name).status
+            over = status is not None and status.phase in TERMINAL_PHASES and status.uid == job.spec.uid
+            if over and job.submissions < job.shape.submissions_max:
+                self.submit(name)
+        self.scheduler.after(OPERATOR_S, self._operate)
 
     def ask(self, name: JobName, wanted: Wanted, token: str = "") -> bool:
         """Change what is wanted of a job; False if it cannot be now."""
         found = self.etcd.memory._live.get(self.keys.intent(name))
-        if found is None or self.etcd.down:
+        if found is None or self.etcd.down or self.etcd.memory.out_of_space:
             return False
         before = codec.decode(Intent, found.value)
         if before.wanted is Wanted.CANCEL:
@@ -184,19 +221,19 @@ class Cluster:
         live = self.etcd.memory._live
         return [s for s in sorted(self.checks.history(job).commits) if self.keys.bad(job, Seq(s)) in live]
 
-    def rot(self, job: JobName, seq: int) -> None:
+    def rot(self, job: JobName, seq: int, rng: random.Random) -> None:
         """Flip a byte of, or lose, one blob of a committed checkpoint."""
         record = self.checks.history(job).commits[seq]
         folder = f"{record.uid}/blobs/{seq:020d}/{record.attempt:06d}-{record.nonce}/"
         keys = [key for key in sorted(self.store._blobs) if folder in key and key.endswith(".st")]
         if not keys:
             return
-        key = self.scheduler.rng.choice(keys)
+        key = rng.choice(keys)
         self.rotten[job, seq] = None
         self.checks.damaged.add(key)
         self.scheduler.log("FAULTS", "blob rot", seq=seq, key=key[-24:])
         data, crc = self.store._blobs[key]
-        if self.scheduler.chance(0.3):
+        if rng.random() < 0.3:
             del self.store._blobs[key]
         else:
             self.store._blobs[key] = (data[:-1] + bytes([data[-1] ^ 1]), crc)
@@ -204,47 +241,86 @@ class Cluster:
     # The run.
 
     def run(self) -> Result:
-        scheduler, checks = self.scheduler, self.checks
-        rng = scheduler.rng
-        until = 0.0
-        if not self.is_calm:
-            until = rng.choice((40.0, 80.0, 120.0))
-            self.faults.start(until)
-
-        def after_each() -> None:
-            if scheduler.events > EVENTS_MAX:
-                checks.bad(f"more than {EVENTS_MAX} events: something repeats without end")
-
-        def stop() -> bool:
-            return bool(checks.violations)
-
-        def over() -> bool:
-            return bool(checks.violations) or (checks.job_is_over() and scheduler.now > until)
-
-        with determinism(scheduler):
+        scheduler, storms = self.scheduler, self.schedule.storms
+        self._look_at = 0.0
+        settled_s = calm_s = 0.0
+        vacuous = ""
+        with determinism(scheduler, self.schedule):
             try:
-                limit = until + CALM_S_MAX + 0.6 * sum(job.total_steps for job in self.jobs.values())
-                scheduler.run(limit, after_each, over)
-                calm_s = scheduler.now - until
-                if not checks.violations:
-                    scheduler.run(
-                        scheduler.now + CLEAN_S_MAX,
-                        after_each,
-                        lambda: stop() or (scheduler.events % 64 == 0 and not checks.left_behind()),
-                    )
-                if not checks.violations:
-                    checks.at_the_end()
+                for number, storm in enumerate(storms):
+                    before = self._successes()
+                    scheduler.run(storm.start, self._after_each, self._failed)
+                    self.faults.begin(storm)
+                    self._operate()
+                    scheduler.run(storm.end, self._after_each, self._failed)
+                    if self._failed():
+                        break
+                    if self._successes() == before:
+                        vacuous = vacuous or f"nothing succeeded in the storm until {storm.end:.0f} s"
+                    if number + 1 < len(storms) or self.schedule.ends_calm:
+                        self.faults.calm()
+                        before = self._successes()
+                        settled_s = max(settled_s, Calm(self).run(self._after_each))
+                        if number + 1 < len(storms) and self._successes() == before:
+                            vacuous = vacuous or f"nothing succeeded in the calm after {storm.end:.0f} s"
+                if self.schedule.ends_calm and not self._failed():
+                    calm_s = self._end()
             finally:
                 scheduler.close()
-        return self._result(calm_s)
+        if storms and not self.faults.recorded:
+            vacuous = "nothing was struck"
+        return self._result(calm_s, settled_s, vacuous)
 
-    def _result(self, calm_s: float) -> Result:
+    def _end(self) -> float:
+        """All faults are over: every job ends well, and nothing is left behind."""
+        scheduler, checks = self.scheduler, self.checks
+        since = self.schedule.storms[-1].end if self.schedule.storms else 0.0
+        limit = since + CALM_S_MAX + 0.6 * sum(job.total_steps for job in self.jobs.values())
+        scheduler.run(
+            limit, self._after_each, lambda: self._failed() or self._now_and_then(checks.job_is_over)
+        )
+        calm_s = scheduler.now - since
+        if not self._failed():
+            scheduler.run(
+                scheduler.now + CLEAN_S_MAX,
+                self._after_each,
+                lambda: self._failed() or self._now_and_then(lambda: not checks.left_behind()),
+            )
+        if not self._failed():
+            checks.at_the_end()
+        return calm_s
+
+    def _failed(self) -> bool:
+        return bool(self.checks.violations)
+
+    def _now_and_then(self, question: Callable[[], bool]) -> bool:
+        if self.scheduler.now < self._look_at:
+            return False
+        self._look_at = self.scheduler.now + LOOK_S
+        return question()
+
+    def _after_each(self) -> None:
+        scheduler = self.scheduler
+        if scheduler.events > EVENTS_SPARE + EVENTS_PER_S_MAX * scheduler.now:
+            self.checks.bad(
+                f"{scheduler.events} events in {scheduler.now:.0f} s: something repeats without end"
+            )
+
+    def _successes(self) -> int:
+        """Commits, attempts and submissions so far: what a run has to show."""
+        histories = self.checks.jobs.values()
+        commits = sum(len(history.commits) for history in histories)
+        attempts = sum(int(history.status.attempt) for history in histories if history.status is not None)
+        return commits + attempts + sum(job.submissions for job in self.jobs.values())
+
+    def _result(self, calm_s: float, settled_s: float, vacuous: str) -> Result:
         checks = self.checks
         memory = self.etcd.memory
         state = "|".join(
             f"{kv.key}@{kv.mod_revision}" for kv in sorted(memory._live.values(), key=lambda kv: kv.key)
         )
-        text = f"{self.scheduler.events}/{self.scheduler.now!r}/{memory.revision}/{state}"
+        text = f"{self.scheduler.now!r}/{memory.revision}/{state}"
+        strikes = tuple(self.faults.recorded)
         return Result(
             self.seed,
             checks.violations,
@@ -253,10 +329,31 @@ class Cluster:
             sum(history.status.attempt for history in checks.jobs.values() if history.status is not None),
             sum(len(history.commits) for history in checks.jobs.values()),
             checks.auditor.terms,
-            self.faults.enabled,
+            replace(self.schedule, strikes=strikes),
             hashlib.sha256(text.encode()).hexdigest()[:16],
             calm_s,
+            vacuous,
+            settled_s,
         )
+
+
+def _spec(job: JobShape) -> JobSpec:
+    return JobSpec(
+        JobName(job.name),
+        Uid(""),
+        Entry(EntryKind.SCRIPT, "/train.py"),
+        nnodes_min=job.nnodes_min,
+        nnodes_max=job.nnodes_max,
+        nproc_per_node=job.nproc,
+        checkpoint=CheckpointPolicy(
+            every_steps=job.every_steps,
+            every_seconds=job.every_seconds,
+            keep_last=job.keep_last,
+            timeout_s=job.timeout_s,
+        ),
+        restarts=RestartPolicy(max_restarts=10_000),
+        shutdown_grace_s=5.0,
+    )
 
 
 class _Secrets:
@@ -280,7 +377,7 @@ class _Nap:
 
 
 @contextmanager
-def determinism(scheduler: Scheduler) -> Iterator[None]:
+def determinism(scheduler: Scheduler, schedule: Schedule) -> Iterator[None]:
     """Replace the last sources of real time and chance for the time of a run."""
     swaps: list[tuple[Any, str, Any]] = [
         (work, "secrets", _Secrets(scheduler)),
@@ -289,6 +386,7 @@ def determinism(scheduler: Scheduler) -> Iterator[None]:
         # Looked at ten times a second nothing new is found, and most of a run is spent on it.
         (lease, "LOOK_S", 0.4),
         (mirror, "_POLL_S", 1.0),
+        (mirror, "PAGE_KEYS", schedule.shape.page_keys),
         (reporter, "SESSION_POLL_S", 0.5),
         (tenacity.nap, "time", _Nap(scheduler)),
     ]
@@ -306,8 +404,15 @@ def run(
     seed: int, *, calm: bool = False, trace: bool = False, prepare: Callable[[Cluster], None] | None = None
 ) -> Result:
     """Run one seed to its end and return what was found."""
+    return play(swarm.calm(seed) if calm else swarm.draw(seed), trace=trace, prepare=prepare)
+
+
+def play(
+    schedule: Schedule, *, trace: bool = False, prepare: Callable[[Cluster], None] | None = None
+) -> Result:
+    """Run a schedule to its end and return what was found."""
     lines: list[str] = []
-    cluster = Cluster(seed, calm=calm, trace=lines.append if trace else None)
+    cluster = Cluster(schedule, lines.append if trace else None)
     if prepare is not None:
         prepare(cluster)
     result = cluster.run()

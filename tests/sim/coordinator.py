@@ -10,15 +10,18 @@ from dtrain.coordinator.core.views import Moment
 from dtrain.coordinator.driver import Driver
 from dtrain.coordinator.leadership.lease import Leadership
 from dtrain.coordinator.persistence import Committer, Deposed
-from dtrain.coordinator.work import Worker
+from dtrain.coordinator.work import Stores, Worker
 from dtrain.coordinator.world import World
 from dtrain.protocol.cluster import ReplicaRecord
+from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.ids import JobName, ReplicaId, Term
 from dtrain.storage.etcd.mirror import Change, Mirror
 from dtrain.storage.etcd.session import FixedSession
 from tests.sim.etcd import EtcdAccess
+from tests.sim.link import Link
 from tests.sim.process import Guardian, Process, SimClock
 from tests.sim.scheduler import Event, Task
+from tests.sim.store import NodeStore
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
@@ -82,17 +85,17 @@ class Replica:
         self.name = name
         self.ttl_s = ttl_s
         self.coordinator: Coordinator | None = None
-        self.cut_from_agents = False
-        self.cut_from_etcd = False
+        self.etcd = Link()
+        self.peers = Link()
+        self.store = Link()
         self.guardian: Guardian | None = None
+        self.clock = SimClock(cluster.scheduler, 0.0, 1.0)
         self.boot()
 
     def boot(self) -> None:
         """Start the guardian; after a loss of the whole machine, too."""
-        rng = self.cluster.scheduler.rng
-        clock = SimClock(self.cluster.scheduler, rng.uniform(0, 1e5), rng.uniform(0.97, 1.03))
-        access = EtcdAccess(self.cluster.etcd, f"{self.name}/guardian")
-        access.cut = self.cut_from_etcd
+        clock = self.clock = self.cluster.new_clock()
+        access = EtcdAccess(self.cluster.etcd, f"{self.name}/guardian", self.etcd)
         self.guardian = Guardian(
             self.cluster.scheduler,
             self.name,
@@ -121,13 +124,6 @@ class Replica:
             self.guardian.die()
             self.guardian = None
 
-    def set_cut(self, cut: bool) -> None:
-        self.cut_from_etcd = cut
-        if self.guardian is not None:
-            self.guardian.access.cut = cut
-        if self.coordinator is not None:
-            self.coordinator.access.cut = cut
-
 
 class Coordinator:
     """One life of the coordinator process. Implements ``DriverPorts``."""
@@ -139,9 +135,8 @@ class Coordinator:
         self.clock = clock
         self.scheduler = cluster.scheduler
         self.process = Process(self.scheduler, replica.name, cluster.checks.bug)
-        self.access = EtcdAccess(cluster.etcd, replica.name, self.process.is_alive)
+        self.access = EtcdAccess(cluster.etcd, replica.name, replica.etcd, self.process.is_alive)
         self.access.post = self.process.post
-        self.access.cut = replica.cut_from_etcd
         world = World(
             cluster.name,
             ReplicaId(replica.name),
@@ -161,13 +156,19 @@ class Coordinator:
         )
         self.leadership._woken = SimFlag(self.process)  # type: ignore[assignment]
         self.leadership._log = QuietLog(self.scheduler.log, replica.name)
-        self.committer = Committer(self.access, cluster.name, may_act=self.leadership.may_act)
-        self.worker = Worker(self.access, cluster.stores, merge, clock)
+        self.committer = Committer(
+            self.access,
+            cluster.name,
+            may_act=self.leadership.may_act,
+            pause=lambda seconds: self.scheduler.current().sleep(seconds),
+        )
+        store = NodeStore(cluster, replica.store, waits=True)
+        self.worker = Worker(self.access, Stores(lambda _uri: store), merge, clock)
         self.mirror = Mirror(
             self.access,
             cluster.keys.root,
             on_changes=self._on_changes,
-            on_alarm=lambda error: cluster.checks.bug(f"{replica.name}/alarm", error),
+            on_alarm=self._on_alarm,
             on_failure=lambda error: cluster.checks.bug(f"{replica.name}/mirror", error),
             clock=clock,
             rng=self.scheduler.rng,
@@ -175,11 +176,15 @@ class Coordinator:
         self.mirror._stop = SimFlag(self.process)  # type: ignore[assignment]
         self.mirror._log = QuietLog(self.scheduler.log, replica.name)
         self._tick: Event | None = None
+        self.loops: list[Task] = []
+        """What must not end before the process does."""
         self.process.later(0.0, self._begin)
 
     def _begin(self) -> None:
-        self.process.spawn(self.mirror._run, "mirror")
-        self.process.spawn(self.leadership.run, "lease")
+        self.loops = [
+            self.process.spawn(self.mirror._run, "mirror"),
+            self.process.spawn(self.leadership.run, "lease"),
+        ]
         self._hear()
 
     def now(self) -> float:
@@ -196,6 +201,14 @@ class Coordinator:
         guardian = self.replica.guardian
         assert guardian is not None
         guardian.process.later(0.0, lambda: guardian.child is self.process and guardian.child_ended(why))
+        self.process.stop()
+
+    def _on_alarm(self, error: DtrainError) -> None:
+        if not self.cluster.checks.etcd_went_back(self.replica.name, error):
+            return
+        guardian = self.replica.guardian
+        assert guardian is not None
+        guardian.process.later(0.0, lambda: guardian.child is self.process and guardian.stop(error.message))
         self.process.stop()
 
     # The mirror's thread hands over to the driver's.

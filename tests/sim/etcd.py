@@ -5,12 +5,14 @@ node's way to it: ``submit`` for event code, the ``port.Etcd`` methods for code 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Unavailable
+from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused, Unavailable
 from dtrain.storage.etcd.memory import MemoryEtcd, MemoryWatch
 from dtrain.storage.etcd.port import Delete, Put, RangeResult, Status, Txn, TxnResult, WatchBatch
 from dtrain.storage.etcd.port import Event as WatchEvent
+from tests.sim.link import Link
 from tests.sim.scheduler import Scheduler
 
 LATENCY_S = 0.004
@@ -25,13 +27,22 @@ class EtcdServer:
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.memory = MemoryEtcd(lambda: scheduler.now)
-        self.down = False
+        self.away: dict[object, None] = {}
+        """Why nobody answers now: no quorum, or all members stand still."""
         self.ambiguous = 0.0
         """Share of writes whose answer never comes."""
+        self.ambiguous_s_max = 7.0
+        """How late such a write may be applied."""
+        self.latency_s = LATENCY_S
+        self.former_raft_term = self.memory.raft_term
         self.on_revision: Callable[[int, tuple[WatchEvent, ...]], None] = lambda _revision, _events: None
         self.seen = 1
         self.watches: list[SimWatch] = []
         scheduler.after(EXPIRY_SCAN_S, self._scan)
+
+    @property
+    def down(self) -> bool:
+        return bool(self.away)
 
     def apply(self, operation: Callable[[MemoryEtcd], Any]) -> Any:
         """Run an operation now; its error is its value."""
@@ -65,22 +76,35 @@ class EtcdServer:
             self.publish()
         self.scheduler.after(EXPIRY_SCAN_S, self._scan)
 
-    def recover(self) -> None:
-        """A new etcd leader gives each lease its full time again."""
-        self.down = False
+    def go_away(self, token: object) -> None:
+        """Nobody answers until ``come_back`` with the same token."""
+        self.away[token] = None
+
+    def come_back(self, token: object, *, expired: bool = False) -> None:
+        """Answer again. ``expired``: as it was; otherwise a new leader gives each lease its full time."""
+        if token in self.away:
+            del self.away[token]
+            if not self.away and not expired:
+                self.new_leader()
+
+    def new_leader(self) -> None:
+        """Another member leads: every lease is extended."""
         memory = self.memory
+        self.former_raft_term, memory.raft_term = memory.raft_term, memory.raft_term + 1
         for held in memory._leases.values():
             held.expires_at = max(held.expires_at, self.scheduler.now + held.ttl_s)
         memory._next_expiry = min((held.expires_at for held in memory._leases.values()), default=float("inf"))
 
 
 class EtcdAccess:
-    """One node's connection. ``cut``: nothing passes, in either direction."""
+    """One process' connection, over its node's link."""
 
-    def __init__(self, server: EtcdServer, who: str, alive: Callable[[], bool] = lambda: True) -> None:
+    def __init__(
+        self, server: EtcdServer, who: str, link: Link, alive: Callable[[], bool] = lambda: True
+    ) -> None:
         self.server = server
         self.who = who
-        self.cut = False
+        self.link = link
         self.alive = alive
         self.post: Callable[[Callable[[], None]], None] = lambda call: call()
         """How answers enter the process: a frozen one takes them when it thaws."""
@@ -106,16 +130,23 @@ class EtcdAccess:
         lost = OutcomeUnknown if write else Unavailable
         code = ErrorCode.ETCD_OUTCOME_UNKNOWN if write else ErrorCode.ETCD_UNAVAILABLE
         timeout = scheduler.after(deadline_s, lambda: finish(lost(code, "etcd did not answer in time")))
-        if self.cut and scheduler.chance(0.5):
+        link = self.link
+        if link.closed and scheduler.chance(0.5):
             scheduler.after(0.05, lambda: finish(_refused()))
             return
 
+        def reply(result: Any) -> None:
+            scheduler.after(scheduler.delay(server.latency_s), lambda: finish(result) if link.in_ else None)
+
         def arrive() -> None:
-            if self.cut:
+            if not link.out:
                 return
             if server.down:
                 if scheduler.chance(0.5):
                     finish(_refused())
+                return
+            if link.auth_denied:
+                reply(_denied())
                 return
             if write and scheduler.chance(server.ambiguous):
                 fate = scheduler.rng.choice(("now", "later", "never"))
@@ -123,16 +154,15 @@ class EtcdAccess:
                 if fate == "now":
                     server.apply(operation)
                 elif fate == "later":
-                    late = scheduler.rng.uniform(0.0, deadline_s + 4.0)
+                    late = scheduler.rng.uniform(0.0, server.ambiguous_s_max)
                     scheduler.after(late, lambda: None if server.down else server.apply(operation))
                 if scheduler.chance(0.5):
                     early = scheduler.rng.uniform(0.0, deadline_s)
                     scheduler.after(early, lambda: finish(lost(code, "the connection was reset")))
                 return
-            result = server.apply(operation)
-            scheduler.after(scheduler.delay(LATENCY_S), lambda: None if self.cut else finish(result))
+            reply(server.apply(operation))
 
-        scheduler.after(scheduler.delay(LATENCY_S), arrive)
+        scheduler.after(scheduler.delay(server.latency_s), arrive)
 
     def _call(self, operation: Callable[[MemoryEtcd], Any], *, write: bool, deadline_s: float) -> Any:
         """Call etcd from a task, which waits."""
@@ -180,6 +210,9 @@ class EtcdAccess:
 
     def status(self, *, deadline_s: float = 5.0) -> Status:
         result: Status = self._call(lambda etcd: etcd.status(), write=False, deadline_s=deadline_s)
+        if self.link.lag_s and self.server.scheduler.chance(0.5):
+            # Asked of a member that has not heard of the newest leader.
+            return replace(result, raft_term=self.server.former_raft_term)
         return result
 
     def close(self) -> None:
@@ -238,13 +271,18 @@ class SimWatch:
         """There is something to deliver, some time from now."""
         if self._model is not None and not self._scheduled and not self._closed:
             self._scheduled = True
-            self._scheduler.after(self._scheduler.delay(WATCH_DELAY_S), self._deliver)
+            self._scheduler.after(
+                self._scheduler.delay(WATCH_DELAY_S) + self._access.link.lag_s, self._deliver
+            )
 
     def _open(self) -> None:
         if self._closed or not self._access.alive():
             return
-        if self._access.cut or self._access.server.down:
+        if not self._access.link.open or self._access.server.down:
             self._push(_refused())
+            return
+        if self._access.link.auth_denied:
+            self._push(_denied())
             return
         self._model = self._access.server.memory.watch(*self._arguments)
         self._deliver()
@@ -254,7 +292,7 @@ class SimWatch:
         model = self._model
         if self._closed or model is None:
             return
-        if self._access.cut or self._access.server.down:
+        if not self._access.link.open or self._access.server.down:
             # Half open: the reader learns of it by silence, or when it heals.
             self._scheduled = True
             self._scheduler.after(0.5, self._deliver)
@@ -276,7 +314,7 @@ class SimWatch:
     def _progress(self) -> None:
         if self._closed or not self._access.alive():
             return
-        if self._model is not None and not (self._access.cut or self._access.server.down):
+        if self._model is not None and self._access.link.open and not self._access.server.down:
             self._model.progress()
             self.wake()
         self._scheduler.after(PROGRESS_S, self._progress)
@@ -290,3 +328,7 @@ class SimWatch:
 
 def _refused() -> Unavailable:
     return Unavailable(ErrorCode.ETCD_UNAVAILABLE, "connection refused")
+
+
+def _denied() -> Refused:
+    return Refused(ErrorCode.ETCD_AUTH, "etcd answered 'etcdserver: permission denied' (403/7)")

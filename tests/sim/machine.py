@@ -28,8 +28,10 @@ from dtrain.protocol.ranklink import Hello, Message
 from dtrain.protocol.snapshot import NodeRecord
 from dtrain.storage.etcd.session import FixedSession
 from tests.sim.etcd import EtcdAccess
+from tests.sim.link import Link
 from tests.sim.process import Guardian, Process, SimClock
-from tests.sim.scheduler import Event, Task
+from tests.sim.scheduler import Event, Scheduler, Task
+from tests.sim.store import NodeStore
 from tests.sim.training import SOCKET_S, Connection, SimLauncher
 from tests.sim.transfer import SimTransfer
 
@@ -42,12 +44,45 @@ QUEUE_S = 0.001
 ORPHAN_GRACE_S = 120.0
 
 
+class Host:
+    """The scheduler as what runs on one machine sees it: nothing happens there while it is suspended."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self.suspended = False
+        self._held: list[Callable[[], None]] = []
+        self.rng = scheduler.rng
+        self.chance = scheduler.chance
+        self.log = scheduler.log
+
+    @property
+    def now(self) -> float:
+        return self._scheduler.now
+
+    def after(self, delay_s: float, call: Callable[[], None]) -> Event:
+        return self._scheduler.after(delay_s, lambda: self.run(call))
+
+    def run(self, call: Callable[[], None]) -> None:
+        """Run ``call`` now, or when the machine wakes up."""
+        if self.suspended:
+            self._held.append(call)
+        else:
+            call()
+
+    def wake(self) -> None:
+        self.suspended = False
+        held, self._held = self._held, []
+        for call in held:
+            self.run(call)
+
+
 class Machine:
     """Power, processes, disk."""
 
     def __init__(self, cluster: "Cluster", name: str, slots: int) -> None:
         self.cluster = cluster
         self.scheduler = cluster.scheduler
+        self.place = Host(cluster.scheduler)
         self.name = name
         self.host = name
         self.slots = slots
@@ -61,8 +96,11 @@ class Machine:
         """What the transfer process holds in memory for ranks to map."""
         self.processes: dict[ProcessId, None] = {}
         self._pid = 100
-        self.cut_from_etcd = False
-        self.cut_from_coordinators = False
+        self.etcd = Link()
+        self.peers = Link()
+        self.store_link = Link()
+        self.store = NodeStore(cluster, self.store_link, waits=False)
+        self.clock = SimClock(cluster.scheduler, 0.0, 1.0)
         self.power_on()
 
     # Power.
@@ -76,6 +114,8 @@ class Machine:
     def power_off(self) -> None:
         """Everything on it ends at once, and nobody is told."""
         self.powered = False
+        self.place.suspended = False
+        self.place._held.clear()
         if self.guardian is not None:
             self.guardian.die()
             self.guardian = None
@@ -97,10 +137,8 @@ class Machine:
             self._boot_guardian()
 
     def _boot_guardian(self) -> None:
-        rng = self.scheduler.rng
-        clock = SimClock(self.scheduler, rng.uniform(0, 1e5), rng.uniform(0.97, 1.03))
-        access = EtcdAccess(self.cluster.etcd, f"{self.name}/guardian")
-        access.cut = self.cut_from_etcd
+        clock = self.clock = self.cluster.new_clock()
+        access = EtcdAccess(self.cluster.etcd, f"{self.name}/guardian", self.etcd)
         self.guardian = Guardian(
             self.scheduler,
             self.name,
@@ -125,12 +163,31 @@ class Machine:
         if self.guardian is not None and self.guardian.child is not None:
             self.guardian.child_ended("killed")
 
-    def set_cut(self, cut: bool) -> None:
-        self.cut_from_etcd = cut
+    def suspend(self) -> None:
+        """The whole machine stands still, its clocks included: a paused VM."""
+        self.place.suspended = True
         if self.guardian is not None:
-            self.guardian.access.cut = cut
-        if self.agent is not None:
-            self.agent.access.cut = cut
+            self.guardian.freeze(clocks=True)
+
+    def wake(self) -> None:
+        if not self.place.suspended:
+            return
+        # Who runs first is chance: the ranks may act before their agent looks.
+        ranks_first = self.scheduler.chance(0.5)
+        if ranks_first:
+            self.place.wake()
+        if self.guardian is not None and self.guardian.process.frozen:
+            self.guardian.thaw()
+        if not ranks_first:
+            self.place.wake()
+
+    def lose_journal(self) -> None:
+        """The agent's disk is gone, with the agent: launchers that it knew are nobody's."""
+        self.journal = SimJournal()
+        for launcher in self.launchers.values():
+            launcher.stray = True
+        self.cluster.checks.journal_lost(self.name)
+        self.crash_agent()
 
     # Processes.
 
@@ -167,7 +224,8 @@ class SimJournal:
         self.jobs: dict[JobName, JobState] = {}
         self.seen: dict[JobName, tuple[str, ...]] = {}
         self.over: dict[Uid, Attempt] = {}
-        self.failing = False
+        self.failing = 0
+        """How many faults let it refuse writes now."""
 
     def apply(self, writes: Sequence[JournalWrite]) -> None:
         if not writes:
@@ -205,9 +263,8 @@ class SimAgent:
         self.session = session
         self.clock = clock
         self.process = Process(self.scheduler, machine.name, machine.cluster.checks.bug)
-        self.access = EtcdAccess(machine.cluster.etcd, machine.name, self.process.is_alive)
+        self.access = EtcdAccess(machine.cluster.etcd, machine.name, machine.etcd, self.process.is_alive)
         self.access.post = self.process.post
-        self.access.cut = machine.cut_from_etcd
         self.address = f"{machine.name}:{machine.cluster.new_port()}"
         self.reporter = Reporter(
             self.access,
@@ -234,6 +291,8 @@ class SimAgent:
         self._connections: dict[int, Connection] = {}
         self._numbers = 0
         self._tick: Event | None = None
+        self.loops: list[Task] = []
+        """What must not end before the process does."""
         self.process.later(0.01, self._begin)
 
     def _begin(self) -> None:
@@ -254,7 +313,7 @@ class SimAgent:
         self.driver = AgentDriver(state, ports, self.clock, confirm_term=self._confirm_term, log=self._log)
         self.driver.adopt()
         self._moved()
-        self.process.spawn(self._report, "reporter")
+        self.loops = [self.process.spawn(self._report, "reporter")]
 
     def _report(self) -> None:
         while True:
@@ -413,7 +472,7 @@ class _Launchers:
         launcher = self._mine.get((job, uid))
         if launcher is not None:
             # Once written to the socket it arrives, whether or not the agent lives on.
-            self._agent.scheduler.after(SOCKET_S, lambda: launcher.obey(order))
+            self._machine.place.after(SOCKET_S, lambda: launcher.obey(order))
 
     def kill(self, process: ProcessId) -> None:
         found = self._machine.find(process)
@@ -424,6 +483,9 @@ class _Launchers:
 
     def is_alive(self, process: ProcessId) -> bool:
         return self._machine.find(process) is not None
+
+    def waits_in(self, process: ProcessId) -> str:
+        return ""
 
 
 class _Transfers:

@@ -1,8 +1,11 @@
-"""Commands on their way to agents: late, lost, twice, out of order, or into a partition."""
+"""Commands on their way to agents: late, lost, twice, out of order, replayed, or into a partition."""
 
+from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dtrain.coordinator.core.decisions import Directed
+from tests.sim.link import Link
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
@@ -10,6 +13,7 @@ if TYPE_CHECKING:
 
 LATENCY_S = 0.003
 DEADLINE_S = 2.0
+REMEMBERED_MAX = 400
 
 
 class Network:
@@ -22,10 +26,18 @@ class Network:
         self.duplicates = 0.0
         self.late = 0.0
         self.late_s_max = 0.0
+        self.pairs: dict[tuple[str, str], Link] = {}
+        """Between one coordinator (``out``) and one agent (``in_``), beside what each has with everybody."""
+        self.sent: deque[Directed] = deque(maxlen=REMEMBERED_MAX)
+        """What an eavesdropper could replay."""
+
+    def pair(self, replica: str, machine: str) -> Link:
+        return self.pairs.setdefault((replica, machine), Link())
 
     def send(self, sender: "Coordinator", directed: Directed) -> None:
         """Deliver ``directed`` to whoever has its address, and the answer to the sender."""
         scheduler = self._cluster.scheduler
+        self.sent.append(directed)
         answered = [False]
 
         def answer(ok: bool, problem: str) -> None:
@@ -38,29 +50,19 @@ class Network:
 
         def arrive() -> None:
             machine = self._cluster.machines.get(directed.agent)
-            agent = machine.agent if machine is not None else None
-            if machine is None or sender.replica.cut_from_agents or machine.cut_from_coordinators:
+            if machine is None or not machine.powered:
                 return
-            if not machine.powered:
-                return
-            if agent is None or not agent.process.alive or directed.address != agent.address:
-                answer(False, "refused")
-                return
+            replica, pair = sender.replica, self.pair(sender.replica.name, machine.name)
 
-            def back(ok: bool, message: str) -> None:
+            def back(ok: bool, problem: str) -> None:
                 if scheduler.chance(self.lost_answers):
                     return
-                delay_s = scheduler.delay(LATENCY_S)
-                scheduler.after(delay_s, lambda: answer(ok, "" if ok else f"rejected: {message}"))
+                if machine.peers.out and replica.peers.in_ and pair.in_:
+                    answer(ok, problem)
 
-            scheduler.log(
-                "network",
-                type(directed.command).__name__,
-                to=directed.agent,
-                attempt=directed.command.header.attempt,
-                id=directed.command.header.id,
-            )
-            agent.process.post(lambda: agent.command(directed.command, back))
+            if not (replica.peers.out and machine.peers.in_ and pair.out):
+                return
+            self._deliver(directed, back)
 
         copies = 2 if scheduler.chance(self.duplicates) else 1
         for _ in range(copies):
@@ -71,3 +73,33 @@ class Network:
                 # Later than its deadline, maybe later than its leader: order means nothing.
                 delay_s += scheduler.rng.uniform(0.0, self.late_s_max)
             scheduler.after(delay_s, arrive)
+
+    def replay(self, back: int) -> None:
+        """Deliver the command sent ``back`` commands ago once more, to whoever has that name now."""
+        if not self.sent:
+            return
+        directed = self.sent[-1 - back % len(self.sent)]
+        machine = self._cluster.machines[directed.agent]
+        if machine.powered and machine.agent is not None:
+            agent = machine.agent
+            agent.process.post(lambda: agent.command(directed.command, lambda _ok, _message: None))
+
+    def _deliver(self, directed: Directed, back: Callable[[bool, str], None]) -> None:
+        scheduler = self._cluster.scheduler
+        agent = self._cluster.machines[directed.agent].agent
+        if agent is None or not agent.process.alive or directed.address != agent.address:
+            back(False, "refused")
+            return
+
+        def done(ok: bool, message: str) -> None:
+            delay_s = scheduler.delay(LATENCY_S)
+            scheduler.after(delay_s, lambda: back(ok, "" if ok else f"rejected: {message}"))
+
+        scheduler.log(
+            "network",
+            type(directed.command).__name__,
+            to=directed.agent,
+            attempt=directed.command.header.attempt,
+            id=directed.command.header.id,
+        )
+        agent.process.post(lambda: agent.command(directed.command, done))

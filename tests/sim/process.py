@@ -20,13 +20,15 @@ class SimClock:
         self._offset_s = offset_s
         self._rate = rate
         self._stopped_at: float | None = None
+        self.wall_offset_s = 0.0
+        """How far somebody has set the wall clock; nothing that matters may depend on it."""
 
     def monotonic(self) -> float:
         now = self._scheduler.now if self._stopped_at is None else self._stopped_at
         return self._offset_s + self._rate * now
 
     def wall(self) -> float:
-        return WALL_AT_START + self._scheduler.now
+        return WALL_AT_START + self.wall_offset_s + self._scheduler.now
 
     def global_at(self, local: float) -> float:
         """When, in the scheduler's time, this clock shows ``local``."""
@@ -149,6 +151,7 @@ class Guardian:
         self._sent_at = 0.0
         self._candidate = 0
         self._granting = False
+        self.stopped = False
         self._grant()
 
     # Its own life.
@@ -199,6 +202,13 @@ class Guardian:
             self._give_up()
         self.process.later(self.scheduler.rng.uniform(0.1, 1.0), self._restart)
 
+    def stop(self, why: str) -> None:
+        """The child ended with a configuration error: it is not restarted, an operator is needed."""
+        self.scheduler.log(self.name, "stopped for good", why=why)
+        self.stopped = True
+        self._end_child()
+        self._give_up()
+
     def _end_child(self) -> None:
         child, self.child = self.child, None
         if child is not None:
@@ -206,7 +216,7 @@ class Guardian:
             self._ended()
 
     def _restart(self) -> None:
-        if self.child is not None:
+        if self.child is not None or self.stopped:
             return
         if self._lease and self.keep_lease:
             self._start_child()
@@ -239,6 +249,9 @@ class Guardian:
             self._candidate = 0
             self._lease, self._sent_at = lease, sent_at
             self._generation += 1
+            if self.stopped:
+                self._give_up()
+                return
             self.scheduler.log(self.name, "lease granted", lease=f"{lease:x}"[:6])
             if self.child is None:
                 self._start_child()

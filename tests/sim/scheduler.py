@@ -80,18 +80,20 @@ class Scheduler:
     def run(self, until: float, after_each: Callable[[], None], stop: Callable[[], bool]) -> None:
         """Run events up to ``until``; ``after_each`` checks, ``stop`` ends early."""
         heap = self._heap
-        while heap and heap[0].at <= until and not stop():
-            event = heapq.heappop(heap)
-            call = event.call
+        while heap and heap[0].at <= until:
+            call = heap[0].call
             if call is None:
+                heapq.heappop(heap)
                 continue
+            if stop():
+                return
+            event = heapq.heappop(heap)
             event.call = None
             self.now = event.at
             self.events += 1
             call()
             after_each()
-        if not stop():
-            self.now = max(self.now, until)
+        self.now = max(self.now, until)
 
     # Tasks.
 

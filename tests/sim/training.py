@@ -100,14 +100,22 @@ class Group:
     """The ranks of one attempt that met in one TCPStore: they step together or not at all."""
 
     def __init__(
-        self, scheduler: Scheduler, world: int, attempt: Attempt, on_bad: Callable[[str], None]
+        self,
+        scheduler: Scheduler,
+        world: int,
+        of: tuple[JobName, Uid, Attempt],
+        on_bad: Callable[[str], None],
     ) -> None:
         self.scheduler = scheduler
+        self.job, self.uid, attempt = of
         self.world = world
         self.attempt = attempt
         self.ranks: dict[int, SimRank] = {}
         self.step = -1
+        self.stepped_at = 0.0
         self.broken = False
+        self._stalled_since: float | None = None
+        self._patience_s = scheduler.rng.uniform(15.0, 40.0)
         self._on_bad = on_bad
 
     def join(self, rank: "SimRank", step: int) -> None:
@@ -135,7 +143,7 @@ class Group:
             delay_s = (
                 self.scheduler.rng.uniform(5.0, 30.0) if silent else self.scheduler.rng.uniform(0.01, 1.5)
             )
-            self.scheduler.after(delay_s, member.peer_lost)
+            member.scheduler.after(delay_s, member.peer_lost)
 
     def _members(self) -> list["SimRank"]:
         return [self.ranks[number] for number in sorted(self.ranks)]
@@ -145,15 +153,31 @@ class Group:
             return
         if all(member.ending for member in self.ranks.values()):
             return
+        if any(member.machine.place.suspended for member in self.ranks.values()):
+            self._stall()
+            return
+        self._stalled_since = None
         rng = self.scheduler.rng
         duration_s = STEP_S * rng.uniform(0.8, 1.3)
         self.step += 1
+        self.stepped_at = self.scheduler.now
         # Ranks leave one collective a little apart, but none can enter the next one before all have.
         slack_s = 0.2 * duration_s
         step = self.step
         for member in self._members():
-            self.scheduler.after(duration_s - slack_s * rng.random(), lambda m=member: m.complete(step))  # type: ignore[misc]
+            left_s = duration_s - slack_s * rng.random()
+            member.scheduler.after(left_s, lambda m=member: m.complete(step))  # type: ignore[misc]
         self.scheduler.after(duration_s, self._next)
+
+    def _stall(self) -> None:
+        """A peer stands still: the collective waits, and ends with an error when its time is over."""
+        now = self.scheduler.now
+        if self._stalled_since is None:
+            self._stalled_since = now
+        if now - self._stalled_since > self._patience_s:
+            self.lost(silent=False)
+            return
+        self.scheduler.after(0.2, self._next)
 
 
 class SimRank:
@@ -162,7 +186,7 @@ class SimRank:
     def __init__(self, launcher: "SimLauncher", launch: RankLaunch, live: LiveRank, total_steps: int) -> None:
         self.launcher = launcher
         self.machine = launcher.machine
-        self.scheduler = self.machine.scheduler
+        self.scheduler = self.machine.place
         self.live = live
         self.rank = int(launch.rank)
         self.local_rank = launch.local_rank
@@ -412,7 +436,9 @@ class SimLauncher:
         self, machine: "Machine", job: JobName, uid: Uid, folder: str, orphan_grace_s: float
     ) -> None:
         self.machine = machine
-        self.scheduler = machine.scheduler
+        self.scheduler = machine.place
+        self.stray = False
+        """No agent knows of it any more: it ends by itself after its grace."""
         self.job = job
         self.uid = uid
         self.folder = folder
@@ -511,7 +537,9 @@ class SimLauncher:
         self._close_store()
         cluster = self.machine.cluster
         port = cluster.new_port()
-        cluster.groups[f"{host}:{port}"] = Group(self.scheduler, world, attempt, cluster.checks.bad)
+        cluster.groups[f"{host}:{port}"] = Group(
+            cluster.scheduler, world, (self.job, self.uid, attempt), cluster.checks.bad
+        )
         self.store = _Store(attempt, port)
         self._tell(StoreReady(attempt, port))
 

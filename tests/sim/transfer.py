@@ -61,8 +61,8 @@ class SimTransfer:
 
     def __init__(self, machine: "Machine", emit: Callable[[TransferReport], None]) -> None:
         self.machine = machine
-        self.scheduler = machine.scheduler
-        self.store = machine.cluster.store
+        self.scheduler = machine.place
+        self.store = machine.store
         self.emit = emit
         self.alive = True
         self._cancelled: dict[tuple[str, int], None] = {}
@@ -81,11 +81,15 @@ class SimTransfer:
         match order:
             case Upload():
                 nonce = f"{rng.getrandbits(64):016x}"
-                self._later(rng.uniform(0.05, 1.5), lambda: self._upload(order, nonce, TRIES_MAX, []))
+                slow_s = self.store.wait_s()
+                self._later(
+                    slow_s + rng.uniform(0.05, 1.5), lambda: self._upload(order, nonce, TRIES_MAX, [])
+                )
             case CancelUpload(_, uid, seq):
                 self._cancelled[uid, seq] = None
             case Fetch():
-                self._later(rng.uniform(0.05, 1.5), lambda: self._fetch(order, TRIES_MAX))
+                slow_s = self.store.wait_s()
+                self._later(slow_s + rng.uniform(0.05, 1.5), lambda: self._fetch(order, TRIES_MAX))
             case ReleaseFetch(fetch_id):
                 self._released[fetch_id] = None
                 self.machine.fetched.pop(self._place(fetch_id), None)
@@ -218,7 +222,7 @@ def read_checkpoint(machine: "Machine", seq: int, manifest_name: str, sha: str) 
     Raises:
         Damaged: the store holds something else than was committed.
     """
-    store = machine.cluster.store
+    store = machine.store
     try:
         text = store.get(manifest_name)
     except NotFound as error:

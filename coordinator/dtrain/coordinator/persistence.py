@@ -33,6 +33,11 @@ from dtrain.storage.etcd.port import (
 COMMIT_DEADLINE_S = 5.0
 LOOK_DEADLINE_S = 3.0
 LOOK_AGAIN_S = 0.1
+LOOK_REFUSED_S = 1.0
+"""Between looks while etcd refuses even to be read."""
+
+_PASSING = frozenset({ErrorCode.ETCD_NO_SPACE, ErrorCode.ETCD_AUTH})
+"""Refusals that say nothing about the decision: somebody ends them, and then it may be written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,7 @@ class Unknown:
 
 @dataclass(frozen=True, slots=True)
 class NotWritten:
-    """Nothing happened: etcd was not reached or has no space (``retry``), or it refused the writes."""
+    """Nothing happened: etcd was not reached or takes no writes now (``retry``), or it refused these."""
 
     problem: str
     retry: bool
@@ -109,11 +114,10 @@ class Committer:
         return self._refused(term, result)
 
     def _not_accepted(self, error: DtrainError) -> NotWritten:
-        no_space = error.code is ErrorCode.ETCD_NO_SPACE
-        if no_space:
+        if error.code is ErrorCode.ETCD_NO_SPACE:
             self._on_no_space()
-        # Space comes back, and then the very same decision is right: the job is not to blame.
-        return NotWritten(f"{error.code}: {error.message}", retry=no_space)
+        # Space and permissions come back, and then the very same decision is right: the job is not to blame.
+        return NotWritten(f"{error.code}: {error.message}", retry=error.code in _PASSING)
 
     def _refused(self, term: Term, result: TxnResult) -> Outcome:
         found = flatten(result.responses)
@@ -133,7 +137,11 @@ class Committer:
                 self._pause(LOOK_AGAIN_S)
                 continue
             except DtrainError as error:
-                return self._not_accepted(error)
+                if error.code not in _PASSING:
+                    return self._not_accepted(error)
+                # The writes may stand all the same, and only reading can tell.
+                self._pause(LOOK_REFUSED_S)
+                continue
             found = flatten(result.responses)
             if not self._is_ours(term, found):
                 return Deposed()

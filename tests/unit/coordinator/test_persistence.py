@@ -159,7 +159,13 @@ def test_looking_finds_another_leader(etcd: Faulty) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "retry"), [(DOWN, True), (Refused(ErrorCode.ETCD_REFUSED, "too large"), False)]
+    ("error", "retry"),
+    [
+        (DOWN, True),
+        (Refused(ErrorCode.ETCD_AUTH, "permission denied"), True),
+        (Refused(ErrorCode.ETCD_NO_SPACE, "database space exceeded"), True),
+        (Refused(ErrorCode.ETCD_REFUSED, "too large"), False),
+    ],
 )
 def test_what_was_not_written_says_whether_to_try_again(
     etcd: Faulty, error: DtrainError, retry: bool
@@ -169,6 +175,14 @@ def test_what_was_not_written_says_whether_to_try_again(
     outcome = committer(etcd).commit(term, put(term))
     assert isinstance(outcome, NotWritten)
     assert outcome.retry is retry
+
+
+@pytest.mark.parametrize("code", [ErrorCode.ETCD_AUTH, ErrorCode.ETCD_NO_SPACE])
+def test_a_refused_look_says_nothing_about_the_writes(etcd: Faulty, code: ErrorCode) -> None:
+    term = lead(etcd)
+    etcd.faults = [("after", LOST), *[("before", Refused(code, "not now"))] * 2]
+    outcome = committer(etcd).commit(term, put(term))
+    assert outcome == Committed(etcd.range(KEY).items[0].mod_revision)
 
 
 def test_a_decision_that_contradicts_itself_is_a_bug() -> None:

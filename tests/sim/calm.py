@@ -1,0 +1,145 @@
+"""What must come true after faults have stopped, whatever they were, and how soon (I10 to I12)."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from dtrain.protocol.ids import JobName
+from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase
+
+if TYPE_CHECKING:
+    from tests.sim.cluster import Cluster
+
+LEADER_SLACK_S = 5.0
+"""Beyond the TTL: one leader."""
+
+SETTLED_S = 60.0
+"""Desired is actual."""
+
+STEP_S_MAX = 3.0
+"""A job that trains has made a step within this."""
+
+LOOK_S = 0.5
+
+
+class Calm:
+    """One period without faults, from now on."""
+
+    def __init__(self, cluster: "Cluster") -> None:
+        self._cluster = cluster
+        self._since = cluster.scheduler.now
+        self._look_at = 0.0
+
+    def run(self, after_each: Callable[[], None]) -> float:
+        """Let time pass until all is well or too late; return how long it took."""
+        cluster = self._cluster
+        ttl_s = max([*cluster.schedule.shape.replica_ttls_s, cluster.agent_ttl_s])
+        # Drifting clocks stretch what their nodes count.
+        slack = 1 + cluster.schedule.shape.clock_drift
+        self._reach(
+            (ttl_s + LEADER_SLACK_S) * slack, self._no_leader, "I10: there is no leader that acts", after_each
+        )
+        took_s = self._reach(SETTLED_S * slack, self._unsettled, "I10: not as desired", after_each)
+        self._dead_loops()
+        return took_s
+
+    def _reach(
+        self,
+        within_s: float,
+        wrong: Callable[[], str],
+        what: str,
+        after_each: Callable[[], None],
+    ) -> float:
+        scheduler, checks = self._cluster.scheduler, self._cluster.checks
+        last = [""]
+
+        def reached() -> bool:
+            if checks.violations:
+                return True
+            if scheduler.now < self._look_at:
+                return False
+            self._look_at = scheduler.now + LOOK_S
+            last[0] = wrong()
+            return not last[0]
+
+        deadline = self._since + within_s
+        scheduler.run(deadline, after_each, reached)
+        if not checks.violations and last[0]:
+            last[0] = wrong()
+        if not checks.violations and last[0]:
+            checks.bad(f"{what} {scheduler.now - self._since:.0f} s after the faults have stopped: {last[0]}")
+        return scheduler.now - self._since
+
+    def _no_leader(self) -> str:
+        leading = [
+            name
+            for name, replica in self._cluster.replicas.items()
+            if replica.coordinator is not None
+            and replica.coordinator.driver.leads
+            and replica.coordinator.leadership.may_act()
+        ]
+        holder = self._cluster.leader_name()
+        return "" if [holder] == leading else f"{holder or 'nobody'} holds the key, {leading} lead"
+
+    def _unsettled(self) -> str:
+        wrong = [*self._cluster.checks.leases_wrong()]
+        for name in self._cluster.jobs:
+            if sentence := self._job_unsettled(name):
+                wrong.append(f"job {name} {sentence}")
+        return "; ".join(wrong)
+
+    def _job_unsettled(self, name: JobName) -> str:
+        cluster = self._cluster
+        status, job = cluster.checks.history(name).status, cluster.jobs[name]
+        if not job.submissions:
+            return ""
+        if status is None or status.uid != job.spec.uid:
+            return "has not been looked at"
+        if status.phase in TERMINAL_PHASES:
+            return ""
+        if status.phase not in PLACED_PHASES and self._has_no_room(name):
+            return ""
+        if status.phase is not JobPhase.RUNNING:
+            return f"is {status.phase}: {status.reason}"
+        for group in cluster.groups.values():
+            if (group.job, group.uid, group.attempt) == (name, status.uid, status.attempt):
+                if group.broken:
+                    return f"is RUNNING, and the ranks of attempt {status.attempt} have lost one another"
+                ended = all(rank.ending for rank in group.ranks.values())
+                if group.step < 0 or (cluster.scheduler.now - group.stepped_at > STEP_S_MAX and not ended):
+                    return f"is RUNNING and stands at step {group.step}"
+                return ""
+        return "is RUNNING without ranks"
+
+    def _has_no_room(self, name: JobName) -> bool:
+        """The other jobs hold what this one needs."""
+        cluster, spec = self._cluster, self._cluster.jobs[name].spec
+        used: dict[str, int] = {}
+        for other in cluster.jobs:
+            status = cluster.checks.history(other).status
+            if other != name and status is not None and status.phase in PLACED_PHASES:
+                for member in status.members:
+                    used[member.agent] = used.get(member.agent, 0) + member.nproc
+        free = [
+            machine
+            for machine in cluster.machines.values()
+            if machine.powered and machine.slots - used.get(machine.name, 0) >= spec.nproc_per_node
+        ]
+        return len(free) < spec.nnodes_min
+
+    def _dead_loops(self) -> None:
+        """I12: a process that lives has all its loops."""
+        if self._cluster.checks.violations:
+            return
+        for replica in self._cluster.replicas.values():
+            coordinator = replica.coordinator
+            if coordinator is not None and coordinator.process.alive:
+                self._all_live(replica.name, [(task.name, task.done) for task in coordinator.loops])
+        for machine in self._cluster.machines.values():
+            agent = machine.agent
+            if agent is not None and agent.process.alive:
+                self._all_live(machine.name, [(task.name, task.done) for task in agent.loops])
+
+    def _all_live(self, who: str, loops: list[tuple[str, bool]]) -> None:
+        for name, done in loops:
+            if done:
+                self._cluster.checks.bad(f"I12: the {name} loop of {who} has ended, its process has not")

@@ -1,0 +1,98 @@
+"""Which cluster, which jobs and which faults a seed stands for.
+
+Swarm testing: a run with few kinds of faults, each at its own rate, reaches states that a run with all
+of them at once never does. So sizes, policies, storms and the mix are all drawn.
+"""
+
+import random
+
+from tests.sim import kinds
+from tests.sim.schedule import JobShape, Schedule, Shape, Storm
+
+SECOND_JOB_SHARE = 0.25
+FOCUS_SHARE = 0.15
+"""Of the runs in which one or two kinds strike all the time."""
+
+CALM_BETWEEN_S = 80.0
+
+
+def calm(seed: int) -> Schedule:
+    """A run of one job without faults."""
+    rng = random.Random(f"dtrain-shape-{seed}")
+    job = _job(rng, "train", again=1, long=False)
+    return Schedule(seed, _shape(rng, (job,)))
+
+
+def draw(seed: int) -> Schedule:
+    """The run that ``seed`` stands for; its strikes are drawn while it runs."""
+    rng = random.Random(f"dtrain-swarm-{seed}")
+    storms, ends_calm = _storms(rng)
+    long = len(storms) > 1 or not ends_calm
+    jobs = [_job(rng, "train", again=9 if long else 1, long=long)]
+    if rng.random() < SECOND_JOB_SHARE:
+        jobs.append(_job(rng, "other", again=9 if long else 1, long=long))
+    return Schedule(seed, _shape(rng, tuple(jobs)), storms, ends_calm, _mix(rng))
+
+
+def _storms(rng: random.Random) -> tuple[tuple[Storm, ...], bool]:
+    match rng.choices(("one", "some", "endless", "years"), (60, 20, 18, 2))[0]:
+        case "one":
+            return (Storm(0.0, rng.choice((40.0, 80.0, 120.0))),), True
+        case "some":
+            storms, at = [], rng.uniform(0.0, 20.0)
+            for _ in range(rng.choice((2, 2, 3))):
+                end = at + rng.uniform(15.0, 60.0)
+                storms.append(Storm(at, end))
+                at = end + CALM_BETWEEN_S
+            return tuple(storms), True
+        case "endless":
+            return (Storm(0.0, rng.uniform(100.0, 300.0)),), False
+        case _:
+            # Long enough for the longest outage, and for what comes after it.
+            return (Storm(rng.uniform(0.0, 30.0), 700.0),), True
+
+
+def _mix(rng: random.Random) -> dict[str, float]:
+    names = list(kinds.KINDS)
+    if rng.random() < FOCUS_SHARE:
+        chosen = rng.sample(names, rng.choice((1, 2)))
+        return {name: rng.uniform(2.0, 8.0) for name in sorted(chosen)}
+    share = rng.choice((0.1, 0.25, 0.4))
+    pace = rng.choice((0.5, 1.0, 2.0))
+    return {
+        name: pace * rng.uniform(*kinds.KINDS[name].every_s)
+        for name in names
+        if rng.random() < share * kinds.KINDS[name].share
+    }
+
+
+def _shape(rng: random.Random, jobs: tuple[JobShape, ...]) -> Shape:
+    replicas = rng.choice((1, 2, 3, 3, 3, 5))
+    needed = max(job.nnodes_max for job in jobs)
+    return Shape(
+        replica_ttls_s=tuple(rng.choice((5, 10)) for _ in range(replicas)),
+        agent_ttl_s=rng.choice((5, 10)),
+        machines=needed + rng.choice((0, 1, 1, 2, 4)),
+        jobs=jobs,
+        clock_drift=rng.choice((0.0, 0.03, 0.03, 0.1)),
+        page_keys=rng.choice((500, 500, 7, 3)),
+    )
+
+
+def _job(rng: random.Random, name: str, *, again: int, long: bool) -> JobShape:
+    nnodes = rng.choice((1, 2, 2, 3))
+    every_steps = rng.choice((0, 5, 10, 20))
+    every_seconds = rng.choice((0.0, 5.0, 15.0)) if every_steps == 0 or rng.random() < 0.2 else 0.0
+    return JobShape(
+        name,
+        submit_at=rng.uniform(0.5, 8.0),
+        total_steps=rng.choice((80, 150, 400) if long else (25, 50, 80, 120)),
+        nnodes_min=nnodes,
+        nnodes_max=nnodes + rng.choice((0, 0, 0, 1)),
+        nproc=rng.choice((1, 1, 2)),
+        every_steps=every_steps,
+        every_seconds=every_seconds,
+        keep_last=rng.choice((2, 3)),
+        timeout_s=rng.choice((20.0, 60.0)),
+        submissions_max=again,
+    )
