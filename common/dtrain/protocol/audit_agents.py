@@ -27,7 +27,8 @@ class _Seen:
     """What one machine has shown of one job. Bounded, whatever comes."""
 
     session: int = 0
-    """Create revision of the node record: with a new session a journal may be new, too."""
+    """Create revision of the node record."""
+    incarnation: str = ""
     uid: Uid = Uid("")
     attempt: Attempt = Attempt(0)
     term: Term = Term(0)
@@ -63,7 +64,7 @@ class AgentAudit:
         self._nodes.clear()
         self._placed.clear()
         for seen in self._seen.values():
-            seen.session, seen.command = 0, ""
+            seen.session, seen.incarnation, seen.command = 0, "", ""
             seen.taken.clear()
             seen.pids.clear()
             seen.parts.clear()
@@ -118,10 +119,14 @@ class AgentAudit:
                 f"while {incarnation} is registered",
             )
         if session != seen.session:
-            # The machine may have lost its journal: what it took on before proves nothing now.
+            # The machine may be another one: its ranks prove nothing about those of before.
             seen.session = session
-            seen.taken.clear()
             seen.pids.clear()
+        if record.incarnation != seen.incarnation:
+            # Its journal may be lost, and with it the memory of what it took on; but no rank
+            # that runs is forked again for that.
+            seen.incarnation = record.incarnation
+            seen.taken.clear()
             seen.command = ""
 
     def _check_attempt(self, place: Parsed, record: WorkerSnapshot, seen: _Seen) -> None:
