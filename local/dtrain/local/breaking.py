@@ -7,6 +7,7 @@ are those of daemons (c1, a1) and of etcd's members (etcd-0).
 import contextlib
 import os
 import signal
+from pathlib import Path
 
 from dtrain.local.daemons import Daemon, Keeper
 from dtrain.local.etcd import EtcdCluster
@@ -24,6 +25,7 @@ from dtrain.storage.etcd.transport import GatewayEtcd
 class Breakable:
     """The half of ``LocalCluster`` that breaks things; not of use by itself."""
 
+    folder: Path
     keys: Keys
     etcd_servers: EtcdCluster
     coordinators: dict[str, Daemon]

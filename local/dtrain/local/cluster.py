@@ -20,9 +20,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dtrain.local import marks, ports, reaper, sweeping
+from dtrain.local.breaker import LocalBreaker
 from dtrain.local.breaking import Breakable
 from dtrain.local.daemons import Daemon, Keeper
 from dtrain.local.etcd import EtcdCluster, Member
+from dtrain.local.fault_port import FaultServer
 from dtrain.local.links import Links
 from dtrain.local.weed import WeedServer
 from dtrain.protocol.errors import Conflict, ErrorCode, Refused, Unavailable
@@ -103,6 +105,7 @@ class LocalCluster(Breakable):
         self._reaper: subprocess.Popen[bytes] | None = None
         self._lock_fd: int | None = None
         self._client: GatewayEtcd | None = None
+        self._fault_server: FaultServer | None = None
 
     def __enter__(self) -> "LocalCluster":
         self.start()
@@ -131,6 +134,10 @@ class LocalCluster(Breakable):
 
     def stop(self, *, clean: bool = True) -> None:
         """End everything; ``clean`` gives the daemons a moment to do it in order. May be repeated."""
+        if self._fault_server is not None:
+            # First: what it heals now would be started behind our back.
+            self._fault_server.close()
+            self._fault_server = None
         daemons = [*self.agents.values(), *self.coordinators.values()]
         if clean:
             for links in self.links.values():
@@ -253,7 +260,9 @@ class LocalCluster(Breakable):
     def _mark(self) -> None:
         """Say in etcd whether this cluster may be broken; a mark of an earlier start counts no more."""
         if self._faults:
-            marks.put(self.etcd, self.keys, marks.make(pid=os.getpid()))
+            self._fault_server = FaultServer(self.folder, lambda: LocalBreaker(self))
+            mark = marks.make(pid=os.getpid(), faults=str(self._fault_server.path))
+            marks.put(self.etcd, self.keys, mark)
         else:
             marks.remove(self.etcd, self.keys)
 
