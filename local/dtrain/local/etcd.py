@@ -5,18 +5,23 @@ Members die with this process; their data and logs stay in the folder.
 """
 
 import contextlib
+import http.client
 import importlib.util
+import json
 import os
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dtrain.local import ports
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused, Unavailable
+from dtrain.storage.etcd.endpoints import Tls
 from dtrain.storage.etcd.port import Delete, Txn
 from dtrain.storage.etcd.transport import GatewayEtcd
 
@@ -118,6 +123,18 @@ def _in_wheel() -> EtcdBinary | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class EtcdTls:
+    """TLS for clients and between members.
+
+    ``folder`` is what ``deploy/etcd/make-certs.sh`` made, with ``etcd:etcd-0``,
+    ``etcd:etcd-1``, ... among the holders; ``client`` is who asks whether members are ready.
+    """
+
+    folder: Path
+    client: Tls
+
+
 @dataclass(slots=True)
 class Member:
     """One etcd process of a cluster; its data survive its death."""
@@ -127,10 +144,17 @@ class Member:
     peer_port: int
     folder: Path
     process: "subprocess.Popen[bytes] | None" = field(default=None, repr=False)
+    scheme: str = "http"
+    joins: bool = False
+    """It is added to a cluster that exists."""
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.client_port}"
+        return f"{self.scheme}://127.0.0.1:{self.client_port}"
+
+    @property
+    def peer_url(self) -> str:
+        return f"{self.scheme}://127.0.0.1:{self.peer_port}"
 
     @property
     def log_path(self) -> Path:
@@ -161,8 +185,10 @@ class EtcdCluster:
         auto_compaction: str = "",
         progress_s: int = PROGRESS_S,
         quota_bytes: int = 0,
+        tls: EtcdTls | None = None,
     ) -> None:
         self._folder = folder
+        self._tls = tls
         self._size = size
         self._given = binary
         self._cache_dir = cache_dir
@@ -241,7 +267,7 @@ class EtcdCluster:
         for member in self.members:
             if not member.is_running and member.process is None:
                 continue
-            client = GatewayEtcd([member.endpoint])
+            client = GatewayEtcd([member.endpoint], tls=self._tls.client if self._tls else None)
             try:
                 self._wait_member(member, client, end)
             finally:
@@ -261,6 +287,38 @@ class EtcdCluster:
     def thaw(self, index: int = 0) -> None:
         """SIGCONT."""
         self._signal(index, signal.SIGCONT)
+
+    def replace_member(self, index: int, timeout_s: float = 30.0) -> Member:
+        """Take a member out of the cluster and bring in a new one, with other ports and no data.
+
+        Not while users are on: only root may.
+
+        Raises:
+            Unavailable: the others did not agree, or the new one did not get ready.
+        """
+        old = self.members[index]
+        through = self.members[(index + 1) % len(self.members)]
+        known = self._members_call(through, "list", {})["members"]
+        [number] = [member["ID"] for member in known if member.get("name") == old.name]
+        self._members_call(through, "remove", {"ID": number})
+        self.kill(index)
+        client_port, peer_port = ports.reserve(2)
+        ports.release([old.client_port, old.peer_port])
+        new = Member(f"{old.name}b", client_port, peer_port, self._folder, scheme=old.scheme, joins=True)
+        end = time.monotonic() + timeout_s
+        while True:
+            try:
+                self._members_call(through, "add", {"peerURLs": [new.peer_url]})
+                break
+            except Unavailable:
+                # Refused while the remaining members have yet to connect to each other.
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.2)
+        self.members[index] = new
+        self.start_member(index)
+        self.wait_ready(max(0.0, end - time.monotonic()))
+        return new
 
     def stop(self, timeout_s: float = 3.0) -> None:
         """End all members in order, or by force after ``timeout_s``; ``start`` brings them back."""
@@ -291,22 +349,27 @@ class EtcdCluster:
             return
         numbers = ports.reserve(2 * self._size)
         self.members = [
-            Member(f"etcd-{index}", numbers[2 * index], numbers[2 * index + 1], self._folder)
+            Member(
+                f"etcd-{index}",
+                numbers[2 * index],
+                numbers[2 * index + 1],
+                self._folder,
+                scheme="https" if self._tls else "http",
+            )
             for index in range(self._size)
         ]
 
     def _flags(self, member: Member) -> list[str]:
-        peer = f"http://127.0.0.1:{member.peer_port}"
-        everyone = ",".join(f"{m.name}=http://127.0.0.1:{m.peer_port}" for m in self.members)
+        everyone = ",".join(f"{m.name}={m.peer_url}" for m in self.members)
         flags = [
             f"--name={member.name}",
             f"--data-dir={member.folder / member.name}",
             f"--listen-client-urls={member.endpoint}",
             f"--advertise-client-urls={member.endpoint}",
-            f"--listen-peer-urls={peer}",
-            f"--initial-advertise-peer-urls={peer}",
+            f"--listen-peer-urls={member.peer_url}",
+            f"--initial-advertise-peer-urls={member.peer_url}",
             f"--initial-cluster={everyone}",
-            "--initial-cluster-state=new",
+            f"--initial-cluster-state={'existing' if member.joins else 'new'}",
             f"--initial-cluster-token={self._folder.name}-{self.members[0].peer_port}",
             f"--heartbeat-interval={self._heartbeat_ms}",
             f"--election-timeout={self._election_ms}",
@@ -325,7 +388,36 @@ class EtcdCluster:
                 "--auto-compaction-mode=periodic",
                 f"--auto-compaction-retention={self._auto_compaction}",
             ]
+        if self._tls is not None:
+            pki = self._tls.folder / "etcd" / member.name
+            flags += [
+                f"--cert-file={pki / 'server.crt'}",
+                f"--key-file={pki / 'server.key'}",
+                f"--trusted-ca-file={pki / 'server-ca.crt'}",
+                "--client-cert-auth",
+                f"--peer-cert-file={pki / 'peer.crt'}",
+                f"--peer-key-file={pki / 'peer.key'}",
+                f"--peer-trusted-ca-file={pki / 'peer-ca.crt'}",
+                "--peer-client-cert-auth",
+            ]
         return flags
+
+    def _members_call(self, through: Member, verb: str, body: dict[str, Any]) -> dict[str, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", through.client_port, timeout=10.0)
+        if self._tls is not None:
+            context = ssl.create_default_context(cafile=self._tls.client.ca)
+            context.load_cert_chain(self._tls.client.cert or "", self._tls.client.key)
+            connection = http.client.HTTPSConnection(
+                "127.0.0.1", through.client_port, timeout=10.0, context=context
+            )
+        with contextlib.closing(connection):
+            connection.request("POST", f"/v3/cluster/member/{verb}", json.dumps(body))
+            answer = connection.getresponse()
+            text = answer.read()
+        if answer.status != http.client.OK:
+            raise Unavailable(ErrorCode.ETCD_UNAVAILABLE, f"etcd did not {verb} a member: {text[:300]!r}")
+        found: dict[str, Any] = json.loads(text)
+        return found
 
     def _wait_member(self, member: Member, client: GatewayEtcd, end: float) -> None:
         while True:
@@ -334,6 +426,9 @@ class EtcdCluster:
                 client.txn(Txn((), (Delete("dtrain-ready"),)), deadline_s=1.0)
                 return
             except DtrainError as error:
+                if isinstance(error, Refused) and error.code is ErrorCode.ETCD_AUTH:
+                    # Users are on, and we are none: it answers, and that is what was asked.
+                    return
                 process = member.process
                 if (process is not None and process.poll() is not None) or time.monotonic() > end:
                     raise Unavailable(
