@@ -112,6 +112,24 @@ def test_ready_needs_a_warm_launcher_a_clear_machine_and_the_store() -> None:
     assert table.written().urgent
 
 
+@pytest.mark.parametrize("last", ["warm", "clear", "store"])
+def test_ready_waits_for_whatever_comes_last(last: str) -> None:
+    reports = {
+        "warm": LauncherState(LAUNCHER, ready=True),
+        "clear": Cleared(Attempt(1)),
+        "store": StoreReady(Attempt(1), 29500),
+    }
+    table = Table()
+    table.command(table.prepare())
+    table.feed(LauncherStarted(JOB, Uid("u1"), LAUNCHER))
+    for name, report in reports.items():
+        if name != last:
+            table.report(report)
+    assert table.job.phase is WorkerPhase.STARTING
+    table.report(reports[last])
+    assert table.job.phase is WorkerPhase.READY
+
+
 def test_an_old_attempts_clearing_does_not_make_a_new_one_ready() -> None:
     table = Table(serve_store=False).prepared()
     table.command(table.prepare(2))

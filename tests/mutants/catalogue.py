@@ -1,0 +1,880 @@
+"""The deliberate bugs. Each says which promise it breaks, and which test must notice.
+
+``old`` must occur exactly once in ``file``: where the code has changed, the mutant has to follow it.
+``killer``: pytest nodes, or the arguments of ``python -m`` for a simulation.
+"""
+
+# ruff: noqa: E501 - code is quoted as it stands
+
+from dataclasses import dataclass
+
+CORE = "coordinator/dtrain/coordinator/core"
+COORDINATOR = "coordinator/dtrain/coordinator"
+AGENT = "agent/dtrain/agent"
+ETCD = "storage/dtrain/storage/etcd"
+TRAINER = "trainer/dtrain/trainer"
+
+ON_COORDINATOR = "tests/unit/coordinator"
+ON_AGENT = "tests/unit/agent"
+ON_ETCD = "tests/contract/etcd"
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One bug. ``breaks``: what is wrong, and which promise falls with it."""
+
+    id: str
+    breaks: str
+    file: str
+    old: str
+    new: str
+    killer: tuple[str, ...]
+
+
+def _mutant(identity: str, breaks: str, file: str, change: tuple[str, str], *killer: str) -> Mutant:
+    return Mutant(identity, breaks, file, change[0], change[1], killer)
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    # Fenced writes ------------------------------------------------------------------------
+    _mutant(
+        "fence-dropped",
+        "G1: a leader's transaction does not compare the leader key, so a deposed one still writes.",
+        f"{COORDINATOR}/persistence.py",
+        (
+            "    compares = [Compare(keys.leader, Target.CREATE, term)]\n",
+            "    compares: list[Compare] = []\n",
+        ),
+        f"{ON_COORDINATOR}/test_persistence.py::test_a_stale_leader_cannot_commit",
+    ),
+    _mutant(
+        "fence-dropped-in-simulation",
+        "G1: the same, noticed by the auditor of a whole cluster whose leaders sleep beyond their lease.",
+        f"{COORDINATOR}/persistence.py",
+        (
+            "    compares = [Compare(keys.leader, Target.CREATE, term)]\n",
+            "    compares: list[Compare] = []\n",
+        ),
+        "tests/sim/test_sim_catches.py::test_a_leader_that_slept_with_its_clocks_writes_nothing",
+    ),
+    _mutant(
+        "record-guards-dropped",
+        "G1: a decision does not compare the records it was made from, and overwrites newer ones.",
+        f"{COORDINATOR}/persistence.py",
+        (
+            "    compares += [Compare(key, Target.MOD, mod_revision) for key, mod_revision in expected.items()]\n",
+            "",
+        ),
+        f"{ON_COORDINATOR}/test_persistence.py::test_a_changed_record_is_a_conflict_at_its_revision",
+    ),
+    _mutant(
+        "absence-not-compared",
+        "G3: a reader that pins a checkpoint while it is being retired does not stop that.",
+        f"{COORDINATOR}/persistence.py",
+        ("for rule in decision.absent\n", "for rule in decision.absent[:0]\n"),
+        f"{ON_COORDINATOR}/test_persistence.py::test_a_pin_that_came_meanwhile_stops_a_retirement",
+    ),
+    _mutant(
+        "unknown-taken-for-success",
+        "G2: a write whose answer was lost counts as done, so commands leave for what may never be.",
+        f"{COORDINATOR}/persistence.py",
+        (
+            "        except OutcomeUnknown:\n            return self._look(term, txn)\n",
+            "        except OutcomeUnknown:\n            return Committed(1)\n",
+        ),
+        f"{ON_COORDINATOR}/test_persistence.py::test_a_write_that_may_still_come_is_unknown_and_harmless_when_it_comes",
+    ),
+    _mutant(
+        "unknown-taken-for-failure",
+        "G7: a write whose answer was lost counts as not done, so it is decided twice.",
+        f"{COORDINATOR}/persistence.py",
+        (
+            "        except OutcomeUnknown:\n            return self._look(term, txn)\n",
+            '        except OutcomeUnknown:\n            return NotWritten("no answer", retry=True)\n',
+        ),
+        f"{ON_COORDINATOR}/test_persistence.py::test_a_lost_answer_of_an_applied_write_is_found_by_reading",
+    ),
+    _mutant(
+        "unknown-retried-without-reading",
+        "G7: a write whose answer was lost is sent again at once; its own first try then looks like a rival.",
+        f"{COORDINATOR}/persistence.py",
+        (
+            "        except OutcomeUnknown:\n            return self._look(term, txn)\n",
+            "        except OutcomeUnknown:\n            return self.commit(term, decision)\n",
+        ),
+        f"{ON_COORDINATOR}/test_persistence.py::test_a_lost_answer_of_an_applied_write_is_found_by_reading",
+    ),
+    _mutant(
+        "deadline-not-checked-before-a-commit",
+        "A replica whose lease may be over still sends transactions.",
+        f"{COORDINATOR}/persistence.py",
+        (
+            "        if not self._may_act():\n            # Correctness",
+            "        if False:\n            # Correctness",
+        ),
+        f"{ON_COORDINATOR}/test_persistence.py::test_a_replica_that_may_not_act_does_not_even_try",
+    ),
+    _mutant(
+        "submission-overwrites-a-running-job",
+        "G7: two submissions at once both believe that they created the job.",
+        f"{COORDINATOR}/api/records.py",
+        ("for key in (names[0], names[1])\n", "for key in (names[1],)\n"),
+        f"{ON_COORDINATOR}/test_api.py::test_submissions_at_once_create_one_job",
+    ),
+    # The leader's loop ----------------------------------------------------------------------
+    _mutant(
+        "acts-before-the-mirror-has-reached-the-term",
+        "G1: a new leader decides from what its predecessor has changed since.",
+        f"{COORDINATOR}/driver.py",
+        (
+            "        if self._term is None or self.leads or self._revision < self._term:\n",
+            "        if self._term is None or self.leads:\n",
+        ),
+        f"{ON_COORDINATOR}/test_driver.py::test_nothing_is_decided_before_the_mirror_has_reached_the_term",
+    ),
+    _mutant(
+        "own-writes-not-awaited",
+        "G7: a job is decided about again before the mirror shows what was just decided.",
+        f"{COORDINATOR}/driver.py",
+        (
+            "track.in_flight is None and self._revision >= track.reach and now >= track.not_before",
+            "track.in_flight is None and now >= track.not_before",
+        ),
+        f"{ON_COORDINATOR}/test_driver.py::test_a_job_is_not_looked_at_again_while_its_commit_is_in_flight_or_unseen",
+    ),
+    _mutant(
+        "commands-before-their-decision-is-durable",
+        "G4: agents act on a decision that a successor cannot read back.",
+        f"{COORDINATOR}/driver.py",
+        (
+            "        track.in_flight = decision\n        self.world.reserve(",
+            "        self._perform(job, track, decision, now)\n"
+            "        track.in_flight = decision\n        self.world.reserve(",
+        ),
+        f"{ON_COORDINATOR}/test_driver.py::test_commands_leave_only_after_their_decision_is_durable",
+    ),
+    _mutant(
+        "answer-trusted-instead-of-the-snapshot",
+        "G7: a command that was answered is never sent again, though its effect may have died with the agent.",
+        f"{COORDINATOR}/driver.py",
+        (
+            "        if sent is not None and now < sent.at + wait_s:\n",
+            "        if sent is not None and not sent.failed:\n            return\n"
+            "        if sent is not None and now < sent.at + wait_s:\n",
+        ),
+        f"{ON_COORDINATOR}/test_driver.py::test_a_command_is_repeated_each_retry_and_sooner_after_a_failure",
+    ),
+    _mutant(
+        "readiness-taken-from-an-agent-s-former-life",
+        "G6: START goes out on the word of an agent that has restarted since.",
+        f"{CORE}/phases.py",
+        ("(seat.phase is WorkerPhase.READY and seat.current)", "(seat.phase is WorkerPhase.READY)"),
+        f"{ON_COORDINATOR}/test_plan_start.py::"
+        "test_agent_that_restarts_after_ready_is_prepared_again_before_any_start",
+    ),
+    _mutant(
+        "poison-job-stops-the-loop",
+        "G8: one job whose plan crashes takes the coordinator, and the next, with it.",
+        f"{COORDINATOR}/driver.py",
+        (
+            "        except Exception as error:  # noqa: BLE001 - one job's poison",
+            "        except LookupError as error:  # noqa: BLE001 - one job's poison",
+        ),
+        f"{ON_COORDINATOR}/test_driver.py::test_a_job_that_crashes_its_plan_is_quarantined_and_the_others_go_on",
+    ),
+    _mutant(
+        "slots-not-reserved-until-seen",
+        "Two jobs decided in one moment get the same slots.",
+        f"{COORDINATOR}/driver.py",
+        ("        self.world.reserve(job, _status_in(decision))\n", ""),
+        f"{ON_COORDINATOR}/test_driver.py::test_two_jobs_decided_in_one_moment_do_not_take_the_same_slots",
+    ),
+    _mutant(
+        "older-leader-decides",
+        "G1: a leader writes over what a later term has decided.",
+        f"{CORE}/plan.py",
+        ("status.term > fleet.term", "status.term > fleet.term + 10**9"),
+        f"{ON_COORDINATOR}/test_plan_leaders.py::test_leader_of_an_older_term_decides_nothing",
+    ),
+    # Leadership -----------------------------------------------------------------------------
+    _mutant(
+        "lost-claim-not-recognised",
+        "A replica whose winning answer was lost waits for itself until the lease ends.",
+        f"{COORDINATOR}/leadership/elector.py",
+        (
+            "        elif holder is not None and (holder.lease, holder.nonce) == (self._lease, self._nonce):\n",
+            "        elif False and holder is not None:\n",
+        ),
+        f"{ON_COORDINATOR}/test_elector.py::test_a_create_whose_answer_was_lost_is_recognised_by_its_nonce",
+    ),
+    _mutant(
+        "former-life-s-key-taken-for-ours",
+        "G1: a restarted replica takes the key of its former life for its own term.",
+        f"{COORDINATOR}/leadership/elector.py",
+        ("(holder.lease, holder.nonce) == (self._lease, self._nonce)", "holder.lease == self._lease"),
+        f"{ON_COORDINATOR}/test_elector.py::test_the_key_of_a_former_life_of_this_replica_is_not_ours",
+    ),
+    _mutant(
+        "leads-beyond-its-deadline",
+        "A leader whose lease was not renewed goes on as if it had been.",
+        f"{COORDINATOR}/leadership/lease.py",
+        (
+            "        if self._term is not None and not self._session.may_act(now):\n",
+            "        if False:\n",
+        ),
+        f"{ON_COORDINATOR}/test_elector.py::test_a_leader_past_its_deadline_is_over",
+    ),
+    _mutant(
+        "session-ignores-its-deadline",
+        "G1: a process cut off from etcd never learns from its session that it must stop acting.",
+        f"{ETCD}/session.py",
+        (
+            "        return now < view.demote_at and self._acting in (0, view.generation)\n",
+            "        return self._acting in (0, view.generation)\n",
+        ),
+        f"{ON_ETCD}/test_guardian.py::"
+        "test_a_leader_cut_from_etcd_stops_acting_and_is_killed_before_its_lease_can_end",
+    ),
+    _mutant(
+        "deadline-counted-from-the-answer",
+        "G1: a slow answer to a renewal stretches the time for which a leader believes in its lease.",
+        f"{ETCD}/lease_keeper.py",
+        (
+            "            self._held = replace(self._held, ttl_s=ttl_s, sent_at=sent_at)\n",
+            "            self._held = replace(self._held, ttl_s=ttl_s, sent_at=boottime())\n",
+        ),
+        f"{ON_ETCD}/test_corners.py::test_deadlines_count_from_before_the_renewal_was_sent",
+    ),
+    _mutant(
+        "revoked-before-the-child-is-dead",
+        "G1: the guardian gives the lease up while its child can still act, so that two leaders do.",
+        f"{ETCD}/guardian.py",
+        (
+            '                self._report("child killed", pid=child.process.pid, why=why)\n'
+            "                child.process.kill()\n",
+            '                self._report("child killed", pid=child.process.pid, why=why)\n'
+            "                if self._config.policy is Policy.COORDINATOR:\n"
+            "                    self._give_up_lease()\n"
+            "                    time.sleep(1.0)\n"
+            "                child.process.kill()\n",
+        ),
+        f"{ON_ETCD}/test_guardian.py::test_a_coordinator_s_lease_is_revoked_only_after_it_is_gone",
+    ),
+    _mutant(
+        "stuck-child-ignored",
+        "A coordinator that hangs keeps the lease, and nobody leads.",
+        f"{ETCD}/guardian.py",
+        (
+            "        if child.memory.has_flag(STARTED) and now - child.beat_at > hang_s:\n",
+            "        if False and now - child.beat_at > hang_s:\n",
+        ),
+        f"{ON_ETCD}/test_guardian.py::test_a_coordinator_s_lease_is_revoked_only_after_it_is_gone",
+    ),
+    _mutant(
+        "child-outlives-its-guardian",
+        "G1: a coordinator whose guardian died acts on under a lease that nobody renews.",
+        f"{ETCD}/session.py",
+        ("_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0", "_PR_SET_PDEATHSIG, 0, 0, 0, 0"),
+        f"{ON_ETCD}/test_guardian.py::test_a_child_dies_with_its_guardian",
+    ),
+    _mutant(
+        "agent-s-lease-ends-with-the-agent",
+        "G6: a crash of the agent's process alone looks like the loss of its machine.",
+        f"{ETCD}/guardian.py",
+        (
+            "        keeps_lease = self._config.policy is Policy.AGENT\n",
+            "        keeps_lease = False\n",
+        ),
+        f"{ON_ETCD}/test_guardian.py::test_an_agent_is_restarted_under_the_lease_it_had",
+    ),
+    _mutant(
+        "leader-not-killed-when-its-lease-was-not-renewed",
+        "G1: a leader that does not stop by itself lives beyond its lease.",
+        f"{ETCD}/guardian.py",
+        ("            if now > held.kill_at:\n", "            if False:\n"),
+        f"{ON_ETCD}/test_guardian.py::"
+        "test_a_leader_cut_from_etcd_stops_acting_and_is_killed_before_its_lease_can_end",
+    ),
+    _mutant(
+        "leader-of-a-lost-lease-not-killed",
+        "G1: a leader whose lease etcd has called lost goes on.",
+        f"{ETCD}/guardian.py",
+        ("            if held.lost or acting != held.generation:\n", "            if False:\n"),
+        f"{ON_ETCD}/test_guardian.py::test_a_leader_whose_lease_was_revoked_is_killed",
+    ),
+    _mutant(
+        "dispatcher-sends-after-its-end",
+        "I6: commands of a deposed leader still leave.",
+        f"{COORDINATOR}/dispatch.py",
+        ("            if self._closed:\n                return\n", ""),
+        f"{ON_COORDINATOR}/test_dispatch.py::test_after_close_nothing_leaves",
+    ),
+    # Watching etcd --------------------------------------------------------------------------
+    _mutant(
+        "watch-resumes-too-late",
+        "I8: a watch that is opened again skips a revision, and the mirror is wrong for ever.",
+        f"{ETCD}/mirror.py",
+        ("prefix_end(self._prefix), max(1, self.revision))", "prefix_end(self._prefix), self.revision + 2)"),
+        f"{ON_ETCD}/test_mirror.py::test_a_mirror_holds_what_was_there_and_follows_what_comes[memory]",
+    ),
+    _mutant(
+        "watch-resumes-right-behind-the-applied-revision",
+        "I8: on servers before 3.5.16 a deletion at exactly the compacted revision is missed.",
+        f"{ETCD}/mirror.py",
+        ("prefix_end(self._prefix), max(1, self.revision))", "prefix_end(self._prefix), self.revision + 1)"),
+        f"{ON_ETCD}/test_corners.py::test_a_deletion_at_the_compacted_revision_is_not_missed",
+    ),
+    _mutant(
+        "applied-events-applied-again",
+        "I8: an event that was applied before takes the mirror back to an older value.",
+        f"{ETCD}/mirror.py",
+        ("            if kv.mod_revision <= self.revision:\n                continue\n", ""),
+        f"{ON_ETCD}/test_mirror.py::test_killing_the_watched_member_under_writes_loses_and_repeats_nothing",
+    ),
+    _mutant(
+        "canceled-watch-ignored",
+        "I8: a watch that etcd has refused is waited on for ever.",
+        f"{ETCD}/watching.py",
+        ('            if result.get("canceled"):\n', '            if result.get("no such field"):\n'),
+        f"{ON_ETCD}/test_port.py::test_a_watch_from_before_the_compaction_is_refused_as_compacted[gateway-3.5]",
+    ),
+    _mutant(
+        "compact-revision-ignored",
+        "I8: a compacted resume point is taken for a broken stream and asked for again for ever.",
+        f"{ETCD}/watching.py",
+        ('int(result.get("compact_revision", 0))', 'int(result.get("no such field", 0))'),
+        f"{ON_ETCD}/test_port.py::test_a_watch_from_before_the_compaction_is_refused_as_compacted[gateway-3.5]",
+    ),
+    _mutant(
+        "no-new-list-after-a-compaction",
+        "I8: a mirror goes on watching where history is gone.",
+        f"{ETCD}/mirror.py",
+        (
+            '            self._log.warning("mirror lists again", prefix=self._prefix, why=str(error))\n'
+            "            self._listed = False\n",
+            '            self._log.warning("mirror lists again", prefix=self._prefix, why=str(error))\n',
+        ),
+        f"{ON_ETCD}/test_mirror.py::"
+        "test_compaction_past_the_resume_point_lists_again_and_finds_missed_deletions",
+    ),
+    _mutant(
+        "list-keeps-what-was-deleted",
+        "I8: deletions that happened between two lists are never noticed.",
+        f"{ETCD}/mirror.py",
+        (
+            "        fresh = {kv.key: kv for kv in items}\n",
+            "        fresh = {**self._items, **{kv.key: kv for kv in items}}\n",
+        ),
+        f"{ON_ETCD}/test_mirror.py::"
+        "test_compaction_past_the_resume_point_lists_again_and_finds_missed_deletions",
+    ),
+    _mutant(
+        "list-keeps-what-was-deleted-in-simulation",
+        "I8: the same, in a whole cluster whose watches are cut and compacted.",
+        f"{ETCD}/mirror.py",
+        (
+            "        fresh = {kv.key: kv for kv in items}\n",
+            "        fresh = {**self._items, **{kv.key: kv for kv in items}}\n",
+        ),
+        "tests/sim/test_sim_catches.py::test_deletions_between_two_lists_are_not_missed",
+    ),
+    _mutant(
+        "pages-not-pinned",
+        "I8: a list in pages mixes several revisions.",
+        f"{ETCD}/mirror.py",
+        ("self._etcd.range(after, end, revision=revision, limit", "self._etcd.range(after, end, limit"),
+        f"{ON_ETCD}/test_corners.py::test_a_list_in_pages_is_of_one_revision",
+    ),
+    _mutant(
+        "silence-not-noticed",
+        "A stream that swallows events is trusted for ever.",
+        f"{ETCD}/mirror.py",
+        ("elif now - heard_at > 3 * self._interval_s:", "elif now - heard_at > 3000 * self._interval_s:"),
+        f"{ON_ETCD}/test_mirror.py::test_a_stream_that_swallows_events_is_given_up",
+    ),
+    _mutant(
+        "line-cap-dropped",
+        "A stream without a line feed fills the memory.",
+        f"{ETCD}/framing.py",
+        ("        if len(self._line) > self._line_bytes_max:\n", "        if False:\n"),
+        "tests/unit/storage/test_etcd_framing.py::test_a_line_beyond_the_cap_ends_the_stream",
+    ),
+    # The transport --------------------------------------------------------------------------
+    _mutant(
+        "other-cluster-accepted",
+        "A member of another cluster is believed.",
+        f"{ETCD}/transport.py",
+        ("        if cluster_id != self._cluster_id:\n", "        if False:\n"),
+        f"{ON_ETCD}/test_gateway_faults.py::test_another_cluster_is_refused",
+    ),
+    _mutant(
+        "lower-raft-term-accepted",
+        "An etcd that was restored from an older state is believed.",
+        f"{ETCD}/transport.py",
+        ("        if 0 < term < term_at_send:\n", "        if False:\n"),
+        f"{ON_ETCD}/test_gateway_faults.py::test_a_lower_raft_term_is_refused",
+    ),
+    _mutant(
+        "token-not-renewed",
+        "An expired or foreign token is an error for good.",
+        f"{ETCD}/transport.py",
+        (
+            "        except LoginNeeded:\n            if not self._user:\n",
+            "        except LoginNeeded:\n            if True:\n",
+        ),
+        f"{ON_ETCD}/test_gateway_faults.py::test_an_expired_token_costs_one_login_and_no_error",
+    ),
+    _mutant(
+        "timed-out-request-taken-for-nothing-happened",
+        "G7: a 'request timed out', which was seen to be applied later, counts as not applied.",
+        f"{ETCD}/outcomes.py",
+        (
+            '    if "no leader" in text or "not a primary',
+            '    if "request timed out" in text or "no leader" in text or "not a primary',
+        ),
+        f"{ON_ETCD}/test_gateway_faults.py::test_answers_are_told_apart",
+    ),
+    _mutant(
+        "write-resent-to-the-next-member",
+        "G7: a transaction that one member may have applied is sent to the next one.",
+        f"{ETCD}/transport.py",
+        ("deadline_s, resend=not writes, linearizable=True", "deadline_s, resend=True, linearizable=True"),
+        f"{ON_ETCD}/test_corners.py::test_a_write_is_not_sent_to_another_member_while_its_outcome_is_unknown",
+    ),
+    # The model ------------------------------------------------------------------------------
+    _mutant(
+        "model-compares-all-of-a-range-as-any",
+        "The simulation runs on an etcd that does not exist.",
+        f"{ETCD}/semantics.py",
+        (
+            "        return all(_relates(compare, kv) for kv in found)\n",
+            "        return any(_relates(compare, kv) for kv in found)\n",
+        ),
+        f"{ON_ETCD}/test_differential.py::test_the_model_and_a_server_agree_on_random_programs[3.5]",
+    ),
+    _mutant(
+        "model-keeps-a-key-under-its-former-lease",
+        "The simulation runs on an etcd that deletes keys which were put again without their lease.",
+        f"{ETCD}/memory.py",
+        (
+            "            self._leases[before.lease].keys.discard(put.key)\n",
+            "            self._leases[before.lease].keys.add(put.key)\n",
+        ),
+        f"{ON_ETCD}/test_differential.py::test_the_model_and_a_server_agree_on_random_programs[3.5]",
+    ),
+    # Agents and machines --------------------------------------------------------------------
+    _mutant(
+        "agent-obeys-a-lower-term",
+        "I6: a deposed leader still ends training.",
+        f"{AGENT}/core/commands.py",
+        ("    if head.term < state.term:\n", "    if False:\n"),
+        f"{ON_AGENT}/test_core_attempts.py::test_a_lower_term_is_refused",
+    ),
+    _mutant(
+        "agent-obeys-an-unconfirmed-term",
+        "I6: anybody who sends a large number is obeyed.",
+        f"{AGENT}/core/commands.py",
+        ("        if not event.confirmed:\n", "        if False:\n"),
+        f"{ON_AGENT}/test_core_attempts.py::test_a_higher_term_is_refused_until_it_is_confirmed",
+    ),
+    _mutant(
+        "agent-obeys-a-lower-attempt",
+        "I6: a late PREPARE of an older attempt ends the present one's ranks.",
+        f"{AGENT}/core/commands.py",
+        (
+            "        if head.attempt < job.attempt:\n            return Answer",
+            "        if False:\n            return Answer",
+        ),
+        f"{ON_AGENT}/test_core_attempts.py::test_a_lower_attempt_is_refused",
+    ),
+    _mutant(
+        "command-carried-out-twice",
+        "I7: a repeated command has a second effect.",
+        f"{AGENT}/core/commands.py",
+        ("    if head.id in state.seen.get(head.job, ()):\n", "    if False:\n"),
+        f"{ON_AGENT}/test_core_attempts.py::"
+        "test_a_repeated_command_is_accepted_has_no_second_effect_and_is_answered_by_a_snapshot",
+    ),
+    _mutant(
+        "journal-after-the-act",
+        "I6: an agent that dies between act and journal does not know its own ranks.",
+        f"{AGENT}/driver.py",
+        (
+            "        if not self._journal(state, decision, event):\n",
+            "        self._carry_out(decision.actions)\n"
+            "        if not self._journal(state, decision, event):\n",
+        ),
+        f"{ON_AGENT}/test_driver.py::test_without_a_journal_no_command_is_taken",
+    ),
+    _mutant(
+        "snapshot-not-fenced-by-the-registration",
+        "I6: an agent's former life overwrites the snapshots of the present one.",
+        f"{AGENT}/reporter.py",
+        (
+            "Txn((fence, newest), (Put(key, value, self._lease),), reread)",
+            "Txn((newest,), (Put(key, value, self._lease),), reread)",
+        ),
+        f"{ON_AGENT}/test_reporter.py::test_a_restarted_agent_takes_over_under_the_same_lease_and_fences_its_former_self",
+        f"{ON_AGENT}/test_reporter.py::test_a_name_taken_meanwhile_fences_every_snapshot",
+    ),
+    _mutant(
+        "ready-while-older-ranks-live",
+        "I6: an attempt begins beside processes of an older one that were not seen to be gone.",
+        f"{AGENT}/core/preparing.py",
+        ("        and job.cleared\n", ""),
+        f"{ON_AGENT}/test_core_attempts.py::test_ready_waits_for_whatever_comes_last[clear]",
+    ),
+    _mutant(
+        "kill-not-verified",
+        "I6: the launcher says 'cleared' as soon as it has sent SIGKILL.",
+        f"{AGENT}/launch/family.py",
+        (
+            "        signal_all(left, signal.SIGKILL)\n        if not left:\n            return True, ()\n",
+            "        signal_all(left, signal.SIGKILL)\n        return True, ()\n",
+        ),
+        f"{ON_AGENT}/test_launcher_parts.py::test_what_cannot_die_is_named_after_the_patience",
+    ),
+    _mutant(
+        "orphan-grace-ignored",
+        "G6: ranks without an agent go on for ever.",
+        f"{AGENT}/launcher.py",
+        (
+            "        return self._alone_since is not None and now >=",
+            "        return False and self._alone_since is not None and now >=",
+        ),
+        "tests/e2e/test_launcher.py::test_without_an_agent_everything_ends_after_the_orphan_grace",
+    ),
+    _mutant(
+        "restarted-agent-forgets-its-launcher",
+        "G5: an agent that restarts does not find its ranks again.",
+        f"{AGENT}/core/adoption.py",
+        ("        if launcher.process is None:\n", "        if True:\n"),
+        f"{ON_AGENT}/test_driver.py::test_a_restarted_agent_adopts_its_job_and_publishes_it_as_its_own",
+    ),
+    _mutant(
+        "rank-of-an-older-attempt-welcomed",
+        "G4: a zombie rank takes part in the present attempt.",
+        f"{AGENT}/core/ranks.py",
+        ("    if job.attempt != hello.attempt:\n", "    if False:\n"),
+        f"{ON_AGENT}/test_core_attempts.py::test_a_zombie_rank_is_sent_away",
+    ),
+    # Losses ---------------------------------------------------------------------------------
+    _mutant(
+        "new-leader-settles-nothing",
+        "G5: a change of leader alone makes agents count as lost.",
+        f"{CORE}/liveness.py",
+        (
+            "        due = max(fleet.took_office_at + fleet.agent_ttl_s, ",
+            "        due = max(fleet.took_office_at, ",
+        ),
+        f"{ON_COORDINATOR}/test_plan_failures.py::test_agent_missing_since_the_change_of_leader_gets_one_ttl",
+    ),
+    _mutant(
+        "brake-ignored",
+        "I9: when etcd or the network fails, the whole fleet is declared lost.",
+        f"{CORE}/liveness.py",
+        (
+            "(Standing.SETTLING if draft.fleet.brake else Standing.LOST)",
+            "Standing.LOST",
+        ),
+        f"{ON_COORDINATOR}/test_plan_failures.py::test_nothing_is_lost_under_the_brake",
+    ),
+    _mutant(
+        "stale-mirror-does-not-brake",
+        "I9: losses are declared from a mirror that has not heard of etcd.",
+        f"{COORDINATOR}/world.py",
+        ("now - self._heard_at > MIRROR_AGE_S_MAX:", "now - self._heard_at > 1000 * MIRROR_AGE_S_MAX:"),
+        f"{ON_COORDINATOR}/test_world.py::test_a_stale_mirror_brakes_and_says_when_it_will",
+    ),
+    _mutant(
+        "brake-counts-any-loss",
+        "I9: a third of the fleet may vanish at once without a doubt.",
+        f"{COORDINATOR}/world.py",
+        ("len(gone) > BRAKE_SHARE * total", "len(gone) > total"),
+        f"{ON_COORDINATOR}/test_world.py::test_the_brake_comes_on_when_a_third_of_the_fleet_vanishes",
+    ),
+    _mutant(
+        "attempt-not-numbered-anew",
+        "I5: two attempts share a number, so that an older one can commit.",
+        f"{CORE}/phases.py",
+        (
+            "    number = Attempt(draft.status.attempt + 1)\n",
+            "    number = Attempt(max(1, draft.status.attempt))\n",
+        ),
+        f"{ON_COORDINATOR}/test_plan_failures.py::test_failed_rank_starts_the_next_attempt_in_one_transaction",
+    ),
+    _mutant(
+        "budget-charged-later-than-the-attempt",
+        "I5: a crash between two transactions gives an attempt for free, or takes a restart for none.",
+        f"{CORE}/phases.py",
+        (
+            "    draft.set(restarts=(*used, draft.moment.wall), charge=False)\n    return True\n",
+            "    if draft.status.charge:\n        draft.set(restarts=(*used, draft.moment.wall), charge=False)\n"
+            "        return False\n    return True\n",
+        ),
+        f"{ON_COORDINATOR}/test_plan_failures.py::test_failed_rank_starts_the_next_attempt_in_one_transaction",
+    ),
+    _mutant(
+        "restore-point-not-fixed",
+        "G6: ranks of one attempt may restore different checkpoints.",
+        f"{CORE}/phases.py",
+        (
+            "        restore=restore,\n        store=store,\n",
+            "        restore=draft.status.restore,\n        store=store,\n",
+        ),
+        f"{ON_COORDINATOR}/test_plan_checkpoints.py::test_next_attempt_restores_the_newest_commit",
+    ),
+    # Checkpoints ----------------------------------------------------------------------------
+    _mutant(
+        "settle-skipped",
+        "G2: an open checkpoint of an older attempt may still be committed behind the new one's back.",
+        f"{CORE}/checkpoints.py",
+        (
+            "    since = draft.in_phase_since if draft.status.phase is JobPhase.RECOVERING else None\n",
+            "    return True\n"
+            "    since = draft.in_phase_since if draft.status.phase is JobPhase.RECOVERING else None\n",
+        ),
+        f"{ON_COORDINATOR}/test_plan_checkpoints.py::test_incomplete_checkpoint_is_deleted_before_the_next_attempt",
+    ),
+    _mutant(
+        "commands-before-the-intent",
+        "G2: ranks write blobs under a number that no record protects.",
+        f"{CORE}/checkpoints.py",
+        ("    draft.put(draft.keys.open(name, seq), record, 0)\n", ""),
+        f"{ON_COORDINATOR}/test_plan_checkpoints.py::test_intent_is_written_before_any_command",
+    ),
+    _mutant(
+        "commit-without-a-rank",
+        "G2: a checkpoint is committed although a rank's part is missing.",
+        f"{CORE}/checkpoints.py",
+        ("    return len(parts) == record.world_size\n", "    return len(parts) >= record.world_size - 1\n"),
+        f"{ON_COORDINATOR}/test_plan_checkpoints.py::test_commit_needs_every_rank_and_a_good_verdict",
+    ),
+    _mutant(
+        "parts-of-another-step-counted",
+        "G2: parts of two steps make up one checkpoint.",
+        f"{CORE}/checkpoints.py",
+        (
+            "    return (part.seq, part.attempt, part.step, part.nonce) == (\n"
+            "        record.seq,\n        record.attempt,\n        record.step,\n        record.nonce,\n    )",
+            "    return (part.seq, part.attempt, part.nonce) == (\n"
+            "        record.seq,\n        record.attempt,\n        record.nonce,\n    )",
+        ),
+        f"{ON_COORDINATOR}/test_plan_checkpoints.py::test_parts_of_a_zombie_are_not_counted",
+    ),
+    _mutant(
+        "parts-of-another-attempt-counted",
+        "G4: what a zombie of an older attempt reports makes up the present one's checkpoint.",
+        f"{CORE}/checkpoints.py",
+        (
+            "    return (part.seq, part.attempt, part.step, part.nonce) == (\n"
+            "        record.seq,\n        record.attempt,\n        record.step,\n        record.nonce,\n    )",
+            "    return (part.seq, part.step, part.nonce) == (\n"
+            "        record.seq,\n        record.step,\n        record.nonce,\n    )",
+        ),
+        f"{ON_COORDINATOR}/test_plan_checkpoints.py::test_parts_of_a_zombie_are_not_counted",
+    ),
+    _mutant(
+        "commit-without-a-verdict",
+        "G2: a checkpoint that the store does not hold is committed.",
+        f"{CORE}/checkpoints.py",
+        (
+            "    if verdict is not None and verdict.ok and is_complete(parts, record):\n        if ended",
+            "    if verdict is not None and is_complete(parts, record):\n        if ended",
+        ),
+        f"{ON_COORDINATOR}/test_plan_checkpoints.py::"
+        "test_refused_verdict_aborts_and_a_silent_store_is_asked_again",
+    ),
+    _mutant(
+        "commit-not-guarded-by-its-intent",
+        "G2: a checkpoint that was aborted meanwhile is committed all the same.",
+        f"{CORE}/checkpoints.py",
+        (
+            "    draft.delete(keys.open(name, record.seq), stored.mod_revision)\n    latest",
+            "    draft.delete(keys.open(name, record.seq), None)\n    latest",
+        ),
+        f"{ON_COORDINATOR}/test_plan_checkpoints.py::test_commit_is_guarded_by_open_record_latest_and_absence",
+    ),
+    _mutant(
+        "latest-goes-back",
+        "I4: a checkpoint that is settled late becomes the newest one.",
+        f"{CORE}/checkpoints.py",
+        ("    elif latest is None or latest.value.seq < record.seq:\n", "    elif True:\n"),
+        f"{ON_COORDINATOR}/test_plan_checkpoints.py::test_latest_never_moves_back",
+    ),
+    _mutant(
+        "final-checkpoint-not-awaited",
+        "G2: ranks are let go before the checkpoint of their last step is committed.",
+        f"{CORE}/checkpoints.py",
+        (
+            "    if not draft.status.store or final_commit(draft) is not None or gave_up_final(draft):\n",
+            "    if True:\n",
+        ),
+        f"{ON_COORDINATOR}/test_plan_end.py::test_end_of_training_is_checkpointed_before_ranks_may_exit",
+    ),
+    _mutant(
+        "departed-machine-s-parts-forgotten",
+        "G2: a machine lost after its upload wastes a durable checkpoint.",
+        f"{CORE}/checkpoints.py",
+        ("    if remember_departed(draft, stored):\n        return\n", ""),
+        f"{ON_COORDINATOR}/test_plan_checkpoints.py::"
+        "test_parts_of_a_lost_machine_are_kept_and_still_make_a_commit",
+    ),
+    _mutant(
+        "slot-used-again-before-the-outcome",
+        "G2: a rank overwrites a snapshot that is still being uploaded.",
+        f"{TRAINER}/session.py",
+        ("            elif self._sealed is not None:\n", "            elif False:\n"),
+        "tests/unit/trainer/test_run.py::test_a_busy_slot_is_reported_and_stays_frozen",
+    ),
+    _mutant(
+        "older-outcome-frees-the-slot",
+        "G2: the outcome of an older checkpoint thaws a newer snapshot.",
+        f"{TRAINER}/session.py",
+        ("self._sealed.seq <= outcome.seq", "self._sealed.seq > 0"),
+        "tests/unit/trainer/test_session.py::test_an_older_outcome_does_not_thaw_a_newer_snapshot",
+    ),
+    _mutant(
+        "save-error-stops-training",
+        "G10: a state that cannot be saved ends the run.",
+        f"{TRAINER}/session.py",
+        (
+            '        """The snapshot could not be taken; training goes on."""\n',
+            '        """The snapshot could not be taken; training goes on."""\n        raise RuntimeError(message)\n',
+        ),
+        "tests/unit/trainer/test_run.py::test_state_that_cannot_be_saved_does_not_stop_training",
+    ),
+    _mutant(
+        "reported-digest-not-verified-at-commit",
+        "G2: a rank manifest that is not the one reported goes into a commit.",
+        f"{COORDINATOR}/work.py",
+        ("        if hashlib.sha256(data).hexdigest() != part.digest:\n", "        if False:\n"),
+        f"{ON_COORDINATOR}/test_work.py::test_a_rank_manifest_that_is_not_what_was_reported_is_refused",
+    ),
+    _mutant(
+        "stored-blobs-not-verified-at-commit",
+        "G2: blobs that the store does not hold as reported go into a commit.",
+        f"{COORDINATOR}/work.py",
+        ("                if found.size_bytes != blob.bytes:\n", "                if False:\n"),
+        f"{ON_COORDINATOR}/test_work.py::test_a_blob_that_is_missing_or_another_is_refused",
+    ),
+    _mutant(
+        "tiling-not-checked",
+        "G2: chunks that overlap or leave a gap are committed.",
+        f"{CORE}/manifest.py",
+        (
+            "def tiling_problem(entry: TensorEntry) -> str:\n",
+            'def tiling_problem(entry: TensorEntry) -> str:\n    return ""\n\n\ndef _was(entry: TensorEntry) -> str:\n',
+        ),
+        f"{ON_COORDINATOR}/test_manifest.py::test_parts_that_disagree_are_refused_by_name",
+    ),
+    _mutant(
+        "chunk-digest-not-verified-on-restore",
+        "G2: a flipped bit in the store goes into the weights.",
+        f"{AGENT}/transfer_fetch.py",
+        ("            if found == expected:\n", '            if found != "short":\n'),
+        f"{ON_AGENT}/test_transfer.py::test_one_flipped_bit_is_found_and_named",
+    ),
+    _mutant(
+        "manifest-digest-not-verified-on-restore",
+        "G2: a manifest that is not the committed one is restored from.",
+        f"{AGENT}/transfer_fetch.py",
+        ("            if found == order.digest:\n", "            if True:\n"),
+        f"{ON_AGENT}/test_transfer.py::test_missing_short_and_foreign_bytes_are_found",
+    ),
+    _mutant(
+        "quarantine-not-written",
+        "G6: a damaged checkpoint is restored from again and again.",
+        f"{CORE}/phases.py",
+        ("    draft.put(draft.keys.bad(draft.job.name, bad.seq), record, 0)\n", ""),
+        f"{ON_COORDINATOR}/test_plan_failures.py::"
+        "test_damaged_checkpoint_sends_all_ranks_to_the_one_before_without_budget",
+    ),
+    _mutant(
+        "damaged-checkpoint-chosen-again",
+        "G6: the checkpoint that has just been found damaged is the next restore point.",
+        f"{CORE}/phases.py",
+        ("    draft.quarantined.add(bad.seq)\n", ""),
+        f"{ON_COORDINATOR}/test_plan_failures.py::"
+        "test_damaged_checkpoint_sends_all_ranks_to_the_one_before_without_budget",
+    ),
+    # Deleting -------------------------------------------------------------------------------
+    _mutant(
+        "retention-takes-the-newest",
+        "G3: the only good checkpoint is retired.",
+        f"{CORE}/retention.py",
+        (
+            "    return [c for c in stale + mine if c.value.seq not in kept]\n",
+            "    return [c for c in stale + mine if c.value.seq not in kept] or mine[-1:]\n",
+        ),
+        f"{ON_COORDINATOR}/test_plan_retention.py::test_the_last_few_are_kept",
+    ),
+    _mutant(
+        "retention-takes-the-restore-point",
+        "G3: the checkpoint that ranks are restoring from is retired under them.",
+        f"{CORE}/retention.py",
+        (
+            "        kept.add(draft.status.restore.seq)\n",
+            "        pass\n",
+        ),
+        f"{ON_COORDINATOR}/test_plan_retention.py::test_pinned_and_restored_ones_stay",
+    ),
+    _mutant(
+        "retention-takes-what-is-read",
+        "G3: a checkpoint that somebody reads is retired.",
+        f"{CORE}/retention.py",
+        ("    kept |= draft.job.pinned\n", ""),
+        f"{ON_COORDINATOR}/test_plan_retention.py::test_pinned_and_restored_ones_stay",
+    ),
+    _mutant(
+        "tombstone-not-written",
+        "G3: blobs of a retired checkpoint stay in the store for ever.",
+        f"{CORE}/retention.py",
+        (
+            "    draft.put(\n        keys.garbage(name, record.seq),",
+            "    (lambda *_: None)(\n        keys.garbage(name, record.seq),",
+        ),
+        f"{ON_COORDINATOR}/test_plan_retention.py::test_blobs_go_after_the_record_and_the_tombstone_goes_last",
+    ),
+    _mutant(
+        "blobs-deleted-before-the-record",
+        "G3: a reader that follows the commit record finds its blobs gone.",
+        f"{CORE}/retention.py",
+        (
+            "        for commit in surplus(draft)[:RETIRED_AT_ONCE]:\n            retire(draft, commit)\n",
+            "        for commit in surplus(draft)[:RETIRED_AT_ONCE]:\n            retire(draft, commit)\n"
+            "            record = commit.value\n"
+            "            doomed = Garbage(\n"
+            '                draft.fleet.term, record.seq, record.manifest, record.digest, "", draft.status.store\n'
+            "            )\n"
+            "            draft.work(CollectGarbage(draft.job.name, draft.status.store, doomed))\n"
+            "            draft._writes.clear()\n",
+        ),
+        f"{ON_COORDINATOR}/test_plan_retention.py::test_blobs_go_after_the_record_and_the_tombstone_goes_last",
+    ),
+    _mutant(
+        "sweep-reads-etcd-before-it-lists",
+        "G3: blobs of a checkpoint that is opened meanwhile look like nobody's.",
+        f"{COORDINATOR}/work.py",
+        (
+            '        keys = _ask(lambda: [info.key for info in store.list(f"{root}/")])\n',
+            "        records = read_records(self._etcd, work.cluster, work.job)\n"
+            '        keys = _ask(lambda: [info.key for info in store.list(f"{root}/")])\n',
+        ),
+        f"{ON_COORDINATOR}/test_work.py::test_what_is_opened_while_the_store_is_listed_stays",
+    ),
+    _mutant(
+        "sweep-trusts-an-etcd-that-went-back",
+        "G3: after a restore of etcd from a backup the newer checkpoints are deleted as orphans.",
+        f"{COORDINATOR}/work.py",
+        ("        if newest > max(records.latest, records.seq_last):\n", "        if False:\n"),
+        f"{ON_COORDINATOR}/test_work.py::test_an_etcd_that_went_back_deletes_nothing",
+    ),
+    _mutant(
+        "garbage-not-checked-against-its-digest",
+        "G3: a tombstone that names another manifest deletes that one's blobs.",
+        f"{COORDINATOR}/work.py",
+        ("        if hashlib.sha256(data).hexdigest() != garbage.digest:\n", "        if False:\n"),
+        f"{ON_COORDINATOR}/test_work.py::test_collecting_goes_by_the_tombstones_digest",
+    ),
+)
