@@ -151,7 +151,10 @@ class Fetcher:
     def _manifest(self, order: Fetch, store: BlobStore) -> tuple[bytes, Manifest]:
         for last in (False, True):
             try:
-                data = self._read(order, store, order.manifest, 0, None)
+                size = self._size(order, store)
+                if size > MANIFEST_BYTES_MAX:
+                    raise Damaged(_bad_manifest(order, f"{size} bytes", "is not the one that was committed"))
+                data = self._read(order, store, order.manifest, 0, size)
             except NotFound:
                 raise Damaged(_bad_manifest(order, "missing", "is missing")) from None
             found = hashlib.sha256(data).hexdigest()
@@ -168,6 +171,13 @@ class Fetcher:
             return text, codec.decode(Manifest, text, bytes_max=MANIFEST_PLAIN_BYTES_MAX)
         except (zlib.error, ValueError, Refused) as error:
             raise Damaged(_bad_manifest(order, order.digest, f"cannot be read: {error}")) from error
+
+    def _size(self, order: Fetch, store: BlobStore) -> int:
+        def attempt() -> int:
+            self._check(order)
+            return store.head(order.manifest).size_bytes
+
+        return retry.call(attempt, attempts=_ATTEMPTS_MAX, deadline_s=self._deadline_s, idempotent=True)
 
     def _chunk(self, order: Fetch, store: BlobStore, chunk: _Chunk, fd: int) -> None:
         expected = chunk.blob.chunks[chunk.number]

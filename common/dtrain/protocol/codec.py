@@ -3,7 +3,9 @@
 Every record carries ``"v": 1``. Unknown fields are ignored, so that a newer
 writer does not break an older reader; an unknown major version is refused.
 None and empty collections are left out: records are read by people, in
-``etcdctl``. Input is bounded in size and depth before it is trusted.
+``etcdctl``. Input is bounded in size, depth and number of values before it is
+trusted; numbers fit where they go (64 bits, finite) and text is valid Unicode,
+so that what was read can always be written and sent on.
 """
 
 import dataclasses
@@ -20,6 +22,11 @@ from dtrain.protocol.errors import ErrorCode, Refused
 VERSION = 1
 RECORD_BYTES_MAX = 256 * 1024
 DEPTH_MAX = 32
+ITEMS_MAX = 8_000_000
+"""Separators in one document: more than a manifest of 8 MiB needs, and less than fills a machine."""
+
+INTEGER_MIN, INTEGER_MAX = -(2**63), 2**63 - 1
+"""What protobuf, sqlite and other languages' JSON can hold."""
 
 T = TypeVar("T")
 
@@ -51,7 +58,9 @@ def decode(kind: type[T], data: bytes | str, *, bytes_max: int = RECORD_BYTES_MA
 
 def dumps(document: Any) -> bytes:
     """Compact JSON; NaN and infinities are refused: they are not JSON."""
-    return json.dumps(document, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    # File names that are no UTF-8 reach messages as lone surrogates: written as JSON's own escapes.
+    return text.encode(errors="backslashreplace")
 
 
 def canonical(document: Any) -> bytes:
@@ -61,14 +70,25 @@ def canonical(document: Any) -> bytes:
     ).encode()
 
 
-def loads(data: bytes | str, *, bytes_max: int = RECORD_BYTES_MAX) -> Any:
-    """Parse JSON of the outside world: bounded, and without duplicate keys."""
+def loads(data: bytes | str, *, bytes_max: int = RECORD_BYTES_MAX, items_max: int = ITEMS_MAX) -> Any:
+    """Parse JSON of the outside world: bounded, finite, and without duplicate keys.
+
+    Raises:
+        Refused: BAD_RECORD.
+    """
     if len(data) > bytes_max:
         raise _bad("a record", f"is larger than {bytes_max} bytes")
+    # Before parsing: a value of two bytes becomes an object of a hundred.
+    comma, colon = (",", ":") if isinstance(data, str) else (b",", b":")
+    if len(data) > items_max and data.count(comma) + data.count(colon) > items_max:  # type: ignore[arg-type]
+        raise _bad("a record", f"has more than {items_max} values")
     try:
-        document = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
+        document = json.loads(
+            data, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+        )
     except (ValueError, RecursionError) as error:
-        raise _bad("a record", f"is not valid JSON ({error})") from error
+        # The sentence only: the error holds the whole document, and that may hold a secret.
+        raise _bad("a record", f"is not valid JSON ({_why(error)})") from None
     _check_depth(document, DEPTH_MAX)
     return document
 
@@ -122,7 +142,7 @@ def _build(kind: Any, item: Any, where: str) -> Any:
         if not isinstance(item, dict):
             raise _bad(where, "is not an object")
         element = typing.get_args(kind)[1]
-        return {key: _build(element, part, f"{where}.{key}") for key, part in item.items()}
+        return {_valid(key): _build(element, part, f"{where}.{key[:80]}") for key, part in item.items()}
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(typing.cast(type, kind), item, where)
     return _build_scalar(kind, item, where)
@@ -133,12 +153,15 @@ def _build_scalar(kind: Any, item: Any, where: str) -> Any:
         try:
             return kind(item)
         except ValueError as error:
-            raise _bad(where, f"is {item!r}, not one of {', '.join(str(m.value) for m in kind)}") from error
+            given = repr(item)[:80]
+            raise _bad(where, f"is {given}, not one of {', '.join(str(m.value) for m in kind)}") from error
+    if type(item) is int and not INTEGER_MIN <= item <= INTEGER_MAX:
+        raise _bad(where, "is an integer of more than 64 bits")
     if kind is float and type(item) is int:
         return float(item)
     if type(item) is not kind:
         raise _bad(where, f"is {type(item).__name__}, not {kind.__name__}")
-    return item
+    return _valid(item) if kind is str else item
 
 
 def _build_dataclass(kind: type, item: Any, where: str) -> Any:
@@ -188,6 +211,22 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("an object has a key twice")
     return result
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value - value != 0.0:
+        raise ValueError("a number is too large")
+    return value
+
+
+def _why(error: Exception) -> str:
+    return f"{error.msg} at {error.pos}" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def _valid(text: str) -> str:
+    """Text that can be encoded: protobuf, terminals and files refuse lone surrogates."""
+    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 def _no_constant(name: str) -> Any:

@@ -39,6 +39,25 @@ Revision = NewType("Revision", int)
 _NAME = re.compile(r"[a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?")
 
 
+_TOKEN = re.compile(r"[A-Za-z0-9][-A-Za-z0-9_]{0,63}")
+
+
+def parse_token(text: str, what: str) -> str:
+    """Return ``text`` if it may be a uid or nonce: part of a path, chosen by a machine.
+
+    Raises:
+        Refused: it is not 1 to 64 letters, digits, hyphens and underscores.
+    """
+    if _TOKEN.fullmatch(text):
+        return text
+    raise Refused(ErrorCode.BAD_NAME, f"{text[:80]!r} is no {what}")
+
+
+def is_name(text: str) -> bool:
+    """Tell whether ``parse_name`` accepts ``text``."""
+    return _NAME.fullmatch(text) is not None
+
+
 def parse_name(text: str, what: str) -> str:
     """Return ``text`` if it may name a ``what``; names become keys and paths.
 
@@ -47,7 +66,7 @@ def parse_name(text: str, what: str) -> str:
             hyphens, so ``..``, ``/``, control characters and Unicode never
             reach a key or a path.
     """
-    if _NAME.fullmatch(text):
+    if is_name(text):
         return text
     raise Refused(
         ErrorCode.BAD_NAME,

@@ -6,7 +6,7 @@ are zero-padded: key order is number order.
 
 from dataclasses import dataclass
 
-from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId, Seq
+from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId, Seq, is_name
 
 ROOT = "/dtrain/"
 SEQ_DIGITS = 20
@@ -114,6 +114,8 @@ class Keys:
                 return Parsed("leader")
             case ["coordinators", name]:
                 return Parsed("coordinator", name=name)
+            case ["agents" | "cordons", agent, *_] if not is_name(agent):
+                return None
             case ["agents", agent, "node"]:
                 return Parsed("node", agent=AgentName(agent))
             case ["agents", agent, "workers", job]:
@@ -122,12 +124,16 @@ class Keys:
                 return Parsed("cordon", agent=AgentName(agent))
             case ["jobs", job, ("spec" | "intent" | "status" | "latest") as kind]:
                 return Parsed(kind, job=JobName(job))
-            case ["jobs", job, folder, seq] if folder in _SEQ_FOLDERS and seq.isdecimal():
+            case ["jobs", job, folder, seq] if folder in _SEQ_FOLDERS and _is_seq(seq):
                 return Parsed(_SEQ_FOLDERS[folder], job=JobName(job), seq=Seq(int(seq)))
-            case ["jobs", job, "pins", seq, reader] if seq.isdecimal():
+            case ["jobs", job, "pins", seq, reader] if _is_seq(seq):
                 return Parsed("pin", job=JobName(job), seq=Seq(int(seq)), name=reader)
             case _:
                 return None
+
+
+def _is_seq(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= SEQ_DIGITS
 
 
 _SEQ_FOLDERS = {

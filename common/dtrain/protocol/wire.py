@@ -14,7 +14,18 @@ from dtrain.protocol.commands import (
     Stop,
 )
 from dtrain.protocol.errors import ErrorCode, Refused
-from dtrain.protocol.ids import Attempt, ClusterName, JobName, Rank, Seq, Step, Term, Uid
+from dtrain.protocol.ids import (
+    Attempt,
+    ClusterName,
+    JobName,
+    Rank,
+    Seq,
+    Step,
+    Term,
+    Uid,
+    parse_name,
+    parse_token,
+)
 from dtrain.protocol.job import JobSpec, RestorePoint
 from dtrain.protocol.pb import agent_pb2 as pb
 
@@ -72,12 +83,13 @@ def command_from_pb(message: pb.Command) -> Command:
 
     Raises:
         Refused: BAD_RECORD; its body is of a kind this version does not know.
+            BAD_NAME; a name in it could leave the folder or key made of it.
     """
     head = Header(
-        ClusterName(message.header.cluster),
+        ClusterName(parse_name(message.header.cluster, "cluster")),
         Term(message.header.term),
-        JobName(message.header.job),
-        Uid(message.header.uid),
+        JobName(parse_name(message.header.job, "job")),
+        Uid(parse_token(message.header.uid, "uid of a job")),
         Attempt(message.header.attempt),
         message.header.id,
     )
@@ -100,7 +112,7 @@ def command_from_pb(message: pb.Command) -> Command:
             return Start(head, message.start.rendezvous, _restore_from_pb(restore))
         case "begin_checkpoint":
             begin = message.begin_checkpoint
-            return BeginCheckpoint(head, Seq(begin.seq), begin.nonce, Step(begin.step))
+            return BeginCheckpoint(head, Seq(begin.seq), parse_token(begin.nonce, "nonce"), Step(begin.step))
         case "abort_checkpoint":
             abort = message.abort_checkpoint
             return AbortCheckpoint(head, Seq(abort.seq), abort.why, abort.final)

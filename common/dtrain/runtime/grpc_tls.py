@@ -9,9 +9,11 @@ has to say who may call it.
 Never imported by the guardian: it needs the standard library only.
 """
 
+import contextlib
 import datetime
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,12 +57,15 @@ SERVER_OPTIONS = (
 )
 """Of every gRPC server here; sizes of messages and numbers of calls are each one's own."""
 
+REQUEST_S_MAX = 5.0
+"""How long a caller may take to send its request once it has announced the call."""
+
 _COORDINATOR, _AGENT = "/dtrain.v1.Coordinator/", "/dtrain.v1.Agent/"
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Who may make a call; an agent only with its own name in the request's field ``own``."""
+    """Who may make a call; with ``own``, only with the caller's own name in that field of the request."""
 
     roles: frozenset[Role]
     own: str = ""
@@ -281,7 +286,11 @@ def caller(context: grpc.ServicerContext) -> Peer | None:
 
 
 class Gate(grpc.ServerInterceptor):
-    """Lets calls pass that ``RULES`` allow. ``tls`` None: rows are looked up, roles cannot be."""
+    """Lets calls pass that ``RULES`` allow. ``tls`` None: rows are looked up, roles cannot be.
+
+    The caller is known before its request is read, and gets REQUEST_S_MAX to send
+    that: a call that is announced and never made would hold a thread for ever.
+    """
 
     def __init__(
         self, tls: Credentials | None, abort: Callable[[grpc.ServicerContext, DtrainError], NoReturn]
@@ -289,6 +298,7 @@ class Gate(grpc.ServerInterceptor):
         self._tls = tls
         self._abort = abort
         self._log = log.get("gate")
+        self._patience = _Patience(REQUEST_S_MAX)
 
     def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         handler = continuation(handler_call_details)
@@ -301,20 +311,25 @@ class Gate(grpc.ServerInterceptor):
             return grpc.unary_unary_rpc_method_handler(
                 lambda _request, context: self._refuse(context, None, f"nobody may call {method}")
             )
-        if self._tls is None:
-            return handler
+        call = method.rpartition("/")[2]
 
-        def checked(request: Any, context: grpc.ServicerContext) -> Any:
-            self._check(method, rule, request, context)
+        def checked(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+            peer = self._admit(call, rule, context) if self._tls is not None else None
+            with self._patience.with_caller(context):
+                request = next(requests, None)
+            if request is None:
+                self._refuse(context, peer, f"{call} came without a request")
+            if rule.own and peer is not None and getattr(request, rule.own) != peer.name:
+                self._refuse(context, peer, f"{peer} may call {call} for itself only")
             return behavior(request, context)
 
-        return grpc.unary_unary_rpc_method_handler(
+        # On the wire a call with one request and one with a stream of them are the same.
+        return grpc.stream_unary_rpc_method_handler(
             checked, handler.request_deserializer, handler.response_serializer
         )
 
-    def _check(self, method: str, rule: Rule, request: Any, context: grpc.ServicerContext) -> None:
+    def _admit(self, call: str, rule: Rule, context: grpc.ServicerContext) -> Peer:
         assert self._tls is not None
-        call = method.rpartition("/")[2]
         try:
             peer = caller(context)
         except DtrainError as error:
@@ -326,12 +341,49 @@ class Gate(grpc.ServerInterceptor):
         if peer.role not in rule.roles:
             allowed = " and ".join(sorted(f"{role.value}s" for role in rule.roles))
             self._refuse(context, peer, f"{peer} may not call {call}: it is for {allowed}")
-        if rule.own and peer.role is Role.AGENT and getattr(request, rule.own) != peer.name:
-            self._refuse(context, peer, f"{peer} may call {call} for itself only")
+        return peer
 
     def _refuse(self, context: grpc.ServicerContext, peer: Peer | None, why: str) -> NoReturn:
         self._log.warning("call refused", caller=peer.uri if peer else "", why=why)
         self._abort(context, _not_permitted(why))
+
+
+class _Patience:
+    """Cancels calls whose request does not come. One thread, and only while there are such calls."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._waiting: dict[int, tuple[float, grpc.ServicerContext]] = {}
+        self._last = 0
+        self._watched = False
+
+    @contextlib.contextmanager
+    def with_caller(self, context: grpc.ServicerContext) -> Iterator[None]:
+        with self._lock:
+            self._last += 1
+            number = self._last
+            self._waiting[number] = (time.monotonic() + self._seconds, context)
+            if not self._watched:
+                self._watched = True
+                threading.Thread(target=self._run, name="gate", daemon=True).start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._waiting[number]
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(self._seconds / 10)
+            now = time.monotonic()
+            with self._lock:
+                over = [context for end, context in self._waiting.values() if end <= now]
+                if not self._waiting:
+                    self._watched = False
+                    return
+            for context in over:
+                context.cancel()
 
 
 def _not_permitted(why: str) -> Refused:

@@ -46,7 +46,7 @@ from dtrain.runtime import retry
 from dtrain.runtime.clock import Clock, iso
 from dtrain.storage.blobs import digest
 from dtrain.storage.blobs.open import open_store
-from dtrain.storage.blobs.port import BlobStore
+from dtrain.storage.blobs.port import BlobStore, check_key
 from dtrain.storage.blobs.probe import probe
 from dtrain.storage.etcd.port import Etcd, Get, KeyValue, Txn, prefix_end
 
@@ -163,8 +163,9 @@ class Worker:
         )
         for manifest in manifests:
             for blob in manifest.blobs:
-                if not blob.key.startswith(f"{prefix}/"):
-                    raise _unfit(f"rank {manifest.rank} names {blob.key}, which is not of this checkpoint")
+                if not _is_below(prefix, blob.key):
+                    named = blob.key[:200]
+                    raise _unfit(f"rank {manifest.rank} names {named!r}, which is not of this checkpoint")
                 found = _ask(partial(store.head, blob.key))
                 if found.size_bytes != blob.bytes:
                     raise _unfit(f"{blob.key} holds {found.size_bytes} bytes, not {blob.bytes}")
@@ -179,9 +180,14 @@ class Worker:
         return merged, key, data
 
     def _rank_manifest(self, store: BlobStore, prefix: str, part: DurablePart) -> RankManifest:
-        if not part.manifest.startswith(f"{prefix}/"):
-            raise _unfit(f"rank {part.rank} reports {part.manifest}, which is not of this checkpoint")
-        data = _ask(lambda: store.get(part.manifest))
+        if not _is_below(prefix, part.manifest):
+            named = part.manifest[:200]
+            raise _unfit(f"rank {part.rank} reports {named!r}, which is not of this checkpoint")
+        size = _ask(lambda: store.head(part.manifest)).size_bytes
+        if size > MANIFEST_BYTES_MAX:
+            raise _unfit(f"{part.manifest} has {size} bytes, the limit is {MANIFEST_BYTES_MAX}")
+        # No more than was looked at: an agent could make it longer meanwhile.
+        data = _ask(lambda: store.get(part.manifest, length=size))
         if hashlib.sha256(data).hexdigest() != part.digest:
             raise _unfit(f"{part.manifest} is not what rank {part.rank} reported")
         manifest = codec.decode(RankManifest, unpack(data), bytes_max=MANIFEST_BYTES_UNPACKED_MAX)
@@ -338,6 +344,14 @@ def unpack(data: bytes) -> bytes:
     if len(unpacked) > MANIFEST_BYTES_UNPACKED_MAX:
         raise Refused(ErrorCode.BAD_RECORD, "a manifest unpacks to more than its limit")
     return unpacked
+
+
+def _is_below(prefix: str, key: str) -> bool:
+    """Tell whether an agent's key lies in the folder of its checkpoint, wherever it claims to begin."""
+    try:
+        return check_key(key).startswith(f"{prefix}/")
+    except ValueError:
+        return False
 
 
 def _ask(operation: Callable[[], T], *, idempotent: bool = False) -> T:

@@ -35,6 +35,10 @@ RATE_SPAN_S = 1.0
 """Shortest time that says something about a rate: the first snapshot of an attempt is urgent, and old."""
 AGENT_RENEWALS_PER_S = 700.0
 AGENT_TTL_S_MAX = 120.0
+AGENT_RENEWAL_SHARE = 1 / 3
+"""Of the TTL, between two renewals of an agent's lease."""
+LOSS_SLACK_S = 1.0
+"""etcd looks for expired leases twice a second."""
 
 _WAITING_PHASES = frozenset({JobPhase.QUEUED, JobPhase.STARTING, JobPhase.RECOVERING})
 
@@ -266,7 +270,15 @@ class World:
     def quarantine(self, name: JobName) -> str:
         """Return why a job cannot be decided about, or ""."""
         job = self._jobs.get(name)
-        return job.broken[min(job.broken)] if job is not None and job.broken else ""
+        ours = [] if job is None else [key for key in job.broken if self._concerns(job, key)]
+        return job.broken[min(ours)] if job is not None and ours else ""
+
+    def _concerns(self, job: _Job, key: str) -> bool:
+        # An agent writes under every job's name: only a member's snapshot may hold up a job.
+        parsed = self._keys.parse(key)
+        if parsed is None or parsed.kind != "worker" or job.status is None:
+            return True
+        return any(member.agent == parsed.agent for member in job.status.members)
 
     def fleet_view(self, name: JobName, now: float, *, term: Term, took_office_at: float) -> FleetView:
         """Return the machines as the given job should see them."""
@@ -282,6 +294,7 @@ class World:
             used=self._used_by_others(name),
             unreachable=dict(self._unreachable),
             brake=self.brake(now),
+            losses_settle_at=self.losses_settle_at(now),
             agent_ttl_s=self.agent_ttl_s,
             default_store=self.default_store,
         )
@@ -305,6 +318,21 @@ class World:
         if len(gone) >= BRAKE_AGENTS_MIN and len(gone) > BRAKE_SHARE * total:
             return f"{len(gone)} of {total} agents vanished within {BRAKE_WINDOW_S:.0f} s"
         return ""
+
+    def losses_settle_at(self, now: float) -> float:
+        """Return when it will be seen whether more agents follow those that just vanished; 0.0: no need to.
+
+        Agents that lose etcd together lose their leases over the time between two renewals.
+        Acting on each as it goes would restart a third of a fleet before the brake is on. The
+        first one cannot be told from a single lost machine: that one is acted on at once.
+        """
+        spread_s = self.agent_ttl_s * AGENT_RENEWAL_SHARE + LOSS_SLACK_S
+        recent = {
+            agent: at
+            for at, agent in self._losses
+            if now - at <= spread_s and agent in self._lost_at and agent not in self._agents
+        }
+        return max(recent.values()) + spread_s if len(recent) > 1 else 0.0
 
     def brake_changes_at(self, now: float) -> float | None:
         """Return when the brake may change by time alone, or None."""

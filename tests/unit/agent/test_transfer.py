@@ -80,6 +80,11 @@ class Flaky(MemoryBlobs):
             raise self.failures.pop(0)
         return super().get(key, offset=offset, length=length)
 
+    def head(self, key: str) -> BlobInfo:
+        if self.failures:
+            raise self.failures.pop(0)
+        return super().head(key)
+
 
 def keys(store: BlobStore) -> list[str]:
     return [info.key for info in store.list("")]

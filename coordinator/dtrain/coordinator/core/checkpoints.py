@@ -58,15 +58,29 @@ def durable_parts(draft: Draft, record: OpenRecord) -> dict[Rank, DurablePart]:
     what a zombie of another attempt reports is not looked at.
     """
     reports: list[Iterable[DurablePart]] = [record.reports]
-    snapshots = [draft.job.workers[name].value for name in sorted(draft.job.workers)]
-    snapshots += [draft.job.departed[name] for name in sorted(draft.job.departed)]
-    reports += [snapshot.durable for snapshot in snapshots if snapshot.uid == record.uid]
+    snapshots = [(name, draft.job.workers[name].value) for name in sorted(draft.job.workers)]
+    snapshots += [(name, draft.job.departed[name]) for name in sorted(draft.job.departed)]
+    reports += [_own(draft, record, name, snapshot) for name, snapshot in snapshots]
     found: dict[Rank, DurablePart] = {}
     for parts in reports:
         for part in parts:
             if _belongs(part, record):
                 found.setdefault(part.rank, part)
     return found
+
+
+def _own(draft: Draft, record: OpenRecord, name: AgentName, snapshot: WorkerSnapshot) -> list[DurablePart]:
+    """Parts that an agent may speak of: of its own ranks, as long as it is known who has which."""
+    if snapshot.uid != record.uid:
+        return []
+    if draft.status.attempt != record.attempt or not draft.status.members:
+        return list(snapshot.durable)
+    seats = [member for member in draft.status.members if member.agent == name]
+    return [
+        part
+        for part in snapshot.durable
+        if any(seat.first_rank <= part.rank < seat.first_rank + seat.nproc for seat in seats)
+    ]
 
 
 def _belongs(part: DurablePart, record: OpenRecord) -> bool:
@@ -114,8 +128,7 @@ def remember_departed(draft: Draft, stored: Stored[OpenRecord]) -> bool:
     missing = [
         part
         for name in sorted(draft.job.departed)
-        if draft.job.departed[name].uid == record.uid
-        for part in draft.job.departed[name].durable
+        for part in _own(draft, record, name, draft.job.departed[name])
         if _belongs(part, record) and part.rank not in known
     ]
     if not missing:
