@@ -2,14 +2,14 @@
 
 JSON lines, one answer to each request::
 
-    {"v":1,"do":"strike","fault":{"kind":"cut","part":"agent","name":"a1","way":"both"}}
-    {"v":1,"ok":true}
-    {"v":1,"do":"heal","fault":{...}}
-    {"v":1,"ok":false,"kind":"NotFound","code":"DT-4002","message":"there is no a9 in this cluster"}
+    {"v":1,"id":1,"do":"strike","fault":{"kind":"cut","part":"agent","name":"a1","way":"both"}}
+    {"v":1,"id":1,"ok":true}
+    {"v":1,"id":2,"do":"heal","fault":{...}}
+    {"v":1,"id":2,"ok":false,"kind":"NotFound","code":"DT-4002","message":"there is no a9 in this cluster"}
 
-``do`` is strike, heal or cannot (with ``kind`` and ``part``). A connection owns what was broken over
-it: when it ends, however it ends, that is healed. The socket's folder and the
-socket are for its owner alone.
+``do`` is strike, heal or cannot (with ``kind`` and ``part``). A connection owns what
+was broken over it: when it ends, however it ends, that is healed. The socket is
+for its owner alone.
 """
 
 import contextlib
@@ -98,22 +98,26 @@ def _handler(connect: Callable[[], Breaker]) -> type[socketserver.StreamRequestH
 
 
 def _answer(breaker: Breaker, line: bytes) -> dict[str, Any]:
+    head: dict[str, Any] = {"v": 1, "id": 0}
     try:
         request = codec.loads(line, bytes_max=LINE_BYTES_MAX)
         match request:
+            case {"id": int(number)}:
+                head["id"] = number
+        match request:
             case {"do": "strike", "fault": dict(given)}:
                 breaker.strike(codec.from_json(Fault, given))
-                return {"v": 1, "ok": True}
+                return {**head, "ok": True}
             case {"do": "heal", "fault": dict(given)}:
                 breaker.heal(codec.from_json(Fault, given))
-                return {"v": 1, "ok": True}
+                return {**head, "ok": True}
             case {"do": "cannot", "kind": str(kind), "part": str(part)}:
-                return {"v": 1, "ok": True, "why": breaker.cannot(Kind(kind), Part(part))}
+                return {**head, "ok": True, "why": breaker.cannot(Kind(kind), Part(part))}
             case _:
                 raise Refused(ErrorCode.BAD_RECORD, "this is no request for a fault")
     except DtrainError as error:
         return {
-            "v": 1,
+            **head,
             "ok": False,
             "kind": type(error).__name__,
             "code": error.code.value,
@@ -122,7 +126,7 @@ def _answer(breaker: Breaker, line: bytes) -> dict[str, Any]:
         }
     except (ValueError, OSError) as error:
         return {
-            "v": 1,
+            **head,
             "ok": False,
             "kind": "Refused",
             "code": ErrorCode.BAD_RECORD.value,
@@ -152,6 +156,7 @@ class RemoteBreaker:
             ) from error
         self._file = self._socket.makefile("rb")
         self._possible: dict[tuple[Kind, Part], str] = {}
+        self._asked = 0
 
     def cannot(self, kind: Kind, part: Part) -> str:
         if (kind, part) not in self._possible:
@@ -170,9 +175,12 @@ class RemoteBreaker:
         self._socket.close()
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._asked += 1
         try:
-            self._socket.sendall(codec.dumps({"v": 1, **request}) + b"\n")
-            answer = json.loads(self._file.readline())
+            self._socket.sendall(codec.dumps({"v": 1, "id": self._asked, **request}) + b"\n")
+            # A signal may have interrupted us before an earlier answer was read.
+            while (answer := json.loads(self._file.readline()))["id"] != self._asked:
+                pass
         except (OSError, ValueError) as error:
             raise Unavailable(
                 ErrorCode.COORDINATOR_UNAVAILABLE,

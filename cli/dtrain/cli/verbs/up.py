@@ -11,10 +11,16 @@ from dtrain.cli.options import debugging, examples
 if TYPE_CHECKING:
     from dtrain.local.cluster import LocalCluster
 
+TEST_QUOTA_BYTES = 192 * 1024 * 1024
+
 
 @click.command(
     short_help="Run a whole cluster on this machine, until Ctrl-C.",
-    epilog=examples("dtrain up", "dtrain up --agents 4 --slots 8 --store dir --folder ./cluster"),
+    epilog=examples(
+        "dtrain up",
+        "dtrain up --test --etcd-members 3",
+        "dtrain up --agents 4 --slots 8 --store dir --folder ./cluster",
+    ),
 )
 @click.option("--agents", type=click.IntRange(1, 64), default=2, show_default=True, help="Agents.")
 @click.option("--slots", type=click.IntRange(1, 1024), default=2, show_default=True, help="Ranks per agent.")
@@ -31,6 +37,7 @@ if TYPE_CHECKING:
 @click.option("--port", type=click.IntRange(0, 65000), default=0, help="First coordinator's port (0: any).")
 @click.option("--ttl", type=click.IntRange(5, 60), default=5, show_default=True, help="Lease TTL in seconds.")
 @click.option("--etcd-members", type=click.Choice(["1", "3", "5"]), default="1", show_default=True)
+@click.option("--test", is_flag=True, help="A test cluster: 'dtrain chaos' may break it.")
 @debugging
 def command(
     *,
@@ -43,6 +50,7 @@ def command(
     port: int,
     ttl: int,
     etcd_members: str,
+    test: bool,
 ) -> int:
     """Start etcd, a store, coordinators and agents, and make them the current cluster.
 
@@ -62,6 +70,10 @@ def command(
         etcd_members=int(etcd_members),
         name=name,
         port=port,
+        faults=test,
+        # Small enough to be filled, and compacted, so that it is not filled by itself.
+        etcd_quota_bytes=TEST_QUOTA_BYTES if test else 0,
+        auto_compaction="1h" if test else "",
     )
     known = None
     with Foreground(lambda: cluster.stop(clean=False)) as foreground:
@@ -69,7 +81,7 @@ def command(
             cluster.start(lambda part: output.say(f"  {part}"))
             known = context.known_here(cluster.name, cluster.addresses, cluster.endpoints, cluster.folder)
             context.remember(known)
-            _explain(cluster)
+            _explain(cluster, test=test)
             foreground.wait()
         except foreground.Interrupted:
             output.say("stopping")
@@ -87,7 +99,7 @@ def _default_folder(name: str) -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / "dtrain" / name
 
 
-def _explain(cluster: "LocalCluster") -> None:
+def _explain(cluster: "LocalCluster", *, test: bool) -> None:
     from dtrain.cli import output
 
     if cluster.warning:
@@ -98,6 +110,7 @@ def _explain(cluster: "LocalCluster") -> None:
     for line in (
         "dtrain submit job.yaml --follow",
         "dtrain get jobs --watch",
+        *(["dtrain chaos --count 20"] if test else []),
         f"{cluster.etcdctl} --endpoints {','.join(cluster.endpoints)} watch --prefix {cluster.keys.root}",
     ):
         click.echo(f"  {line}")
