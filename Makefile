@@ -7,7 +7,7 @@ SEED ?=
 SEEDS ?= 200
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast sim lint format bench chaos proto check clean
+.PHONY: help setup demo test test-fast sim mutants lint format bench chaos proto check clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -26,6 +26,9 @@ test-fast: setup ## unit, scenario and simulation tests only
 
 sim: setup ## run the simulation: SEED=n replays one, SEEDS=n runs that many
 	@$(BIN)/python -m tests.sim $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
+
+mutants: setup ## apply each deliberate bug and see a test catch it: ONLY="id ..." picks some
+	@$(BIN)/python -m tests.mutants $(if $(ONLY),--only $(ONLY),)
 
 lint: setup ## ruff, mypy --strict, import contracts, freshness of generated code
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports && tools/gen_proto.sh --check

@@ -303,6 +303,16 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{ON_ETCD}/test_guardian.py::test_a_leader_whose_lease_was_revoked_is_killed",
     ),
     _mutant(
+        "deadline-not-checked-before-a-command",
+        "A replica whose lease may be over still commands agents.",
+        f"{COORDINATOR}/main.py",
+        (
+            "        if self.leadership.may_act():\n            self._dispatcher.send",
+            "        if True:\n            self._dispatcher.send",
+        ),
+        f"{ON_COORDINATOR}/test_main.py::test_no_command_leaves_a_replica_whose_deadline_has_passed",
+    ),
+    _mutant(
         "dispatcher-sends-after-its-end",
         "I6: commands of a deposed leader still leave.",
         f"{COORDINATOR}/dispatch.py",
@@ -556,7 +566,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "G4: a zombie rank takes part in the present attempt.",
         f"{AGENT}/core/ranks.py",
         ("    if job.attempt != hello.attempt:\n", "    if False:\n"),
-        f"{ON_AGENT}/test_core_attempts.py::test_a_zombie_rank_is_sent_away",
+        f"{ON_AGENT}/test_core_attempts.py::test_a_zombie_rank_is_sent_away_from_a_running_attempt",
     ),
     # Losses ---------------------------------------------------------------------------------
     _mutant(
@@ -725,7 +735,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "G2: a rank overwrites a snapshot that is still being uploaded.",
         f"{TRAINER}/session.py",
         ("            elif self._sealed is not None:\n", "            elif False:\n"),
-        "tests/unit/trainer/test_run.py::test_a_busy_slot_is_reported_and_stays_frozen",
+        "tests/unit/trainer/test_session.py::test_a_slot_whose_outcome_is_not_known_takes_no_other_snapshot",
     ),
     _mutant(
         "older-outcome-frees-the-slot",
@@ -735,14 +745,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/unit/trainer/test_session.py::test_an_older_outcome_does_not_thaw_a_newer_snapshot",
     ),
     _mutant(
-        "save-error-stops-training",
-        "G10: a state that cannot be saved ends the run.",
-        f"{TRAINER}/session.py",
+        "failed-upload-not-reported",
+        "G10: a checkpoint whose upload failed stays open until its deadline, and nobody learns why.",
+        f"{AGENT}/core/saving.py",
         (
-            '        """The snapshot could not be taken; training goes on."""\n',
-            '        """The snapshot could not be taken; training goes on."""\n        raise RuntimeError(message)\n',
+            "    return problem(job, SaveProblem(seq, rank, False, saving.step, message[:PROBLEM_CHARS_MAX]))\n",
+            "    return job\n",
         ),
-        "tests/unit/trainer/test_run.py::test_state_that_cannot_be_saved_does_not_stop_training",
+        f"{ON_AGENT}/test_core_checkpoints.py::test_a_failed_upload_is_a_problem_and_training_goes_on",
     ),
     _mutant(
         "reported-digest-not-verified-at-commit",

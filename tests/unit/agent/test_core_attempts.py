@@ -327,6 +327,16 @@ def test_a_zombie_rank_is_sent_away() -> None:
     assert table.wanted(DropConnection)
 
 
+def test_a_zombie_rank_is_sent_away_from_a_running_attempt() -> None:
+    table = Table().training().training(2)
+    table.hello(0, attempt=1)
+    (welcome,) = table.messages(Welcome)
+    assert not welcome.accepted
+    assert "attempt 1 is over" in welcome.why
+    assert table.wanted(DropConnection)
+    assert table.snapshot.phase is WorkerPhase.TRAINING
+
+
 def test_the_end_of_an_older_attempts_rank_is_not_the_new_ones_failure() -> None:
     table = Table().training()
     table.forked(2)

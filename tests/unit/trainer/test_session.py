@@ -82,6 +82,18 @@ def test_an_outcome_overtaken_by_the_next_order_is_in_time(session: Session) -> 
     assert session.complete(13) == begin(2, 13)
 
 
+def test_a_slot_whose_outcome_is_not_known_takes_no_other_snapshot(session: Session) -> None:
+    session.handle(begin(1, 11))
+    session.complete(11)
+    session.keep(sealed(1, 11))
+    session.handle(begin(2, 12))
+    assert session.complete(12) is None
+    report = session.report()
+    assert report.sealed == sealed(1, 11)
+    assert report.problem is not None
+    assert (report.problem.seq, report.problem.late) == (2, False)
+
+
 def test_an_older_outcome_does_not_thaw_a_newer_snapshot(session: Session) -> None:
     session.handle(begin(2, 11))
     session.complete(11)
