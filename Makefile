@@ -22,7 +22,7 @@ test: setup ## run every test, with real etcd, S3, gloo and kills (under 10 minu
 	@tools/test.sh
 
 test-fast: setup ## unit, scenario and simulation tests only
-	@$(BIN)/python -m pytest -q -n 2 tests/unit tests/scenarios tests/sim tests/security tests/test_architecture.py
+	@$(BIN)/python -m pytest -q -n 2 tests/unit tests/scenarios tests/sim tests/security tests/mutants tests/test_architecture.py
 
 sim: setup ## run the simulation: SEED=n replays one, SEEDS=n runs that many
 	@$(BIN)/python -m tests.sim $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
