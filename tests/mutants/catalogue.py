@@ -790,7 +790,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "G2: a manifest that is not the committed one is restored from.",
         f"{AGENT}/transfer_fetch.py",
         ("            if found == order.digest:\n", "            if True:\n"),
-        f"{ON_AGENT}/test_transfer.py::test_missing_short_and_foreign_bytes_are_found",
+        f"{ON_AGENT}/test_transfer.py::test_a_good_manifest_that_is_not_the_committed_one_is_refused",
     ),
     _mutant(
         "quarantine-not-written",
@@ -867,9 +867,16 @@ MUTANTS: tuple[Mutant, ...] = (
         "G3: blobs of a checkpoint that is opened meanwhile look like nobody's.",
         f"{COORDINATOR}/work.py",
         (
-            '        keys = _ask(lambda: [info.key for info in store.list(f"{root}/")])\n',
+            '        keys = _ask(lambda: [info.key for info in store.list(f"{root}/")])\n'
+            '        uploads = _ask(lambda: list(store.list_unfinished(f"{root}/")))\n'
+            "        if not keys and not uploads:\n"
+            "            return Swept(work)\n"
+            "        records = read_records(self._etcd, work.cluster, work.job)\n",
             "        records = read_records(self._etcd, work.cluster, work.job)\n"
-            '        keys = _ask(lambda: [info.key for info in store.list(f"{root}/")])\n',
+            '        keys = _ask(lambda: [info.key for info in store.list(f"{root}/")])\n'
+            '        uploads = _ask(lambda: list(store.list_unfinished(f"{root}/")))\n'
+            "        if not keys and not uploads:\n"
+            "            return Swept(work)\n",
         ),
         f"{ON_COORDINATOR}/test_work.py::test_what_is_opened_while_the_store_is_listed_stays",
     ),

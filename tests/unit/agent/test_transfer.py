@@ -1,5 +1,6 @@
 """Uploads and fetches: durable before reported, verified before used, cancelled without harm."""
 
+import gzip
 import json
 import os
 import queue
@@ -226,6 +227,20 @@ def test_missing_short_and_foreign_bytes_are_found(tmp_path: Path, sealed: Seale
     assert isinstance(report, FetchFailed)
     assert report.bad is not None
     assert report.bad.blob == order.manifest
+
+
+def test_a_good_manifest_that_is_not_the_committed_one_is_refused(tmp_path: Path, sealed: Sealed) -> None:
+    """A try whose answer was lost leaves one of the same checkpoint behind."""
+    order = commit(tmp_path / "store", sealed)
+    path = tmp_path / "store" / order.manifest
+    manifest = json.loads(gzip.decompress(path.read_bytes()))
+    path.unlink()
+    path.write_bytes(gzip.compress(json.dumps(manifest | {"created": "at another time"}).encode()))
+    report = fetch(tmp_path / "store", order)
+    assert isinstance(report, FetchFailed)
+    assert report.bad is not None
+    assert (report.bad.blob, report.bad.expected) == (order.manifest, order.digest)
+    assert report.bad.found != order.digest
 
 
 def test_a_store_that_does_not_answer_does_not_damn_the_checkpoint(tmp_path: Path, sealed: Sealed) -> None:
