@@ -308,7 +308,9 @@ class Reporter:
             if job.mod_revision is None:
                 found = self._etcd.range(key, deadline_s=CALL_S).items
                 job.mod_revision = found[0].mod_revision if found else 0
-            value = fit(dataclasses.replace(snapshot, at=round(self._clock.wall(), 3)))
+            # Between a registration and the driver's hearing of it, a snapshot still says who we were.
+            now_named = dataclasses.replace(snapshot, incarnation=self._node.incarnation)
+            value = fit(dataclasses.replace(now_named, at=round(self._clock.wall(), 3)))
             newest = Compare(key, Target.MOD, job.mod_revision)
             result = self._txn(Txn((fence, newest), (Put(key, value, self._lease),), reread))
         if not result.succeeded:

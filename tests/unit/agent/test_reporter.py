@@ -116,6 +116,18 @@ def test_registration_is_under_the_lease() -> None:
     assert bench.etcd.range(KEYS.node(NAME)).items[0].lease == 11
 
 
+def test_a_snapshot_made_before_a_registration_is_written_under_its_name() -> None:
+    bench = Bench()
+    bench.work()
+    # The driver has not heard of the registration yet: what it submits says who we were.
+    bench.submit(1, urgent=True)
+    bench.work()
+    found, node = bench.stored(), bench.node()
+    assert found is not None
+    assert node is not None
+    assert found.incarnation == node.incarnation
+
+
 def test_an_urgent_snapshot_is_written_at_once_and_progress_waits() -> None:
     bench = Bench()
     bench.submit(1, urgent=True)
