@@ -25,6 +25,8 @@ class ReplicaRecord:
     host: str = ""
     pid: int = 0
     since: str = ""
+    ttl_s: float = 0.0
+    """How long its lease lasts without a renewal: until then another may not take its id."""
 
 
 @dataclass(frozen=True, slots=True)

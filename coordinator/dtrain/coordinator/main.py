@@ -130,6 +130,7 @@ class Coordinator:
             clock=clock,
             on_term=lambda term: self._tell(lambda now: self._driver.on_term(term, now)),
             on_over=lambda _why: self._end_process(EX_TEMPFAIL),
+            on_taken=self._on_taken,
         )
         self._lease = threading.Thread(
             target=self._guarded, args=(self.leadership.run,), name="lease", daemon=True
@@ -301,6 +302,10 @@ class Coordinator:
     def _on_alarm(self, error: DtrainError) -> None:
         # Deciding from an etcd that forgot could take committed checkpoints for garbage.
         self._log.critical("etcd is not the one it was", error=error.message, fix=error.fix)
+        self._end_process(EX_CONFIG)
+
+    def _on_taken(self, error: DtrainError) -> None:
+        self._log.critical("replica id taken", code=error.code, error=error.message, fix=error.fix)
         self._end_process(EX_CONFIG)
 
     def _tell(self, event: Event) -> None:

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from dtrain.coordinator.leadership import lease as lease_module
 from dtrain.coordinator.leadership.elector import (
     JITTER_S_MAX,
     Claim,
@@ -215,3 +216,36 @@ def test_a_standby_goes_on_with_its_next_lease(etcd: MemoryEtcd) -> None:
         assert etcd.range(KEY).items[0].lease == 2
     finally:
         running.stop()
+
+
+def test_a_second_replica_of_the_same_id_refuses_to_run(
+    etcd: MemoryEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "TAKEN_TTLS", 0.0)
+    monkeypatch.setattr(lease_module, "TAKEN_S", 0.5)
+    first = Running(etcd, 1, "r1")
+    assert first.won.wait(5)
+    second = Running(etcd, 2, "r1")
+    try:
+        assert second.over.wait(5)
+        assert not second.won.is_set()
+        key = Keys(ClusterName("c1")).coordinator(ReplicaId("r1"))
+        assert etcd.range(key).items[0].lease == 1
+        assert not first.over.is_set()
+    finally:
+        first.stop()
+        second.stop()
+
+
+def test_an_id_left_behind_by_a_lost_host_is_taken_over_with_its_lease(etcd: MemoryEtcd) -> None:
+    first = Running(etcd, 1, "r1")
+    assert first.won.wait(5)
+    first.stop()
+    second = Running(etcd, 2, "r1")
+    try:
+        assert not second.won.wait(0.3)
+        assert not second.over.is_set()
+        etcd.revoke(1)
+        assert second.won.wait(5)
+    finally:
+        second.stop()

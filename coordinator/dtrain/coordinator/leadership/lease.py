@@ -2,6 +2,11 @@
 
 Losing leadership ends the process, and its guardian starts a fresh one: there
 is no second life in which work of the first could still be under way.
+
+Nobody campaigns who is not registered, and an id is registered once: two
+replicas of one name, by a copied configuration, would take each other's records
+for their own. A key that a lost host left behind goes with its lease; one that
+stays longer is somebody's.
 """
 
 import queue
@@ -14,12 +19,19 @@ from dataclasses import replace
 from dtrain.coordinator.leadership.elector import Claim, Elector, Holder, Lead, Look, StepDown, Wait
 from dtrain.protocol import codec
 from dtrain.protocol.cluster import LeaderRecord, ReplicaRecord
-from dtrain.protocol.errors import DtrainError, LeadershipLost, OutcomeUnknown, Unavailable
+from dtrain.protocol.errors import (
+    DtrainError,
+    ErrorCode,
+    LeadershipLost,
+    OutcomeUnknown,
+    Refused,
+    Unavailable,
+)
 from dtrain.protocol.ids import ClusterName, Term
 from dtrain.protocol.keys import Keys
 from dtrain.runtime import log
 from dtrain.runtime.clock import Clock, iso
-from dtrain.storage.etcd.port import Etcd, Get, KeyValue, Put, Txn, flatten, put_if_absent
+from dtrain.storage.etcd.port import Etcd, Get, KeyValue, Txn, flatten, put_if_absent
 from dtrain.storage.etcd.session import Session
 
 TRY_S_MAX = 1.5
@@ -27,6 +39,8 @@ LOOK_S = 0.1
 """The session is looked at this often, whatever else happens."""
 
 REGISTER_AGAIN_S = 1.0
+TAKEN_TTLS, TAKEN_S = 1.5, 2.0
+"""A foreign key of our id is waited for: so many TTLs, and a little for etcd's own elections."""
 
 
 class Leadership:
@@ -42,8 +56,10 @@ class Leadership:
         clock: Clock,
         on_term: Callable[[Term], None],
         on_over: Callable[[str], None],
+        on_taken: Callable[[DtrainError], None] | None = None,
         rng: random.Random | None = None,
     ) -> None:
+        """Remember. ``on_taken`` hears that another replica lives under this id (default: ``on_over``)."""
         self._etcd = etcd
         self._session = session
         self._keys = Keys(cluster)
@@ -51,6 +67,7 @@ class Leadership:
         self._clock = clock
         self._on_term = on_term
         self._on_over = on_over
+        self._on_taken = on_taken
         self._rng = rng or random.Random()  # noqa: S311 - jitter only
         self._log = log.get("leadership").bind(replica=replica.replica)
         self._nudges: queue.SimpleQueue[KeyValue | None] = queue.SimpleQueue()
@@ -62,6 +79,8 @@ class Leadership:
         self._generation = 0
         self._registered = 0
         self._register_at = 0.0
+        self._other: tuple[int, float] | None = None
+        """Lease of a foreign key of our id, and since when it has been seen without a break."""
         self._term: Term | None = None
 
     @property
@@ -90,11 +109,12 @@ class Leadership:
     def run(self) -> None:
         """Campaign until ``stop`` or the end of leadership. The body of the lease thread."""
         while not self._stop.is_set():
-            now = self._clock.monotonic()
-            until = self._turn(now)
+            self._register(self._clock.monotonic())
+            if self._stop.is_set():
+                return
+            until = self._turn(self._clock.monotonic())
             if until is None:
                 return
-            self._register(self._clock.monotonic())
             wait_s = min(until - self._clock.monotonic(), LOOK_S)
             if wait_s > 0:
                 self._woken.wait(wait_s)
@@ -108,7 +128,7 @@ class Leadership:
             self._over("the lease was not renewed in time")
             return None
         if self._elector is None or (self._term is None and view.generation != self._generation):
-            if view.lease == 0:
+            if view.lease == 0 or view.generation != self._registered:
                 return now + LOOK_S
             self._campaign(view.lease, view.generation, view.ttl_s)
         assert self._elector is not None
@@ -192,15 +212,49 @@ class Leadership:
         view = self._session.view()
         if not view.lease or view.generation == self._registered or now < self._register_at:
             return
-        record = replace(self._replica, since=iso(self._clock.wall()))
-        put = Put(self._keys.coordinator(record.replica), codec.encode(record), view.lease)
+        record = replace(self._replica, since=iso(self._clock.wall()), ttl_s=view.ttl_s)
+        key = self._keys.coordinator(record.replica)
         try:
-            self._etcd.txn(Txn(success=(put,)), deadline_s=min(TRY_S_MAX, view.ttl_s / 6))
+            result = self._etcd.txn(
+                put_if_absent(key, codec.encode(record), view.lease),
+                deadline_s=min(TRY_S_MAX, view.ttl_s / 6),
+            )
         except DtrainError as error:
-            self._register_at = now + REGISTER_AGAIN_S
+            # What cannot be seen proves nothing about its lease.
+            self._register_at, self._other = now + REGISTER_AGAIN_S, None
             self._log.info("not registered yet", error=error.message)
             return
-        self._registered = view.generation
+        found = flatten(result.responses).get(key)
+        # A lease is nobody's but ours: the key under it is an earlier write whose answer was lost.
+        if result.succeeded or found is None or found.lease == view.lease:
+            if result.succeeded or found is not None:
+                self._registered, self._other = view.generation, None
+            return
+        self._register_at = now + min(REGISTER_AGAIN_S, view.ttl_s / 10)
+        self._wait_for_other(found, view.ttl_s, now)
+
+    def _wait_for_other(self, found: KeyValue, ttl_s: float, now: float) -> None:
+        """Our id is in use, or was by a host that is lost: the end of its lease tells."""
+        if self._other is None or self._other[0] != found.lease:
+            self._other = (found.lease, now)
+            self._log.warning("replica id in use", lease=f"{found.lease:x}")
+        try:
+            other = codec.decode(ReplicaRecord, found.value)
+        except DtrainError:
+            other = ReplicaRecord(self._replica.replica, "?")
+        if now - self._other[1] < TAKEN_TTLS * max(ttl_s, other.ttl_s) + TAKEN_S:
+            return
+        error = Refused(
+            ErrorCode.REPLICA_ID_TAKEN,
+            f"another coordinator runs as {self._replica.replica}: at {other.address}, process {other.pid} "
+            f"on {other.host or 'an unknown host'}",
+            fix="give each replica an --id of its own, or stop the other one",
+        )
+        if self._on_taken is None:
+            self._over(error.message)
+            return
+        self._stop.set()
+        self._on_taken(error)
 
 
 def _holder(kv: KeyValue | None) -> Holder | None:
