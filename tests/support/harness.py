@@ -396,6 +396,10 @@ class Harness:
     def _records(self, prefix: str, kind: type[T]) -> list[T]:
         return [codec.decode(kind, item.value) for _, item in sorted(self.cluster.read(prefix).items())]
 
+    def launchers(self, agent: str) -> set[int]:
+        """The launchers on one machine."""
+        return set(self.cluster.daemon(agent).launcher_pids())
+
     def _launchers(self) -> list[int]:
         return [pid for daemon in self.cluster.agents.values() for pid in daemon.launcher_pids()]
 

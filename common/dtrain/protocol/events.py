@@ -33,6 +33,7 @@ class EventReason(StrEnum):
     RANK_EXITED = "RankExited"
     RANK_SIGNALED = "RankSignaled"
     AGENT_LOST = "AgentLost"
+    MASS_LOSS = "MassLoss"
     PREPARE_TIMEOUT = "PrepareTimeout"
     PROCESS_UNKILLABLE = "ProcessUnkillable"
     LEADER_CHANGED = "LeaderChanged"

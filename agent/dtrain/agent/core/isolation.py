@@ -75,7 +75,7 @@ def observe(link: EtcdLink, seen: "SessionSeen", now: float) -> EtcdLink:
     if seen.lease and seen.deadline and now < seen.deadline - margin_s:
         return link if link.state is LinkState.OK else EtcdLink()
     if link.state is LinkState.OK:
-        return EtcdLink(LinkState.SUSPECT, since=now, entered_at=now)
+        return EtcdLink(LinkState.SUSPECT, since=now, entered_at=now, silent_at=now)
     if link.state is LinkState.SUSPECT:
         # Also after a pause that outlasted the deadline: the guardian gets to try once more.
         if now < max(seen.deadline, link.entered_at + margin_s):
@@ -225,7 +225,7 @@ def rejoined(before: AgentState, after: AgentState, now: float) -> AgentState:
     """Say in each job that its ranks went on, once a machine that was isolated is back."""
     if before.link.state is not LinkState.ISOLATED or after.link.state is not LinkState.OK:
         return after
-    away_s = now - before.link.since
+    away_s = now - before.link.silent_at
     for job in after.jobs.values():
         if _is_stoppable(job):
             note = f"etcd could not be reached for {away_s:.0f} s; the ranks went on"
@@ -241,7 +241,7 @@ def sentence(before: AgentState, after: AgentState, now: float) -> str:
     ranks = sum(1 for job in after.jobs.values() if _is_stoppable(job))
     what = f"the ranks of {ranks} job{'' if ranks == 1 else 's'}"
     if link.state is LinkState.OK:
-        return f"etcd answers again after {now - old.since:.0f} s"
+        return f"etcd answers again after {now - old.silent_at:.0f} s"
     if link.state is LinkState.SUSPECT:
         return "etcd does not answer; the session still holds for a moment" + _heard(link)
     return f"the session has ended and etcd does not answer; {what} go on while they complete steps" + _heard(

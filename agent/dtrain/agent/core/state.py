@@ -280,6 +280,8 @@ class EtcdLink:
     """Since when: for an isolated machine, the deadline that it missed."""
     entered_at: float = 0.0
     """When this state was noticed."""
+    silent_at: float = 0.0
+    """When it was noticed that etcd does not answer, whatever came of it since."""
     scope: Scope = Scope.UNKNOWN
 
 

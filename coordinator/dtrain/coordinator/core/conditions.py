@@ -9,6 +9,9 @@ from dtrain.coordinator.core.views import FleetView, Moment
 from dtrain.protocol.checkpoint import CommitRecord
 from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, Condition, JobPhase, JobSpec, JobStatus
 
+BRAKE_ON = "BrakeOn"
+"""Reason of the condition Degraded while the brake is on."""
+
 
 def derive(
     fleet: FleetView, moment: Moment, spec: JobSpec, status: JobStatus, *, newest: CommitRecord | None
@@ -65,7 +68,7 @@ def _degraded(fleet: FleetView, spec: JobSpec, status: JobStatus) -> Condition:
     if status.phase in TERMINAL_PHASES:
         return Condition("Degraded", "False", "Finished")
     if fleet.brake:
-        return Condition("Degraded", "True", "BrakeOn", fleet.brake)
+        return Condition("Degraded", "True", BRAKE_ON, fleet.brake)
     if status.members and len(status.members) < spec.nnodes_max:
         return Condition(
             "Degraded",

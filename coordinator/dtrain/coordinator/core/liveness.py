@@ -126,7 +126,7 @@ def _standing(
         why = f"the session of agent {member.agent} ended" if seen else f"agent {member.agent} has no session"
         # Seen or not: what cost the last leader its lease, an etcd that stood still, has often
         # cost the agents theirs. They are back within a second, beside ranks that never stopped.
-        due = fleet.took_office_at + fleet.agent_ttl_s
+        due = max(fleet.took_office_at + fleet.agent_ttl_s, fleet.losses_settle_at)
         # A leader that did not see it go counts from when it could have seen it first.
         ended_at = fleet.lost_at.get(member.agent, fleet.took_office_at)
         return _until(draft, max(due, ended_at + draft.spec.reschedule_grace_s), why)

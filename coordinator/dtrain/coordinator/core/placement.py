@@ -140,9 +140,7 @@ def _short_of(draft: Draft, usable: dict[AgentName, AgentView]) -> str:
     parts = []
     cordoned = sum(1 for name in fleet.agents if name in fleet.cordoned)
     stuck = sum(
-        1
-        for name, view in fleet.agents.items()
-        if name not in fleet.cordoned and blocked(draft, name, view)
+        1 for name, view in fleet.agents.items() if name not in fleet.cordoned and blocked(draft, name, view)
     )
     full = sum(
         1

@@ -7,7 +7,7 @@ the status record, what this leader saw for itself is in the views.
 
 from typing import assert_never
 
-from dtrain.coordinator.core import checkpoints, phases, retention
+from dtrain.coordinator.core import checkpoints, conditions, phases, retention
 from dtrain.coordinator.core.decisions import Decision, Reason
 from dtrain.coordinator.core.draft import OPERATIONS_MAX, Draft
 from dtrain.coordinator.core.views import FleetView, JobView, Moment
@@ -71,12 +71,24 @@ def plan(job: JobView, fleet: FleetView, moment: Moment) -> Decision:
     if status.term != fleet.term and status.phase in _TAKEN_OVER:
         draft.event(EventReason.LEADER_CHANGED, f"coordinator {fleet.replica} leads (term {fleet.term})")
         draft.take_over()
+    _tell_of_brake(draft)
     if checkpoints.adopt(draft):
         draft.say("taking over the open checkpoints of an earlier leader")
         return _checked(draft)
     _decide(draft)
     retention.tidy(draft)
     return _checked(draft)
+
+
+def _tell_of_brake(draft: Draft) -> None:
+    """Leave an event with a job whose machine is among those that vanished: once, as its condition shows."""
+    status = draft.status
+    if not draft.fleet.brake or all(m.agent in draft.fleet.agents for m in status.members):
+        return
+    if any(condition.reason == conditions.BRAKE_ON for condition in status.conditions):
+        return
+    text = f"{draft.fleet.brake}: nothing is declared lost, training goes on where it can"
+    draft.event(EventReason.MASS_LOSS, text, f"attempt/{status.attempt}", warning=True)
 
 
 def _decide(draft: Draft) -> None:

@@ -119,6 +119,8 @@ class FleetView:
     """Not empty: why nothing may be declared lost or started elsewhere."""
     agent_ttl_s: float = 10.0
     default_store: str = ""
+    losses_settle_at: float = 0.0
+    """Several agents vanished one after another: nobody is called lost before, as more may follow."""
 
 
 @dataclass(frozen=True, slots=True)
