@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import click
 
-from dtrain.cli import exits
+from dtrain.cli import exits, terminal
 from dtrain.protocol.errors import DtrainError, ErrorCode
 
 
@@ -29,7 +29,7 @@ class Complaint:
         lines = [f"error[{self.code}]: {self.message}", *(f"  {line}" for line in self.details)]
         lines += [f"  cause: {self.cause}"] if self.cause else []
         lines += [f"  fix:   {self.fix}"] if self.fix else []
-        return "\n".join(lines)
+        return "\n".join(terminal.text(line) for line in lines)
 
     def as_json(self) -> str:
         """The same as one JSON object."""

@@ -48,13 +48,17 @@ def read(path: Path, changes: Sequence[str] = ()) -> JobFile:
         BadJobFile: with all its errors.
     """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            # Not all of it: the path may be of a device, or of a checkpoint.
+            data = file.read(yamlmarks.BYTES_MAX + 1)
     except FileNotFoundError as error:
         raise NotFound(
             ErrorCode.NOT_FOUND, f"there is no job file {path}", fix="give the path of a YAML file"
         ) from error
     except OSError as error:
         raise Refused(ErrorCode.BAD_JOB_FILE, f"{path} cannot be read: {error.strerror}") from error
+    if len(data) > yamlmarks.BYTES_MAX:
+        raise BadJobFile(str(path), [Problem(1, 1, "", yamlmarks.TOO_LARGE)])
     try:
         text = data.decode()
     except UnicodeDecodeError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from dtrain.cli import render
+from dtrain.cli import render, terminal
 from dtrain.cli.render import Table
 
 
@@ -19,7 +19,7 @@ def width() -> int:
 
 def say(line: str) -> None:
     """One line for people, on stderr."""
-    click.echo(line, err=True)
+    click.echo(terminal.text(line), err=True)
 
 
 def document(value: dict[str, Any], output: str) -> None:
@@ -59,11 +59,12 @@ def listing(
 
 
 def coloured(lines: Sequence[str]) -> list[str]:
-    """Colour phases; click drops the colours when stdout is no terminal."""
+    """Lines as they may be printed, with phases coloured where stdout is a terminal."""
     import os
 
+    lines = [terminal.text(line) for line in lines]
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
-        return list(lines)
+        return lines
     return [_paint(line) for line in lines]
 
 
@@ -72,6 +73,13 @@ def _paint(line: str) -> str:
         if f" {phase} " in line:
             return line.replace(f" {phase} ", f" {click.style(phase, fg=colour)} ", 1)
     return line
+
+
+def log(line: bytes, *, err: bool = False) -> None:
+    """A piece of a rank's log: as it is into a file or pipe, harmless on a terminal."""
+    target = sys.stderr if err else sys.stdout
+    target.buffer.write(terminal.log(line) if target.isatty() else line)
+    target.buffer.flush()
 
 
 def freshness(age_s: float) -> None:

@@ -8,6 +8,7 @@ import signal as signals
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from dtrain.cli import terminal
 from dtrain.cli.durations import show_bytes, show_s
 from dtrain.cli.records import Agent, Cluster, Job, Replica
 from dtrain.protocol.events import EventRecord
@@ -26,7 +27,7 @@ class Table:
 
     def lines(self, width: int = 0) -> list[str]:
         """Aligned lines, each cut to ``width`` if it is given."""
-        table = (self.headings, *self.rows)
+        table = [tuple(terminal.text(cell) for cell in row) for row in (self.headings, *self.rows)]
         widths = [max(len(row[column]) for row in table) for column in range(len(self.headings))]
         lines = []
         for row in table:

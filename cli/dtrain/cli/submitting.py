@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -130,9 +129,7 @@ def watch(client: Client, accepted: Accepted, *, ranks: Callable[[Job], Sequence
             output.say(f"[dtrain] {line}")
 
     def write(line: following.Line) -> None:
-        target = sys.stderr if line.stream == "stderr" else sys.stdout
-        target.buffer.write(following.show(line, prefix=prefix))
-        target.buffer.flush()
+        output.log(following.show(line, prefix=prefix), err=line.stream == "stderr")
 
     shown: set[int] = set()
 

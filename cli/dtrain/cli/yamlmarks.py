@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 BYTES_MAX = 256 * 1024
+TOO_LARGE = f"the file is larger than {BYTES_MAX // 1024} KiB"
 DEPTH_MAX = 20
 VALUES_MAX = 10_000
 """After aliases are written out: a few lines of them can name billions of values."""
@@ -113,7 +114,7 @@ def parse(text: str) -> Document:
     """Read one document; whatever is wrong is in ``problems``, never raised."""
     document = Document()
     if len(text.encode(errors="replace")) > BYTES_MAX:
-        document.problems.append(Problem(1, 1, "", f"the file is larger than {BYTES_MAX // 1024} KiB"))
+        document.problems.append(Problem(1, 1, "", TOO_LARGE))
         return document
     try:
         root = _Loader(text).get_single_node()
@@ -188,7 +189,12 @@ class _Reader:
             return node.value
         for tag, pattern, build in _CORE:
             if tag == short and pattern.fullmatch(node.value):
-                return build(node.value)
+                try:
+                    return build(node.value)
+                except ValueError:
+                    # Python parses no more than 4,300 digits: more takes quadratic time.
+                    self._problem(node, path, "a number of too many digits")
+                    return None
         self._problem(node, path, f"the tag {_show_tag(node.tag)} is not accepted here")
         return None
 

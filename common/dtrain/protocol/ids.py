@@ -50,7 +50,11 @@ def parse_token(text: str, what: str) -> str:
     """
     if _TOKEN.fullmatch(text):
         return text
-    raise Refused(ErrorCode.BAD_NAME, f"{text[:80]!r} is no {what}")
+    raise Refused(
+        ErrorCode.BAD_NAME,
+        f"{text[:80]!r} is no {what}",
+        fix="these are chosen by dtrain: 1 to 64 letters, digits, hyphens and underscores",
+    )
 
 
 def is_name(text: str) -> bool:

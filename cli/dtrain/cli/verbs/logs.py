@@ -133,9 +133,6 @@ def _follow(client: "Client", job: "Job", ranks: str | None, streams: tuple[str,
 
 
 def _write(line: "Line", *, prefix: bool) -> None:
-    import sys
+    from dtrain.cli import following, output
 
-    from dtrain.cli import following
-
-    sys.stdout.buffer.write(following.show(line, prefix=prefix))
-    sys.stdout.buffer.flush()
+    output.log(following.show(line, prefix=prefix))

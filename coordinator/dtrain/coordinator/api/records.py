@@ -68,12 +68,21 @@ class Operators:
         """
         spec = codec.decode(JobSpec, document)
         validate.check(spec)
-        return replace(
+        request_id = request_id or spec.request_id or secrets.token_hex(8)
+        spec = replace(
             spec,
             uid=Uid(secrets.token_hex(4)),
             submitted_at=iso(self._clock.wall()),
-            request_id=request_id or spec.request_id or secrets.token_hex(8),
+            request_id=_request_id(request_id),
         )
+        size = len(codec.encode(spec))
+        if size > validate.SPEC_BYTES_MAX:
+            raise Refused(
+                ErrorCode.BAD_JOB_FILE,
+                f"the job takes {size} bytes, the limit is {validate.SPEC_BYTES_MAX}",
+                fix="keep data in files: args and env are for settings",
+            )
+        return spec
 
     def submit(self, spec: JobSpec) -> Submitted:
         """Create the job, or find that this very request did so before.
@@ -178,6 +187,16 @@ class Operators:
             # job's status changes far too often to be compared.
             guards.append(Compare(names[2], Target.MOD, at[names[2]].mod_revision))
         return replace(found, guards=tuple(guards))
+
+
+def _request_id(text: str) -> str:
+    if len(text) > BY_CHARACTERS_MAX or not (text.isascii() and text.isprintable()):
+        raise Refused(
+            ErrorCode.USAGE,
+            f"{text[:40]!r} is no request id",
+            fix=f"use at most {BY_CHARACTERS_MAX} ASCII characters, or none: one is chosen",
+        )
+    return text
 
 
 def _has_ended(found: _Found) -> bool:

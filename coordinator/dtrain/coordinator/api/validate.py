@@ -9,6 +9,12 @@ from dtrain.protocol.job import JobSpec
 NODES_MAX = 10_000
 RANKS_PER_NODE_MAX = 1_024
 ENV_BYTES_MAX = 64 * 1024
+ENV_VARIABLES_MAX = 1_000
+ARGS_MAX = 4_000
+TEXT_BYTES_MAX = 100 * 1024
+"""Of one argument or value: Linux starts no process with a longer one."""
+SPEC_BYTES_MAX = 250 * 1024
+"""As stored; below what anybody reads, so that no accepted job is unreadable."""
 PRELOAD_MAX = 64
 KEEP_LAST_MAX = 1_000
 STORES = ("/", "file:///", "s3://", "memory://")
@@ -31,6 +37,12 @@ def check(spec: JobSpec) -> None:
     texts = [spec.entry.target, *spec.entry.args, spec.working_dir, *spec.env, *spec.env.values()]
     if any("\0" in text for text in texts):
         raise _bad("args and env", "hold a NUL character", "remove it")
+    if len(spec.entry.args) > ARGS_MAX:
+        raise _bad("args", f"has {len(spec.entry.args)} words", f"use at most {ARGS_MAX}, or a file")
+    if any(len(text.encode()) > TEXT_BYTES_MAX for text in texts):
+        raise _bad("args and env", f"hold a text of more than {TEXT_BYTES_MAX} bytes", "pass it in a file")
+    if len(spec.env) > ENV_VARIABLES_MAX:
+        raise _bad("env", f"has {len(spec.env)} variables", f"use at most {ENV_VARIABLES_MAX}")
     for name in spec.env:
         if not name or "=" in name:
             raise _bad("env", f"has a variable named {name[:40]!r}", "use NAME: value")
@@ -39,6 +51,9 @@ def check(spec: JobSpec) -> None:
         raise _bad("env", f"takes {size} bytes", f"use at most {ENV_BYTES_MAX}")
     if len(spec.preload) > PRELOAD_MAX:
         raise _bad("preload", f"has {len(spec.preload)} modules", f"use at most {PRELOAD_MAX}")
+    for module in spec.preload:
+        if not all(part.isidentifier() for part in module.split(".")):
+            raise _bad("preload", f"names {module[:80]!r}, which is no module", "use names such as torch.nn")
     policy = spec.checkpoint
     if policy.store and not policy.store.startswith(STORES):
         raise _bad(

@@ -1,0 +1,32 @@
+r"""What others wrote, made harmless for a terminal.
+
+Names, reasons and messages come from other people's jobs and machines: a line
+break in one would forge a second line, and an escape sequence would move the
+cursor, set the clipboard or the window's title. They are shown as ``\n`` and
+``\x1b``. Programs get everything as it is, from ``-o json``.
+"""
+
+import re
+
+_UNSAFE = re.compile(
+    # Controls but for the tab, marks that turn the direction of text, line separators, lone surrogates
+    r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+_UNSAFE_BYTES = re.compile(
+    # Colours, tabs, and the carriage returns of progress bars are what logs are full of.
+    rb"\x1b(?!\[[0-9;]{0,20}m)|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]|\xc2[\x80-\x9f]"
+)
+
+
+def text(line: str) -> str:
+    """One line of prose without anything that a terminal would act on."""
+    return line if line.isascii() and line.isprintable() else _UNSAFE.sub(_escape, line)
+
+
+def log(data: bytes) -> bytes:
+    """A piece of a log for a terminal: colours stay, every other escape sequence is shown as text."""
+    return _UNSAFE_BYTES.sub(lambda found: "".join(f"\\x{byte:02x}" for byte in found[0]).encode(), data)
+
+
+def _escape(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode()
