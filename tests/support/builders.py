@@ -66,6 +66,7 @@ def make_spec(
     keep_last: int = 3,
     max_restarts: int = 3,
     window_s: float = 3600.0,
+    reschedule_grace_s: float = 0.0,
 ) -> JobSpec:
     """A valid job of ``nodes`` machines."""
     return JobSpec(
@@ -77,6 +78,7 @@ def make_spec(
         nproc,
         checkpoint=CheckpointPolicy(store, every_steps, every_seconds, keep_last),
         restarts=RestartPolicy(max_restarts, window_s),
+        reschedule_grace_s=reschedule_grace_s,
     )
 
 
@@ -131,6 +133,7 @@ class Stage:
     agent_ttl_s: float = 10.0
     default_store: str = ""
     brake: str = ""
+    losses_settle_at: float = 0.0
     cells: dict[str, _Cell] = field(default_factory=dict)
     agents: dict[AgentName, AgentView] = field(default_factory=dict)
     lost_at: dict[AgentName, float] = field(default_factory=dict)
@@ -253,6 +256,7 @@ class Stage:
             self.brake,
             self.agent_ttl_s,
             self.default_store,
+            self.losses_settle_at,
         )
 
     # Deciding.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.agent.core.decisions import ForgetJob, JournalJob, JournalOver, JournalTerm
+from dtrain.agent.core.decisions import ForgetJob, JournalCoordinators, JournalJob, JournalOver, JournalTerm
 from dtrain.agent.core.state import RELEASED_KEPT, durable_view
 from dtrain.agent.journal import COMMAND_IDS_KEPT, Journal
 from dtrain.protocol.errors import Unavailable
@@ -102,6 +102,28 @@ def test_a_journal_with_an_unreadable_job_is_moved_aside(tmp_path: Path) -> None
     again = Journal.open(path)
     assert "cannot be read" in again.problem
     assert JobName("train") not in again.load().jobs
+
+
+def test_whom_to_ask_is_remembered(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "journal")
+    assert journal.load().coordinators == ()
+    journal.apply([JournalCoordinators(("a:1", "b:1"))])
+    journal.apply([JournalCoordinators(("b:1", "c:1"))])
+    journal.close()
+    assert Journal.open(tmp_path / "journal").load().coordinators == ("b:1", "c:1")
+
+
+def test_a_journal_without_coordinators_is_as_good_as_any(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    journal = Journal.open(path)
+    journal.apply([_busy_job()])
+    journal._connection.execute("DROP TABLE coordinator")
+    journal.close()
+    again = Journal.open(path)
+    assert not again.problem
+    assert JobName("train") in again.load().jobs
+    again.apply([JournalCoordinators(("a:1",))])
+    assert again.load().coordinators == ("a:1",)
 
 
 def test_the_attempt_of_a_released_submission_is_remembered(tmp_path: Path) -> None:

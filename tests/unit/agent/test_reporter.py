@@ -217,6 +217,45 @@ def test_another_lease_keeps_the_name_until_it_expires() -> None:
     assert late.reporter.registered
 
 
+def test_a_problem_of_the_machine_is_in_its_record_before_any_snapshot_that_tells_of_it() -> None:
+    bench = Bench()
+    bench.work()
+    bench.submit(1, urgent=True)
+    bench.work()
+    bench.reporter.set_problem("rank 1 cannot be killed")
+    bench.submit(2, urgent=True)
+    bench.work()
+    node = bench.node()
+    assert node is not None
+    assert node.problem == "rank 1 cannot be killed"
+    assert step_of(bench.stored()) == 2
+    key, job = KEYS.node(NAME), KEYS.worker(NAME, JOB)
+    revisions = {
+        kv.key: kv.mod_revision for kv in (bench.etcd.range(key).items + bench.etcd.range(job).items)
+    }
+    assert revisions[key] < revisions[job]
+    assert bench.registered == [(1, node.incarnation)], "it is the same life"
+    bench.reporter.set_problem("")
+    bench.work()
+    assert bench.node() is not None
+    assert bench.node().problem == ""  # type: ignore[union-attr]
+
+
+def test_a_problem_survives_a_new_registration() -> None:
+    bench = Bench()
+    bench.work()
+    bench.reporter.set_problem("rank 1 cannot be killed")
+    bench.work()
+    bench.etcd.revoke(11)
+    bench.etcd.grant(3600, 12)
+    bench.session.replace(12)
+    bench.work(1)
+    bench.work(1)
+    node = bench.node()
+    assert node is not None
+    assert (node.incarnation, node.problem) == (bench.registered[-1][1], "rank 1 cannot be killed")
+
+
 def test_a_lost_lease_is_followed_by_a_new_registration_that_republishes() -> None:
     bench = Bench()
     bench.work()

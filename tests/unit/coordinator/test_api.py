@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent import futures
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -18,8 +19,18 @@ from dtrain.coordinator.work import Stores
 from dtrain.protocol import codec, errors
 from dtrain.protocol.cluster import LeaderRecord
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused
-from dtrain.protocol.ids import AgentName, Attempt, ClusterName, Incarnation, JobName, Rank, ReplicaId, Term
-from dtrain.protocol.job import Intent, JobPhase, JobSpec, JobStatus, Member, Wanted
+from dtrain.protocol.ids import (
+    AgentName,
+    Attempt,
+    ClusterName,
+    Incarnation,
+    JobName,
+    Rank,
+    ReplicaId,
+    Term,
+    Uid,
+)
+from dtrain.protocol.job import Entry, EntryKind, Intent, JobPhase, JobSpec, JobStatus, Member, Wanted
 from dtrain.protocol.keys import Keys
 from dtrain.protocol.pb import agent_pb2 as agent_pb
 from dtrain.protocol.pb import agent_pb2_grpc
@@ -290,6 +301,47 @@ def test_many_waiting_readers_leave_room_for_others(replica: Replica) -> None:
     assert replica.stub.Info(pb.InfoRequest(), timeout=5).replica == "r1"
     for call in waiting:
         call.cancel()
+
+
+def consult(replica: Replica, uid: str = "u1", attempt: int = 3, agent: str = "a1") -> pb.JobStanding:
+    part = pb.JobPart(job="train", uid=uid, attempt=attempt)
+    reply = replica.stub.Consult(pb.ConsultRequest(agent=agent, jobs=[part]))
+    assert 0 <= reply.etcd_age_s < 60
+    (standing,) = reply.jobs
+    return standing  # type: ignore[no-any-return]
+
+
+def test_an_agent_without_etcd_hears_what_became_of_its_job(replica: Replica) -> None:
+    spec = JobSpec(JobName("train"), Uid("u1"), Entry(EntryKind.SCRIPT, "t.py"))
+    replica.put(KEYS.spec(JobName("train")), spec)
+    members = (Member(AgentName("a1"), 0, Rank(0), 1),)
+    replica.put(
+        KEYS.status(JobName("train")),
+        status("u1", JobPhase.RUNNING, attempt=Attempt(3), members=members),
+    )
+    found = consult(replica)
+    assert (found.job, found.current, found.attempt, found.member) == ("train", True, 3, True)
+    assert not consult(replica, agent="a2").member
+    assert not consult(replica, uid="u0").current
+    replica.put(KEYS.status(JobName("train")), status("u1", JobPhase.CANCELLED, attempt=Attempt(3)))
+    assert not consult(replica).current
+    replica.put(KEYS.status(JobName("train")), status("u1", JobPhase.RUNNING, attempt=Attempt(3)))
+    replica.put(KEYS.spec(JobName("train")), replace(spec, uid=Uid("u2")))
+    assert not consult(replica).current
+
+
+def test_of_a_job_that_is_not_known_nothing_is_said(replica: Replica) -> None:
+    found = consult(replica)
+    assert (found.current, found.attempt, found.member) == (False, 0, False)
+
+
+def test_an_agent_cannot_ask_about_the_whole_world(replica: Replica) -> None:
+    parts = [pb.JobPart(job="train", uid="u1")] * 2000
+    code, told = refusal(lambda: replica.stub.Consult(pb.ConsultRequest(agent="a1", jobs=parts)))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "1024 jobs at most" in told["message"]
+    with pytest.raises(grpc.RpcError):
+        replica.stub.Consult(pb.ConsultRequest(agent="../a1"))
 
 
 def test_info_names_the_leader(replica: Replica) -> None:

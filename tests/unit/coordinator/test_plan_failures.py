@@ -8,9 +8,9 @@ from tests.support.builders import EPOCH, Stage, make_spec
 from dtrain.coordinator.core.failures import backoff_s, root_cause
 from dtrain.protocol.commands import Prepare, Stop
 from dtrain.protocol.events import EventReason
-from dtrain.protocol.ids import AgentName
+from dtrain.protocol.ids import AgentName, Rank
 from dtrain.protocol.job import JobPhase, Wanted
-from dtrain.protocol.snapshot import Failure, FailureKind, WorkerPhase
+from dtrain.protocol.snapshot import Failure, FailureKind, StuckProcess, WorkerPhase
 
 
 def running(**spec: object) -> Stage:
@@ -119,6 +119,101 @@ def test_nothing_is_lost_under_the_brake() -> None:
     stage.brake = ""
     stage.decide()
     assert stage.phase is JobPhase.RECOVERING
+
+
+def test_the_brake_leaves_one_event_with_the_jobs_it_is_about() -> None:
+    stage = running()
+    stage.brake = "5 of 12 agents vanished"
+    stage.until_quiet()
+    assert EventReason.MASS_LOSS not in stage.reasons_of_events(), "its machines are all there"
+    stage.lose("b")
+    stage.after(1.0).until_quiet()
+    stage.after(30.0).until_quiet()
+    assert stage.reasons_of_events().count(EventReason.MASS_LOSS) == 1
+    assert (stage.phase, stage.status.attempt) == (JobPhase.RUNNING, 1)
+
+
+def test_losses_in_a_row_are_waited_out() -> None:
+    stage = running()
+    stage.lose("b")
+    stage.losses_settle_at = stage.now + 4.0
+    stage.until_quiet()
+    assert stage.phase is JobPhase.RUNNING
+    assert stage.last.wake_at == stage.losses_settle_at
+    stage.after(4.0).decide()
+    assert stage.phase is JobPhase.RECOVERING
+
+
+def test_a_job_may_ask_that_an_agent_is_waited_for() -> None:
+    stage = running(reschedule_grace_s=60.0)
+    stage.lose("b")
+    lost_at = stage.now
+    stage.after(59.0).until_quiet()
+    assert stage.phase is JobPhase.RUNNING
+    assert stage.last.wake_at == lost_at + 60.0
+    stage.after(1.0).decide()
+    assert stage.phase is JobPhase.RECOVERING
+
+
+def test_an_agent_that_is_back_within_the_grace_costs_nothing() -> None:
+    stage = running(reschedule_grace_s=60.0)
+    stage.lose("b")
+    stage.after(40.0).until_quiet()
+    stage.join("b", incarnation="i2")
+    stage.report("b", WorkerPhase.TRAINING)
+    stage.after(100.0).until_quiet()
+    assert (stage.phase, stage.status.attempt) == (JobPhase.RUNNING, 1)
+
+
+def test_a_new_leader_that_did_not_see_the_agent_go_grants_the_whole_grace() -> None:
+    stage = running(reschedule_grace_s=60.0)
+    stage.change_leader()
+    stage.lose("b", seen=False)
+    stage.after(59.0).until_quiet()
+    assert stage.phase is JobPhase.RUNNING
+    stage.after(1.5).decide()
+    assert stage.phase is JobPhase.RECOVERING
+
+
+def test_ranks_that_their_agent_has_ended_say_why_and_cost_no_restart() -> None:
+    stage = running()
+    stage.report("b", WorkerPhase.IDLE, note="the ranks were ended: etcd could not be reached for 600 s")
+    stage.decide()
+    assert stage.phase is JobPhase.STARTING
+    assert stage.status.restarts == ()
+    assert stage.status.failure is not None
+    assert "could not be reached for 600 s" in stage.status.failure.message
+
+
+def test_a_process_that_cannot_be_killed_keeps_the_machine_out_and_costs_no_restart() -> None:
+    stage = running()
+    stage.join("c")
+    stage.fail("a")
+    stage.decide()
+    assert (stage.phase, stage.status.attempt) == (JobPhase.STARTING, 2)
+    used = stage.status.restarts
+    stuck = (StuckProcess(201, Rank(1), "nfs_wait"),)
+    failure = Failure(FailureKind.UNKILLABLE, "rank 1 (pid 201) on b cannot be killed", at=EPOCH)
+    stage.report("b", WorkerPhase.ERROR, failure=failure, stuck=stuck)
+    stage.decide()
+    assert (stage.phase, stage.status.attempt) == (JobPhase.STARTING, 3)
+    assert sorted(m.agent for m in stage.status.members) == ["a", "c"]
+    assert stage.status.restarts == used
+    assert EventReason.PROCESS_UNKILLABLE in stage.reasons_of_events()
+
+
+def test_a_machine_with_a_problem_is_not_used_by_any_job_until_it_is_well() -> None:
+    stage = Stage(make_spec()).join("a", "b")
+    view = stage.agents[AgentName("b")]
+    stage.agents[AgentName("b")] = replace(
+        view, node=replace(view.node, problem="a process cannot be killed")
+    )
+    stage.until_quiet()
+    assert stage.phase is JobPhase.QUEUED
+    assert "1 with a process that cannot be killed" in stage.status.reason
+    stage.join("b")
+    stage.until_quiet()
+    assert stage.phase is JobPhase.STARTING
 
 
 def test_restarted_agent_that_adopts_its_ranks_is_no_loss() -> None:

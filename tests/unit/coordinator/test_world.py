@@ -169,6 +169,28 @@ def test_the_brake_comes_on_when_a_third_of_the_fleet_vanishes(alive: int, lost:
     assert not etcd.world.brake(10 + lost + BRAKE_WINDOW_S)
 
 
+def test_one_lost_agent_is_acted_on_at_once_and_several_in_a_row_are_waited_out() -> None:
+    etcd = Etcd()
+    for index in range(9):
+        etcd.put(KEYS.node(AgentName(f"a{index}")), node(AgentName(f"a{index}")))
+    etcd.delete(KEYS.node(AgentName("a0")), now=100.0)
+    assert etcd.fleet(now=100.0).losses_settle_at == 0.0
+    etcd.delete(KEYS.node(AgentName("a1")), now=101.0)
+    # A third of the TTL of 10 s, over which leases that were lost together end, and a second more.
+    assert etcd.fleet(now=101.0).losses_settle_at == pytest.approx(101.0 + 10 / 3 + 1)
+    assert etcd.fleet(now=106.0).losses_settle_at == 0.0
+
+
+def test_an_agent_that_is_back_is_no_loss() -> None:
+    etcd = Etcd()
+    for name in ("a0", "a1", "a2"):
+        etcd.put(KEYS.node(AgentName(name)), node(AgentName(name)))
+    etcd.delete(KEYS.node(AgentName("a0")), now=100.0)
+    etcd.put(KEYS.node(AgentName("a0")), node(AgentName("a0")), now=100.5)
+    etcd.delete(KEYS.node(AgentName("a1")), now=101.0)
+    assert etcd.fleet(now=101.0).losses_settle_at == 0.0
+
+
 def test_agents_that_vanish_slowly_do_not_brake() -> None:
     etcd = Etcd()
     for index in range(9):
