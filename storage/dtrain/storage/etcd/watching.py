@@ -166,7 +166,7 @@ class GatewayWatch:
             return Refused(
                 ErrorCode.ETCD_AUTH, f"etcd refused the watch: {reason}", fix="check the etcd role"
             )
-        if "auth" in reason:
+        if "auth" in reason or "user name is empty" in reason:
             return LoginNeeded(
                 ErrorCode.ETCD_AUTH, f"etcd refused the watch: {reason}", fix="check the etcd user"
             )
