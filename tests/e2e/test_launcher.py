@@ -169,7 +169,8 @@ def bare(
     """Launchers without torch, which start in a tenth of a second."""
     hidden = Path(tempfile.mkdtemp(prefix="dtl-notorch-"))
     (hidden / "torch.py").write_text("raise ImportError('hidden by this test')\n")
-    monkeypatch.setenv("PYTHONPATH", str(hidden))
+    paths = (str(hidden), os.environ.get("PYTHONPATH", ""))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     yield _bench
     shutil.rmtree(hidden)
 

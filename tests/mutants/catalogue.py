@@ -118,8 +118,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "submission-overwrites-a-running-job",
         "G7: two submissions at once both believe that they created the job.",
         f"{COORDINATOR}/api/records.py",
-        ("for key in (names[0], names[1])\n", "for key in (names[1],)\n"),
-        f"{ON_COORDINATOR}/test_api.py::test_submissions_at_once_create_one_job",
+        ("for key in (names[0], names[1])\n", "for key in ()\n"),
+        f"{ON_COORDINATOR}/test_api.py::test_a_submission_that_came_between_reading_and_writing_is_not_overwritten",
     ),
     # The leader's loop ----------------------------------------------------------------------
     _mutant(
@@ -559,7 +559,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "G5: an agent that restarts does not find its ranks again.",
         f"{AGENT}/core/adoption.py",
         ("        if launcher.process is None:\n", "        if True:\n"),
-        f"{ON_AGENT}/test_driver.py::test_a_restarted_agent_adopts_its_job_and_publishes_it_as_its_own",
+        f"{ON_AGENT}/test_driver.py::test_a_launcher_that_died_with_the_agent_is_a_failed_attempt",
     ),
     _mutant(
         "rank-of-an-older-attempt-welcomed",
@@ -878,7 +878,7 @@ MUTANTS: tuple[Mutant, ...] = (
             "        if not keys and not uploads:\n"
             "            return Swept(work)\n",
         ),
-        f"{ON_COORDINATOR}/test_work.py::test_what_is_opened_while_the_store_is_listed_stays",
+        f"{ON_COORDINATOR}/test_work.py::test_what_is_opened_while_the_store_is_listed_stays[before_list]",
     ),
     _mutant(
         "sweep-trusts-an-etcd-that-went-back",

@@ -57,7 +57,6 @@ class Copy:
         paths = [str(folder / name) for name in FOLDERS]
         self.env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")} | {
             "PYTHONPATH": os.pathsep.join([str(folder), *paths]),
-            "PYTHONSAFEPATH": "1",
         }
 
     def foreign(self) -> list[str]:

@@ -172,6 +172,20 @@ def test_a_lost_answer_neither_loses_nor_doubles_a_submission(replica: Replica, 
     assert replica.etcd.range(KEYS.spec(JOB)).items[0].version == 1
 
 
+def test_a_submission_that_came_between_reading_and_writing_is_not_overwritten(replica: Replica) -> None:
+    apply = replica.etcd.txn
+
+    def overtaken(txn: Txn, *, deadline_s: float = 5.0) -> TxnResult:
+        if any(isinstance(operation, Put) for operation in txn.success):
+            replica.etcd.txn = apply  # type: ignore[method-assign]
+            assert replica.submit("q1").created
+        return apply(txn, deadline_s=deadline_s)
+
+    replica.etcd.txn = overtaken  # type: ignore[method-assign]
+    assert refusal(lambda: replica.submit("q2"))[0] is grpc.StatusCode.ALREADY_EXISTS
+    assert replica.stored(KEYS.spec(JOB), JobSpec).request_id == "q1"
+
+
 def test_submissions_at_once_create_one_job(replica: Replica) -> None:
     def attempt(number: int) -> str:
         try:

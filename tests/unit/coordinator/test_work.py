@@ -55,6 +55,7 @@ class Store(MemoryBlobs):
     def __init__(self) -> None:
         super().__init__(f"work-{next(_numbers)}")
         self.down = False
+        self.before_list: Callable[[], None] = lambda: None
         self.after_list: Callable[[], None] = lambda: None
 
     def get(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
@@ -63,6 +64,7 @@ class Store(MemoryBlobs):
         return super().get(key, offset=offset, length=length)
 
     def list(self, prefix: str) -> Iterator[BlobInfo]:
+        self.before_list()
         yield from super().list(prefix)
         self.after_list()
 
@@ -270,18 +272,19 @@ def test_a_sweep_deletes_what_no_record_names(store: Store, worker: Worker, etcd
     assert sweep(worker).deleted == 0
 
 
+@pytest.mark.parametrize("when", ["before_list", "after_list"])
 def test_what_is_opened_while_the_store_is_listed_stays(
-    store: Store, worker: Worker, etcd: MemoryEtcd
+    store: Store, worker: Worker, etcd: MemoryEtcd, when: str
 ) -> None:
     commit(store, worker, etcd, 1)
     late = opened(2, "ee")
 
     def open_and_write() -> None:
-        store.after_list = lambda: None
+        setattr(store, when, lambda: None)
         put(etcd, KEYS.open(JOB, Seq(2)), late)
         write_rank(store, late, 0)
 
-    store.after_list = open_and_write
+    setattr(store, when, open_and_write)
     before = store.all()
     assert sweep(worker).deleted == 0
     assert len(store.all()) == len(before) + 2
