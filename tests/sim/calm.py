@@ -15,6 +15,9 @@ LEADER_SLACK_S = 5.0
 SETTLED_S = 60.0
 """Desired is actual."""
 
+BRAKE_S_MAX = 80.0
+"""For so long may what happened before hold the brake."""
+
 STEP_S_MAX = 3.0
 """A job that trains has made a step within this."""
 
@@ -28,6 +31,7 @@ class Calm:
         self._cluster = cluster
         self._since = cluster.scheduler.now
         self._look_at = 0.0
+        self._brake_ended_at = self._since
 
     def run(self, after_each: Callable[[], None]) -> float:
         """Let time pass until all is well or too late; return how long it took."""
@@ -58,16 +62,27 @@ class Calm:
             if scheduler.now < self._look_at:
                 return False
             self._look_at = scheduler.now + LOOK_S
+            self._note_brake()
             last[0] = wrong()
             return not last[0]
 
-        deadline = self._since + within_s
-        scheduler.run(deadline, after_each, reached)
+        scheduler.run(self._since + within_s, after_each, reached)
+        if last[0] and self._brake_ended_at > self._since:
+            scheduler.run(self._brake_ended_at + within_s, after_each, reached)
         if not checks.violations and last[0]:
             last[0] = wrong()
         if not checks.violations and last[0]:
             checks.bad(f"{what} {scheduler.now - self._since:.0f} s after the faults have stopped: {last[0]}")
         return scheduler.now - self._since
+
+    def _note_brake(self) -> None:
+        """Under the brake nothing is placed, rightly: the time counts from its end."""
+        for replica in self._cluster.replicas.values():
+            coordinator = replica.coordinator
+            if coordinator is not None and coordinator.driver.leads:
+                graced = self._cluster.scheduler.now - self._since < BRAKE_S_MAX
+                if graced and coordinator.driver.world.brake(coordinator.now()):
+                    self._brake_ended_at = self._cluster.scheduler.now
 
     def _no_leader(self) -> str:
         leading = [

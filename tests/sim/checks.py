@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dtrain.agent.core import invariants as agent_invariants
-from dtrain.agent.core.state import AgentState
+from dtrain.agent.core import isolation
+from dtrain.agent.core.state import AgentState, LinkState
 from dtrain.coordinator.core import invariants
 from dtrain.coordinator.core.decisions import Decision, PutRecord
 from dtrain.protocol import codec
@@ -28,8 +29,11 @@ from tests.sim.transfer import HEAD_BYTES, TENSOR
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
-    from tests.sim.coordinator import Coordinator
+    from tests.sim.coordinator import Coordinator, Replica
     from tests.sim.machine import Machine, SimAgent
+
+ISOLATION_SLACK_S = 20.0
+"""Beyond the graces: until the launcher is killed, and clocks that drift."""
 
 MIRROR_SAMPLED = 16
 """One in so many changes of a mirror is compared with etcd at its revision."""
@@ -61,6 +65,8 @@ class Checks:
         self.went_back = False
         """etcd was restored from an older snapshot: whoever notices must stop."""
         self._forgetful: set[str] = set()
+        self._gone_at: dict[str, float] = {}
+        """When the session of an agent that has none now ended."""
         self._mirror_changes = 0
         self._audited = 0
         self._terms: dict[str, int] = {}
@@ -79,6 +85,14 @@ class Checks:
         if not self.went_back:
             self.bug(f"{name}/alarm", error)
         return self.went_back
+
+    def name_taken(self, replica: "Replica", error: DtrainError) -> bool:
+        """A replica says that another one has its name; whether there was one lately."""
+        cluster = self._cluster
+        known = replica.name in cluster.twin_names
+        if not known:
+            self.bug(f"{replica.name}/taken", error)
+        return known
 
     def journal_lost(self, machine: str) -> None:
         """Its agent begins anew: what it had promised to remember, it cannot."""
@@ -100,13 +114,19 @@ class Checks:
         ]
         self.auditor.feed(revision, changes)
         for violation in self.auditor.violations[self._audited :]:
-            if violation.invariant == "I6" and violation.message.split()[0] in self._forgetful:
+            if violation.invariant in ("I6", "I7") and violation.message.split()[0] in self._forgetful:
                 continue
             self.bad(f"auditor: {violation}")
         self._audited = len(self.auditor.violations)
         for change in changes:
             place = self._cluster.keys.parse(change.key)
             match place.kind if place else "":
+                case "node":
+                    assert place is not None
+                    if change.value is None:
+                        self._gone_at[str(place.agent)] = self._cluster.scheduler.now
+                    else:
+                        self._gone_at.pop(str(place.agent), None)
                 case "status" if change.value is not None:
                     assert place is not None
                     self._status(place.job, codec.decode(JobStatus, change.value))
@@ -140,11 +160,24 @@ class Checks:
             )
         if before is not None and status.attempt > before.attempt:
             self._check_restore(job, status)
+            self._check_lost(before)
         if status.phase in PLACED_PHASES:
             self._check_slots()
         history.final_tries = max(history.final_tries, status.final_tries)
         if status.swept and (before is None or not before.swept):
             history.at_sweep = frozenset(self._cluster.store._blobs)
+
+    def _check_lost(self, before: JobStatus) -> None:
+        """No attempt ends by the loss of an agent that is away for less than the job's grace."""
+        failure, name = before.failure, str(before.failure.agent) if before.failure else ""
+        grace_s = self._cluster.jobs[JobName(str(before.uid).rsplit("-", 1)[0])].spec.reschedule_grace_s
+        if failure is None or failure.kind is not FailureKind.AGENT_LOST or name not in self._gone_at:
+            return
+        away_s = self._cluster.scheduler.now - self._gone_at[name]
+        if away_s < 0.85 * grace_s:
+            self.bad(
+                f"I9: {name} was called lost {away_s:.1f} s after its session, the grace is {grace_s:.0f} s"
+            )
 
     def _check_slots(self) -> None:
         """No machine is given more ranks than it has slots, whichever jobs they are of."""
@@ -202,8 +235,9 @@ class Checks:
 
     def driver_moved(self, coordinator: "Coordinator") -> None:
         driver = coordinator.driver
-        if not driver.leads:
+        if not driver.leads or (driver._revision == coordinator.checked_at and driver._now % 1.0 < 0.9):
             return
+        coordinator.checked_at = driver._revision
         for job in driver.world.jobs():
             for sentence in invariants.check(driver.world.job_view(job)):
                 self.bad(f"{coordinator.replica.name} sees job {job} broken: {sentence}")
@@ -257,6 +291,22 @@ class Checks:
             if job.attempt < self._attempts.get(place, 0):
                 self.bad(f"I6: {name} went back to attempt {job.attempt} of {job.name}")
             self._attempts[place] = job.attempt
+        self._check_grace(agent, state)
+
+    def _check_grace(self, agent: "SimAgent", state: AgentState) -> None:
+        """Ranks on a machine that is cut off end when their grace is over, not later."""
+        if state.link.state is not LinkState.ISOLATED:
+            return
+        away_s = agent.clock.monotonic() - state.link.since
+        for job in state.jobs.values():
+            if job.prepare is None or not job.alive:
+                continue
+            spec = job.prepare.spec
+            limit_s = isolation.grace_s(spec, job.pace) + spec.shutdown_grace_s + ISOLATION_SLACK_S
+            if away_s > limit_s:
+                self.bad(
+                    f"isolation: ranks of {job.name} live {away_s:.0f} s after {agent.machine.name} was cut"
+                )
 
     def forking(self, machine: "Machine", job: JobName, attempt: Attempt) -> None:
         """I6: no machine runs two sets of ranks of a job."""

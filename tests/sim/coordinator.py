@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from dtrain.coordinator.api.servicers import CoordinatorServicer
 from dtrain.coordinator.core.decisions import Decision, Directed, Work
 from dtrain.coordinator.core.manifest import merge
 from dtrain.coordinator.core.plan import plan
@@ -15,6 +16,7 @@ from dtrain.coordinator.world import World
 from dtrain.protocol.cluster import ReplicaRecord
 from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.ids import JobName, ReplicaId, Term
+from dtrain.protocol.pb import coordinator_pb2 as pb
 from dtrain.storage.etcd.mirror import Change, Mirror
 from dtrain.storage.etcd.session import FixedSession
 from tests.sim.etcd import EtcdAccess
@@ -152,6 +154,7 @@ class Coordinator:
             clock=clock,
             on_term=self._on_term,
             on_over=self._exit,
+            on_taken=self._on_taken,
             rng=self.scheduler.rng,
         )
         self.leadership._woken = SimFlag(self.process)  # type: ignore[assignment]
@@ -178,6 +181,8 @@ class Coordinator:
         self._tick: Event | None = None
         self.loops: list[Task] = []
         """What must not end before the process does."""
+        self.checked_at = -1
+        """The revision at which the checks last looked at its world."""
         self.process.later(0.0, self._begin)
 
     def _begin(self) -> None:
@@ -204,12 +209,31 @@ class Coordinator:
         self.process.stop()
 
     def _on_alarm(self, error: DtrainError) -> None:
-        if not self.cluster.checks.etcd_went_back(self.replica.name, error):
-            return
+        if self.cluster.checks.etcd_went_back(self.replica.name, error):
+            self._stop_for_good(error.message)
+
+    def _on_taken(self, error: DtrainError) -> None:
+        if self.cluster.checks.name_taken(self.replica, error):
+            self._stop_for_good(error.message)
+
+    def _stop_for_good(self, why: str) -> None:
+        """It ends with the code that says: an operator is needed."""
         guardian = self.replica.guardian
         assert guardian is not None
-        guardian.process.later(0.0, lambda: guardian.child is self.process and guardian.stop(error.message))
+
+        def ended() -> None:
+            if guardian.child is self.process:
+                guardian.stop(why)
+
+        guardian.process.later(0.0, ended)
         self.process.stop()
+
+    def consult(self, request: pb.ConsultRequest) -> pb.ConsultReply:
+        """Answer an agent that cannot reach etcd, as the API does."""
+        servicer = CoordinatorServicer.__new__(CoordinatorServicer)
+        servicer._mirror, servicer._keys = self.mirror, self.cluster.keys
+        reply: pb.ConsultReply = servicer.Consult(request, None)
+        return reply
 
     # The mirror's thread hands over to the driver's.
 
@@ -259,7 +283,7 @@ class Coordinator:
                 return
             self._enter(lambda: self.driver.on_txn(job, outcome, self.now()))
 
-        self.process.later(QUEUE_S, lambda: self.process.spawn(body, "commit"))
+        self._later_spawn(body, "commit")
 
     def send(self, directed: Directed) -> None:
         if not self.leadership.may_act():
@@ -275,7 +299,13 @@ class Coordinator:
             self.scheduler.log(self.replica.name, "work", result=type(result).__name__)
             self._enter(lambda: self.driver.on_work(job, result, self.now()))
 
-        self.process.later(QUEUE_S, lambda: self.process.spawn(body, "work"))
+        self._later_spawn(body, "work")
+
+    def _later_spawn(self, body: Callable[[], None], name: str) -> None:
+        def spawn() -> None:
+            self.process.spawn(body, name)
+
+        self.process.later(QUEUE_S, spawn)
 
     def log(self, event: str, **fields: Any) -> None:
         self.scheduler.log(self.replica.name, event, **fields)

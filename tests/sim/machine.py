@@ -3,7 +3,15 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dtrain.agent.core.decisions import ForgetJob, JournalJob, JournalOver, JournalTerm, JournalWrite
+from dtrain.agent.consult import Consultant
+from dtrain.agent.core.decisions import (
+    ForgetJob,
+    JournalCoordinators,
+    JournalJob,
+    JournalOver,
+    JournalTerm,
+    JournalWrite,
+)
 from dtrain.agent.core.events import Event as AgentEvent
 from dtrain.agent.core.events import (
     LauncherReported,
@@ -11,6 +19,7 @@ from dtrain.agent.core.events import (
     RankDisconnected,
     RankReported,
     SessionRenewed,
+    SessionSeen,
     Tick,
     TransferReported,
 )
@@ -41,6 +50,7 @@ if TYPE_CHECKING:
 QUEUE_S = 0.001
 """From another thread's queue to the driver."""
 
+SESSION_LOOK_S = 0.5
 ORPHAN_GRACE_S = 120.0
 
 
@@ -224,6 +234,7 @@ class SimJournal:
         self.jobs: dict[JobName, JobState] = {}
         self.seen: dict[JobName, tuple[str, ...]] = {}
         self.over: dict[Uid, Attempt] = {}
+        self.coordinators: tuple[str, ...] = ()
         self.failing = 0
         """How many faults let it refuse writes now."""
 
@@ -241,6 +252,8 @@ class SimJournal:
                     self.seen[job.name] = (*self.seen.get(job.name, ()), *ids)
                 case JournalOver(uid, attempt):
                     self.over[uid] = attempt
+                case JournalCoordinators(addresses):
+                    self.coordinators = addresses
                 case ForgetJob(name):
                     self.jobs.pop(name, None)
                     self.seen.pop(name, None)
@@ -307,13 +320,48 @@ class SimAgent:
             life=self._new_incarnation(),
             orphan_grace_s=ORPHAN_GRACE_S,
         )
-        over = dict(self.machine.journal.over)
-        state = AgentState(facts, Incarnation(facts.life), term, jobs, seen, over=over)
+        journal = self.machine.journal
+        state = AgentState(
+            facts,
+            Incarnation(facts.life),
+            term,
+            jobs,
+            seen,
+            over=dict(journal.over),
+            coordinators=journal.coordinators,
+        )
         ports = Ports(self.machine.journal, self.launchers, self.transfers, self, self.reporter, _Logs())
         self.driver = AgentDriver(state, ports, self.clock, confirm_term=self._confirm_term, log=self._log)
         self.driver.adopt()
         self._moved()
-        self.loops = [self.process.spawn(self._report, "reporter")]
+        self.consultant = Consultant(
+            self.access,
+            self.cluster.keys,
+            AgentName(self.machine.name),
+            self.clock,
+            state=lambda: self.driver.state,
+            post=lambda event: self.process.later(QUEUE_S, lambda: self._handle(event)),
+            ask=lambda addresses, request: self.cluster.network.consult(self, addresses, request),
+            rng=self.scheduler.rng,
+            log=self._log,
+        )
+        self.loops = [
+            self.process.spawn(self._report, "reporter"),
+            self.process.spawn(self._consult, "consult"),
+        ]
+        self._look_at_session()
+
+    def _look_at_session(self) -> None:
+        view = self.session.view()
+        self.driver.see_session(SessionSeen(view.lease, view.ttl_s, view.demote_at))
+        self._moved()
+        self.process.later(SESSION_LOOK_S, self._look_at_session)
+
+    def _consult(self) -> None:
+        task = self.scheduler.current()
+        while True:
+            until = self.consultant.work()
+            task.sleep(max(0.001, until - self.clock.monotonic()))
 
     def _report(self) -> None:
         while True:

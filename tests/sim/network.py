@@ -1,15 +1,17 @@
 """Commands on their way to agents: late, lost, twice, out of order, replayed, or into a partition."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dtrain.coordinator.core.decisions import Directed
+from dtrain.protocol.pb import coordinator_pb2 as pb
 from tests.sim.link import Link
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
     from tests.sim.coordinator import Coordinator
+    from tests.sim.machine import SimAgent
 
 LATENCY_S = 0.003
 DEADLINE_S = 2.0
@@ -83,6 +85,29 @@ class Network:
         if machine.powered and machine.agent is not None:
             agent = machine.agent
             agent.process.post(lambda: agent.command(directed.command, lambda _ok, _message: None))
+
+    def consult(
+        self, agent: "SimAgent", addresses: Sequence[str], request: pb.ConsultRequest
+    ) -> list[pb.ConsultReply]:
+        """Ask replicas as an agent does; the task that asks waits for the slowest of them."""
+        task, machine = self._cluster.scheduler.current(), agent.machine
+        replies: list[pb.ConsultReply] = []
+        task.sleep(self._cluster.scheduler.delay(LATENCY_S))
+        for address in addresses:
+            replica = self._cluster.replicas.get(address.split(":")[0])
+            coordinator = replica.coordinator if replica is not None else None
+            if replica is None or coordinator is None or coordinator.process.frozen:
+                continue
+            pair = self.pair(replica.name, machine.name)
+            if machine.peers.out and replica.peers.in_ and pair.in_ and not self._is_lost():
+                reply = coordinator.consult(request)
+                if replica.peers.out and machine.peers.in_ and pair.out and not self._is_lost():
+                    replies.append(reply)
+        task.sleep(self._cluster.scheduler.delay(LATENCY_S) if len(replies) == len(addresses) else DEADLINE_S)
+        return replies
+
+    def _is_lost(self) -> bool:
+        return self._cluster.scheduler.chance(self.loss)
 
     def _deliver(self, directed: Directed, back: Callable[[bool, str], None]) -> None:
         scheduler = self._cluster.scheduler

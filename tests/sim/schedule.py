@@ -25,6 +25,8 @@ class JobShape:
     every_seconds: float = 0.0
     keep_last: int = 3
     timeout_s: float = 60.0
+    isolation_grace_s: float = 0.0
+    reschedule_grace_s: float = 0.0
     submissions_max: int = 1
     """An operator who sees it end while faults go on submits it again, so often in all."""
 

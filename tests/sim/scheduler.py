@@ -20,18 +20,12 @@ class Killed(BaseException):
 
 
 class Event:
-    """One callback at one instant; ``cancel`` unsets it."""
+    """One callback to come; ``cancel`` unsets it."""
 
-    __slots__ = ("at", "call", "number")
+    __slots__ = ("call",)
 
-    def __init__(self, at: float, number: int, call: Callable[[], None]) -> None:
-        self.at = at
-        self.number = number
+    def __init__(self, call: Callable[[], None]) -> None:
         self.call: Callable[[], None] | None = call
-
-    def __lt__(self, other: "Event") -> bool:
-        # Ties go to whoever asked first: stable, so that a seed is a history.
-        return (self.at, self.number) < (other.at, other.number)
 
     def cancel(self) -> None:
         self.call = None
@@ -51,15 +45,16 @@ class Scheduler:
         self.events = 0
         self.tracing = trace is not None
         self._trace = trace
-        self._heap: list[Event] = []
+        self._heap: list[tuple[float, int, Event]] = []
+        """Ties go to whoever asked first: stable, so that a seed is a history."""
         self._number = 0
         self._current: Task | None = None
         self._tasks: dict[int, Task] = {}
 
     def at(self, when: float, call: Callable[[], None]) -> Event:
         self._number += 1
-        event = Event(max(when, self.now), self._number, call)
-        heapq.heappush(self._heap, event)
+        event = Event(call)
+        heapq.heappush(self._heap, (max(when, self.now), self._number, event))
         return event
 
     def after(self, delay_s: float, call: Callable[[], None]) -> Event:
@@ -80,16 +75,17 @@ class Scheduler:
     def run(self, until: float, after_each: Callable[[], None], stop: Callable[[], bool]) -> None:
         """Run events up to ``until``; ``after_each`` checks, ``stop`` ends early."""
         heap = self._heap
-        while heap and heap[0].at <= until:
-            call = heap[0].call
+        while heap and heap[0][0] <= until:
+            at, _, event = heap[0]
+            call = event.call
             if call is None:
                 heapq.heappop(heap)
                 continue
             if stop():
                 return
-            event = heapq.heappop(heap)
+            heapq.heappop(heap)
             event.call = None
-            self.now = event.at
+            self.now = at
             self.events += 1
             call()
             after_each()

@@ -13,7 +13,7 @@ SECOND_JOB_SHARE = 0.25
 FOCUS_SHARE = 0.15
 """Of the runs in which one or two kinds strike all the time."""
 
-CALM_BETWEEN_S = 80.0
+CALM_BETWEEN_S = 70.0
 
 
 def calm(seed: int) -> Schedule:
@@ -41,12 +41,12 @@ def _storms(rng: random.Random) -> tuple[tuple[Storm, ...], bool]:
         case "some":
             storms, at = [], rng.uniform(0.0, 20.0)
             for _ in range(rng.choice((2, 2, 3))):
-                end = at + rng.uniform(15.0, 60.0)
+                end = at + rng.uniform(15.0, 45.0)
                 storms.append(Storm(at, end))
                 at = end + CALM_BETWEEN_S
             return tuple(storms), True
         case "endless":
-            return (Storm(0.0, rng.uniform(100.0, 300.0)),), False
+            return (Storm(0.0, rng.uniform(80.0, 200.0)),), False
         case _:
             # Long enough for the longest outage, and for what comes after it.
             return (Storm(rng.uniform(0.0, 30.0), 700.0),), True
@@ -94,5 +94,7 @@ def _job(rng: random.Random, name: str, *, again: int, long: bool) -> JobShape:
         every_seconds=every_seconds,
         keep_last=rng.choice((2, 3)),
         timeout_s=rng.choice((20.0, 60.0)),
+        isolation_grace_s=rng.choice((0.0, 0.0, 5.0, 20.0)),
+        reschedule_grace_s=rng.choice((0.0, 0.0, 0.0, 5.0, 20.0)),
         submissions_max=again,
     )
