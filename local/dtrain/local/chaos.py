@@ -73,6 +73,7 @@ class Chaos:
         self._first = Sight()
         self._began = time.monotonic()
         self._gave_up = False
+        self._trained: set[tuple[str, str]] = set()
 
     @property
     def refused(self) -> tuple[str, ...]:
@@ -97,7 +98,7 @@ class Chaos:
         Raises:
             Unavailable: there is no leader, or etcd does not answer.
         """
-        self._first = self._eyes.look()
+        self._first = self._remember(self._eyes.look())
         if not self._first.leader:
             raise Unavailable(
                 ErrorCode.COORDINATOR_UNAVAILABLE,
@@ -167,7 +168,7 @@ class Chaos:
 
     def _strike(self, draw: Draw) -> _Pending | None:
         try:
-            before = self._eyes.look()
+            before = self._remember(self._eyes.look())
         except DtrainError:
             return None
         fault = aim(draw, before, self._members, self.settings)
@@ -198,6 +199,15 @@ class Chaos:
         self._say(f"{struck.at_s:7.1f}s {number:4} {fault}{lasts}  ({_state(before)})")
         self._rebase(pending)
         return pending
+
+    def _remember(self, sight: Sight) -> Sight:
+        """Note which jobs train; those that do not, but did, are to train again."""
+        self._trained |= {(name, job.uid) for name, job in sight.jobs.items() if job.trains}
+        jobs = {
+            name: dataclasses.replace(job, trained=(name, job.uid) in self._trained)
+            for name, job in sight.jobs.items()
+        }
+        return dataclasses.replace(sight, jobs=jobs)
 
     def _may(self, fault: Fault) -> bool:
         broken = [one.fault for one in self._pending if one.heal_at is not None]
@@ -237,7 +247,7 @@ class Chaos:
             one.heal_at = None
 
     def _judge(self) -> None:
-        names = {name for one in self._pending for name, job in one.before.jobs.items() if job.trains}
+        names = {name for one in self._pending for name, job in one.before.jobs.items() if job.trained}
         try:
             now = self._eyes.look(sorted(names))
         except DtrainError as error:

@@ -86,10 +86,9 @@ class Report:
         ]
         lines += [row.line() for row in self.rows()]
         revisions, terms, commits = self.judged
-        lines.append(
-            f"audited: {revisions} revisions, {terms} terms, {commits} commits; "
-            + (f"{len(self.violations)} VIOLATIONS" if self.violations else "no violation")
-        )
+        if revisions or self.violations:
+            verdict = f"{len(self.violations)} VIOLATIONS" if self.violations else "no violation"
+            lines.append(f"audited: {revisions} revisions, {terms} terms, {commits} commits; {verdict}")
         lines += [f"  {text}" for text in self.violations[:20]]
         lines += [f"problem: {text}" for text in self.problems]
         lines.append(f"seed {self.seed}, {self.took_s:.0f} s" + (", interrupted" if self.interrupted else ""))

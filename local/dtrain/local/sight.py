@@ -47,6 +47,8 @@ class JobSight:
     agents: tuple[str, ...] = ()
     ranks: Mapping[int, RankSight] = field(default_factory=dict)
     reason: str = ""
+    trained: bool = False
+    """It has trained before: an earlier fault may have interrupted it. Nobody but chaos knows."""
 
     @property
     def trains(self) -> bool:
@@ -167,13 +169,14 @@ def _job(status: JobStatus, snapshots: Sequence[WorkerSnapshot]) -> JobSight:
 def missing(before: Sight, now: Sight) -> str:
     """Return "" if everything that worked ``before`` works again, else what does not.
 
-    There must be a leader, and each job that trained must have ended well or have
-    done a step since, on every rank. Who is registered is ``away``.
+    There must be a leader, and each job that trains, or did before an earlier fault,
+    must have ended well or have done a step since, on every rank. Who is registered
+    is ``away``.
     """
     if not now.leader:
         return "there is no leader"
     for name, job in before.jobs.items():
-        if not job.trains:
+        if not (job.trains or job.trained):
             continue
         found = now.jobs.get(name)
         if found is None:
