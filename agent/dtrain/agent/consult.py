@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import grpc
 
 from dtrain.agent.core.events import Consulted, CoordinatorsRead, Event, ReplicaAnswer, Standing
-from dtrain.agent.core.isolation import FRESH_S, to_ask
-from dtrain.agent.core.state import AgentState, LinkState
+from dtrain.agent.core.isolation import scope_of, to_ask
+from dtrain.agent.core.state import AgentState, LinkState, Scope
 from dtrain.protocol import codec
 from dtrain.protocol.cluster import ReplicaRecord
 from dtrain.protocol.errors import DtrainError
@@ -33,7 +33,7 @@ READ_S = 2.0
 
 ASK_S = 2.0
 ASKED_AT_ONCE = 3
-PAUSE_S = {"fresh": 3.0, "stale": 20.0, "none": 4.0}
+PAUSE_S = {Scope.ALONE: 3.0, Scope.UNKNOWN: 4.0, Scope.ALL: 20.0}
 """Between rounds, on average, by what was heard. When etcd is down for all, all agents ask: rarely."""
 
 ANSWER_BYTES_MAX = 1024 * 1024
@@ -104,20 +104,18 @@ class Consultant:
 
     def _consult(self, state: AgentState, now: float) -> None:
         jobs = to_ask(state)
-        self._ask_at = now + PAUSE_S["none"] * (0.75 + 0.5 * self._rng.random())
+        self._ask_at = now + PAUSE_S[Scope.UNKNOWN] * (0.75 + 0.5 * self._rng.random())
         if not jobs or not state.coordinators:
             return
         count = min(ASKED_AT_ONCE, len(state.coordinators))
         addresses = self._rng.sample(state.coordinators, count)
         parts = [pb.JobPart(job=job, uid=uid, attempt=attempt) for job, uid, attempt in jobs]
         replies = self._ask(addresses, pb.ConsultRequest(agent=self._agent, jobs=parts))
-        answers = tuple(_answer(reply, jobs) for reply in replies)
-        heard = "none"
-        if answers:
-            heard = "fresh" if any(0 <= one.etcd_age_s <= FRESH_S for one in answers) else "stale"
+        event = Consulted(tuple(_answer(reply, jobs) for reply in replies))
+        now = self._clock.monotonic()
         # Spread, because all agents lose etcd at the same moment.
-        self._ask_at = self._clock.monotonic() + PAUSE_S[heard] * (0.75 + 0.5 * self._rng.random())
-        self._post(Consulted(answers))
+        self._ask_at = now + PAUSE_S[scope_of(state.link, event, now)] * (0.75 + 0.5 * self._rng.random())
+        self._post(event)
 
 
 def _answer(reply: pb.ConsultReply, jobs: Sequence[tuple[JobName, Uid, Attempt]]) -> ReplicaAnswer:

@@ -46,6 +46,8 @@ class FailureKind(StrEnum):
     """What is left of an older attempt does not die: the machine cannot be used."""
     PREPARE = "prepare"
     RESTORE = "restore"
+    ISOLATED = "isolated"
+    """Peers went while etcd could not be reached: their machines have most likely ended them in order."""
     COLLECTIVE = "collective"
     """An aborted collective: almost always the victim of another rank's end."""
 

@@ -81,6 +81,7 @@ class Desk:
             self.table.now += 2.0
         self.table.feed(SessionSeen(1, 10.0, 0.0))
         assert self.table.state.link.state is LinkState.ISOLATED
+        self.clock.now = self.table.now + 10.0
 
     def work(self, seconds: float = 0.0) -> None:
         self.clock.now += seconds

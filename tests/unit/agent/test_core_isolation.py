@@ -12,13 +12,13 @@ from dtrain.agent.core.events import (
     SessionSeen,
     Standing,
 )
-from dtrain.agent.core.isolation import FRESH_S, GRACE_S_LEAST, grace_s, to_ask
+from dtrain.agent.core.isolation import GRACE_S_LEAST, STALE_S, grace_s, to_ask
 from dtrain.agent.core.state import JobState, LinkState, Pace, Scope
 from dtrain.agent.launching import ClearBelow, Cleared, Quit
 from dtrain.protocol.ids import Attempt, Rank, Seq, Step, Uid
 from dtrain.protocol.job import CheckpointPolicy
 from dtrain.protocol.ranklink import Report, StopRank
-from dtrain.protocol.snapshot import WorkerPhase
+from dtrain.protocol.snapshot import FailureKind, WorkerPhase
 
 from .core_builder import JOB, Table, sealed
 
@@ -348,6 +348,7 @@ def test_a_job_that_went_on_without_this_machine_ends_its_ranks(what: Any, why: 
 
 def test_a_current_attempt_goes_on() -> None:
     table = Machine().isolated()
+    table.now += 10.0
     table.hear(answer(1.0), answer(2.0))
     assert not table.ending
     assert table.state.link.scope is Scope.ALONE
@@ -356,16 +357,23 @@ def test_a_current_attempt_goes_on() -> None:
 @pytest.mark.parametrize(("current", "attempt"), [(False, 0), (True, 0)])
 def test_a_mirror_that_has_not_heard_of_the_attempt_yet_is_not_believed(current: bool, attempt: int) -> None:
     table = Machine().isolated()
-    table.hear(answer(FRESH_S - 1, attempt=attempt, current=current, member=False))
+    table.hear(answer(0.1, attempt=attempt, current=current, member=False))
     assert not table.ending
 
 
 def test_stale_mirrors_mean_that_etcd_is_down_for_all() -> None:
     table = Machine().isolated()
-    table.hear(answer(FRESH_S + 1), answer(-1.0))
+    table.now += STALE_S
+    table.hear(answer(STALE_S + 5), answer(-1.0))
     assert table.state.link.scope is Scope.ALL
-    table.hear(answer(FRESH_S + 1), answer(1.0))
+    table.hear(answer(STALE_S + 5), answer(1.0))
     assert table.state.link.scope is Scope.ALONE
+
+
+def test_a_mirror_that_last_heard_of_etcd_when_we_did_proves_nothing_yet() -> None:
+    table = Machine().isolated()
+    table.hear(answer(1.4))
+    assert table.state.link.scope is Scope.UNKNOWN
 
 
 def test_nobody_who_answers_proves_nothing() -> None:
@@ -422,6 +430,18 @@ def test_ranks_that_are_told_to_end_and_exit_with_0_have_not_finished_training()
     assert table.snapshot.phase is not WorkerPhase.DONE
     table.report(Cleared(Attempt(2)))
     assert table.snapshot.phase is WorkerPhase.IDLE
+
+
+def test_ranks_whose_peers_go_while_all_are_isolated_have_not_failed() -> None:
+    table = Machine().isolated()
+    error = '{"message": {"message": "RuntimeError: Connection closed by peer [10.0.0.2]:1"}}'
+    table.ended(0, 1, error=error)
+    assert table.snapshot.phase is WorkerPhase.ERROR
+    assert table.snapshot.failure is not None
+    assert table.snapshot.failure.kind is FailureKind.ISOLATED
+    # A cause of its own is still what counts.
+    table.ended(1, -11)
+    assert table.snapshot.failure.kind is FailureKind.SIGNAL
 
 
 def test_the_pace_is_not_written_to_the_journal() -> None:

@@ -16,6 +16,8 @@ CAUSE_GRACE_S = 0.5
 """A collective aborted because a peer went: the peer's own end, if it is on this
 machine, is awaited this long, so that the survivors' kill does not hide the cause."""
 
+_CONSEQUENCES = (FailureKind.COLLECTIVE, FailureKind.ISOLATED)
+
 _PEER_SIGNS = (
     "connection closed by peer",
     "connection reset by peer",
@@ -91,7 +93,7 @@ def fail(job: JobState, failure: Failure, now: float) -> JobState:
     """
     first = job.failure
     if first is not None:
-        replaces = first.kind is FailureKind.COLLECTIVE and failure.kind is not FailureKind.COLLECTIVE
+        replaces = first.kind in _CONSEQUENCES and failure.kind is not FailureKind.COLLECTIVE
         if not (replaces and job.kill_at is not None):
             return job
     wait_s = CAUSE_GRACE_S if failure.kind is FailureKind.COLLECTIVE else 0.0

@@ -15,7 +15,7 @@ without a quorum nobody can start a newer attempt. Coordinators, asked over
 gRPC, tell an etcd that is down for all from a machine that is cut off alone.
 News that an attempt has been left behind is believed at any age: attempts only
 count up, so a mirror that is ahead of this agent cannot be wrong about that.
-That an attempt is still current is only worth something while the mirror is fresh.
+That an attempt is still current changes nothing: the grace is for just that case.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from dtrain.agent.core.state import (
 from dtrain.protocol.ids import Attempt, JobName, Uid
 from dtrain.protocol.job import JobSpec
 from dtrain.protocol.ranklink import StopRank
-from dtrain.protocol.snapshot import WorkerPhase
+from dtrain.protocol.snapshot import FailureKind, WorkerPhase
 
 if TYPE_CHECKING:
     from dtrain.agent.core.events import Consulted, SessionSeen, Standing
@@ -54,8 +54,11 @@ SILENCE_S_LEAST, SILENCE_STEPS = 60.0, 10.0
 """Ranks that have not completed a step for so long, or for so many times their longest one, wait
 for peers that are gone."""
 
-FRESH_S = 15.0
-"""A mirror that was known to be current within this time speaks for the present."""
+ANSWER_S = 2.5
+"""An answer may be so old when it is looked at."""
+
+STALE_S = 10.0
+"""Any etcd that works is heard of within this time, by a mirror or by an agent."""
 
 STOP_SLACK_S = 10.0
 ADDRESSES_MAX = 16
@@ -90,10 +93,7 @@ def heard(state: AgentState, event: "Consulted", now: float, out: list[Action]) 
     """Take in what coordinators say; ranks of attempts that have been left behind are ended at once."""
     if state.link.state is LinkState.OK:
         return state
-    ages = [answer.etcd_age_s for answer in event.answers]
-    scope = Scope.ALL if ages else Scope.UNKNOWN
-    if any(0 <= age <= FRESH_S for age in ages):
-        scope = Scope.ALONE
+    scope = scope_of(state.link, event, now)
     if scope is not state.link.scope:
         state = dataclasses.replace(state, link=dataclasses.replace(state.link, scope=scope))
     for answer in event.answers:
@@ -105,6 +105,17 @@ def heard(state: AgentState, event: "Consulted", now: float, out: list[Action]) 
             if why and _is_stoppable(job):
                 state = state.with_job(stop(job, why, now, out))
     return state
+
+
+def scope_of(link: EtcdLink, event: "Consulted", now: float) -> Scope:
+    """Whom etcd fails: a coordinator that has heard of it since this machine has not proves that it works."""
+    ages = [answer.etcd_age_s for answer in event.answers]
+    silence = now - link.silent_at
+    if any(0 <= age < silence - ANSWER_S for age in ages):
+        return Scope.ALONE
+    if ages and all(age < 0 or age >= max(silence, STALE_S) for age in ages):
+        return Scope.ALL
+    return Scope.UNKNOWN
 
 
 def _superseded(standing: "Standing") -> str:
@@ -216,6 +227,23 @@ def stop(job: JobState, why: str, now: float, out: list[Action]) -> JobState:
     out.append(LauncherOrder(job.name, job.uid, stop_order(job, False, grace)))
     stopping = Stopping(release=False, why=why, kill_at=now + grace + STOP_SLACK_S)
     return dataclasses.replace(job, stopping=stopping, kill_at=None, note=f"the ranks were ended: {why}")
+
+
+def excuse(before: AgentState, after: AgentState) -> AgentState:
+    """Call the loss of peers what it most likely is on an isolated machine: the end of their grace.
+
+    All machines of a job count for themselves; the first one to end its ranks takes the others' along.
+    """
+    if after.link.state is not LinkState.ISOLATED:
+        return after
+    for name, job in after.jobs.items():
+        old, failure = before.jobs.get(name), job.failure
+        if failure is None or failure.kind is not FailureKind.COLLECTIVE or old is None or old.failure:
+            continue
+        after = after.with_job(
+            dataclasses.replace(job, failure=dataclasses.replace(failure, kind=FailureKind.ISOLATED))
+        )
+    return after
 
 
 # For people -----------------------------------------------------------------------------

@@ -90,6 +90,7 @@ def step(state: AgentState, event: Event, now: float, wall: float = 0.0) -> tupl
             pass
         case _:
             assert_never(event)
+    state = isolation.excuse(before, state)
     for name in tuple(state.jobs):
         state = advance.advance(state, state.jobs[name], isinstance(event, Tick), now, out)
     if (problem := health.problem(state)) != health.problem(before):

@@ -10,6 +10,9 @@ from dtrain.protocol.snapshot import Failure, FailureKind, WorkerPhase, WorkerSn
 
 _CAUSES_FIRST = list(FailureKind)
 
+FREE = frozenset({FailureKind.UNKILLABLE, FailureKind.ISOLATED})
+"""What agents report that is nobody's fault: it costs no restart."""
+
 BACKOFF_FREE = 2
 """Fruitless attempts that are followed by another one at once."""
 
@@ -83,7 +86,7 @@ def event_of(failure: Failure) -> tuple[EventReason, str]:
     match failure.kind:
         case FailureKind.SIGNAL:
             return EventReason.RANK_SIGNALED, about
-        case FailureKind.AGENT_LOST:
+        case FailureKind.AGENT_LOST | FailureKind.ISOLATED:
             return EventReason.AGENT_LOST, about
         case FailureKind.UNKILLABLE:
             return EventReason.PROCESS_UNKILLABLE, about

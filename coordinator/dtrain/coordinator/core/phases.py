@@ -291,8 +291,7 @@ def _why_over(draft: Draft, members: Sequence[Seat]) -> Ending | None:
     if not found and not free:
         return None
     cause = failures.root_cause([*found, *free])
-    # Neither is a process that the kernel does not let go of: the machine is left alone instead.
-    charged = [failure for failure in found if failure.kind is not FailureKind.UNKILLABLE]
+    charged = [failure for failure in found if failure.kind not in failures.FREE]
     return Ending(cause, charge=any(cause is failure for failure in charged))
 
 
