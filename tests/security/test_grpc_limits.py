@@ -1,7 +1,6 @@
 """Those who connect and do nothing, do it slowly, or do too much: others are still served."""
 
 import ast
-import os
 import socket
 import time
 from collections.abc import Iterator
@@ -23,6 +22,8 @@ from tests.security.services import KEYS, SPEC, Machine, Replica
 from tests.support.certificates import Authority, authority
 
 ROOT = Path(__file__).parents[2]
+OWN = (("grpc.use_local_subchannel_pool", 1),)
+"""A connection of its own."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,10 @@ def tls(request: pytest.FixtureRequest, ca: Authority) -> grpc_tls.Credentials |
 
 
 @pytest.fixture
-def machine(tls: grpc_tls.Credentials | None, tmp_path: Path) -> Iterator[Machine]:
+def machine(
+    tls: grpc_tls.Credentials | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Machine]:
+    monkeypatch.setattr(grpc_tls, "REQUEST_S_MAX", 1.0)
     made = Machine(tmp_path, tls)
     yield made
     made.server.stop()
@@ -116,12 +120,12 @@ def test_a_connection_that_trickles_bytes_is_closed_too(machine: Machine) -> Non
 
 
 def test_more_connections_than_allowed_take_no_descriptors(machine: Machine) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     sockets = open_sockets(machine.address, link.CONNECTIONS_MAX + 100)
     try:
         time.sleep(0.5)
         # Each is one descriptor of ours, and one of the server's if it took it.
-        taken = len(os.listdir("/proc/self/fd")) - before - len(sockets)
+        taken = len(list(Path("/proc/self/fd").iterdir())) - before - len(sockets)
         assert taken <= link.CONNECTIONS_MAX + 20
     finally:
         for sock in sockets:
@@ -129,7 +133,7 @@ def test_more_connections_than_allowed_take_no_descriptors(machine: Machine) -> 
 
 
 def test_calls_that_are_announced_and_never_made_are_ended(
-    machine: Machine, leader: grpc_tls.Credentials | None, monkeypatch: pytest.MonkeyPatch
+    machine: Machine, leader: grpc_tls.Credentials | None
 ) -> None:
     """A slow-loris above HTTP/2: headers, and then no message. Each would hold a thread for ever."""
 
@@ -137,10 +141,7 @@ def test_calls_that_are_announced_and_never_made_are_ended(
         time.sleep(60)
         yield b""
 
-    channels = [
-        grpc_tls.to_agent("gpu-1", machine.address, leader, (("grpc.use_local_subchannel_pool", 1),))
-        for _ in range(2)
-    ]
+    channels = [grpc_tls.to_agent("gpu-1", machine.address, leader, OWN) for _ in range(2)]
     calls = [
         channel.stream_unary("/dtrain.v1.Agent/Execute").future(never())
         for channel in channels
@@ -213,7 +214,7 @@ def test_a_request_id_cannot_make_a_job_unreadable() -> None:
                     client.submit(spec, request_id)
             large = codec.canonical({**SPEC, "env": {f"V{i}": "x" * 90 for i in range(600)}})
             assert client.submit(large, "fits").created
-            words = {"kind": "script", "target": "t.py", "args": ["x" * 90] * 2900}
+            words = {"kind": "script", "target": "t.py", "args": ["x" * 90] * 2770}
             with pytest.raises(Refused, match="the limit is"):
                 client.submit(codec.canonical({**SPEC, "name": "big", "entry": words}), "q2")
     finally:

@@ -376,6 +376,11 @@ def translate(error: grpc.RpcError, address: str) -> DtrainError:
         return Unavailable(
             ErrorCode.COORDINATOR_UNAVAILABLE, f"the coordinator at {address} does not answer", cause=details
         )
+    if status is grpc.StatusCode.RESOURCE_EXHAUSTED and "concurrent" in details.lower():
+        # Too many calls for this replica, which has not looked at ours; another one may have room.
+        return Unavailable(
+            ErrorCode.COORDINATOR_UNAVAILABLE, f"the coordinator at {address} is busy", cause=details
+        )
     kind, code = _BY_STATUS.get(status, (errors.InvariantBroken, ErrorCode.BUG))
     return kind(code, f"the coordinator at {address} answered {status.name}: {details}")
 

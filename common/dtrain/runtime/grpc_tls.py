@@ -159,8 +159,22 @@ class Credentials:
 
     def for_server(self) -> grpc.ServerCredentials:
         """Credentials of a server that asks everyone for a certificate."""
+        shown = self.generation
+
+        def fetch() -> Any:
+            # Before each handshake, on grpc's threads: what it raised would refuse the connection.
+            nonlocal shown
+            self.problems()
+            with self._lock:
+                if shown == self._generation:
+                    # Never the same again: handing out a configuration while another handshake
+                    # begins is a race inside grpc, which crashed within a hundred connections.
+                    return None
+                shown = self._generation
+            return self._configuration()
+
         return grpc.dynamic_ssl_server_credentials(
-            self._configuration(), self._fetch, require_client_authentication=True
+            self._configuration(), fetch, require_client_authentication=True
         )
 
     def for_channel(self) -> grpc.ChannelCredentials:
@@ -173,11 +187,6 @@ class Credentials:
     def _configuration(self) -> Any:
         now = self._material
         return grpc.ssl_server_certificate_configuration([(now.key, now.cert)], now.cacert)
-
-    def _fetch(self) -> Any:
-        # Before each handshake, on grpc's thread: what it raised would refuse the connection.
-        self.problems()
-        return self._configuration()
 
     def _refresh(self) -> None:
         now = self._clock.monotonic()
