@@ -99,7 +99,8 @@ def agents(cluster: Cluster, now: float, *, wide: bool = False) -> Table:
                 if node
                 else (UNKNOWN,) * len(extra)
             )
-        rows.append((*row, agent.cordon.reason if agent.cordon else ""))
+        problem = node.problem if node else ""
+        rows.append((*row, problem or (agent.cordon.reason if agent.cordon else "")))
     return Table((*headings, *(extra if wide else ()), "REASON"), tuple(rows))
 
 
@@ -249,9 +250,11 @@ def restarts(job: Job, now: float) -> str:
 
 
 def agent_status(agent: Agent) -> str:
-    """Ready, Cordoned, or Lost (its lease has gone)."""
+    """Ready, Cordoned, Blocked (something on it does not die), or Lost (its lease has gone)."""
     if agent.node is None:
         return "Lost"
+    if agent.node.problem:
+        return "Blocked"
     return "Cordoned" if agent.cordon else "Ready"
 
 
@@ -318,6 +321,9 @@ def describe_job(job: Job, now: float) -> list[str]:
     table = rank_table(job)
     if table.rows:
         lines += ["", "Ranks", *(f"  {line}" for line in table.lines())]
+    notes = [f"{agent}: {snapshot.note}" for agent, snapshot in sorted(job.workers.items()) if snapshot.note]
+    if notes:
+        lines += ["", "Notes", *(f"  {line}" for line in notes)]
     if status and status.conditions:
         rows = tuple(
             (condition.type, condition.status, condition.reason, condition.last_transition, condition.message)
@@ -341,6 +347,8 @@ def describe_agent(agent: Agent, now: float) -> list[str]:
             f"  cordoned{until}: {agent.cordon.reason}"
             + (f" (by {agent.cordon.by})" if agent.cordon.by else "")
         )
+    if node and node.problem:
+        lines.append(f"  {node.problem}")
     if node:
         lines += [
             "",
@@ -357,6 +365,8 @@ def describe_agent(agent: Agent, now: float) -> list[str]:
         if snapshot.command:
             outcome = "done" if snapshot.command.ok else f"failed: {snapshot.command.message}"
             lines.append(f"  last command {snapshot.command.kind} {outcome}")
+        if snapshot.note:
+            lines.append(f"  {snapshot.note}")
         if snapshot.failure:
             lines += [f"  {line}" for line in failure_card(snapshot.failure)]
         rows = tuple(
