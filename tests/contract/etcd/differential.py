@@ -31,14 +31,15 @@ LEASES_APART = 100
 class Raw:
     """The gateway without the port: what a real server says, word by word."""
 
-    def __init__(self, endpoint: str, token: str = "") -> None:
+    def __init__(self, endpoint: str, token: str = "", *, has_leader: bool = True) -> None:
         url = urlsplit(endpoint)
         self._connection = http.client.HTTPConnection(url.hostname or "", url.port or 0, timeout=10)
         self.token = token
+        self._headers = {"Grpc-Metadata-Hasleader": "true"} if has_leader else {}
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Return (HTTP status, JSON)."""
-        headers = {"Grpc-Metadata-Hasleader": "true"} | ({"Authorization": self.token} if self.token else {})
+        headers = self._headers | ({"Authorization": self.token} if self.token else {})
         self._connection.request("POST", f"/v3{path}", json.dumps(body), headers)
         response = self._connection.getresponse()
         text = response.read()

@@ -1,22 +1,28 @@
 """The model of etcd does what real servers do, and real servers say what the transport takes them to say.
 
-500 random programs per server; ``DTRAIN_DIFFERENTIAL_SEQUENCES`` and ``DTRAIN_DIFFERENTIAL_SEED`` change that,
+500 random programs per server; ``DTRAIN_DIFFERENTIAL_SEQUENCES`` and ``DTRAIN_DIFFERENTIAL_SEED`` change it,
 ``python -m tests.contract.etcd.differential`` runs as many as there is time for.
 """
 
 import contextlib
+import json
 import os
 import secrets
 from base64 import b64encode
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.contract.etcd.differential import SERVERS, Pair, Raw, server
+from tests.contract.etcd.differential import SERVERS, Pair, Raw, server, server_binary
 from tests.contract.etcd.program import Compact, Drain, Grant, Program, Range, Watch
+from tests.contract.etcd.support import eventually
 
 from dtrain.local.etcd import EtcdCluster
+from dtrain.protocol.errors import DtrainError, OutcomeUnknown, Unavailable
 from dtrain.storage.etcd import memory, semantics
+from dtrain.storage.etcd.outcomes import classify, parse_error
 from dtrain.storage.etcd.port import Compare, Delete, KeyValue, Put, Target, Txn
 from dtrain.storage.etcd.transport import GatewayEtcd
 
@@ -222,3 +228,44 @@ def test_users_are_told_apart_by_code(cluster: EtcdCluster, raw: Raw) -> None:
         raw.token = ""
     with contextlib.closing(GatewayEtcd(cluster.endpoints)) as etcd:
         assert etcd.txn(Txn((), (Put("raw/a", b"v"),))).succeeded
+
+
+@pytest.mark.parametrize("name", ["3.4", "3.5"])
+def test_a_member_without_a_quorum_says_whether_anything_may_have_happened(name: str, tmp_path: Path) -> None:
+    lease = {"ID": "5", "TTL": "60"}
+    calls: dict[str, dict[str, Any]] = {
+        "/kv/txn": {"success": [put("raw/q")]},
+        "/kv/range": {"key": text("raw/q")},
+        "/lease/keepalive": lease,
+        "/lease/grant": {"ID": "6", "TTL": "60"},
+        "/lease/revoke": lease,
+    }
+    with EtcdCluster(tmp_path, size=3, binary=server_binary(name), fsync=False) as three:
+        with contextlib.closing(Raw(three.endpoints[0])) as raw:
+            raw.must("/lease/grant", lease)
+            three.kill(1)
+            three.kill(2)
+            eventually(
+                lambda: raw.post("/kv/range", calls["/kv/range"])[0] == 503, 20, "the loss of the leader"
+            )
+            # Told that a leader is wanted, it answers at once that nothing has happened.
+            for path, body in calls.items():
+                status, answer = raw.post(path, body)
+                error = classify(status, *parse_error(json.dumps(answer)))
+                assert type(error) is Unavailable, (path, status, answer)
+                assert "no leader" in json.dumps(answer)
+        # Not told, it waits for seconds, and a write may come true when the quorum is back.
+        with ThreadPoolExecutor(len(calls)) as pool:
+            waiting = {path: pool.submit(patient, three.endpoints[0], path, calls[path]) for path in calls}
+            errors = {path: waiting[path].result() for path in calls}
+        for path in ("/kv/txn", "/lease/grant", "/lease/revoke"):
+            assert type(errors[path]) is OutcomeUnknown, errors[path]
+        assert type(errors["/lease/keepalive"]) is Unavailable
+        assert isinstance(errors["/kv/range"], (OutcomeUnknown, Unavailable))
+
+
+def patient(endpoint: str, path: str, body: dict[str, Any]) -> DtrainError:
+    """What the transport would raise if it did not ask for a leader."""
+    with contextlib.closing(Raw(endpoint, has_leader=False)) as raw:
+        status, answer = raw.post(path, body)
+    return classify(status, *parse_error(json.dumps(answer)))
