@@ -62,8 +62,8 @@ class WatchFigures:
         return (
             f"{self.written} events written in {self.took_s:.0f} s: {self.delivered} delivered once, "
             f"{self.superseded} superseded in {self.lists} lists, {self.lost} lost, "
-            f"{self.repeated} repeated; {self.kills} members killed, {self.rechunks} re-chunkings, {self.cuts} streams cut, "
-            f"{self.compactions} compactions; longest stall {self.stall_s_max:.1f} s"
+            f"{self.repeated} repeated; {self.kills} members killed, {self.rechunks} re-chunkings, "
+            f"{self.cuts} cuts, {self.compactions} compactions; longest stall {self.stall_s_max:.1f} s"
         )
 
 
@@ -194,7 +194,13 @@ class WatchBar:
             case 2:
                 figures.cuts += 1
                 for proxy in self._proxies:
-                    proxy.close_after(rng.randrange(2_000, 60_000))
+                    proxy.close_after(rng.randrange(500, 20_000))
+                # In the middle of a message; but for ever, no backlog would come through whole.
+                self._write()
+                self._write()
+                time.sleep(0.2)
+                for proxy in self._proxies:
+                    proxy.passing()
             case 3:
                 figures.cuts += 1
                 for proxy in self._proxies:

@@ -27,6 +27,9 @@ STATUS_DEADLINE_S = 3.0
 MIRROR_STALE_S = 15.0
 """The age at which the brake stops rescheduling, too."""
 
+UNREAD_LOOKS_MAX = 3
+"""A replica that has just started has read nothing yet, and that is no problem."""
+
 NO_SPACE = "etcd-no-space"
 CORRUPT = "etcd-corrupt"
 UNREACHABLE = "etcd-unreachable"
@@ -100,6 +103,7 @@ class EtcdHealth:
         self._stop = threading.Event()
         self._woken = threading.Event()
         self._version = ""
+        self._unread = 0
 
     @property
     def version(self) -> str:
@@ -147,7 +151,8 @@ class EtcdHealth:
             self._health.begin(remark, remark)
         self._remarked = remarks
         age_s = self._mirror_age_s()
-        if age_s > MIRROR_STALE_S:
+        self._unread = self._unread + 1 if age_s == float("inf") else 0
+        if age_s > MIRROR_STALE_S and self._unread not in range(1, UNREAD_LOOKS_MAX):
             since = "has not been read yet" if age_s == float("inf") else f"is {age_s:.0f} s old"
             self._health.begin(MIRROR_STALE, f"this replica's copy of etcd {since}; nothing is rescheduled")
         else:

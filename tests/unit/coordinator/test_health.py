@@ -93,10 +93,18 @@ def test_no_space_outlives_a_look_that_etcd_does_not_answer(told: Told) -> None:
 )
 def test_a_stale_mirror_is_a_problem(told: Told, age_s: float, words: str) -> None:
     told.age_s = age_s
-    told.etcd.look()
+    for _ in range(3):
+        told.etcd.look()
     sentences = told.health.sentences()
     assert bool(sentences) == bool(words)
     assert not words or words in sentences[0]
+
+
+def test_a_replica_that_has_just_started_is_none(told: Told) -> None:
+    told.age_s = float("inf")
+    told.etcd.look()
+    told.etcd.look()
+    assert told.health.sentences() == []
 
 
 def test_a_corrupt_cluster_is_a_problem(told: Told) -> None:
