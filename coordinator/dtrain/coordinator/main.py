@@ -7,6 +7,7 @@ A thread that dies takes the process with it: a replica that looks healthy and
 is not would be worse than none.
 """
 
+import contextlib
 import gc
 import importlib.metadata
 import os
@@ -16,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -240,6 +242,7 @@ class Coordinator:
             now = self._clock.monotonic()
             if now - heard_at >= HEARD_EVERY_S:
                 heard_at = now
+                _need_descriptor()
                 if (age_s := self._mirror.age_s()) != float("inf"):
                     self._driver.on_heard(now - age_s, now)
             wake_at = self._driver.wake_at
@@ -333,6 +336,17 @@ class Coordinator:
         self._end_process(EX_SOFTWARE)
 
 
+def _need_descriptor() -> None:
+    """Find out that no file or socket can be opened while it can still be said.
+
+    A leader in that state keeps its lease over the connections it has, and does ever less of its work.
+
+    Raises:
+        OSError: none is left.
+    """
+    os.close(os.dup(2))
+
+
 def run(argv: Sequence[str]) -> int:
     """Be the guardian's child until told to stop. Ends the process itself.
 
@@ -361,13 +375,20 @@ def run(argv: Sequence[str]) -> int:
     told = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: told.set())
-    coordinator.start()
-    session.set_started()
-    gc.collect()
-    # What exists now lives as long as the process: collections need not walk it again.
-    gc.freeze()
-    told.wait()
-    coordinator.resign()
-    sys.stderr.flush()
-    # No teardown: each millisecond of it is one without a leader.
-    os._exit(0)
+    code = EX_SOFTWARE
+    try:
+        coordinator.start()
+        session.set_started()
+        gc.collect()
+        # What exists now lives as long as the process: collections need not walk it again.
+        gc.freeze()
+        told.wait()
+        coordinator.resign()
+        code = 0
+    except BaseException:  # noqa: BLE001 - an orderly end of the interpreter would wait for threads
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+        # No teardown: each millisecond of it is one without a leader.
+        os._exit(code)
