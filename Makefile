@@ -5,9 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?=
 SEEDS ?= 200
+MINUTES ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast sim mutants lint format bench chaos proto check clean
+.PHONY: help setup demo test test-fast sim mutants lint format bench chaos soak proto check clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -41,8 +42,11 @@ check: lint test ## what CI runs
 bench: setup ## measure recovery and overhead beside torchrun; writes benchmarks/results.jsonl
 	@$(BIN)/python -m benchmarks
 
-chaos: setup ## 100 random kills in one run: SEED=n replays one
+chaos: setup ## 100 random faults in one run: SEED=n replays one
 	@$(BIN)/python -m tests.e2e.chaos $(if $(SEED),--seed $(SEED),)
+
+soak: setup ## MINUTES=60 of random faults: nothing breaks, nothing is left behind, nothing grows
+	@$(BIN)/python -m tests.e2e.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED),)
 
 proto: ## regenerate the protobuf code
 	@tools/gen_proto.sh

@@ -1,0 +1,62 @@
+"""The judgement of the soak can fail: each kind of leak is found, and killing often hides none."""
+
+from collections.abc import Callable
+
+import pytest
+from tests.support.growth import Finding, Sample, Seen, judge
+
+HOUR_S = 3600.0
+
+
+def soak(
+    rss: Callable[[float, float], float],
+    *,
+    threads: Callable[[float, float], float] = lambda _at, _age: 9,
+    fds: Callable[[float, float], float] = lambda _at, _age: 20,
+    life_s: float = 600.0,
+) -> list[Finding]:
+    """One role, killed every ``life_s``; values by time of the run and age of the process."""
+    samples = []
+    for turn in range(int(HOUR_S / 20)):
+        at = 20.0 * turn
+        age = at % life_s
+        one = Seen(
+            "agent", "a1", f"{int(at / life_s)}", age, rss(at, age), int(threads(at, age)), int(fds(at, age))
+        )
+        samples.append(Sample(at, turn % 10 < 4, (one,)))
+    return judge(samples, warm_up_s=30.0, life_s_min=400.0)
+
+
+def growing(findings: list[Finding]) -> set[str]:
+    return {finding.metric for finding in findings if finding.grows}
+
+
+def test_what_stays_is_not_called_growth() -> None:
+    findings = soak(lambda at, age: 60.0 + (at % 7) * 0.3)
+    assert growing(findings) == set()
+    assert {finding.metric for finding in findings} == {"rss_mb", "threads", "fds"}
+    assert all(finding.lives == 6 for finding in findings)
+
+
+def test_a_young_process_that_fills_its_caches_is_not_called_growth() -> None:
+    assert growing(soak(lambda _at, age: 50.0 + min(age, 60.0) / 6)) == set()
+
+
+def test_memory_that_is_lost_little_by_little_is_found_though_no_life_is_long() -> None:
+    assert growing(soak(lambda _at, age: 60.0 + age * 60.0 / HOUR_S)) == {"rss_mb"}
+
+
+def test_what_grows_with_the_history_of_the_cluster_is_found() -> None:
+    assert growing(soak(lambda at, _age: 60.0 + 40.0 * at / HOUR_S)) == {"rss_mb"}
+    # Each life takes up what there is and keeps it: no trend within any of them.
+    assert growing(soak(lambda at, _age: 60.0 + 4.0 * (at // 600))) == {"rss_mb"}
+
+
+@pytest.mark.parametrize("metric", ["threads", "fds"])
+def test_a_thread_or_descriptor_lost_now_and_then_is_found(metric: str) -> None:
+    leaking = {metric: lambda _at, age: 10 + age // 120}
+    assert growing(soak(lambda _at, _age: 60.0, **leaking)) == {metric}
+
+
+def test_one_peak_is_no_growth() -> None:
+    assert growing(soak(lambda at, _age: 200.0 if at == HOUR_S - 20 else 60.0)) == set()
