@@ -298,6 +298,18 @@ def test_machine_that_loses_its_ranks_while_others_restore_is_not_let_in_again()
     assert stage.status.attempt == 2
 
 
+def test_ranks_that_an_agent_ended_before_training_began_are_not_waited_for() -> None:
+    stage = Stage().join("a", "b", "c")
+    stage.decide()
+    stage.report("a", WorkerPhase.READY)
+    stage.report("b", WorkerPhase.IDLE, note="the ranks were ended: etcd could not be reached")
+    stage.decide()
+    assert stage.status.attempt == 2
+    assert stage.status.failure is not None
+    assert stage.status.failure.message == "the ranks were ended: etcd could not be reached"
+    assert not stage.status.restarts
+
+
 def test_conditions_tell_programs_where_the_job_stands() -> None:
     def status_of(kind: str) -> str:
         return next(c.status for c in stage.status.conditions if c.type == kind)

@@ -332,8 +332,7 @@ def _forgotten(draft: Draft, members: Sequence[Seat]) -> list[Failure]:
         _leader_failure(
             draft,
             FailureKind.AGENT_LOST,
-            # An agent that was cut off for too long has ended them, and says so.
-            (seat.snapshot.note if seat.snapshot is not None else "") or "the agent has lost its ranks",
+            _note(seat),
             seat.member.agent,
         )
         for seat in members
@@ -341,10 +340,21 @@ def _forgotten(draft: Draft, members: Sequence[Seat]) -> list[Failure]:
     ]
 
 
+def _note(seat: Seat) -> str:
+    # An agent that was cut off for too long has ended them, and says so.
+    return (seat.snapshot.note if seat.snapshot is not None else "") or "the agent has lost its ranks"
+
+
 def _not_starting(draft: Draft, members: Sequence[Seat]) -> list[Failure]:
     """Members that do not get ready: replaced without waiting for their lease."""
     if draft.fleet.brake:
         return []
+    # Attempts are one-shot: ranks that an agent ended, cut off from etcd, it does not start again.
+    ended = [seat for seat in members if seat.current and seat.phase is WorkerPhase.IDLE]
+    if ended:
+        return [
+            _leader_failure(draft, FailureKind.AGENT_LOST, _note(seat), seat.member.agent) for seat in ended
+        ]
     since = draft.status_seen_at
     others_ready = any(_is_ready(seat) for seat in members)
     if all(_is_ready(seat) for seat in members):
