@@ -352,10 +352,14 @@ class SimAgent:
         self._look_at_session()
 
     def _look_at_session(self) -> None:
-        view = self.session.view()
-        self.driver.see_session(SessionSeen(view.lease, view.ttl_s, view.demote_at))
+        self._see_session()
         self._moved()
         self.process.later(SESSION_LOOK_S, self._look_at_session)
+
+    def _see_session(self) -> None:
+        """As the agent's loop does before each event."""
+        view = self.session.view()
+        self.driver.see_session(SessionSeen(view.lease, view.ttl_s, view.demote_at))
 
     def _consult(self) -> None:
         task = self.scheduler.current()
@@ -384,6 +388,7 @@ class SimAgent:
         if not hasattr(self, "driver"):
             self.process.later(0.01, lambda: self._handle(event))
             return
+        self._see_session()
         self.driver.handle(event)
         self._moved()
 
@@ -415,6 +420,7 @@ class SimAgent:
             self.process.later(QUEUE_S, lambda: take(confirmed))
 
         def take(confirmed: bool) -> None:
+            self._see_session()
             result = self.driver.take(command, confirmed)
             self._moved()
             answer(result.accepted, result.message)
