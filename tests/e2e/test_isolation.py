@@ -98,19 +98,21 @@ def test_without_etcd_for_longer_than_the_grace_ranks_end_in_order(harness: Harn
     launchers = {name: harness.launchers(name) for name in machines}
     away_at = time.monotonic()
     servers.freeze()
-    harness.await_steps(job, 50)
-    harness.until("the ranks have ended", lambda: not pids & harness.alive())
-    away_s = time.monotonic() - away_at
-    say(f"ranks ended {away_s:.1f} s after etcd had gone, with a grace of {GRACE_S:g} s")
-    assert away_s > GRACE_S
-    for name in machines:
-        assert "isolation_grace" in harness.log(name)
-        # The arena with what was sealed hangs on the launcher.
-        assert launchers[name] == harness.launchers(name) != set()
-    said = "".join(harness.log(name) for name in machines)
-    assert "coordinators cannot reach etcd either" in said
-    last = harness.last_step(job)
-    servers.thaw()
+    try:
+        harness.await_steps(job, 50)
+        harness.until("the ranks have ended", lambda: not pids & harness.alive())
+        away_s = time.monotonic() - away_at
+        say(f"ranks ended {away_s:.1f} s after etcd had gone, with a grace of {GRACE_S:g} s")
+        assert away_s > GRACE_S
+        for name in machines:
+            assert "isolation_grace" in harness.log(name)
+            # The arena with what was sealed hangs on the launcher.
+            assert launchers[name] == harness.launchers(name) != set()
+        said = "".join(harness.log(name) for name in machines)
+        assert "coordinators cannot reach etcd either" in said
+        last = harness.last_step(job)
+    finally:
+        servers.thaw()
     after = harness.await_training(job, after_attempt=before.attempt)
     assert after.restore is not None
     assert committed.seq <= after.restore.seq

@@ -29,6 +29,8 @@ from dtrain.storage.etcd.port import Etcd, prefix_end
 POLL_S = 0.25
 READ_EVERY_S = 120.0
 READ_RETRY_S = 10.0
+READS_AT_FIRST = 3
+"""So many, soon after each other, when a session begins: replicas often start, or come back, just then."""
 READ_S = 2.0
 
 ASK_S = 2.0
@@ -72,6 +74,7 @@ class Consultant:
         self._rng = rng or random.Random()  # noqa: S311 - spreads load only
         self._log = log
         self._read_of = -1
+        self._reads = 0
         self._read_at = float("-inf")
         self._ask_at = float("-inf")
 
@@ -89,6 +92,7 @@ class Consultant:
 
     def _read(self, generation: int, now: float) -> None:
         prefix = self._keys.coordinator(ReplicaId(""))
+        self._reads = self._reads + 1 if generation == self._read_of else 1
         self._read_of = generation
         try:
             found = self._etcd.range(prefix, prefix_end(prefix), deadline_s=READ_S).items
@@ -97,7 +101,9 @@ class Consultant:
             self._log("coordinators not read", error=error.message)
             self._read_at = now + READ_RETRY_S
             return
-        self._read_at = now + READ_EVERY_S * (0.75 + 0.5 * self._rng.random())
+        soon = self._reads < READS_AT_FIRST or not addresses
+        pause_s = READ_RETRY_S if soon else READ_EVERY_S
+        self._read_at = now + pause_s * (0.75 + 0.5 * self._rng.random())
         # While none of them is alive, the former addresses are the best guess.
         if addresses and tuple(sorted(addresses)) != self._state().coordinators:
             self._post(CoordinatorsRead(addresses))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dtrain.agent.consult import ASKED_AT_ONCE, READ_EVERY_S, Consultant
+from dtrain.agent.consult import ASKED_AT_ONCE, READ_EVERY_S, READ_RETRY_S, READS_AT_FIRST, Consultant
 from dtrain.agent.core.events import Consulted, CoordinatorsRead, SessionSeen
 from dtrain.agent.core.state import LinkState
 from dtrain.protocol import codec
@@ -109,12 +109,28 @@ def test_addresses_are_read_when_a_session_begins(desk: Desk) -> None:
 
 
 def test_addresses_are_read_again_now_and_then(desk: Desk) -> None:
+    settled(desk)
     desk.replica("c4")
-    desk.work(1.3 * READ_EVERY_S)
+    desk.work(READ_EVERY_S / 2)
+    assert "c4:7070" not in desk.table.state.coordinators
+    desk.work(READ_EVERY_S)
     assert "c4:7070" in desk.table.state.coordinators
     assert [type(event) for event in desk.posted] == [CoordinatorsRead, CoordinatorsRead]
     desk.work(1.3 * READ_EVERY_S)
     assert len(desk.posted) == 2, "what has not changed is not written to the journal again"
+
+
+def settled(desk: Desk) -> None:
+    """Past the reads at the beginning of a session."""
+    for _ in range(READS_AT_FIRST - 1):
+        desk.work(1.3 * READ_RETRY_S)
+    assert desk.reads == READS_AT_FIRST
+
+
+def test_replicas_that_start_with_the_agent_are_known_soon(desk: Desk) -> None:
+    desk.replica("c4")
+    desk.work(1.3 * READ_RETRY_S)
+    assert "c4:7070" in desk.table.state.coordinators
 
 
 def test_the_former_addresses_are_kept_while_no_replica_is_there(desk: Desk) -> None:
