@@ -58,6 +58,8 @@ class Watched(Generic[T]):
     def problem(self) -> str:
         """What is wrong with the files at present, "" for nothing."""
         with self._lock:
+            if self._version:
+                self._look_if_due()
             return f"{self._what}: {_text(self._error)}" if self._error is not None else ""
 
     def get(self) -> tuple[T, int]:
@@ -67,14 +69,17 @@ class Watched(Generic[T]):
             OSError, ValueError: the files have never been usable.
         """
         with self._lock:
-            now = self._monotonic()
-            if now >= self._look_at:
-                self._look_at = now + self._poll_s
-                self._look(now)
+            self._look_if_due()
             if not self._values:
                 assert self._error is not None
                 raise self._error
             return self._values[0], self._version
+
+    def _look_if_due(self) -> None:
+        now = self._monotonic()
+        if now >= self._look_at:
+            self._look_at = now + self._poll_s
+            self._look(now)
 
     def _look(self, now: float) -> None:
         if not self._paths and self._values:

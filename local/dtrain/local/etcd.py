@@ -300,21 +300,13 @@ class EtcdCluster:
         through = self.members[(index + 1) % len(self.members)]
         known = self._members_call(through, "list", {})["members"]
         [number] = [member["ID"] for member in known if member.get("name") == old.name]
-        self._members_call(through, "remove", {"ID": number})
+        end = time.monotonic() + timeout_s
+        self._change_members(through, "remove", {"ID": number}, end)
         self.kill(index)
         client_port, peer_port = ports.reserve(2)
         ports.release([old.client_port, old.peer_port])
         new = Member(f"{old.name}b", client_port, peer_port, self._folder, scheme=old.scheme, joins=True)
-        end = time.monotonic() + timeout_s
-        while True:
-            try:
-                self._members_call(through, "add", {"peerURLs": [new.peer_url]})
-                break
-            except Unavailable:
-                # Refused while the remaining members have yet to connect to each other.
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.2)
+        self._change_members(through, "add", {"peerURLs": [new.peer_url]}, end)
         self.members[index] = new
         self.start_member(index)
         self.wait_ready(max(0.0, end - time.monotonic()))
@@ -402,6 +394,17 @@ class EtcdCluster:
             ]
         return flags
 
+    def _change_members(self, through: Member, verb: str, body: dict[str, Any], end: float) -> None:
+        while True:
+            try:
+                self._members_call(through, verb, body)
+                return
+            except Unavailable:
+                # Refused until all members have been connected to each other for five seconds.
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.2)
+
     def _members_call(self, through: Member, verb: str, body: dict[str, Any]) -> dict[str, Any]:
         connection = http.client.HTTPConnection("127.0.0.1", through.client_port, timeout=10.0)
         if self._tls is not None:
@@ -410,10 +413,13 @@ class EtcdCluster:
             connection = http.client.HTTPSConnection(
                 "127.0.0.1", through.client_port, timeout=10.0, context=context
             )
-        with contextlib.closing(connection):
-            connection.request("POST", f"/v3/cluster/member/{verb}", json.dumps(body))
-            answer = connection.getresponse()
-            text = answer.read()
+        try:
+            with contextlib.closing(connection):
+                connection.request("POST", f"/v3/cluster/member/{verb}", json.dumps(body))
+                answer = connection.getresponse()
+                text = answer.read()
+        except OSError as error:
+            raise Unavailable(ErrorCode.ETCD_UNAVAILABLE, f"etcd did not {verb} a member: {error}") from error
         if answer.status != http.client.OK:
             raise Unavailable(ErrorCode.ETCD_UNAVAILABLE, f"etcd did not {verb} a member: {text[:300]!r}")
         found: dict[str, Any] = json.loads(text)

@@ -11,6 +11,7 @@ import math
 import random
 import ssl
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,6 +104,15 @@ class LiveAccess:
         if self._access.cert:
             found.append(expiry_problem(self._access.cert, wall_s))
         return tuple(text for text in found if text)
+
+    def explain(self, error: BaseException) -> str:
+        """Return what the error says, and what it hides: servers seldom tell why they end a handshake."""
+        text = str(error) or type(error).__name__
+        # By name: urllib3 has one of its own, without a cause.
+        if "SSL" in type(error).__name__ and self._access.cert:
+            why = expiry_problem(self._access.cert, time.time(), warning_s=0.0)
+            return f"{text} ({why})" if why else text
+        return text
 
     def is_foreign(self, cluster_id: int) -> bool:
         """Tell whether another cluster than the first one seen has answered."""
@@ -214,11 +224,11 @@ def split_endpoint(endpoint: str) -> tuple[bool, str, int]:
     url = urlsplit(endpoint if "://" in endpoint else f"http://{endpoint}")
     rest = url.path.strip("/") or url.query or url.fragment or url.username
     if url.scheme not in ("http", "https") or not url.hostname or rest:
-        raise ValueError(f"{endpoint[:100]!r} is not an etcd endpoint")
+        raise ValueError(f"{redact.url(endpoint)[:100]!r} is not an etcd endpoint")
     return url.scheme == "https", url.hostname, url.port or 2379
 
 
-def expiry_problem(cert_path: str, wall_s: float) -> str:
+def expiry_problem(cert_path: str, wall_s: float, *, warning_s: float = EXPIRY_WARNING_S) -> str:
     """Say so if the certificate in that file ends soon or has ended; "" if all is well."""
     try:
         ends_at = not_after(ssl.PEM_cert_to_DER_cert(_first_certificate(cert_path)))
@@ -227,7 +237,7 @@ def expiry_problem(cert_path: str, wall_s: float) -> str:
     left_s = ends_at - wall_s
     if left_s <= 0:
         return f"the certificate {cert_path} has expired"
-    if left_s < EXPIRY_WARNING_S:
+    if left_s < warning_s:
         return f"the certificate {cert_path} expires in {math.ceil(left_s / 86400)} days or less"
     return ""
 

@@ -201,7 +201,7 @@ class LeaseClient:
             self.close()
             raise NotAnswered("no answer in time") from error
         except (OSError, http.client.HTTPException) as error:
-            raise _Dropped(str(error) or type(error).__name__) from error
+            raise _Dropped(self._access.explain(error)) from error
         answer = _read(response.status, text)
         header = answer.get("header")
         cluster_id = int(header.get("cluster_id", 0)) if isinstance(header, dict) else 0

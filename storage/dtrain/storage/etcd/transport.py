@@ -355,7 +355,7 @@ class GatewayEtcd:
         if exchange.http_status and exchange.http_status != http.client.OK:
             code, message = parse_error(text or "")
             return classify(exchange.http_status, code, message)
-        reason = _first_cause(error)
+        reason = self._access.explain(_first_cause(error))[:300]
         if not exchange.sent:
             return Unavailable(ErrorCode.ETCD_UNAVAILABLE, f"etcd at {endpoint} cannot be reached: {reason}")
         return OutcomeUnknown(ErrorCode.ETCD_OUTCOME_UNKNOWN, f"etcd at {endpoint} did not answer: {reason}")
@@ -485,11 +485,11 @@ class _Session(HttpSession):
         self.close()
 
 
-def _first_cause(error: BaseException) -> str:
-    """Return what the socket said, beneath three libraries' wrappers."""
+def _first_cause(error: BaseException) -> BaseException:
+    """Return what the socket raised, beneath three libraries' wrappers."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
-    return f"{error or type(error).__name__}"[:300]
+    return error
 
 
 def _denied(user: str, said: str) -> Refused:
