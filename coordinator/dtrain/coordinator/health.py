@@ -11,6 +11,7 @@ etcd cannot be reached ends leadership through the lease, and a stale mirror
 stops rescheduling through the brake, whether or not anybody reads these lines.
 """
 
+import re
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ NO_SPACE = "etcd-no-space"
 CORRUPT = "etcd-corrupt"
 UNREACHABLE = "etcd-unreachable"
 MIRROR_STALE = "mirror-stale"
+TERM_WENT_BACK = "term-went-back"
+
+_TERM_OVER = re.compile(r"term (\d+) is over; term (\d+) has been confirmed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,24 @@ class Health:
         """What is wrong now, the longest-lasting first."""
         with self._lock:
             return [str(problem) for problem in self._problems.values()]
+
+
+def judge_rejection(health: Health, agent: str, problem: str) -> None:
+    """Tell of an agent that refuses a leader which holds the newest term in etcd.
+
+    It has obeyed a later one, so etcd has forgotten that: terms are revisions,
+    and only a restored etcd gives them out again.
+    """
+    found = _TERM_OVER.search(problem)
+    if found is None or int(found[1]) >= int(found[2]):
+        return
+    health.begin(
+        TERM_WENT_BACK,
+        f"agent {agent} has obeyed term {found[2]} and refuses term {found[1]}: etcd was restored from an "
+        "older state; ranks train on, nothing is commanded or committed",
+        f"stop the coordinators and raise etcd's revision above {found[2]} (etcdutl snapshot restore "
+        "--bump-revision 1000000000 --mark-compacted), then start them again: docs/operations.md",
+    )
 
 
 class EtcdHealth:

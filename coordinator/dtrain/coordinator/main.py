@@ -34,7 +34,7 @@ from dtrain.coordinator.core.plan import plan
 from dtrain.coordinator.core.views import Moment
 from dtrain.coordinator.dispatch import Channels, Dispatcher
 from dtrain.coordinator.driver import Driver, Plan
-from dtrain.coordinator.health import EtcdHealth, Health
+from dtrain.coordinator.health import EtcdHealth, Health, judge_rejection
 from dtrain.coordinator.leadership.lease import Leadership
 from dtrain.coordinator.persistence import Committer, Deposed
 from dtrain.coordinator.work import Merge, Stores, Worker
@@ -300,6 +300,8 @@ class Coordinator:
         self._tell(MirrorMoved(changes, revision))
 
     def _on_command(self, directed: Directed, ok: bool, problem: str) -> None:
+        if not ok and self.leadership.may_act():
+            judge_rejection(self._health, directed.agent, problem)
         self._tell(lambda now: self._driver.on_command(directed, ok, problem, now))
 
     def _on_alarm(self, error: DtrainError) -> None:

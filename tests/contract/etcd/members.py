@@ -5,6 +5,7 @@ import json
 import subprocess
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from dtrain.local.etcd import EtcdCluster
@@ -132,6 +133,24 @@ class Seen:
         assert versions == sorted(set(versions)), "told twice, or out of order"
         jumps = sum(after != before + 1 for before, after in itertools.pairwise(versions))
         assert jumps <= self.relisted, f"{jumps} gaps and {self.relisted} lists"
+
+
+def restore(cluster: EtcdCluster, snapshot: Path, folder: Path) -> None:
+    """Give every member the data of ``snapshot``, as an operator would after a disaster."""
+    everyone = ",".join(f"{m.name}=http://127.0.0.1:{m.peer_port}" for m in cluster.members)
+    tool = Path(cluster.binary.path).with_name("etcdutl")
+    program = str(tool) if tool.exists() else cluster.binary.etcdctl
+    for member in cluster.members:
+        data = member.folder / member.name
+        data.rename(folder / f"{member.name}-old")
+        command = [
+            *(str(program), "snapshot", "restore", str(snapshot), f"--data-dir={data}"),
+            *(f"--name={member.name}", f"--initial-cluster={everyone}"),
+            f"--initial-advertise-peer-urls=http://127.0.0.1:{member.peer_port}",
+            f"--initial-cluster-token={cluster._folder.name}-{cluster.members[0].peer_port}",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 0, done.stderr
 
 
 def used(etcd: GatewayEtcd, cluster: EtcdCluster) -> int:

@@ -1,12 +1,11 @@
 """History that has gone: compacted under a reader, or restored from an older snapshot."""
 
 import secrets
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.contract.etcd.members import Seen, etcdctl
+from tests.contract.etcd.members import Seen, etcdctl, restore
 from tests.contract.etcd.support import binary, compact, eventually
 
 from dtrain.local.etcd import EtcdCluster
@@ -78,24 +77,6 @@ def test_compaction_while_the_stream_is_away_misses_no_deletion(tmp_path: Path) 
             assert not seen.alarms
         etcd.close()
         writer.close()
-
-
-def restore(cluster: EtcdCluster, snapshot: Path, folder: Path) -> None:
-    """Give every member the data of ``snapshot``, as an operator would after a disaster."""
-    everyone = ",".join(f"{m.name}=http://127.0.0.1:{m.peer_port}" for m in cluster.members)
-    tool = Path(cluster.binary.path).with_name("etcdutl")
-    program = str(tool) if tool.exists() else cluster.binary.etcdctl
-    for member in cluster.members:
-        data = member.folder / member.name
-        data.rename(folder / f"{member.name}-old")
-        command = [
-            *(str(program), "snapshot", "restore", str(snapshot), f"--data-dir={data}"),
-            *(f"--name={member.name}", f"--initial-cluster={everyone}"),
-            f"--initial-advertise-peer-urls=http://127.0.0.1:{member.peer_port}",
-            f"--initial-cluster-token={cluster._folder.name}-{cluster.members[0].peer_port}",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("size", "elections"), [(1, 2), (3, 0)])

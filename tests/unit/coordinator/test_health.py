@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dtrain.coordinator.health import EtcdHealth, Health
+from dtrain.coordinator.health import EtcdHealth, Health, judge_rejection
 from dtrain.protocol.errors import ErrorCode, Unavailable
 from dtrain.storage.etcd.port import Status
 
@@ -111,6 +111,15 @@ def test_a_corrupt_cluster_is_a_problem(told: Told) -> None:
     told.alarms = ("CORRUPT",)
     told.etcd.look()
     assert "CORRUPT" in told.health.sentences()[0]
+
+
+def test_an_agent_that_has_obeyed_a_later_term_tells_of_a_restored_etcd(told: Told) -> None:
+    judge_rejection(told.health, "a1", "rejected: job train has no attempt 3")
+    assert told.health.sentences() == []
+    judge_rejection(told.health, "a1", "rejected: term 12 is over; term 40 has been confirmed")
+    [sentence] = told.health.sentences()
+    assert "restored from an older state" in sentence
+    assert "above 40" in sentence
 
 
 def test_the_thread_looks_again_at_once_when_woken_and_ends_when_stopped(told: Told) -> None:
