@@ -4,12 +4,13 @@
 node's way to it: ``submit`` for event code, the ``port.Etcd`` methods for code that runs as a task.
 """
 
+import bisect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused, Unavailable
-from dtrain.storage.etcd.memory import MemoryEtcd, MemoryWatch
+from dtrain.storage.etcd.memory import MemoryEtcd, MemoryWatch, _Lease
 from dtrain.storage.etcd.port import Delete, Put, RangeResult, Status, Txn, TxnResult, WatchBatch
 from dtrain.storage.etcd.port import Event as WatchEvent
 from tests.sim.link import Link
@@ -68,6 +69,34 @@ class EtcdServer:
         revision = self.memory.revision - kept
         if revision > max(1, self.memory.compacted):
             self.memory.compact(revision)
+
+    def restore(self, back: int) -> int:
+        """Become what a snapshot of ``back`` revisions ago was; return its revision.
+
+        Leases come back with their keys, and count anew. History since then has never been.
+        """
+        memory = self.memory
+        target = max(memory.compacted + 1, memory.revision - back)
+        memory.cut_watches()
+        for key in list(memory._history):
+            history = memory._history[key]
+            kept = bisect.bisect_right(history.revisions, target)
+            del history.revisions[kept:], history.versions[kept:]
+            if not kept:
+                del memory._history[key]
+                memory._sorted.remove(key)
+        memory._live = {key: kv for key, held in memory._history.items() if (kv := held.at(target))}
+        kept = bisect.bisect_right(memory._log_revisions, target)
+        del memory._log_revisions[kept:], memory._log[kept:]
+        memory._leases.clear()
+        for kv in memory._live.values():
+            if kv.lease:
+                held = memory._leases.setdefault(kv.lease, _Lease(10.0, self.scheduler.now + 10.0))
+                held.keys.add(kv.key)
+        memory._next_expiry = self.scheduler.now + 10.0
+        memory._revision = self.seen = target
+        memory.raft_term = self.former_raft_term = 2
+        return target
 
     def _scan(self) -> None:
         # Without a quorum nothing expires; the leader of a new one extends every lease.
