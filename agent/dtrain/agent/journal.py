@@ -6,6 +6,7 @@ its launchers are then unknown here and end by themselves after the orphan grace
 """
 
 import contextlib
+import os
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,7 +69,10 @@ class Journal:
         Raises:
             Unavailable: the file system does not let us.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # It holds the environments of jobs; sqlite gives its other files the same mode.
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        path.chmod(0o600)
         problem = ""
         if path.exists():
             problem = _examine(path)

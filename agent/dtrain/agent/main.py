@@ -344,7 +344,7 @@ def lock_data_dir(folder: Path) -> int:
         Refused: BAD_SETTING; another agent has it, or it cannot be used.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise Refused(

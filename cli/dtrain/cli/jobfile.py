@@ -13,6 +13,7 @@ from dtrain.cli.jobschema import PROGRAMS, CheckpointSection, JobModel, Restarts
 from dtrain.cli.yamlmarks import Document, Problem, show_path
 from dtrain.protocol.errors import ErrorCode, NotFound, Refused
 from dtrain.protocol.job import EntryKind, JobSpec
+from dtrain.runtime import redact
 
 _SECTIONS: dict[str, type[BaseModel]] = {"checkpoint": CheckpointSection, "restarts": RestartsSection}
 _AS_TYPED = ("args", "env", "command")
@@ -127,9 +128,8 @@ def checked(spec: JobSpec, name: str) -> JobFile:
     """
     folder = Path(spec.working_dir)
     if not folder.is_dir():
-        return JobFile(
-            spec, (f"{folder} does not exist on this machine; it must exist on every agent's machine",)
-        )
+        missing = f"{folder} does not exist on this machine; it must exist on every agent's machine"
+        return JobFile(spec, (missing, *_secrets(spec)))
     script = folder / spec.entry.target
     if spec.entry.kind is EntryKind.SCRIPT and not script.is_file():
         raise NotFound(
@@ -137,7 +137,7 @@ def checked(spec: JobSpec, name: str) -> JobFile:
             f"{name}: there is no script {script}",
             fix="script is relative to working_dir, which is relative to the job file's folder",
         )
-    return JobFile(spec)
+    return JobFile(spec, tuple(_secrets(spec)))
 
 
 def differences(old: Any, new: Any) -> list[str]:
@@ -145,9 +145,25 @@ def differences(old: Any, new: Any) -> list[str]:
     before = {show_path(path): value for path, value in yamlmarks.leaves(old)}
     after = {show_path(path): value for path, value in yamlmarks.leaves(new)}
     return [
-        f"{path}: {before.get(path, '(unset)')!s} -> {after.get(path, '(unset)')!s}"
+        f"{path}: {_shown(path, before)} -> {_shown(path, after)}"
         for path in sorted(before.keys() | after.keys())
         if before.get(path) != after.get(path)
+    ]
+
+
+def _shown(path: str, values: dict[str, Any]) -> str:
+    if path not in values:
+        return "(unset)"
+    place, _, name = path.partition(".")
+    return redact.HIDDEN if place == "env" and redact.is_secret(name) else str(values[path])
+
+
+def _secrets(spec: JobSpec) -> list[str]:
+    return [
+        f"env.{name} looks like a secret, and a job's environment is stored in etcd: give a file's path, "
+        f"such as {name}_FILE, or set it where the agents run"
+        for name, value in spec.env.items()
+        if value and redact.is_secret(name)
     ]
 
 

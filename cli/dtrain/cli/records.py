@@ -20,6 +20,7 @@ from dtrain.protocol.ids import ClusterName
 from dtrain.protocol.job import TERMINAL_PHASES, Intent, JobPhase, JobSpec, JobStatus
 from dtrain.protocol.keys import Keys, Parsed
 from dtrain.protocol.snapshot import NodeRecord, RankState, WorkerSnapshot
+from dtrain.runtime import redact
 
 T = TypeVar("T")
 Json = dict[str, Any]
@@ -112,7 +113,18 @@ class Job:
 
     def as_json(self) -> Json:
         """The records, with the fields that they are stored with."""
-        return {"v": 1, "kind": "Job", "name": self.name, **self.raw}
+        return {"v": 1, "kind": "Job", "name": self.name, **self.raw} | redacted(self.raw)
+
+
+def redacted(raw: Json) -> Json:
+    """The spec among a job's records with the secrets in its environment hidden; {} if there is none."""
+    spec = raw.get("spec")
+    if not isinstance(spec, dict):
+        return {} if spec is None else {"spec": spec}
+    env = spec.get("env")
+    if not isinstance(env, dict):
+        return {"spec": spec}
+    return {"spec": {**spec, "env": redact.environment({name: str(value) for name, value in env.items()})}}
 
 
 @dataclass(slots=True)

@@ -43,7 +43,7 @@ def submit(client: Client, spec: JobSpec, request_id: str | None, form: str) -> 
             "kind": "Submitted",
             "created": reply.created,
             "revision": reply.revision,
-            "spec": accepted,
+            **records.redacted({"spec": accepted}),
         }
         output.document(document, form)
     elif form == "name":
@@ -81,10 +81,11 @@ def dry_run(client: Client, spec: JobSpec, form: str) -> int:
 
 def show_spec(spec: JobSpec, form: str) -> None:
     """Print a job that would be submitted."""
+    shown = records.redacted({"spec": codec.to_json(spec)})["spec"]
     if form == "name":
         click.echo(f"job/{spec.name}")
     elif form in ("json", "yaml"):
-        output.document({"v": 1, "kind": "JobSpec", **codec.to_json(spec)}, form)
+        output.document({"v": 1, "kind": "JobSpec", **shown}, form)
     else:
         click.echo(f"job {spec.name} is valid")
 

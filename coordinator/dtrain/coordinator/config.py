@@ -4,6 +4,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dtrain.coordinator.api.validate import holds_credentials
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.ids import ClusterName, ReplicaId, parse_name
 from dtrain.runtime.config import ETCD, EtcdOptions, Setting, etcd_options, parse, switch
@@ -50,6 +51,12 @@ class Config:
                 ErrorCode.BAD_SETTING,
                 f"a TTL of {self.ttl_s} s leaves no time to renew it",
                 fix=f"use {least} s or more; 10 rides out an election of etcd's",
+            )
+        if holds_credentials(self.default_store):
+            raise Refused(
+                ErrorCode.BAD_SETTING,
+                "--default-store holds credentials, and it is stored and shown",
+                fix="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile, instead",
             )
         for setting, address in (("listen", self.listen), ("advertise", self.advertise)):
             host, _, port = address.rpartition(":")

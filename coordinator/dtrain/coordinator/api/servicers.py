@@ -24,7 +24,8 @@ from dtrain.protocol.pb import agent_pb2 as agent_pb
 from dtrain.protocol.pb import agent_pb2_grpc, coordinator_pb2_grpc
 from dtrain.protocol.pb import coordinator_pb2 as pb
 from dtrain.protocol.snapshot import NodeRecord
-from dtrain.runtime import grpc_tls, log
+from dtrain.runtime import grpc_tls, log, redact
+from dtrain.runtime.tls import Role
 from dtrain.storage.blobs.probe import probe
 from dtrain.storage.etcd.mirror import Mirror
 from dtrain.storage.etcd.port import KeyValue
@@ -129,6 +130,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         if len(request.prefix) > PREFIX_CHARACTERS_MAX or not request.prefix.isascii():
             raise Refused(ErrorCode.USAGE, "a prefix is short and ASCII", fix='use one such as "jobs/"')
         root = self._keys.root
+        peer = grpc_tls.caller(context)
         self._wait_for_first_list()
         if request.after_revision and request.wait_ms:
             self._wait_for_change(root + request.prefix, request.after_revision, request.wait_ms, context)
@@ -140,7 +142,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             items=[
                 pb.Item(
                     key=kv.key[len(root) :],
-                    value=kv.value,
+                    value=kv.value if peer is None or peer.role in _SEE_ALL else _without_secrets(kv),
                     create_revision=kv.create_revision,
                     mod_revision=kv.mod_revision,
                 )
@@ -379,6 +381,21 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
                 "the job waits for more"
             ]
         return [f"{alive} agents are alive, {spec.nnodes_min} are needed: the job waits for more"]
+
+
+_SEE_ALL = frozenset({Role.OPERATOR, Role.COORDINATOR})
+
+
+def _without_secrets(kv: KeyValue) -> bytes:
+    """A record as those may see it who only look: a job's environment often holds secrets."""
+    if not kv.key.endswith("/spec"):
+        return kv.value
+    try:
+        document = codec.loads(kv.value)
+        env = document.get("env", {})
+        return codec.dumps({**document, "env": dict.fromkeys(env, redact.HIDDEN)}) if env else kv.value
+    except (DtrainError, AttributeError, TypeError):
+        return b"{}"
 
 
 def _check_size(items: list[KeyValue], prefix: str) -> None:

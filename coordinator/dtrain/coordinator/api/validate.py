@@ -5,6 +5,7 @@ import math
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.ids import parse_name
 from dtrain.protocol.job import JobSpec
+from dtrain.runtime import redact
 
 NODES_MAX = 10_000
 RANKS_PER_NODE_MAX = 1_024
@@ -55,6 +56,9 @@ def check(spec: JobSpec) -> None:
         if not all(part.isidentifier() for part in module.split(".")):
             raise _bad("preload", f"names {module[:80]!r}, which is no module", "use names such as torch.nn")
     policy = spec.checkpoint
+    if holds_credentials(policy.store):
+        # Without the URI: it would carry the secret on, into logs and terminals.
+        raise _bad("checkpoint.store", "holds credentials", "set them where coordinators and agents run")
     if policy.store and not policy.store.startswith(STORES):
         raise _bad(
             "checkpoint.store",
@@ -70,6 +74,14 @@ def check(spec: JobSpec) -> None:
     _seconds("shutdown_grace", spec.shutdown_grace_s, 0.0)
     _seconds("isolation_grace", spec.isolation_grace_s, 0.0)
     _seconds("reschedule_grace", spec.reschedule_grace_s, 0.0)
+
+
+def holds_credentials(uri: str) -> bool:
+    """Tell whether a store's URI, which is stored and shown, has a user, password or key in it."""
+    place, _, options = uri.partition("?")
+    in_options = any(redact.is_secret(part.partition("=")[0]) for part in options.split("&"))
+    host = place.partition("://")[2].partition("/")[0]
+    return "@" in host or "@" in options or "%40" in options or in_options
 
 
 def _between(field: str, value: int, least: int, most: int) -> None:

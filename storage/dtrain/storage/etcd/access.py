@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from dtrain.runtime import redact
 from dtrain.runtime.watched import Watched, read_bounded, read_endpoints, read_password
 
 RESPREAD_S = 1.0

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dtrain.protocol.errors import ErrorCode, Refused
+from dtrain.runtime import redact
 from dtrain.runtime.clock import Clock
 from dtrain.storage.etcd.access import split_endpoint
 
@@ -55,7 +56,7 @@ def parse_endpoint(text: str) -> Endpoint:
     except ValueError as error:
         raise Refused(
             ErrorCode.BAD_SETTING,
-            f"{text[:100]!r} is not an etcd endpoint",
+            f"{redact.url(text)[:100]!r} is not an etcd endpoint",
             fix="write endpoints as http://host:2379 or https://host:2379",
         ) from error
     return Endpoint("https" if secure else "http", host, port)
