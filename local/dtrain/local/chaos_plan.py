@@ -27,6 +27,7 @@ class Settings:
 
     seed: int
     kinds: tuple[Kind, ...] = tuple(Kind)
+    without: tuple[tuple[Kind, Part], ...] = ()
     targets: tuple[str, ...] = ()
     every_s: float = 5.0
     hold_s: tuple[float, float] = (0.5, 8.0)
@@ -91,7 +92,9 @@ def possible(settings: Settings) -> dict[tuple[Kind, Part], int]:
     return {
         (kind, part): weight
         for (kind, part), weight in WEIGHTS.items()
-        if kind in settings.kinds and (part in parts or not settings.targets)
+        if kind in settings.kinds
+        and (kind, part) not in settings.without
+        and (part in parts or not settings.targets)
     }
 
 

@@ -52,7 +52,7 @@ def nothing_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_verbs_are_those_of_the_folder() -> None:
     assert set(verbs()) == {
         *("up", "run", "submit", "get", "describe", "logs", "wait", "checkpoint", "cancel"),
-        *("coordinator", "agent", "version", "completion"),
+        *("coordinator", "agent", "version", "completion", "chaos", "audit"),
     }
 
 
@@ -88,7 +88,7 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
         ("leader", "dtrain get coordinators'"),
         ("describ", "dtrain describe'"),
         ("sumbit", "dtrain submit'"),
-        ("xyzzy", "the verbs are agent, cancel,"),
+        ("xyzzy", "the verbs are agent, audit, cancel, chaos,"),
     ],
 )
 def test_an_unknown_verb_gets_a_suggestion(word: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
