@@ -126,6 +126,8 @@ class World:
         self._agents_shared = False
         self._lost_at: dict[AgentName, float] = {}
         self._losses: deque[tuple[float, AgentName]] = deque()
+        self._back_at: dict[AgentName, float] = {}
+        """When agents that had been lost came back; only the last TTL matters."""
         self._cordoned: set[AgentName] = set()
         self._unreachable: dict[AgentName, float] = {}
         self._usage: dict[JobName, dict[AgentName, int]] = {}
@@ -312,12 +314,23 @@ class World:
         gone = {
             agent
             for at, agent in self._losses
-            if now - at <= BRAKE_WINDOW_S and agent in self._lost_at and agent not in self._agents
+            if now - at <= BRAKE_WINDOW_S and (self._is_gone(agent) or self._is_just_back(agent, now))
         }
-        total = len(self._agents) + len(gone)
+        total = len(self._agents.keys() | gone)
         if len(gone) >= BRAKE_AGENTS_MIN and len(gone) > BRAKE_SHARE * total:
             return f"{len(gone)} of {total} agents vanished within {BRAKE_WINDOW_S:.0f} s"
         return ""
+
+    def _is_gone(self, agent: AgentName) -> bool:
+        return agent in self._lost_at and agent not in self._agents
+
+    def _is_just_back(self, agent: AgentName, now: float) -> bool:
+        """Whether others that vanished with it deserve a moment: a healed network brings them back singly.
+
+        Released with the first of them, the brake would let go of all that are still on their way.
+        """
+        at = self._back_at.get(agent)
+        return at is not None and now - at <= self.agent_ttl_s
 
     def losses_settle_at(self, now: float) -> float:
         """Return when it will be seen whether more agents follow those that just vanished; 0.0: no need to.
@@ -327,16 +340,13 @@ class World:
         first one cannot be told from a single lost machine: that one is acted on at once.
         """
         spread_s = self.agent_ttl_s * AGENT_RENEWAL_SHARE + LOSS_SLACK_S
-        recent = {
-            agent: at
-            for at, agent in self._losses
-            if now - at <= spread_s and agent in self._lost_at and agent not in self._agents
-        }
+        recent = {agent: at for at, agent in self._losses if now - at <= spread_s and self._is_gone(agent)}
         return max(recent.values()) + spread_s if len(recent) > 1 else 0.0
 
     def brake_changes_at(self, now: float) -> float | None:
         """Return when the brake may change by time alone, or None."""
         instants = [at + BRAKE_WINDOW_S for at, _agent in self._losses]
+        instants += [at + self.agent_ttl_s for at in self._back_at.values()]
         if self._heard_at is not None:
             instants.append(self._heard_at + MIRROR_AGE_S_MAX)
         later = [instant for instant in instants if instant > now]
@@ -347,6 +357,8 @@ class World:
         """Forget losses that no decision asks for any more."""
         while self._losses and now - self._losses[0][0] > BRAKE_WINDOW_S:
             self._losses.popleft()
+        for agent in [name for name, at in self._back_at.items() if now - at > self.agent_ttl_s]:
+            del self._back_at[agent]
         for agent in [name for name, at in self._lost_at.items() if now - at > LOST_KEPT_S]:
             if not any(agent in usage for usage in self._usage.values()):
                 del self._lost_at[agent]
@@ -363,6 +375,7 @@ class World:
             if known is not None:
                 del self._agents[agent]
                 self._lost_at[agent] = now
+                self._back_at.pop(agent, None)
                 self._losses.append((now, agent))
             self._unreachable.pop(agent, None)
         else:
@@ -374,7 +387,8 @@ class World:
                 return
             same = known is not None and known.node.incarnation == node.incarnation
             self._agents[agent] = AgentView(node, known.seen_at if known is not None and same else now)
-            self._lost_at.pop(agent, None)
+            if self._lost_at.pop(agent, None) is not None:
+                self._back_at[agent] = now
             if not same:
                 self._unreachable.pop(agent, None)
         self._touch_fleet(agent)

@@ -191,6 +191,21 @@ def test_an_agent_that_is_back_is_no_loss() -> None:
     assert etcd.fleet(now=101.0).losses_settle_at == 0.0
 
 
+def test_the_brake_outlasts_the_return_of_the_first_by_one_ttl() -> None:
+    etcd = Etcd()
+    for index in range(7):
+        etcd.put(KEYS.node(AgentName(f"a{index}")), node(AgentName(f"a{index}")))
+    for index in range(3):
+        etcd.delete(KEYS.node(AgentName(f"a{index}")), now=100.0 + index)
+    assert etcd.world.brake(110.0)
+    etcd.put(KEYS.node(AgentName("a0")), node(AgentName("a0")), now=111.0)
+    # Two of seven are no crowd, but they are on their way back as the first one was.
+    assert etcd.world.brake(111.0) == "3 of 7 agents vanished within 60 s"
+    assert etcd.world.brake(121.0)
+    assert etcd.world.brake_changes_at(111.0) == pytest.approx(121.0, abs=0.01)
+    assert not etcd.world.brake(121.1)
+
+
 def test_agents_that_vanish_slowly_do_not_brake() -> None:
     etcd = Etcd()
     for index in range(9):

@@ -267,14 +267,13 @@ def sentence(before: AgentState, after: AgentState, now: float) -> str:
     if (old.state, old.scope) == (link.state, link.scope):
         return ""
     ranks = sum(1 for job in after.jobs.values() if _is_stoppable(job))
-    what = f"the ranks of {ranks} job{'' if ranks == 1 else 's'}"
+    what = f"the ranks of {ranks} job{'' if ranks == 1 else 's'} go on while they complete steps"
+    what = what if ranks else "no ranks run here"
     if link.state is LinkState.OK:
         return f"etcd answers again after {now - old.silent_at:.0f} s"
     if link.state is LinkState.SUSPECT:
         return "etcd does not answer; the session still holds for a moment" + _heard(link)
-    return f"the session has ended and etcd does not answer; {what} go on while they complete steps" + _heard(
-        link
-    )
+    return f"the session has ended and etcd does not answer; {what}" + _heard(link)
 
 
 def _heard(link: EtcdLink) -> str:
