@@ -353,6 +353,7 @@ def run(
         jobs.start()
         scales.start()
         try:
+            harness.until("both long jobs train", lambda: _train(eyes))
             chaos.begin()
             scales.calm.set()
             time.sleep(times.warm_up)
@@ -382,6 +383,11 @@ def run(
     if left:
         outcome.problems.append(f"processes are left over: {left}")
     return outcome
+
+
+def _train(eyes: Eyes) -> bool:
+    jobs = eyes.look().jobs
+    return all(name in jobs and jobs[name].trains for name in LONG)
 
 
 def _storm(chaos: Chaos, for_s: float, jobs: Jobs, scales: Scales) -> None:
