@@ -155,7 +155,7 @@ MEANINGS = {
     "JobSpec.reschedule_grace_s": "seconds that an agent may be gone before it is called lost; "
     "0: its expired lease is the grace",
     "JobSpec.restarts": "see `RestartPolicy`",
-    "JobSpec.shutdown_grace_s": "seconds from SIGTERM to SIGKILL when it is cancelled",
+    "JobSpec.shutdown_grace_s": "seconds from SIGTERM to SIGKILL when ranks are ended in order",
     "JobSpec.submitted_at": "when (UTC)",
     "JobSpec.working_dir": "folder the ranks start in, on every machine",
     "JobStatus.attempt": "newest attempt; 0: none yet",

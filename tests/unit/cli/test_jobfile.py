@@ -45,6 +45,8 @@ preload: [torch, mypackage.data]
 checkpoint: {store: s3://bucket/prefix, every_steps: 50, every_seconds: 10m, keep_last: 5, timeout: 90}
 restarts: {max: 3, window: 1h30m}
 shutdown_grace: 500ms
+isolation_grace: 30m
+reschedule_grace: 20
 """
     )
     assert (spec.nnodes_min, spec.nnodes_max, spec.nproc_per_node) == (2, 4, 8)
@@ -57,6 +59,7 @@ shutdown_grace: 500ms
     assert (spec.checkpoint.keep_last, spec.checkpoint.timeout_s) == (5, 90.0)
     assert (spec.restarts.max_restarts, spec.restarts.window_s) == (3, 5400.0)
     assert spec.shutdown_grace_s == 0.5
+    assert (spec.isolation_grace_s, spec.reschedule_grace_s) == (1800.0, 20.0)
 
 
 def test_a_range_of_nodes_is_not_read_as_a_sexagesimal_number() -> None:
