@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
-from tests.e2e.chaos import QUOTA_BYTES, broken_by
+from tests.e2e.chaos import broken_by
 from tests.support import growth
 from tests.support.growth import Census, Finding, Sample
 from tests.support.harness import Harness
@@ -49,10 +49,19 @@ from dtrain.storage.blobs.open import open_store
 
 LONG = ("long-0", "long-1")
 SMALL = "small"
+QUOTA_BYTES = 40 * 1024 * 1024
+"""Of etcd. A filling stays in its members' memory for long: as small as five minutes of history allow."""
+
 KEEP_LAST = 3
 EVENTS_MAX = 200
 LIFE_S_MIN = 240.0
 """A life must have been watched for so long to tell a trend."""
+
+DATABASE_MB_MAX = 32.0
+"""Five to ten minutes of history of four agents that report twice a second, and what bbolt leaves free."""
+
+AGE_S_MIN = 20.0
+"""Younger processes are still importing, on a loaded machine."""
 
 FATAL = tuple(
     (kind, part)
@@ -185,6 +194,8 @@ class Scales:
         self._stop = threading.Event()
         self.calm = threading.Event()
         self.samples: list[Sample] = []
+        self.databases_mb: list[float] = []
+        """The largest database of a member, one for each calm."""
         self.drivers: list[tuple[int, int]] = []
         """Threads and descriptors of this process, one for each calm."""
         self._death: BaseException | None = None
@@ -373,9 +384,16 @@ def run(
         outcome.report = _both(outcome.report, mild.report())
         outcome.ends, outcome.problems = jobs.ends, outcome.problems + jobs.problems
         outcome.problems += outcome.report.problems
-        outcome.findings = growth.judge(scales.samples, warm_up_s=times.warm_up / 2, life_s_min=LIFE_S_MIN)
+        outcome.findings = growth.judge(
+            scales.samples, warm_up_s=max(AGE_S_MIN, times.warm_up), life_s_min=LIFE_S_MIN
+        )
         outcome.problems += [finding.line() for finding in outcome.findings if finding.grows]
         outcome.problems += _driver_growth(scales.drivers)
+        outcome.problems += [
+            f"etcd's database has grown to {size_mb:.0f} MiB in calm {number}"
+            for number, size_mb in enumerate(scales.databases_mb, 1)
+            if size_mb > DATABASE_MB_MAX
+        ]
         _end_jobs(harness, jobs)
         harness.assert_clean()
         scales.write({"kind": "Soak", "problems": outcome.problems, "report": outcome.report.to_json()})
@@ -416,6 +434,8 @@ def _calm(
     links = [proxy for links in harness.cluster.links.values() for proxy in links.proxies]
     fds = psutil.Process().num_fds() - 2 * sum(proxy.connections for proxy in links)
     scales.drivers.append((threading.active_count(), fds))
+    sizes = db_sizes(harness.cluster.endpoints)
+    scales.databases_mb.append(max(sizes.values(), default=0) / 2**20)
 
 
 def _both(storms: Report, endurance: Report) -> Report:
