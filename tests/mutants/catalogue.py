@@ -894,4 +894,132 @@ MUTANTS: tuple[Mutant, ...] = (
         ("        if hashlib.sha256(data).hexdigest() != garbage.digest:\n", "        if False:\n"),
         f"{ON_COORDINATOR}/test_work.py::test_collecting_goes_by_the_tombstones_digest",
     ),
+    # Cut off from etcd ----------------------------------------------------------------------
+    _mutant(
+        "isolated-ranks-ended-at-once",
+        "G5: an etcd that is away for a while stops training.",
+        f"{AGENT}/core/isolation.py",
+        ("    if due is None or now < due[0]:\n", "    if due is None:\n"),
+        f"{ON_AGENT}/test_core_isolation.py::test_ranks_go_on_within_the_grace_and_are_ended_in_order_after_it",
+    ),
+    _mutant(
+        "isolation-grace-without-end",
+        "G4: a machine that is cut off trains on for ever beside its successor.",
+        f"{AGENT}/core/isolation.py",
+        ("    over = (link.since + grace, ", "    over = (link.since + 10**9 + grace, "),
+        f"{ON_AGENT}/test_core_isolation.py::test_ranks_go_on_within_the_grace_and_are_ended_in_order_after_it",
+    ),
+    _mutant(
+        "isolated-ranks-that-stand-still-go-on",
+        "G6: ranks whose peers are gone hold their machine for the whole grace.",
+        f"{AGENT}/core/isolation.py",
+        ("    return min(over, (quiet, text))\n", "    return over\n"),
+        f"{ON_AGENT}/test_core_isolation.py::test_isolated_ranks_that_complete_no_steps_are_ended",
+    ),
+    _mutant(
+        "superseded-ranks-go-on",
+        "G4: ranks of an attempt that has been left behind go on although a coordinator says so.",
+        f"{AGENT}/core/isolation.py",
+        ("    if standing.attempt > standing.asked:\n", "    if False:\n"),
+        f"{ON_AGENT}/test_core_isolation.py::test_a_newer_attempt_ends_the_ranks_at_once_however_old_the_news",
+    ),
+    _mutant(
+        "mirror-that-is-behind-believed",
+        "G5: a coordinator that has not heard of the attempt yet ends its ranks.",
+        f"{AGENT}/core/isolation.py",
+        ("    if standing.attempt < standing.asked:\n", "    if False:\n"),
+        f"{ON_AGENT}/test_core_isolation.py::test_a_mirror_that_has_not_heard_of_the_attempt_yet_is_not_believed",
+    ),
+    _mutant(
+        "losses-in-a-row-not-waited-out",
+        "I9: when agents go one after another, each alone is acted on.",
+        f"{CORE}/liveness.py",
+        (
+            "fleet.took_office_at + fleet.agent_ttl_s, fleet.losses_settle_at)",
+            "fleet.took_office_at + fleet.agent_ttl_s, 0.0)",
+        ),
+        f"{ON_COORDINATOR}/test_plan_failures.py::test_losses_in_a_row_are_waited_out",
+    ),
+    _mutant(
+        "blocked-machine-used",
+        "I6: ranks are started beside processes that cannot be killed.",
+        f"{CORE}/placement.py",
+        (
+            "    return bool(view.node.problem) or (stored is not None and bool(stored.value.stuck))\n",
+            "    return False\n",
+        ),
+        f"{ON_COORDINATOR}/test_plan_failures.py::"
+        "test_a_machine_with_a_problem_is_not_used_by_any_job_until_it_is_well",
+    ),
+    # Who may do what ------------------------------------------------------------------------
+    _mutant(
+        "anybody-commands-agents",
+        "An operator's or an agent's certificate is enough to stop ranks.",
+        "common/dtrain/runtime/grpc_tls.py",
+        ("        if peer.role not in rule.roles:\n", "        if False:\n"),
+        "tests/security/test_grpc_roles.py::test_each_role_may_do_what_the_table_says_and_nothing_else",
+    ),
+    _mutant(
+        "other-cluster-s-certificate-accepted",
+        "A coordinator of another cluster commands the agents of this one.",
+        "common/dtrain/runtime/grpc_tls.py",
+        ("        if peer.cluster != self._tls.peer.cluster:\n", "        if False:\n"),
+        "tests/security/test_grpc_roles.py::test_a_coordinator_of_another_cluster_commands_nobody_here",
+    ),
+    _mutant(
+        "agent-speaks-for-another",
+        "An agent consults coordinators in another agent's name.",
+        "common/dtrain/runtime/grpc_tls.py",
+        (
+            "            if rule.own and peer is not None and getattr(request, rule.own) != peer.name:\n",
+            "            if False:\n",
+        ),
+        "tests/security/test_grpc_roles.py::test_an_agent_may_consult_as_itself_only",
+    ),
+    _mutant(
+        "no-certificate-asked-for",
+        "Whoever reaches the port is served.",
+        "common/dtrain/runtime/grpc_tls.py",
+        ("fetch, require_client_authentication=True", "fetch, require_client_authentication=False"),
+        "tests/security/test_grpc_roles.py::test_a_caller_without_a_certificate_gets_no_connection",
+    ),
+    _mutant(
+        "record-size-not-bounded",
+        "A record of any size is parsed.",
+        "common/dtrain/protocol/codec.py",
+        ("    if len(data) > bytes_max:\n", "    if False:\n"),
+        "tests/security/test_parsing.py::test_json_that_could_hurt_is_refused_with_a_sentence",
+    ),
+    _mutant(
+        "blob-keys-lead-anywhere",
+        "A key from a manifest names a file outside the store.",
+        "storage/dtrain/storage/blobs/port.py",
+        (' or any(p[:1] in ("", ".") for p in key.split("/")):\n', ":\n"),
+        "tests/security/test_parsing.py::test_no_blob_key_leaves_the_store",
+    ),
+    _mutant(
+        "second-replica-of-an-id",
+        "A replica campaigns although its id is another one's.",
+        f"{COORDINATOR}/leadership/lease.py",
+        (
+            "            if view.lease == 0 or view.generation != self._registered:\n",
+            "            if view.lease == 0:\n",
+        ),
+        f"{ON_COORDINATOR}/test_elector.py::test_a_replica_whose_id_is_another_s_does_not_campaign",
+    ),
+    # The auditor ----------------------------------------------------------------------------
+    _mutant(
+        "auditor-blind-to-terms",
+        "I1: writes of a deposed leader pass the audit.",
+        "common/dtrain/protocol/audit.py",
+        ("        if term != self._term:\n", "        if False:\n"),
+        "tests/unit/protocol/test_audit.py::test_the_auditor_names[a record of a term that does not lead]",
+    ),
+    _mutant(
+        "auditor-blind-to-attempts",
+        "I5: attempts that share or skip numbers pass the audit.",
+        "common/dtrain/protocol/audit.py",
+        ("        if record.attempt not in (last, last + 1):\n", "        if False:\n"),
+        "tests/unit/protocol/test_audit.py::test_the_auditor_names[an attempt that skips a number]",
+    ),
 )

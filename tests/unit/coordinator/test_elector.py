@@ -16,12 +16,13 @@ from dtrain.coordinator.leadership.elector import (
     Wait,
 )
 from dtrain.coordinator.leadership.lease import Leadership
+from dtrain.protocol import codec
 from dtrain.protocol.cluster import ReplicaRecord
 from dtrain.protocol.ids import ClusterName, ReplicaId, Term
 from dtrain.protocol.keys import Keys
 from dtrain.runtime.clock import SystemClock
 from dtrain.storage.etcd.memory import MemoryEtcd
-from dtrain.storage.etcd.port import put_if_absent
+from dtrain.storage.etcd.port import Put, Txn, put_if_absent
 from dtrain.storage.etcd.session import FixedSession
 
 KEY = "/dtrain/c1/leader"
@@ -234,6 +235,18 @@ def test_a_second_replica_of_the_same_id_refuses_to_run(
         assert not first.over.is_set()
     finally:
         first.stop()
+        second.stop()
+
+
+def test_a_replica_whose_id_is_another_s_does_not_campaign(etcd: MemoryEtcd) -> None:
+    record = codec.encode(ReplicaRecord(ReplicaId("r1"), "h:2"))
+    etcd.txn(Txn(success=(Put(Keys(ClusterName("c1")).coordinator(ReplicaId("r1")), record, 1),)))
+    second = Running(etcd, 2, "r1")
+    try:
+        assert not second.won.wait(0.5), "nobody leads, but this replica is not known under its id"
+        etcd.revoke(1)
+        assert second.won.wait(5)
+    finally:
         second.stop()
 
 
