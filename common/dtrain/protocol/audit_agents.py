@@ -153,8 +153,11 @@ class AgentAudit:
         current = placed is not None and (record.uid, record.attempt) == (placed.uid, placed.attempt)
         if placed is not None and current and placed.ranks:
             given = placed.ranks.get(place.agent, range(0))
-            strange = [number for number in numbers if number not in given]
-            if strange:
+            # A STOP of this attempt may have overtaken its PREPARE: what it ends is of the one before.
+            stopped = record.command is not None and record.command.kind == "Stop"
+            living = [rank.rank for rank in record.ranks if rank.exit_code is None]
+            strange = [number for number in living if number not in given]
+            if strange and not stopped:
                 self._bad(
                     "I6",
                     f"{place.agent} runs ranks {strange} of {place.job}, which attempt {record.attempt} "
