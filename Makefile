@@ -5,10 +5,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?=
 SEEDS ?= 200
+FIRST ?= 1
 MINUTES ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast sim mutants lint format bench chaos soak proto check clean
+.PHONY: help setup demo test test-fast sim sim-nightly mutants lint format bench chaos soak proto check clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,6 +31,9 @@ sim: setup ## run the simulation: SEED=n replays one, SEEDS=n runs that many
 
 mutants: setup ## apply each deliberate bug and see a test catch it: ONLY="id ..." picks some
 	@$(BIN)/python -m tests.mutants $(if $(ONLY),--only $(ONLY),)
+
+sim-nightly: setup ## simulate many seeds on all cores: SEEDS=20000 FIRST=1; failures are shrunk into .cache/sim
+	@$(BIN)/python -m tests.sim --seeds $(SEEDS) --first $(FIRST) --jobs $$(nproc) --folder .cache/sim --failures 20
 
 lint: setup ## ruff, mypy --strict, import contracts, freshness of generated code
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports && tools/gen_proto.sh --check
