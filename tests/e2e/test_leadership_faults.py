@@ -79,7 +79,7 @@ class Replicas:
             return subprocess.Popen(argv, stdout=file, stderr=file, env=env)
 
     def whole(self) -> None:
-        """Start what does not run, and wait until one leads and another could; the third may be on its way."""
+        """Start what does not run, and wait until one leads and another could follow it."""
         for name in ("r1", "r2", "r3"):
             if name not in self.guardians or self.guardians[name].poll() is not None:
                 self.guardians[name] = self.run(name)

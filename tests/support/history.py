@@ -28,9 +28,11 @@ class Following:
     It sees each revision when it happens: what is compacted later was judged.
     """
 
-    def __init__(self, endpoints: Sequence[str], cluster: ClusterName) -> None:
+    def __init__(
+        self, endpoints: Sequence[str], cluster: ClusterName, etcd: GatewayEtcd | None = None
+    ) -> None:
         self.auditor = Auditor(cluster)
-        self._etcd = GatewayEtcd(endpoints)
+        self._etcd = etcd or GatewayEtcd(endpoints)
         self._replay = Replay(self._etcd, cluster, self.auditor)
         self._lock = threading.Lock()
         self._stop = threading.Event()

@@ -209,8 +209,8 @@ class Recorder:
         self._revision = 0
         try:
             self._file: gzip.GzipFile | BinaryIO = (
-                gzip.open(path, "wb") if path.suffix == ".gz" else path.open("wb")
-            )  # noqa: SIM115
+                gzip.GzipFile(path, "wb") if path.suffix == ".gz" else path.open("wb")
+            )
         except OSError as error:
             raise Refused(ErrorCode.USAGE, f"{path} cannot be written: {error}") from error
         self._write({"v": STREAM_VERSION, "kind": "AuditStream", "cluster": cluster})

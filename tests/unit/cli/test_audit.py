@@ -1,20 +1,25 @@
 """Where an audit gets its history from: a model etcd, compacted or not, and a file; what the verb says."""
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
 from dtrain.cli import exits, main
+from dtrain.cli.auditblobs import BlobAudit
 from dtrain.cli.auditing import Recorded, Recorder, Replay
 from dtrain.protocol import codec
 from dtrain.protocol.audit import Auditor
-from dtrain.protocol.checkpoint import Latest
+from dtrain.protocol.checkpoint import BlobEntry, CommitRecord, Latest, Manifest, Quarantine
 from dtrain.protocol.errors import Refused, TimedOut
-from dtrain.protocol.ids import Attempt, ClusterName, JobName, Seq, Step, Term, Uid
+from dtrain.protocol.ids import Attempt, ClusterName, JobName, Rank, Seq, Step, Term, Uid
 from dtrain.protocol.job import JobPhase, JobStatus
 from dtrain.protocol.keys import Keys
+from dtrain.storage.blobs.digest import crc32c, to_hex
+from dtrain.storage.blobs.local import LocalBlobs
+from dtrain.storage.blobs.port import PART_BYTES
 from dtrain.storage.etcd.memory import MemoryEtcd
 from dtrain.storage.etcd.port import Delete, Put, Txn
 
@@ -192,3 +197,82 @@ def test_the_verb_says_how_to_reach_an_etcd(
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     assert main.run(["audit"]) == exits.UNREACHABLE
     assert "--endpoints" in capsys.readouterr().err
+
+
+# Blobs ---------------------------------------------------------------------------------
+
+DATA = b"0123456789" * 1000
+
+
+def stored(world: World, root: Path) -> LocalBlobs:
+    """A committed checkpoint of one blob, whole."""
+    store = LocalBlobs(root)
+    crc = crc32c(DATA)
+    store.put("blob", [DATA], chunk_crcs=[crc])
+    chunks = (to_hex(crc),)
+    manifest = Manifest(
+        v=1,
+        cluster=CLUSTER,
+        job=JobName("j"),
+        uid=Uid("u"),
+        seq=Seq(1),
+        attempt=Attempt(1),
+        nonce="n",
+        step=Step(5),
+        world=1,
+        chunk_bytes=PART_BYTES,
+        crc="crc32c",
+        bytes=len(DATA),
+        layout="",
+        blobs=(BlobEntry("blob", Rank(0), len(DATA), chunks[0], chunks),),
+        tensors={},
+        objects={},
+    )
+    packed = gzip.compress(codec.encode(manifest))
+    store.put("manifest", [packed], chunk_crcs=[crc32c(packed)])
+    commit = CommitRecord(
+        Term(1),
+        Uid("u"),
+        Seq(1),
+        Step(5),
+        Attempt(1),
+        "n",
+        1,
+        len(DATA),
+        "manifest",
+        len(packed),
+        hashlib.sha256(packed).hexdigest(),
+    )
+    status = JobStatus(Term(1), Uid("u"), JobPhase.RUNNING, attempt=Attempt(1), store=root.as_uri())
+    world.put(KEYS.status(JobName("j")), codec.encode(status))
+    world.put(KEYS.checkpoint(JobName("j"), Seq(1)), codec.encode(commit))
+    world.put(KEYS.latest(JobName("j")), codec.encode(Latest(Term(1), Seq(1), Step(5))))
+    return store
+
+
+def problems(world: World) -> list[str]:
+    return [str(violation) for violation in BlobAudit(world.etcd, CLUSTER, everything=False).check()]
+
+
+def test_whole_blobs_pass(world: World, tmp_path: Path) -> None:
+    stored(world, tmp_path)
+    audit = BlobAudit(world.etcd, CLUSTER, everything=True)
+    assert list(audit.check()) == []
+    assert audit.checkpoints == 1
+    assert audit.bytes > len(DATA)
+
+
+@pytest.mark.parametrize("key", ["blob", "manifest"])
+@pytest.mark.parametrize("how", ["damaged", "gone"])
+def test_rot_is_a_violation_unless_it_is_known(world: World, tmp_path: Path, key: str, how: str) -> None:
+    store = stored(world, tmp_path)
+    data = store.get(key)
+    store.delete(key)
+    if how == "damaged":
+        damaged = data[:-1] + bytes([data[-1] ^ 1])
+        store.put(key, [damaged], chunk_crcs=[crc32c(damaged)])
+    [problem] = problems(world)
+    assert "I4: checkpoint 1 of j" in problem
+    found = Quarantine(Term(1), Seq(1), "blob", 0, "x", "y")
+    world.put(KEYS.bad(JobName("j"), Seq(1)), codec.encode(found))
+    assert problems(world) == []

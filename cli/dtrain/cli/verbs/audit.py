@@ -159,14 +159,14 @@ def _follow(replay: "Replay", auditor: "Auditor") -> Iterator["Violation"]:
 
 def _etcd(access: dict[str, str | None]) -> "tuple[Etcd, ClusterName]":
     """Open the etcd of the cluster that is meant: flags, environment, then the context file."""
+    import dataclasses
     import os
 
     from dtrain.cli import context
     from dtrain.protocol.errors import ErrorCode, Unavailable
     from dtrain.protocol.ids import ClusterName, parse_name
     from dtrain.runtime.config import ETCD, etcd_options, parse
-    from dtrain.storage.etcd.endpoints import Tls
-    from dtrain.storage.etcd.transport import GatewayEtcd
+    from dtrain.storage.etcd.open import open_etcd
 
     chosen = settings()
     argv = [
@@ -187,8 +187,7 @@ def _etcd(access: dict[str, str | None]) -> "tuple[Etcd, ClusterName]":
                 fix="give --endpoints URL,..., start a local cluster (dtrain up), or give --from FILE",
             )
         endpoints, name = entry.endpoints, name or current
-    tls = Tls(options.cacert or None, options.cert or None, options.key or None)
-    etcd = GatewayEtcd(endpoints, tls=tls, user=options.user, password=options.password)
+    etcd = open_etcd(dataclasses.replace(options, endpoints=endpoints))
     return etcd, ClusterName(parse_name(name or "default", "cluster"))
 
 
