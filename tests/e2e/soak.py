@@ -95,7 +95,7 @@ class Times:
             storm=min(150.0, whole_s / 6),
             calm=min(45.0, whole_s / 12),
             every=min(20.0, whole_s / 60),
-            job=min(600.0, whole_s / 4),
+            job=min(600.0, whole_s / 2),
             endurance=whole_s / 4,
         )
 
