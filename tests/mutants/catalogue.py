@@ -488,6 +488,13 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{ON_AGENT}/test_core_attempts.py::test_a_higher_term_is_refused_until_it_is_confirmed",
     ),
     _mutant(
+        "term-confirmed-without-reading",
+        "I6: an agent takes any higher term for confirmed.",
+        f"{AGENT}/main.py",
+        ("        return bool(found) and found[0].create_revision == term\n", "        return bool(found)\n"),
+        f"{ON_AGENT}/test_main.py::test_a_term_counts_only_if_etcd_says_that_it_leads",
+    ),
+    _mutant(
         "agent-obeys-a-lower-attempt",
         "I6: a late PREPARE of an older attempt ends the present one's ranks.",
         f"{AGENT}/core/commands.py",
