@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ def is_alive(pid: int) -> bool:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+def is_dead(pid: int) -> bool:
+    return not is_alive(pid)
+
+
+def has_another(harness: Harness, term: int) -> bool:
+    """Somebody leads, under another term."""
+    return harness.term() not in (0, term)
 
 
 class Replicas:
@@ -409,9 +419,9 @@ def test_two_leaders_at_once_cannot_both_write(harness: Harness, job: JobName) -
             cluster.slow(name, 0.3)
             try:
                 harness.etcdctl("del", harness.keys.leader)
-                harness.until("another leads", lambda old=term: harness.term() not in (0, old))
+                harness.until("another leads", partial(has_another, harness, term))
                 assert is_alive(pid), "it did not believe to lead any more: nothing was shown"
-                harness.until("the first one is gone", lambda pid=pid: not is_alive(pid))
+                until(partial(is_dead, pid), "the first one is gone")
             finally:
                 cluster.heal(name)
         harness.assert_audited()

@@ -65,7 +65,7 @@ def _break(what: str) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
         case "threads":
             # Root is not bound by RLIMIT_NPROC: what Python says then is said here.
-            threading.Thread.start = _no_thread  # type: ignore[method-assign]
+            setattr(threading.Thread, "start", _no_thread)  # noqa: B010 - mypy minds the plain form
 
 
 def _raise_in(name: str) -> None:
