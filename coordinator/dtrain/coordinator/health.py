@@ -13,6 +13,7 @@ stops rescheduling through the brake, whether or not anybody reads these lines.
 
 import re
 import threading
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -168,9 +169,9 @@ class EtcdHealth:
             self._judge(status)
         remarks = set(self._remarks(self._version))
         for remark in self._remarked - remarks:
-            self._health.end(remark)
+            self._health.end(_name(remark))
         for remark in sorted(remarks):
-            self._health.begin(remark, remark)
+            self._health.begin(_name(remark), remark)
         self._remarked = remarks
         age_s = self._mirror_age_s()
         self._unread = self._unread + 1 if age_s == float("inf") else 0
@@ -200,3 +201,7 @@ class EtcdHealth:
             "etcd has no space: training and renewals go on, no checkpoint is committed, no job is accepted",
             f"etcdctl compact {revision}, then etcdctl defrag --cluster, then etcdctl alarm disarm",
         )
+
+
+def _name(remark: str) -> str:
+    return f"etcd-{zlib.crc32(remark.encode()):08x}"

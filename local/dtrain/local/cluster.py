@@ -23,7 +23,7 @@ from dtrain.local import marks, ports, reaper, sweeping
 from dtrain.local.breaker import LocalBreaker
 from dtrain.local.breaking import Breakable
 from dtrain.local.daemons import Daemon, Keeper
-from dtrain.local.etcd import EtcdCluster, Member
+from dtrain.local.etcd import EtcdCluster, Member, SecureEtcd
 from dtrain.local.fault_port import FaultServer
 from dtrain.local.links import Links
 from dtrain.local.weed import WeedServer
@@ -46,10 +46,11 @@ class LocalCluster(Breakable):
     the first coordinator's, the others follow; 0 picks free ones. ``remove``:
     the folder is deleted at the end, also at a violent one. ``etcd_fsync=False``
     is for tests, where no machine loses power. ``agent_flags`` and ``coordinator_flags``
-    are added to each daemon's command line, ``env`` to its environment. ``faults``
+    are added to each daemon's command line, with its name in place of ``{name}``, ``env`` to
+    its environment. ``faults``
     marks it as a test cluster, gives each daemon links of its own to etcd, which can be
     cut and slowed, and serves ``dtrain chaos``. ``auto_compaction``: how long etcd keeps
-    history ("10m"; "": for ever).
+    history ("10m"; "": for ever). ``secure``: etcd with TLS and users.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class LocalCluster(Breakable):
         faults: bool = False,
         etcd_quota_bytes: int = 0,
         auto_compaction: str = "",
+        secure: SecureEtcd | None = None,
     ) -> None:
         if store not in ("s3", "dir"):
             raise Refused(ErrorCode.BAD_SETTING, f"{store!r} is no kind of local store", fix="use s3 or dir")
@@ -94,7 +96,9 @@ class LocalCluster(Breakable):
             fsync=etcd_fsync,
             auto_compaction=auto_compaction,
             quota_bytes=etcd_quota_bytes,
+            tls=secure.tls if secure is not None else None,
         )
+        self._secure = secure
         self.weed = WeedServer(self.folder / "weed") if store == "s3" else None
         self.coordinators: dict[str, Daemon] = {}
         self.agents: dict[str, Daemon] = {}
@@ -208,7 +212,8 @@ class LocalCluster(Breakable):
     def etcd(self) -> GatewayEtcd:
         """A client of the cluster's etcd."""
         if self._client is None:
-            self._client = GatewayEtcd(self.endpoints)
+            opened = self._secure.open if self._secure is not None else GatewayEtcd
+            self._client = opened(self.endpoints)
         return self._client
 
     # Inside --------------------------------------------------------------------------
@@ -226,6 +231,8 @@ class LocalCluster(Breakable):
         self._recall_etcd()
         keeper.call(self.etcd_servers.start)
         self.etcd_servers.wait_ready(self._ready_timeout_s)
+        if self._secure is not None:
+            self._secure.prepare(self.endpoints)
         self._mark()
         progress(f"etcd {'.'.join(map(str, self.etcd_servers.binary.version))} at {','.join(self.endpoints)}")
         for index in range(agent_count):
@@ -242,7 +249,7 @@ class LocalCluster(Breakable):
             *("--cluster", self.name, "--id", name, "--listen", f"127.0.0.1:{port}"),
             *("--endpoints", ",".join(self._endpoints_of(name)), "--ttl", str(self._ttl_s)),
             *("--default-store", self.store_uri),
-            *self._coordinator_flags,
+            *_named(self._coordinator_flags, name),
         )
         self._add(self.coordinators, name, command, self.folder / "coordinators" / name, keeper)
 
@@ -253,7 +260,7 @@ class LocalCluster(Breakable):
             *("--cluster", self.name, "--name", name, "--listen", f"127.0.0.1:{port}"),
             *("--host", "127.0.0.1", "--slots", str(self._slots), "--data-dir", str(folder)),
             *("--endpoints", ",".join(self._endpoints_of(name)), "--ttl", str(self._ttl_s)),
-            *self._agent_flags,
+            *_named(self._agent_flags, name),
         )
         self._add(self.agents, name, command, folder, keeper)
 
@@ -438,6 +445,10 @@ class LocalCluster(Breakable):
 
     def _make_folder_store(self) -> None:
         (self.folder / "store").mkdir(parents=True, exist_ok=True)
+
+
+def _named(flags: Sequence[str], name: str) -> list[str]:
+    return [flag.replace("{name}", name) for flag in flags]
 
 
 def _is_free(port: int) -> bool:

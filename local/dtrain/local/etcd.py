@@ -15,6 +15,7 @@ import ssl
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,19 @@ class EtcdTls:
 
     folder: Path
     client: Tls
+
+
+@dataclass(frozen=True, slots=True)
+class SecureEtcd:
+    """An etcd with TLS and users, for a whole cluster.
+
+    ``prepare`` makes the users, once the members at these endpoints answer and
+    before anybody else asks; ``open`` returns a client that may read everything.
+    """
+
+    tls: EtcdTls
+    prepare: Callable[[Sequence[str]], None]
+    open: Callable[[Sequence[str]], GatewayEtcd]
 
 
 @dataclass(slots=True)
