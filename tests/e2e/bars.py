@@ -6,13 +6,16 @@ while etcd has no quorum. The suite runs the same code with smaller numbers.
 """
 
 import argparse
+import os
 import random
+import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -20,7 +23,9 @@ from statistics import mean
 from tests.contract.etcd.members import settle
 from tests.contract.etcd.support import binary, compact
 from tests.e2e.trouble import Trouble
+from tests.support.harness import SCRIPTS
 
+from dtrain.local import ports
 from dtrain.local.etcd import EtcdCluster
 from dtrain.local.proxy import TcpProxy
 from dtrain.runtime.clock import iso
@@ -249,32 +254,84 @@ class QuorumFigures:
     """What a job did around the loss of the quorum."""
 
     away_s: float
-    before: tuple[float, ...]
-    """Steps per second, in equal slices of time."""
-    during: tuple[float, ...]
-    after: tuple[float, ...]
+    before: "tuple[Slice, ...]"
+    during: "tuple[Slice, ...]"
+    after: "tuple[Slice, ...]"
     commit_s: float
     """From the return of the members to the first commit."""
 
     @property
     def change(self) -> float:
-        """How much slower (< 0) the steps were while the quorum was away, as a share."""
-        usual = mean(self.before + self.after)
-        return (mean(self.during) - usual) / usual
+        """How much slower (< 0) the steps were while the quorum was away, as a share of the control's."""
+        usual = mean(one.share for one in self.before + self.after)
+        return (mean(one.share for one in self.during) - usual) / usual
 
     @property
     def noise(self) -> float:
         """How far a slice with a quorum is from the mean of such slices, at most, as a share."""
-        usual = mean(self.before + self.after)
-        return max(abs(rate - usual) for rate in self.before + self.after) / usual
+        shares = [one.share for one in self.before + self.after]
+        return max(abs(share - mean(shares)) for share in shares) / mean(shares)
 
     def __str__(self) -> str:
+        def rates(slices: "tuple[Slice, ...]") -> str:
+            job, control = mean(one.job for one in slices), mean(one.control for one in slices)
+            return f"{job:.1f} ({control:.1f})"
+
         return (
-            f"quorum away for {self.away_s:.0f} s: {mean(self.before):.1f} steps/s before, "
-            f"{mean(self.during):.1f} during, {mean(self.after):.1f} after ({self.change:+.1%}, "
-            f"slices differ by up to {self.noise:.1%}); no rank restarted; "
-            f"first commit {self.commit_s:.1f} s after it returned"
+            f"quorum away for {self.away_s:.0f} s: steps/s of the job (of torchrun beside it) "
+            f"{rates(self.before)} before, {rates(self.during)} during, {rates(self.after)} after: "
+            f"{self.change:+.1%} against torchrun, slices differ by up to {self.noise:.1%}; "
+            f"no rank restarted; first commit {self.commit_s:.1f} s after it returned"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Steps per second of the job and of a control, at the same time."""
+
+    job: float
+    control: float
+
+    @property
+    def share(self) -> float:
+        return self.job / self.control
+
+
+class Control:
+    """The same script under torchrun: what the machine gives it, whatever happens to etcd."""
+
+    def __init__(self, folder: Path) -> None:
+        self._marks = folder / "control"
+        self._log = (folder / "control.log").open("wb")
+        words = f"--steps 10000000 --pause-ms 10 --marks {self._marks}".split()
+        port = str(ports.reserve(1)[0])
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+        command = [sys.executable, *launch, str(SCRIPTS / "train.py"), *words]
+        env = {key: value for key, value in os.environ.items() if not key.startswith("DTRAIN_")}
+        self._process = subprocess.Popen(
+            command, stdout=self._log, stderr=self._log, start_new_session=True, env=env
+        )
+
+    def __enter__(self) -> "Control":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._log.close()
+
+    def steps(self) -> int:
+        """How many steps its first rank has completed."""
+        return sum(path.read_bytes().count(b"\n") for path in self._marks.glob("0-*"))
+
+
+def measure(trouble: Trouble, control: Control, for_s: float) -> Slice:
+    """Measure both over the same time."""
+    job, other, began = trouble.harness.last_step(trouble.job), control.steps(), time.monotonic()
+    time.sleep(for_s)
+    took_s = time.monotonic() - began
+    return Slice((trouble.harness.last_step(trouble.job) - job) / took_s, (control.steps() - other) / took_s)
 
 
 def quorum(folder: Path, away_s: float, tell: Tell = lambda _line: None) -> QuorumFigures:
@@ -285,14 +342,17 @@ def quorum(folder: Path, away_s: float, tell: Tell = lambda _line: None) -> Quor
     """
     slice_s = max(3.0, min(10.0, away_s / 6))
     slices = max(2, int(away_s / slice_s))
-    with Trouble(folder) as trouble, trouble.unnoticed("quorum lost"):
+    with Control(folder) as control, Trouble(folder) as trouble, trouble.unnoticed("quorum lost"):
         harness, job = trouble.harness, trouble.job
+        harness.until("the control trains", lambda: control.steps() > 10)
+
+        def slices_now() -> tuple[Slice, ...]:
+            return tuple(measure(trouble, control, slice_s) for _ in range(slices))
+
         tell("before")
-        before = tuple(trouble.rate(slice_s) for _ in range(slices))
-        during: list[float] = []
-        thread = threading.Thread(
-            target=lambda: during.extend(trouble.rate(slice_s) for _ in range(slices)), daemon=True
-        )
+        before = slices_now()
+        during: list[Slice] = []
+        thread = threading.Thread(target=lambda: during.extend(slices_now()), daemon=True)
         thread.start()
         tell("away")
         trouble.lose_quorum(slice_s * slices)
@@ -304,7 +364,7 @@ def quorum(folder: Path, away_s: float, tell: Tell = lambda _line: None) -> Quor
         )
         commit_s = time.monotonic() - back
         tell("after")
-        after = tuple(trouble.rate(slice_s) for _ in range(slices))
+        after = slices_now()
     return QuorumFigures(slice_s * slices, before, tuple(during), after, commit_s)
 
 

@@ -107,12 +107,6 @@ class Trouble:
         """How often each agent's process was started."""
         return {name: self.harness.log(name).count("agent started") for name in self.harness.cluster.agents}
 
-    def rate(self, for_s: float) -> float:
-        """Steps per second over the next ``for_s``."""
-        step, began = self.harness.last_step(self.job), time.monotonic()
-        time.sleep(for_s)
-        return (self.harness.last_step(self.job) - step) / (time.monotonic() - began)
-
     def answers(self) -> bool:
         """Whether etcd answers now."""
         with contextlib.suppress(DtrainError):

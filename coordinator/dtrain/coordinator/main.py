@@ -97,6 +97,7 @@ class Coordinator:
         clock: Clock,
         decide: Plan,
         merge_manifests: Merge,
+        revision_seen: int = 0,
         access_problems: Callable[[], Iterable[str]] = tuple,
         end_process: Callable[[int], None] = os._exit,
     ) -> None:
@@ -121,6 +122,7 @@ class Coordinator:
             self._keys.root,
             on_changes=self._on_changes,
             on_alarm=self._on_alarm,
+            revision_seen=revision_seen,
             on_failure=lambda error: self._fail(f"the mirror died: {error}"),
             clock=clock,
         )
@@ -367,6 +369,7 @@ def run(argv: Sequence[str]) -> int:
             clock=clock,
             decide=plan,
             merge_manifests=merge,
+            revision_seen=session.revision_seen,
             access_problems=etcd.problems,
         )
     except DtrainError as error:

@@ -79,6 +79,17 @@ def test_compaction_while_the_stream_is_away_misses_no_deletion(tmp_path: Path) 
         writer.close()
 
 
+def test_a_mirror_that_is_new_goes_by_what_its_guardian_has_seen(etcd_35: EtcdCluster) -> None:
+    etcd = GatewayEtcd(etcd_35.endpoints)
+    now = etcd.txn(Txn((), (Put("/seen/k", b"1"),))).revision
+    with Seen(etcd, "/seen/", revision_seen=now) as seen:
+        assert not seen.alarms
+    with Seen(etcd, "/seen/", revision_seen=now + 1_000_000) as seen:
+        eventually(lambda: bool(seen.alarms))
+        assert seen.alarms[0].code is ErrorCode.ETCD_WENT_BACK
+    etcd.close()
+
+
 @pytest.mark.parametrize(("size", "elections"), [(1, 2), (3, 0)])
 def test_an_etcd_restored_from_an_older_snapshot_is_detected(
     tmp_path: Path, size: int, elections: int

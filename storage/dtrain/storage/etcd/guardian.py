@@ -38,6 +38,7 @@ from dtrain.storage.etcd.session_memory import (
     CLEAN_STOP,
     FD_VARIABLE,
     GUARDIAN_PID_VARIABLE,
+    REVISION_VARIABLE,
     STARTED,
     SessionMemory,
 )
@@ -216,6 +217,8 @@ class _Guardian:
         self._keeper.share_with(memory)
         env = dict(os.environ if self._config.env is None else self._config.env)
         env |= {FD_VARIABLE: str(memory.fd), GUARDIAN_PID_VARIABLE: str(os.getpid())}
+        # A fresh process has no past by which to tell that etcd was restored from an older state.
+        env |= {REVISION_VARIABLE: str(self._keeper.revision_seen)}
         # A group of its own: Ctrl-C reaches the guardian alone, which stops the child in order.
         process = subprocess.Popen(
             list(self._config.argv), env=env, pass_fds=(memory.fd,), process_group=0, stdin=subprocess.DEVNULL

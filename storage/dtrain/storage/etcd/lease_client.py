@@ -57,6 +57,8 @@ class LeaseClient:
         self._token = ""
         self._tls_version = 0
         self._dropped_token = False
+        self.revision_seen = 0
+        """The newest revision that etcd has told: one that is older later was restored."""
 
     @property
     def members(self) -> int:
@@ -208,6 +210,8 @@ class LeaseClient:
         if self._access.is_foreign(cluster_id):
             # What it says of our lease is no news of ours: believing it would depose a leader.
             raise NotAnswered(f"another etcd cluster answers: {cluster_id:x}")
+        if isinstance(header, dict):
+            self.revision_seen = max(self.revision_seen, int(header.get("revision", 0)))
         return answer
 
     def _connect(self, end: float) -> http.client.HTTPConnection:

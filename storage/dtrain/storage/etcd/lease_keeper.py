@@ -100,6 +100,11 @@ class LeaseKeeper:
         with self._condition:
             return self._held
 
+    @property
+    def revision_seen(self) -> int:
+        """The newest revision that etcd has told, over all children of this guardian."""
+        return self._client.revision_seen
+
     def share_with(self, memory: SessionMemory | None) -> None:
         """Publish to the page of this child from now on."""
         with self._condition:

@@ -109,6 +109,7 @@ class Mirror:
     ``on_relist`` follows it after a full list. ``on_alarm`` gets
     ``ETCD_WENT_BACK`` once: this etcd is another one, or an older one, than
     before. ``on_failure`` gets a bug's exception, with which the thread ends.
+    ``revision_seen``: etcd is known to have been this far, from before this mirror.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class Mirror:
         on_relist: Callable[[int], None] = lambda _revision: None,
         on_alarm: Callable[[DtrainError], None] = lambda _error: None,
         on_failure: Callable[[Exception], None] = lambda _error: None,
+        revision_seen: int = 0,
         progress_interval_s: float = PROGRESS_INTERVAL_S,
         clock: Clock | None = None,
         rng: random.Random | None = None,
@@ -130,6 +132,7 @@ class Mirror:
         self._on_relist = on_relist
         self._on_alarm = on_alarm
         self._on_failure = on_failure
+        self._revision_seen = revision_seen
         self._interval_s = progress_interval_s
         self._clock = clock or SystemClock()
         self._rng = rng or random.Random()  # noqa: S311 - jitter only
@@ -275,7 +278,7 @@ class Mirror:
             after = items[-1].key + "\0"
             page = self._etcd.range(after, end, revision=revision, limit=PAGE_KEYS)
             items += page.items
-        known = self.revision
+        known = max(self.revision, self._revision_seen)
         if revision < known:
             # The truth is what etcd holds now; that it forgot something is for a person to judge.
             self._raise_alarm(_went_back(f"etcd is at revision {revision}, it was at {known}"))

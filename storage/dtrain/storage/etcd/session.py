@@ -15,6 +15,7 @@ from dtrain.storage.etcd.session_memory import (
     CLEAN_STOP,
     FD_VARIABLE,
     GUARDIAN_PID_VARIABLE,
+    REVISION_VARIABLE,
     STARTED,
     LeaseView,
     SessionMemory,
@@ -76,9 +77,11 @@ class Session(Protocol):
 class GuardedSession:
     """The session of a process that runs under ``guardian``; made by ``attach``."""
 
-    def __init__(self, memory: SessionMemory) -> None:
+    def __init__(self, memory: SessionMemory, revision_seen: int = 0) -> None:
         self._memory = memory
         self._acting = 0
+        self.revision_seen = revision_seen
+        """The newest revision of etcd that the guardian had heard of when it started this process."""
 
     @property
     def lease(self) -> int:
@@ -170,6 +173,7 @@ def attach() -> GuardedSession:
     """
     fd_text = os.environ.pop(FD_VARIABLE, "")
     guardian = os.environ.pop(GUARDIAN_PID_VARIABLE, "")
+    revision = os.environ.pop(REVISION_VARIABLE, "")
     if not fd_text.isdigit() or not guardian.isdigit():
         raise Refused(
             ErrorCode.USAGE,
@@ -183,4 +187,4 @@ def attach() -> GuardedSession:
     if os.getppid() != int(guardian):
         raise Refused(ErrorCode.LEADERSHIP_LOST, "the guardian died before this process was ready")
     os.set_inheritable(int(fd_text), False)
-    return GuardedSession(SessionMemory.open(int(fd_text)))
+    return GuardedSession(SessionMemory.open(int(fd_text)), int(revision) if revision.isdigit() else 0)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 FD_VARIABLE = "DTRAIN_SESSION_FD"
 GUARDIAN_PID_VARIABLE = "DTRAIN_GUARDIAN_PID"
+REVISION_VARIABLE = "DTRAIN_GUARDIAN_REVISION"
 
 STARTED = 1
 """The child's heart beats from now on: a pause is a hang."""
