@@ -26,7 +26,7 @@ WAIT_S_MAX = 10.0
 POLL_S = 0.1
 SHORT_WAIT_S = 0.2
 """Where no waiting thread is left: long enough that a follower does not spin."""
-CONNECTIONS_MAX = 200
+CONNECTIONS_MAX = 400
 """Replicas are few; descriptors are needed for ranks."""
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024
 
