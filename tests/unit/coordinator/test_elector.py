@@ -1,6 +1,7 @@
 """The campaign, step by step, and the thread around it."""
 
 import threading
+import time
 
 import pytest
 
@@ -262,3 +263,39 @@ def test_an_id_left_behind_by_a_lost_host_is_taken_over_with_its_lease(etcd: Mem
         assert second.won.wait(5)
     finally:
         second.stop()
+
+
+class SleepyClock(SystemClock):
+    """A machine whose clocks go on while it sleeps."""
+
+    def __init__(self) -> None:
+        self.slept_s = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.slept_s
+
+
+def test_a_leader_that_wakes_up_after_its_lease_stands_down_before_it_acts(etcd: MemoryEtcd) -> None:
+    clock = SleepyClock()
+    session = FixedSession(1, ttl_s=10.0, deadline=clock.monotonic() + 7.0)
+    over: list[str] = []
+    leadership = Leadership(
+        etcd,
+        session,
+        ClusterName("c1"),
+        ReplicaRecord(ReplicaId("r1"), "h:1"),
+        clock=clock,
+        on_term=lambda _term: None,
+        on_over=over.append,
+    )
+    thread = threading.Thread(target=leadership.run)
+    thread.start()
+    end = time.monotonic() + 5
+    while not leadership.may_act():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    clock.slept_s = 60.0
+    # At once, without anybody being asked: what was about to be sent is not.
+    assert not leadership.may_act()
+    thread.join(5)
+    assert over == ["the lease was not renewed in time"]
