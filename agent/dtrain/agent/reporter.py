@@ -65,6 +65,8 @@ class _Job:
     written_at: float = float("-inf")
     mod_revision: int | None = None
     """Of the key as it is known here; None: not known."""
+    unheard: bool = False
+    """A write of this snapshot had no answer: it may be applied at any later time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +305,12 @@ class Reporter:
         fence = Compare(node_key, Target.MOD, self._registration)
         reread = (Get(node_key), Get(key))
         if snapshot is None:
-            result = self._txn(Txn((fence,), (Delete(key),), reread))
+            # With the key gone, an unheard creation would find it absent again, and bring the
+            # snapshot back to life: the node record, written anew, shuts it out.
+            again = (Put(node_key, codec.encode(self._node), self._lease),) if job.unheard else ()
+            result = self._txn(Txn((fence,), (Delete(key), *again), reread))
+            if result.succeeded and again:
+                self._registration = result.revision
         else:
             if job.mod_revision is None:
                 found = self._etcd.range(key, deadline_s=CALL_S).items
@@ -312,11 +319,18 @@ class Reporter:
             now_named = dataclasses.replace(snapshot, incarnation=self._node.incarnation)
             value = fit(dataclasses.replace(now_named, at=round(self._clock.wall(), 3)))
             newest = Compare(key, Target.MOD, job.mod_revision)
-            result = self._txn(Txn((fence, newest), (Put(key, value, self._lease),), reread))
+            try:
+                result = self._txn(Txn((fence, newest), (Put(key, value, self._lease),), reread))
+            except OutcomeUnknown:
+                job.unheard = True
+                raise
         if not result.succeeded:
             found_now = flatten(result.responses)
             node = found_now.get(node_key)
             job.mod_revision = found_now[key].mod_revision if key in found_now else 0
+            if node is not None and (node.lease, node.value) == (self._lease, codec.encode(self._node)):
+                # Ours as it is: written anew by a deletion whose answer was lost, or not at all.
+                self._registration = node.mod_revision
             if node is None or node.mod_revision != self._registration:
                 self._log("registration lost")
                 self._registration = _NOTHING

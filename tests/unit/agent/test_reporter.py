@@ -57,7 +57,12 @@ class Faulty(MemoryEtcd):
 
 class Bench:
     def __init__(
-        self, *, etcd: Faulty | None = None, clock: FakeClock | None = None, lease: int = 11
+        self,
+        *,
+        etcd: Faulty | None = None,
+        clock: FakeClock | None = None,
+        lease: int = 11,
+        lives: int = 0,
     ) -> None:
         self.clock = clock or FakeClock()
         self.etcd = etcd or Faulty(self.clock)
@@ -65,7 +70,7 @@ class Bench:
         self.session = FixedSession(lease)
         self.registered: list[tuple[int, Incarnation]] = []
         self.taken: list[float] = []
-        numbers = iter(range(1000))
+        numbers = iter(range(lives, 1000))
         node = NodeRecord(NAME, Incarnation(""), "10.0.0.1:7071", "10.0.0.1", 2, pid=4711)
         self.reporter = Reporter(
             self.etcd,
@@ -194,7 +199,7 @@ def test_a_restarted_agent_takes_over_under_the_same_lease_and_fences_its_former
     old.work()
     old.submit(1, urgent=True)
     old.work()
-    new = Bench(etcd=old.etcd, clock=old.clock)
+    new = Bench(etcd=old.etcd, clock=old.clock, lives=1)
     new.work()
     new.submit(5, urgent=True)
     new.work()
@@ -344,3 +349,31 @@ def test_a_snapshot_is_cut_to_what_etcd_should_hold() -> None:
     assert cut.failure is not None
     assert cut.failure.message == "it ended"
     assert len(cut.ranks) == 24
+
+
+def test_a_late_creation_does_not_bring_a_released_snapshot_back() -> None:
+    bench = Bench()
+    bench.work()
+    late: list[Txn] = []
+    txn = bench.etcd.txn
+
+    def slow(one: Txn, *, deadline_s: float = 5.0) -> TxnResult:
+        if not late and any(isinstance(op, Put) and op.key == KEYS.worker(NAME, JOB) for op in one.success):
+            late.append(one)
+            raise OutcomeUnknown(ErrorCode.ETCD_OUTCOME_UNKNOWN, "no answer")
+        return txn(one, deadline_s=deadline_s)
+
+    bench.etcd.txn = slow  # type: ignore[method-assign]
+    bench.submit(1, urgent=True)
+    bench.work()
+    bench.work(3.0)
+    assert bench.etcd.range(KEYS.worker(NAME, JOB)).items
+    incarnations = len(bench.registered)
+    bench.reporter.delete(JOB)
+    bench.etcd.faults = ["lost"]
+    bench.work()
+    bench.work(3.0)
+    assert bench.reporter.idle
+    assert not txn(late[0]).succeeded
+    assert not bench.etcd.range(KEYS.worker(NAME, JOB)).items
+    assert len(bench.registered) == incarnations
