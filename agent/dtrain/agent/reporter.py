@@ -304,21 +304,22 @@ class Reporter:
         key, node_key = self._keys.worker(self._node.agent, name), self._keys.node(self._node.agent)
         fence = Compare(node_key, Target.MOD, self._registration)
         reread = (Get(node_key), Get(key))
+        if job.mod_revision is None:
+            found = self._etcd.range(key, deadline_s=CALL_S).items
+            job.mod_revision = found[0].mod_revision if found else 0
+        # For a deletion, too: one that lands late must not take away what was written since.
+        newest = Compare(key, Target.MOD, job.mod_revision)
         if snapshot is None:
             # With the key gone, an unheard creation would find it absent again, and bring the
             # snapshot back to life: the node record, written anew, shuts it out.
             again = (Put(node_key, codec.encode(self._node), self._lease),) if job.unheard else ()
-            result = self._txn(Txn((fence,), (Delete(key), *again), reread))
+            result = self._txn(Txn((fence, newest), (Delete(key), *again), reread))
             if result.succeeded and again:
                 self._registration = result.revision
         else:
-            if job.mod_revision is None:
-                found = self._etcd.range(key, deadline_s=CALL_S).items
-                job.mod_revision = found[0].mod_revision if found else 0
             # Between a registration and the driver's hearing of it, a snapshot still says who we were.
             now_named = dataclasses.replace(snapshot, incarnation=self._node.incarnation)
             value = fit(dataclasses.replace(now_named, at=round(self._clock.wall(), 3)))
-            newest = Compare(key, Target.MOD, job.mod_revision)
             try:
                 result = self._txn(Txn((fence, newest), (Put(key, value, self._lease),), reread))
             except OutcomeUnknown:

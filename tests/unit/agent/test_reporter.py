@@ -377,3 +377,26 @@ def test_a_late_creation_does_not_bring_a_released_snapshot_back() -> None:
     assert not txn(late[0]).succeeded
     assert not bench.etcd.range(KEYS.worker(NAME, JOB)).items
     assert len(bench.registered) == incarnations
+
+
+def test_a_late_deletion_does_not_take_away_what_was_written_since() -> None:
+    bench = Bench()
+    bench.work()
+    bench.submit(1, urgent=True)
+    bench.work()
+    late: list[Txn] = []
+    txn = bench.etcd.txn
+
+    def slow(one: Txn, *, deadline_s: float = 5.0) -> TxnResult:
+        if not late and any(isinstance(op, Delete) for op in one.success):
+            late.append(one)
+            raise OutcomeUnknown(ErrorCode.ETCD_OUTCOME_UNKNOWN, "no answer")
+        return txn(one, deadline_s=deadline_s)
+
+    bench.etcd.txn = slow  # type: ignore[method-assign]
+    bench.reporter.delete(JOB)
+    bench.work()
+    bench.submit(7, urgent=True)
+    bench.work(3.0)
+    assert not txn(late[0]).succeeded
+    assert step_of(bench.stored()) == 7
