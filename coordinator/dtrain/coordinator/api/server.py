@@ -1,5 +1,6 @@
 """Ports and pools of the API."""
 
+import resource
 import threading
 from concurrent import futures
 
@@ -17,15 +18,26 @@ THREADS_WAITING = 72
 REQUEST_BYTES_MAX = 4 * 1024 * 1024
 QUEUED_MAX = 128
 CONNECTIONS_MAX = 4000
+DESCRIPTORS_WANTED = 2 * CONNECTIONS_MAX
+"""Half for clients; the rest for agents, etcd and the store."""
 
 OPTIONS = (
     *grpc_tls.SERVER_OPTIONS,
-    ("grpc.max_allowed_incoming_connections", CONNECTIONS_MAX),
     # One connection may use all threads: whoever follows a job of many ranks waits on many logs.
     ("grpc.max_concurrent_streams", THREADS_ANSWERING + THREADS_WAITING + QUEUED_MAX),
     ("grpc.max_receive_message_length", REQUEST_BYTES_MAX),
     ("grpc.max_send_message_length", REPLY_BYTES_MAX),
 )
+
+
+def _room_for_connections() -> int:
+    """Raise this process's soft limit on descriptors, often 1,024; return how many are for clients."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < DESCRIPTORS_WANTED:
+        wanted = DESCRIPTORS_WANTED if hard == resource.RLIM_INFINITY else min(DESCRIPTORS_WANTED, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return CONNECTIONS_MAX if soft == resource.RLIM_INFINITY else min(CONNECTIONS_MAX, soft // 2)
 
 
 def waiting_slots() -> threading.BoundedSemaphore:
@@ -46,7 +58,7 @@ class Server:
         self._server = grpc.server(
             self._pool,
             interceptors=[grpc_tls.Gate(tls, abort)],
-            options=OPTIONS,
+            options=(*OPTIONS, ("grpc.max_allowed_incoming_connections", _room_for_connections())),
             maximum_concurrent_rpcs=THREADS_ANSWERING + THREADS_WAITING + QUEUED_MAX,
         )
         host, _, _port = listen.rpartition(":")
