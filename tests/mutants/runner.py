@@ -85,7 +85,7 @@ class Copy:
 
     def run(self, killer: tuple[str, ...]) -> Ran:
         """Run a killer: pytest nodes, or the arguments of ``python -m`` for a simulation."""
-        as_test = killer[0].endswith(".py") or "::" in killer[0]
+        as_test = is_test(killer)
         if as_test:
             plain = ["-q", "-x", "-n0", "-p", "no:randomly", "-p", "no:cacheprovider", "--tb=short"]
             command = [sys.executable, "-m", "pytest", *plain, *killer]
@@ -100,7 +100,7 @@ class Copy:
                 capture_output=True,
                 text=True,
                 errors="replace",
-                timeout=KILLER_S_MAX,
+                timeout=KILLER_S_MAX + 10.0 * len(killer),
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
@@ -119,6 +119,11 @@ class Copy:
             return self.run(mutant.killer)
         finally:
             self.write(mutant.file, before)
+
+
+def is_test(killer: tuple[str, ...]) -> bool:
+    """Tell pytest nodes from the arguments of a module."""
+    return "::" in killer[0] or killer[0].endswith(".py")
 
 
 def _of_tests(code: int, output: str) -> str:
