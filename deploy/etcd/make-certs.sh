@@ -17,6 +17,8 @@
 #
 # Three CAs: etcd's peers, etcd's clients, and gRPC. Client certificates carry no CN: etcd's gateway
 # refuses one together with users. Who somebody is on gRPC says a URI, dtrain://C/ROLE/NAME.
+# etcd reads certificates anew with each connection, but its CAs only at its start: after new-ca and
+# after drop-ca, copy the files and restart etcd's members one at a time. Nobody else is restarted.
 # Running it again changes nothing; another list of hosts for a NAME issues that certificate again.
 set -euf
 umask 077
