@@ -4,9 +4,11 @@ A killer must pass on the unmutated copy and fail, by an assertion or a violatio
 mutant that cannot even be imported proves nothing about the suite.
 """
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -105,9 +107,20 @@ class Copy:
             )
         except subprocess.TimeoutExpired as error:
             return Ran("broken", time.monotonic() - began, f"did not end within {error.timeout:.0f} s")
+        finally:
+            self._sweep()
         output = done.stdout + done.stderr
         verdict = _of_tests if as_test else _of_simulation
         return Ran(verdict(done.returncode, output), time.monotonic() - began, output)
+
+    def _sweep(self) -> None:
+        """Kill what a killer left: some mutants break the very code that ends processes."""
+        mark = os.fsencode(f"PYTHONPATH={self.folder}{os.pathsep}")
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            # Only a descendant of a killer has this copy's path in its environment.
+            with contextlib.suppress(OSError):
+                if mark in path.read_bytes():
+                    os.kill(int(path.parent.name), signal.SIGKILL)
 
     def judge(self, mutant: Mutant) -> Ran:
         """Apply the mutant, run its killer, and take it back."""
