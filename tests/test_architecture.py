@@ -150,6 +150,19 @@ def test_every_error_code_has_a_section_in_troubleshooting():
         assert f"### {code.value} " in text, f"{code.name} ({code.value}) is not explained"
 
 
+def test_every_fault_has_a_row_and_every_test_named_there_exists():
+    text = (ROOT / "docs" / "faults.md").read_text()
+    rows = {int(number) for number in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)}
+    assert rows == set(range(1, 53)), f"missing or unknown rows: {rows ^ set(range(1, 53))}"
+    for row in re.findall(r"^\| \d+ \|.*$", text, re.MULTILINE):
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
+        assert named, f"no test shows this: {row}"
+        for file, test in named:
+            path = ROOT / file
+            assert path.exists(), f"docs/faults.md names {file}"
+            assert f"def {test}(" in path.read_text(), f"docs/faults.md names {file}::{test}"
+
+
 def test_every_event_reason_is_documented():
     text = (ROOT / "docs" / "protocol.md").read_text()
     for reason in events.EventReason:
