@@ -29,14 +29,14 @@ restarts: {{max: 1000, window: 1h}}
 
 
 def test_random_faults_change_no_bit_of_the_weights(tmp_path: Path) -> None:
-    report = chaos.run(seed=5, kills=8, agents=3, minutes=10.0, folder=tmp_path)
-    assert len(report.struck) == 8
+    report = chaos.run(seed=5, kills=6, agents=3, minutes=10.0, folder=tmp_path)
+    assert len(report.struck) == 6
     assert len({one.label for one in report.struck}) > 3
 
 
 def test_nothing_grows_and_nothing_is_left_in_a_short_soak(tmp_path: Path) -> None:
     with (tmp_path / "soak.jsonl").open("w") as out:
-        outcome = soak.run(seed=3, minutes=0.6, folder=tmp_path, out=out)
+        outcome = soak.run(seed=3, minutes=0.5, folder=tmp_path, out=out)
     sys.stderr.write("\n".join(outcome.lines()) + "\n")
     assert outcome.problems == []
     assert outcome.calms >= 1
@@ -103,7 +103,7 @@ def test_the_verb_breaks_the_cluster_and_tells_how_it_recovered(up: None, env: d
     report = json.loads(done.stdout)
     assert (report["ok"], report["violations"], len(report["struck"])) == (True, [], 3)
     assert all(one["whole_s"] > 0 for one in report["struck"])
-    assert report["audited"]["commits"] > 0
+    assert report["audited"]["revisions"] > 0
 
 
 def test_a_plan_is_printed_and_nothing_happens(up: None, env: dict[str, str]) -> None:
