@@ -165,6 +165,28 @@ def test_an_agent_that_is_back_within_the_grace_costs_nothing() -> None:
     assert (stage.phase, stage.status.attempt) == (JobPhase.RUNNING, 1)
 
 
+def test_ranks_that_fail_because_a_machine_is_gone_cost_no_restart() -> None:
+    stage = running(reschedule_grace_s=60.0)
+    stage.lose("b")
+    stage.until_quiet()
+    failure = Failure(FailureKind.COLLECTIVE, "Connection closed by peer", rank=Rank(0), at=EPOCH)
+    stage.report("a", WorkerPhase.ERROR, failure=failure)
+    stage.decide()
+    assert stage.phase is JobPhase.RECOVERING
+    assert stage.status.restarts == ()
+    assert stage.status.failure is not None
+    assert stage.status.failure.kind is FailureKind.AGENT_LOST
+
+
+def test_a_cause_of_its_own_is_charged_although_a_machine_is_gone() -> None:
+    stage = running(reschedule_grace_s=60.0)
+    stage.lose("b")
+    stage.until_quiet()
+    stage.fail("a")
+    stage.decide()
+    assert len(stage.status.restarts) == 1
+
+
 def test_a_new_leader_that_did_not_see_the_agent_go_grants_the_whole_grace() -> None:
     stage = running(reschedule_grace_s=60.0)
     stage.change_leader()
@@ -232,6 +254,18 @@ def test_restarted_agent_that_says_nothing_is_lost_after_one_ttl() -> None:
     stage.join("b", incarnation="i2")
     stage.decide()
     assert stage.last.wake_at == stage.now + 10.0
+    stage.after(10.0).decide()
+    assert stage.status.attempt == 2
+    assert stage.status.restarts == ()
+
+
+def test_agents_that_all_have_forgotten_their_ranks_are_lost_after_one_ttl() -> None:
+    stage = running()
+    for name in [str(member.agent) for member in stage.status.members]:
+        stage.join(name, incarnation="i2")
+        del stage.workers[AgentName(name)]
+    stage.decide()
+    assert stage.status.attempt == 1
     stage.after(10.0).decide()
     assert stage.status.attempt == 2
     assert stage.status.restarts == ()

@@ -13,7 +13,7 @@ from enum import Enum, auto
 
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.views import AgentView
-from dtrain.protocol.job import Member
+from dtrain.protocol.job import JobPhase, Member
 from dtrain.protocol.snapshot import RankState, WorkerPhase, WorkerSnapshot
 
 LIVE_PHASES = frozenset(
@@ -86,7 +86,8 @@ def seats(draft: Draft) -> list[Seat]:
 
     Asks to be called again when a member that is settling would be lost.
     """
-    started = any(
+    # Once all ranks have trained, no snapshot at all means that nobody remembers them.
+    started = draft.status.phase is JobPhase.RUNNING or any(
         snapshot.value.phase in STARTED_PHASES
         for snapshot in draft.job.workers.values()
         if (snapshot.value.uid, snapshot.value.attempt) == (draft.status.uid, draft.status.attempt)
