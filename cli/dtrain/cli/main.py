@@ -1,5 +1,6 @@
 """``dtrain``: finds the verb, runs it, and turns any error into a sentence and an exit code."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,12 +139,13 @@ def _explain(error: BaseException, settings: Settings) -> int:
 
 def main() -> None:
     """Entry point of the ``dtrain`` command."""
+    if sys.argv[1:2] not in (["agent"], ["coordinator"], ["up"]):
+        # Our error says it in words; in the log of a daemon grpc's own lines are all there is.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()
     except OSError:
         # `dtrain get jobs | head` closed the pipe: no reason to complain at exit.
-        import os
-
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
