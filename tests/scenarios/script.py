@@ -110,7 +110,10 @@ class Script:
         self._stage.run(0.1)
 
     def do_submit(self, name: str, *words: str) -> None:
-        """``submit JOB nnodes=1[:2] nproc=1 every_steps=0 steps=1000 keep=3 restarts=10 timeout=60``."""
+        """``submit JOB nnodes=1[:2] nproc=1 every_steps=0 steps=1000 keep=3 restarts=10 timeout=60``,
+
+        ``isolation_grace=0 reschedule_grace=0``.
+        """
         _, options = _options(words)
         low, _, high = options.get("nnodes", "1").partition(":")
         stage, job = self._stage, JobName(name)
@@ -129,7 +132,12 @@ class Script:
             ),
             restarts=RestartPolicy(max_restarts=int(options.get("restarts", "10"))),
             shutdown_grace_s=5.0,
+            isolation_grace_s=float(options.get("isolation_grace", "0")),
+            reschedule_grace_s=float(options.get("reschedule_grace", "0")),
         )
+        stage.jobs[job].spec = spec
+        # The simulation's checks find a job by its submission.
+        stage.jobs[JobName(spec.uid)] = stage.jobs[job]
         stage.specs[job] = spec
         stage.put(stage.keys.spec(job), spec)
         self._intend(job, Intent(spec.uid))
@@ -228,11 +236,15 @@ class Script:
 
     def do_cut(self, name: str) -> None:
         """``cut a2``: its agent reaches neither etcd nor a coordinator; its ranks reach the others."""
-        self._stage.machines[name].set_cut(True)
+        self._stage.machines[name].cut()
+
+    def do_cutetcd(self, name: str) -> None:
+        """``cutetcd a2``: its agent reaches coordinators, not etcd."""
+        self._stage.machines[name].cut(etcd_only=True)
 
     def do_heal(self, name: str) -> None:
         """``heal a2``: the end of a cut."""
-        self._stage.machines[name].set_cut(False)
+        self._stage.machines[name].heal()
 
     def do_freeze(self, _leader: str) -> None:
         """``freeze leader``: it stands still, with all that it was about to do, until ``thaw``."""

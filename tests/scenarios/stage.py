@@ -5,10 +5,11 @@ and the reporter of each agent; the ranks' ``Session``. Launchers, ranks and upl
 moved by a source of chance that never surprises: every delay is its mean. One tick is a second.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from dtrain.coordinator.api.servicers import CoordinatorServicer
 from dtrain.coordinator.core.decisions import Decision, Directed, Work
 from dtrain.coordinator.core.manifest import merge
 from dtrain.coordinator.core.plan import plan
@@ -24,6 +25,7 @@ from dtrain.protocol.errors import ErrorCode, NotFound, OutcomeUnknown, Unavaila
 from dtrain.protocol.ids import ClusterName, JobName, ReplicaId, Seq, Term
 from dtrain.protocol.job import Intent, JobSpec
 from dtrain.protocol.keys import Keys
+from dtrain.protocol.pb import coordinator_pb2 as pb
 from dtrain.storage.blobs.memory import MemoryBlobs
 from dtrain.storage.etcd.memory import MemoryEtcd
 from dtrain.storage.etcd.mirror import MirrorState
@@ -41,6 +43,8 @@ TTL_S = 10
 WIRE_S = 0.003
 ANSWER_S = 2.0
 """A command without an answer has failed after that."""
+DEADLINE_SHARE = 0.7
+"""Of the TTL: until when a guardian that has just renewed trusts its lease."""
 REBOOT_S = 1.0
 """From the end of a process to its next life."""
 
@@ -60,6 +64,9 @@ class Steady:
     def choice(self, found: Any) -> Any:
         return found[0]
 
+    def sample(self, found: Any, count: int) -> Any:
+        return found[:count]
+
     def getrandbits(self, _bits: int) -> int:
         self._count += 1
         return self._count
@@ -78,7 +85,8 @@ class Stage:
         self.stores = Stores(lambda _uri: self.store)
         self.checks = Checks(self)  # type: ignore[arg-type]
         self.told = Transcript(self.keys)
-        self.faults = SimpleNamespace(seal_failure=0.0, launcher_failure=0.0)
+        self.faults = SimpleNamespace(seal_failure=0.0, launcher_failure=0.0, store_slow_s=0.0)
+        self.network = self
         self.groups: dict[str, Group] = {}
         self.agent_ttl_s = TTL_S
         self.jobs: dict[JobName, SimpleNamespace] = {}
@@ -98,6 +106,9 @@ class Stage:
         self._leases = 0
         self._published = 1
         self.coordinators = {name: Coordinator(self, name) for name in ("c1", "c2")}
+        for name in self.coordinators:
+            record = ReplicaRecord(ReplicaId(name), f"{name}:1")
+            self.put(self.keys.coordinator(ReplicaId(name)), record)
         self.scheduler.after(0.0, self._elect)
         self.scheduler.after(0.5, self._scan)
 
@@ -183,6 +194,18 @@ class Stage:
     def _has(self, key: str) -> bool:
         return bool(self.etcd.range(key).items)
 
+    def new_clock(self) -> SimClock:
+        return SimClock(self.scheduler, 0.0, 1.0)
+
+    def consult(
+        self, agent: SimAgent, addresses: Sequence[str], request: pb.ConsultRequest
+    ) -> list[pb.ConsultReply]:
+        """An agent without etcd asks replicas; their mirrors are as old as the newest news."""
+        found = [self.coordinators[address.split(":")[0]] for address in addresses]
+        if not agent.machine.peers.open:
+            return []
+        return [one.consult(request) for one in found if one.process.alive and not one.process.frozen]
+
     # Commands on their way.
 
     def send(self, sender: "Coordinator", directed: Directed) -> None:
@@ -204,7 +227,7 @@ class Stage:
         def arrive(copy: int) -> None:
             machine = self.machines[directed.agent]
             agent = machine.agent
-            if machine.cut_from_coordinators or not machine.powered:
+            if not machine.peers.open or not machine.powered:
                 return
             if agent is None or directed.address != agent.address:
                 answer(False, "refused")
@@ -296,6 +319,8 @@ class Coordinator:
         self.watch = stage.etcd.watch(stage.keys.root, prefix_end(stage.keys.root), 1)
         self.in_hand: list[str] = []
         """Keys that it is about to write."""
+        self.checked_at = -1
+        """For the checks: the revision that they have seen."""
         self._tick: Any = None
         self._moments = 0
         self.enter(self.sync)
@@ -343,6 +368,14 @@ class Coordinator:
         self.stage.publish()
 
     # Events.
+
+    def consult(self, request: pb.ConsultRequest) -> pb.ConsultReply:
+        """Answer as the API does."""
+        servicer = CoordinatorServicer.__new__(CoordinatorServicer)
+        servicer._mirror = SimpleNamespace(get=self.mirror.get, age_s=lambda: 0.0)  # type: ignore[assignment]
+        servicer._keys = self.stage.keys
+        reply: pb.ConsultReply = servicer.Consult(request, None)
+        return reply
 
     def sync(self) -> None:
         """The mirror takes in what has come."""
@@ -424,11 +457,13 @@ class StageMachine(Machine):
     def _renew(self, session: FixedSession) -> None:
         if not self.powered or session is not self._session:
             return
-        if not self.cut_from_etcd:
+        if self.etcd.open:
+            until = self.scheduler.now + DEADLINE_SHARE * TTL_S
             try:
                 self.cluster.etcd.keepalive(session.lease)
+                session.deadline = until
             except NotFound:
-                session.replace(self.cluster.new_lease())
+                session.replace(self.cluster.new_lease(), until)
         self.scheduler.after(TTL_S / 4, lambda: self._renew(session))
 
     def end_agent(self) -> None:
@@ -441,8 +476,14 @@ class StageMachine(Machine):
         self.end_agent()
         super().power_off()
 
-    def set_cut(self, cut: bool) -> None:
-        self.cut_from_etcd = self.cut_from_coordinators = cut
+    def cut(self, *, etcd_only: bool = False) -> None:
+        self.etcd.block("script")
+        if not etcd_only:
+            self.peers.block("script")
+
+    def heal(self) -> None:
+        self.etcd.unblock("script")
+        self.peers.unblock("script")
 
 
 class StageAgent(SimAgent):
@@ -451,11 +492,14 @@ class StageAgent(SimAgent):
     def __init__(self, machine: StageMachine, session: FixedSession, clock: SimClock) -> None:
         self._work_due: Any = None
         super().__init__(machine, session, clock)
-        link: Any = Link(machine.cluster, lambda: machine.cut_from_etcd)
+        link: Any = Link(machine.cluster, lambda: not machine.etcd.open)
         self.access = link
         self.reporter._etcd = link
         self.reporter._changed.notify = lambda n=1: self._report_at(0.0)  # type: ignore[method-assign]
         self.process.spawn = lambda body, _name: body()  # type: ignore[method-assign,assignment,return-value]
+
+    def _consult(self) -> None:
+        self.process.later(max(0.001, self.consultant.work() - self.clock.monotonic()), self._consult)
 
     def _report(self) -> None:
         self._work_due = None

@@ -290,6 +290,9 @@ def _why_over(draft: Draft, members: Sequence[Seat]) -> Ending | None:
         found += _disagreement(draft, members)
     if not found and not free:
         return None
+    if all(failure.kind is FailureKind.COLLECTIVE for failure in found):
+        # Ranks whose peers have gone notice it long before anybody may call a machine lost.
+        free += _gone(draft, members)
     cause = failures.root_cause([*found, *free])
     charged = [failure for failure in found if failure.kind not in failures.FREE]
     return Ending(cause, charge=any(cause is failure for failure in charged))
@@ -323,6 +326,14 @@ def _losses(draft: Draft, members: Sequence[Seat]) -> list[Failure]:
         _leader_failure(draft, FailureKind.AGENT_LOST, seat.why, seat.member.agent)
         for seat in members
         if seat.standing is Standing.LOST
+    ]
+
+
+def _gone(draft: Draft, members: Sequence[Seat]) -> list[Failure]:
+    return [
+        _leader_failure(draft, FailureKind.AGENT_LOST, seat.why, seat.member.agent)
+        for seat in members
+        if seat.agent is None and seat.standing is Standing.SETTLING
     ]
 
 
