@@ -47,7 +47,7 @@ class Shrinker:
     ) -> None:
         assert failing.strikes is not None
         self.name = name_of(violation)
-        self.best = replace(failing, violation=self.name)
+        self.best = replace(failing, violation=self.name, mix={})
         self.runs = 0
         self._play = play
         self._end = time.monotonic() + limit_s
