@@ -258,7 +258,7 @@ MUTANTS: tuple[Mutant, ...] = (
             "                    time.sleep(1.0)\n"
             "                child.process.kill()\n",
         ),
-        f"{ON_ETCD}/test_guardian.py::test_a_coordinator_s_lease_is_revoked_only_after_it_is_gone",
+        f"{ON_ETCD}/test_guardian.py::test_a_coordinator_s_lease_is_revoked_only_after_it_is_gone[19]",
     ),
     _mutant(
         "stuck-child-ignored",
@@ -268,7 +268,7 @@ MUTANTS: tuple[Mutant, ...] = (
             "        if child.memory.has_flag(STARTED) and now - child.beat_at > hang_s:\n",
             "        if False and now - child.beat_at > hang_s:\n",
         ),
-        f"{ON_ETCD}/test_guardian.py::test_a_coordinator_s_lease_is_revoked_only_after_it_is_gone",
+        f"{ON_ETCD}/test_guardian.py::test_a_coordinator_s_lease_is_revoked_only_after_it_is_gone[19]",
     ),
     _mutant(
         "child-outlives-its-guardian",
@@ -285,7 +285,7 @@ MUTANTS: tuple[Mutant, ...] = (
             "        keeps_lease = self._config.policy is Policy.AGENT\n",
             "        keeps_lease = False\n",
         ),
-        f"{ON_ETCD}/test_guardian.py::test_an_agent_is_restarted_under_the_lease_it_had",
+        f"{ON_ETCD}/test_guardian.py::test_an_agent_is_restarted_under_the_lease_it_had[9]",
     ),
     _mutant(
         "leader-not-killed-when-its-lease-was-not-renewed",
