@@ -342,7 +342,6 @@ def run(
         AssertionError: the cluster could not be brought to rest, or broke a promise.
     """
     times = Times.of(minutes)
-    end = time.monotonic() + 60 * minutes
     shape = {
         "agents": 4,
         "etcd_members": 3,
@@ -365,6 +364,7 @@ def run(
         scales.start()
         try:
             harness.until("both long jobs train", lambda: _train(eyes))
+            end = time.monotonic() + 60 * minutes
             chaos.begin()
             scales.calm.set()
             time.sleep(times.warm_up)
