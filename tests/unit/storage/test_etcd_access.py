@@ -229,6 +229,23 @@ def test_the_end_of_a_certificate_is_read_from_the_file(tmp_path: Path) -> None:
         assert expiry_problem(str(path), ends - 30 * 86400.0) == ""
 
 
+def test_a_certificate_that_ends_soon_is_told_once_a_day(hand: Hand, tmp_path: Path) -> None:
+    cert, key = tmp_path / "c.pem", tmp_path / "k.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+         "-keyout", str(key), "-out", str(cert), "-days", "3", "-subj", "/O=x"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    access = LiveAccess(Access(("https://a:1",), str(cert), str(cert), str(key)), hand.monotonic, hand.report)
+    for _ in range(3):
+        access.context()
+        hand.now += 3600
+    assert [event for event, _ in hand.lines] == ["certificate for etcd"]
+    hand.now += 86400
+    access.context()
+    assert len(hand.lines) == 2
+
+
 @pytest.mark.parametrize(
     "text", ["", "nothing", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----"]
 )

@@ -26,6 +26,7 @@ RESPREAD_S = 1.0
 REST_S_FIRST, REST_S_MAX = 1.0, 10.0
 COMPLAIN_EVERY_S = 60.0
 EXPIRY_WARNING_S = 14 * 86400.0
+TELL_EXPIRY_EVERY_S = 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,9 @@ class LiveAccess:
         self.user = access.user
         self.logins = Logins(access.user, monotonic, report)
         self._access = access
+        self._monotonic = monotonic
+        self._report = report
+        self._expiry_at = float("-inf")
         self._identity_lock = threading.Lock()
         self._cluster_id = 0
         self._endpoints = Watched(
@@ -92,7 +96,9 @@ class LiveAccess:
         Raises:
             OSError, ValueError: the files have never fitted together.
         """
-        return self._tls.get()
+        found = self._tls.get()
+        self._tell_expiry()
+        return found
 
     def password(self) -> tuple[str, int]:
         """Return the password and its version."""
@@ -120,6 +126,13 @@ class LiveAccess:
         with self._identity_lock:
             self._cluster_id = self._cluster_id or cluster_id
             return cluster_id not in (0, self._cluster_id)
+
+    def _tell_expiry(self) -> None:
+        now = self._monotonic()
+        if self._access.cert and now >= self._expiry_at:
+            self._expiry_at = now + TELL_EXPIRY_EVERY_S
+            if problem := expiry_problem(self._access.cert, time.time()):
+                self._report("certificate for etcd", problem=problem, fix="renew it and replace the files")
 
     def _read_endpoints(self) -> tuple[str, ...]:
         if not self._access.endpoints_file:
