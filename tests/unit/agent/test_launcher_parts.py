@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -118,3 +119,32 @@ def test_launcher_and_client_load_no_heavy_library(module):
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     heavy = {"torch", "numpy", "grpc", "google.protobuf", "etcd3gw", "boto3", "pydantic", "structlog"}
     assert not heavy & set(loaded.split())
+
+
+def test_a_process_lives_as_long_as_one_of_its_threads() -> None:
+    """After SIGKILL the first thread of a stuck rank is a zombie at once; the one in the kernel is not."""
+    program = (
+        "import ctypes, threading, time; "
+        "threading.Thread(target=time.sleep, args=(60,)).start(); print(flush=True); "
+        "ctypes.CDLL(None).pthread_exit(None)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None
+        child.stdout.readline()
+        process = processes.identify(child.pid)
+        assert process is not None
+        deadline = time.monotonic() + 10
+        while not (seen := processes.look(child.pid)) or not seen.is_zombie:
+            assert time.monotonic() < deadline, "the first thread does not end"
+            time.sleep(0.01)
+        assert processes.is_alive(process)
+        assert not processes.is_over(seen)
+        assert processes.waits_in(child.pid)
+    finally:
+        child.kill()
+        child.wait()
+        assert child.stdout is not None
+        child.stdout.close()
+    assert not processes.is_alive(process)
+    assert processes.waits_in(child.pid) == ""

@@ -93,8 +93,8 @@ class Family:
         for pid in mine - spared:
             owner = self._owner(pid, around, attempt_of)
             old = owner < attempt if owner is not None else self.newest_forked < attempt
-            # A zombie whose other threads live on is not over: ours are told apart by not being reaped.
-            if old and (not around[pid].is_zombie or pid in attempt_of):
+            # Ours are not over before they are reaped, whatever they look like.
+            if old and (pid in attempt_of or not processes.is_over(around[pid])):
                 found.add(pid)
         return found
 

@@ -75,8 +75,13 @@ def is_alive(process: ProcessId) -> bool:
         seen is not None
         and seen.start_time == process.start_time
         and process.boot_id == boot_id()
-        and (not seen.is_zombie or bool(_living_threads(process.pid)))
+        and not is_over(seen)
     )
+
+
+def is_over(seen: Seen) -> bool:
+    """Whether a process is a zombie through and through: its first thread may be one while others live on."""
+    return seen.is_zombie and not _living_threads(seen.pid)
 
 
 def waits_in(pid: int) -> str:
