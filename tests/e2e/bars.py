@@ -342,7 +342,13 @@ def quorum(folder: Path, away_s: float, tell: Tell = lambda _line: None) -> Quor
     """
     slice_s = max(3.0, min(10.0, away_s / 6))
     slices = max(2, int(away_s / slice_s))
-    with Control(folder) as control, Trouble(folder) as trouble, trouble.unnoticed("quorum lost"):
+    # Beyond this grace ranks would end in order, which is another promise.
+    grace_s = max(600.0, 3 * away_s)
+    with (
+        Control(folder) as control,
+        Trouble(folder, isolation_grace_s=grace_s) as trouble,
+        trouble.unnoticed("quorum lost"),
+    ):
         harness, job = trouble.harness, trouble.job
         harness.until("the control trains", lambda: control.steps() > 10)
 

@@ -32,11 +32,19 @@ _WON = re.compile(r"\bleading\b")
 class Trouble:
     """One job in training, and the faults it must not notice."""
 
-    def __init__(self, folder: Path, *, small_disk: bool = False, quota_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        small_disk: bool = False,
+        quota_bytes: int = 0,
+        isolation_grace_s: float = 0.0,
+    ) -> None:
         self.harness = Harness(folder, etcd_members=3, agents=2, slots=1, faults=True, ttl_s=TTL_S)
         self.etcd = self.harness.cluster.etcd_servers
         self.job = JobName("steady")
         self.disk: Path | None = None
+        self._isolation_grace_s = isolation_grace_s
         self._holder: subprocess.Popen[bytes] | None = None
         if quota_bytes:
             self.etcd.flags = (f"--quota-backend-bytes={quota_bytes}",)
@@ -48,7 +56,9 @@ class Trouble:
         try:
             self.harness.await_ready()
             args = f"--steps 10000000 --pause-ms 10 --stop-file {self.harness.stop_file('steady')}"
-            self.harness.start(self.job, args, nproc=1, every_steps=40)
+            self.harness.start(
+                self.job, args, nproc=1, every_steps=40, isolation_grace_s=self._isolation_grace_s
+            )
             self.harness.await_commit(self.job, after=0)
         except BaseException:
             self._end(RuntimeError)
