@@ -70,7 +70,7 @@ FATAL = tuple(
     or (kind in (Kind.FREEZE, Kind.CUT) and part in (Part.COORDINATOR, Part.LEADER))
 )
 """Faults that end a daemon or a member of etcd: a replica that has lost its lease leaves."""
-SETTLE_S = 90.0
+SETTLE_S = 180.0
 """How long a calm cluster may take to put away what is no longer needed."""
 
 
