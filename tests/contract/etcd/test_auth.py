@@ -21,6 +21,7 @@ from dtrain.protocol.ids import AgentName, JobName
 from dtrain.storage.etcd import transport
 from dtrain.storage.etcd.access import Access
 from dtrain.storage.etcd.lease_client import AccessDenied, LeaseClient, new_lease_id
+from dtrain.storage.etcd.mirror import Mirror
 from dtrain.storage.etcd.port import Compare, Delete, Get, Put, Target, Txn, WatchStream, prefix_end
 from dtrain.storage.etcd.transport import GatewayEtcd
 from dtrain.storage.etcd.versions import version_warnings
@@ -332,6 +333,41 @@ def test_an_open_watch_ends_after_a_while_and_its_permission_is_checked_anew(
             collect(client.watch(prefix, prefix_end(prefix), 1), 1)
         users.as_root("user", "grant-role", "agent-a2", "agent-a2")
         assert collect(client.watch(prefix, prefix_end(prefix), 1), 1)
+
+
+def test_a_mirror_loses_its_permission_says_so_once_and_goes_on_when_it_has_it_again(
+    users: Users, leader: GatewayEtcd, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(transport, "RECHECK_S_MIN", 0.5)
+    monkeypatch.setattr(transport, "RECHECK_S_MAX", 1.0)
+    client = users.client("reader")
+    failures: list[Exception] = []
+    mirror = Mirror(client, KEYS.root, on_changes=lambda *_: None, on_failure=failures.append)
+    mirror.start()
+    try:
+        eventually(lambda: mirror.get(KEYS.leader) is not None, 10)
+        users.as_root("user", "revoke-role", "reader", "reader")
+        said = ""
+
+        def refused() -> bool:
+            nonlocal said
+            said += capsys.readouterr().out
+            return "etcd refuses the mirror" in said
+
+        eventually(refused, 15)
+        revision = leader.txn(Txn((), (Put(KEYS.spec(JOB), b"newer"),))).revision
+        time.sleep(3.0)
+        users.as_root("user", "grant-role", "reader", "reader")
+        eventually(lambda: mirror.revision >= revision, 15)
+        found = mirror.get(KEYS.spec(JOB))
+        assert found is not None
+        assert found.value == b"newer"
+        said += capsys.readouterr().out
+        assert said.count("etcd refuses the mirror") == 1
+        assert not failures
+    finally:
+        mirror.close()
+        client.close()
 
 
 def test_a_watch_without_users_is_not_cut(etcd_35: EtcdCluster, monkeypatch: pytest.MonkeyPatch) -> None:

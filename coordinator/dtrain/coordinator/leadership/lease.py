@@ -82,6 +82,7 @@ class Leadership:
         self._other: tuple[int, float] | None = None
         """Lease of a foreign key of our id, and since when it has been seen without a break."""
         self._term: Term | None = None
+        self._refusal = ""
 
     @property
     def term(self) -> Term | None:
@@ -174,8 +175,11 @@ class Leadership:
         except DtrainError as error:
             # A lease that has just gone, or a role without permission: the next look tells.
             self._elector.on_failure(self._clock.monotonic())
-            self._log.warning("campaign refused", code=error.code, error=error.message)
+            if error.message != self._refusal:
+                self._refusal = error.message
+                self._log.warning("campaign refused", code=error.code, error=error.message)
             return
+        self._refusal = ""
         now = self._clock.monotonic()
         holder = _holder(flatten(result.responses).get(key))
         if isinstance(action, Claim):

@@ -26,6 +26,7 @@ PROGRESS_INTERVAL_S = 5.0
 """What dtrain's own etcd servers are told; elsewhere it may be 10 minutes."""
 
 _POLL_S = 0.5
+_REFUSAL_EVERY_S = 60.0
 _LAGGING_TRIES_MAX = 5
 _QUIET_OPENS_MAX = 3
 """So many streams in a row that ended before their first message: the next message may be one that
@@ -150,6 +151,7 @@ class Mirror:
         self._quiet_opens = 0
         self._lagging = 0
         self._failures = 0
+        self._refusal_at = float("-inf")
 
     def start(self) -> None:
         """Begin to list and watch; returns at once."""
@@ -243,7 +245,9 @@ class Mirror:
             self._listed = False
         elif error.code is ErrorCode.ETCD_WENT_BACK:
             self._raise_alarm(error)
-        else:
+        elif self._clock.monotonic() >= self._refusal_at:
+            # Until a person has put the user or its role right, there is nothing new to say.
+            self._refusal_at = self._clock.monotonic() + _REFUSAL_EVERY_S
             self._log.error("etcd refuses the mirror", error=str(error), fix=error.fix)
 
     def _raise_alarm(self, error: DtrainError) -> None:
