@@ -36,10 +36,15 @@ def main() -> int:
             print("the copy is not what would be tested:", *foreign, sep="\n  ")
             return 1
         bad = 0
-        if not options.skip_check:
-            bad += healthy(copies, mutants)
-        if not bad:
-            bad += caught(copies, mutants, verbose=options.verbose)
+        try:
+            if not options.skip_check:
+                bad += healthy(copies, mutants)
+            if not bad:
+                bad += caught(copies, mutants, verbose=options.verbose)
+        finally:
+            # Interrupted: what runs in a thread's hands would go on without us.
+            for copy in copies:
+                copy.sweep()
     took_s = time.monotonic() - began
     print(f"{len(mutants)} mutants, {bad} not caught, {took_s:.0f} s")
     return 1 if bad else 0

@@ -108,12 +108,12 @@ class Copy:
         except subprocess.TimeoutExpired as error:
             return Ran("broken", time.monotonic() - began, f"did not end within {error.timeout:.0f} s")
         finally:
-            self._sweep()
+            self.sweep()
         output = done.stdout + done.stderr
         verdict = _of_tests if as_test else _of_simulation
         return Ran(verdict(done.returncode, output), time.monotonic() - began, output)
 
-    def _sweep(self) -> None:
+    def sweep(self) -> None:
         """Kill what a killer left: some mutants break the very code that ends processes."""
         mark = os.fsencode(f"PYTHONPATH={self.folder}{os.pathsep}")
         for path in Path("/proc").glob("[0-9]*/environ"):
