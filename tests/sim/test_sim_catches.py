@@ -128,7 +128,7 @@ def test_an_agent_that_obeys_an_older_attempt_is_caught(monkeypatch: pytest.Monk
         return None if isinstance(command, Prepare) else refusal(state, command)
 
     monkeypatch.setattr(commands, "_refusal", obedient)
-    assert is_caught("I6")
+    assert is_hunted_down("I6", {"commands late": 4.0, "command replayed": 1.0, "rank crash": 8.0})
 
 
 def test_snapshots_without_a_fence_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
