@@ -168,7 +168,7 @@ def test_a_restore_from_another_than_the_newest_commit_is_caught(monkeypatch: py
         return next((c.value for c in self.commits() if c.value.seq not in bad), None)
 
     monkeypatch.setattr(Draft, "newest_good", oldest)
-    assert is_caught("G6")
+    assert is_hunted_down("G6", {"rank crash": 12.0, "checkpoint now": 3.0})
 
 
 def test_ranks_that_restore_different_states_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
