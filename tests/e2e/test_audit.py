@@ -20,7 +20,7 @@ from dtrain.protocol.keys import Keys
 from dtrain.storage.etcd.port import Delete, Put, Txn
 from dtrain.storage.etcd.transport import GatewayEtcd
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 KEYS = Keys(ClusterName("c"))
 JOB = JobName("j")
@@ -61,7 +61,7 @@ class World:
 
     def audit(self, *flags: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            self.command(*flags), env=self.env, capture_output=True, text=True, timeout=60, check=False
+            self.command(*flags), env=self.env, capture_output=True, text=True, timeout=120, check=False
         )
 
 
@@ -123,7 +123,7 @@ def test_a_follower_tells_a_violation_when_it_happens(world: World) -> None:
         told = json.loads(follower.stdout.readline())
         assert (told["revision"], told["invariant"]) == (broken, "I5")
         follower.send_signal(signal.SIGINT)
-        rest, _ = follower.communicate(timeout=30)
+        rest, _ = follower.communicate(timeout=90)
         assert json.loads(rest)["violations_total"] == 1
         assert follower.returncode == exits.CHECK_FAILED
     finally:

@@ -6,7 +6,7 @@ import pytest
 from tests.e2e.stale_leader import run
 from tests.support.harness import say
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 def test_no_acknowledged_write_is_lost_to_a_frozen_leader(tmp_path: Path) -> None:
