@@ -47,7 +47,7 @@ class FailureKind(StrEnum):
     PREPARE = "prepare"
     RESTORE = "restore"
     ISOLATED = "isolated"
-    """Peers went while etcd could not be reached: their machines have most likely ended them in order."""
+    """A machine was cut off: it ended its ranks in order, or those elsewhere have lost them."""
     COLLECTIVE = "collective"
     """An aborted collective: almost always the victim of another rank's end."""
 

@@ -175,7 +175,8 @@ def test_ranks_that_fail_because_a_machine_is_gone_cost_no_restart() -> None:
     assert stage.phase is JobPhase.RECOVERING
     assert stage.status.restarts == ()
     assert stage.status.failure is not None
-    assert stage.status.failure.kind is FailureKind.AGENT_LOST
+    assert stage.status.failure.kind is FailureKind.ISOLATED
+    assert "the session of agent b ended" in stage.status.failure.message
 
 
 def test_a_cause_of_its_own_is_charged_although_a_machine_is_gone() -> None:

@@ -330,8 +330,9 @@ def _losses(draft: Draft, members: Sequence[Seat]) -> list[Failure]:
 
 
 def _gone(draft: Draft, members: Sequence[Seat]) -> list[Failure]:
+    text = "ranks elsewhere have lost its ranks"
     return [
-        _leader_failure(draft, FailureKind.AGENT_LOST, seat.why, seat.member.agent)
+        _leader_failure(draft, FailureKind.ISOLATED, f"{seat.why}, and {text}", seat.member.agent)
         for seat in members
         if seat.agent is None and seat.standing is Standing.SETTLING
     ]
@@ -339,21 +340,15 @@ def _gone(draft: Draft, members: Sequence[Seat]) -> list[Failure]:
 
 def _forgotten(draft: Draft, members: Sequence[Seat]) -> list[Failure]:
     """Members whose agent reports the running attempt without ranks: they cannot come back into it."""
-    return [
-        _leader_failure(
-            draft,
-            FailureKind.AGENT_LOST,
-            _note(seat),
-            seat.member.agent,
-        )
-        for seat in members
-        if seat.phase in (WorkerPhase.IDLE, WorkerPhase.STARTING, WorkerPhase.READY)
-    ]
+    idle = (WorkerPhase.IDLE, WorkerPhase.STARTING, WorkerPhase.READY)
+    return [_ended(draft, seat) for seat in members if seat.phase in idle]
 
 
-def _note(seat: Seat) -> str:
-    # An agent that was cut off for too long has ended them, and says so.
-    return (seat.snapshot.note if seat.snapshot is not None else "") or "the agent has lost its ranks"
+def _ended(draft: Draft, seat: Seat) -> Failure:
+    # An agent that was cut off for too long has ended them, and says so: it is not called lost.
+    note = "" if seat.snapshot is None else seat.snapshot.note
+    kind = FailureKind.ISOLATED if note else FailureKind.AGENT_LOST
+    return _leader_failure(draft, kind, note or "the agent has lost its ranks", seat.member.agent)
 
 
 def _not_starting(draft: Draft, members: Sequence[Seat]) -> list[Failure]:
@@ -363,9 +358,7 @@ def _not_starting(draft: Draft, members: Sequence[Seat]) -> list[Failure]:
     # Attempts are one-shot: ranks that an agent ended, cut off from etcd, it does not start again.
     ended = [seat for seat in members if seat.current and seat.phase is WorkerPhase.IDLE]
     if ended:
-        return [
-            _leader_failure(draft, FailureKind.AGENT_LOST, _note(seat), seat.member.agent) for seat in ended
-        ]
+        return [_ended(draft, seat) for seat in ended]
     since = draft.status_seen_at
     others_ready = any(_is_ready(seat) for seat in members)
     if all(_is_ready(seat) for seat in members):
