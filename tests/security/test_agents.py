@@ -50,7 +50,7 @@ class Wire:
     def replay(self, data: bytes) -> pb.Ack:
         self.heard.append(data)
         call = self.channel.unary_unary("/dtrain.v1.Agent/Execute", response_deserializer=pb.Ack.FromString)
-        ack: pb.Ack = call(data, timeout=10)
+        ack: pb.Ack = call(data, timeout=30)
         return ack
 
     @property

@@ -56,7 +56,7 @@ def serial_shown(address: str, mine: TlsFiles) -> int:
     context.load_cert_chain(mine.cert, mine.key)
     context.set_alpn_protocols(["h2"])
     with (
-        socket.create_connection((host, int(port)), timeout=5) as raw,
+        socket.create_connection((host, int(port)), timeout=30) as raw,
         context.wrap_socket(raw, server_hostname="gpu-1.agent.c1.dtrain") as secured,
     ):
         shown = secured.getpeercert(binary_form=True)
@@ -76,9 +76,9 @@ def send(channels: Channels, address: str) -> tuple[bool, str]:
         answers.append((ok, problem))
         got.set()
 
-    dispatcher = Dispatcher(channels, on_done)
+    dispatcher = Dispatcher(channels, on_done, deadline_s=30.0)
     dispatcher.send(Directed(AgentName("gpu-1"), address, STOP))
-    assert got.wait(10)
+    assert got.wait(60)
     return answers[0]
 
 
@@ -158,7 +158,7 @@ def test_a_long_lived_client_takes_up_a_new_certificate(
     files, server = ca.issue("operator", "ann"), ca.issue("coordinator", "r1")
     replica = Replica(grpc_tls.Credentials(server))
     try:
-        with closing(Client([replica.server.address], timeout_s=5.0, tls=files)) as client:
+        with closing(Client([replica.server.address], timeout_s=30.0, tls=files)) as client:
             assert client.info().replica == "r1"
             new = fresh.issue("operator", "ann")
             write(ca.file, ca.file.read_bytes() + fresh.file.read_bytes())
@@ -235,7 +235,7 @@ def test_a_replica_tells_its_clients_of_the_end_of_its_certificate(ca: Authority
     reader = grpc_tls.Credentials(ca.issue("reader", "bob"))
     try:
         with grpc_tls.to_coordinator(replica.server.address, reader, ()) as channel:
-            reply = CoordinatorStub(channel).Info(pb.InfoRequest(), timeout=5)  # type: ignore[no-untyped-call]
+            reply = CoordinatorStub(channel).Info(pb.InfoRequest(), timeout=30)  # type: ignore[no-untyped-call]
         assert "expires in 3 days" in reply.problems[0]
     finally:
         replica.close()
