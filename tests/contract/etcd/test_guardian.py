@@ -318,9 +318,13 @@ def test_the_guardian_loads_the_standard_library_only() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = set(json.loads(done.stdout.replace("'", '"')))
-    assert loaded == {"dtrain.runtime", "dtrain.runtime.watched", "dtrain.storage", "dtrain.storage.etcd"} | {
-        f"dtrain.storage.etcd.{name}"
-        for name in ("access", "guardian", "lease_client", "lease_keeper", "session_memory")
+    assert loaded == {"dtrain.runtime", "dtrain.runtime.redact", "dtrain.runtime.watched"} | {
+        "dtrain.storage",
+        "dtrain.storage.etcd",
+        *(
+            f"dtrain.storage.etcd.{name}"
+            for name in ("access", "guardian", "lease_client", "lease_keeper", "session_memory")
+        ),
     }
 
 
