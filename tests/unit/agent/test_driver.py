@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from dtrain.agent.core.decisions import JournalWrite
-from dtrain.agent.core.events import LauncherReported, RankConnected, RankReported, SessionRenewed, Tick
+from dtrain.agent.core.events import (
+    LauncherReported,
+    RankConnected,
+    RankReported,
+    SessionRenewed,
+    SessionSeen,
+    Tick,
+)
 from dtrain.agent.core.events import TransferReported as FromTransfer
 from dtrain.agent.core.state import AgentState
 from dtrain.agent.driver import AgentDriver, Ports
@@ -287,3 +294,21 @@ def test_messages_go_to_connections(world: World) -> None:
     world.train()
     sent: list[tuple[int, Message]] = world.ranks.sent
     assert {connection for connection, _ in sent} == {1, 2}
+
+
+def test_each_change_of_the_link_to_etcd_is_one_sentence_in_the_log(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    said: list[str] = []
+    world.driver._log = lambda event, **fields: (
+        said.append(f"{fields['state']}: {fields['reason']}") if (event == "etcd link") else None
+    )
+    good, bad = SessionSeen(11, 10.0, float("inf")), SessionSeen(11, 10.0, world.clock.now + 7.0)
+    for _ in range(3):
+        world.driver.see_session(good)
+    assert said == []
+    for seconds in (6.0, 0.1, 1.5, 0.1, 30.0):
+        world.clock.now += seconds
+        world.driver.see_session(bad)
+    world.driver.see_session(good)
+    assert [line.split(":")[0] for line in said] == ["suspect", "isolated", "ok"]
+    assert said[-1] == "ok: etcd answers again after 32 s"

@@ -179,6 +179,21 @@ def test_ranks_that_fail_because_a_machine_is_gone_cost_no_restart() -> None:
     assert "the session of agent b ended" in stage.status.failure.message
 
 
+def test_what_agents_and_ranks_report_under_the_brake_calls_nobody_lost() -> None:
+    """Found by simulation seed 26, and by an outage of etcd that outlasted the grace."""
+    stage = running()
+    stage.brake = "5 of 12 agents vanished"
+    stage.lose("b")
+    stage.until_quiet()
+    failure = Failure(FailureKind.COLLECTIVE, "Connection closed by peer", rank=Rank(0), at=EPOCH)
+    stage.report("a", WorkerPhase.ERROR, failure=failure)
+    stage.decide()
+    assert stage.phase is JobPhase.RECOVERING
+    assert stage.status.failure is not None
+    assert stage.status.failure.kind is FailureKind.ISOLATED
+    assert stage.status.restarts == ()
+
+
 def test_a_cause_of_its_own_is_charged_although_a_machine_is_gone() -> None:
     stage = running(reschedule_grace_s=60.0)
     stage.lose("b")
