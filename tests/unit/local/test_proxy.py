@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dtrain.local.proxy import TcpProxy, http_chunk
+from dtrain.local.proxy import Flow, TcpProxy, _Link, http_chunk
 
 
 class Echo:
@@ -175,20 +175,26 @@ def test_a_drip_bounds_the_bytes_per_second(proxy: TcpProxy) -> None:
         assert 0.4 <= time.monotonic() - start < 5.0
 
 
-def test_single_bytes_arrive_as_single_bytes(proxy: TcpProxy, echo: Echo) -> None:
+def test_what_is_cut_into_single_bytes_arrives_whole(proxy: TcpProxy, echo: Echo) -> None:
     payload = bytes(range(200))
     with connected(proxy) as client:
         proxy.rechunk(1, to_server=True)
         client.sendall(payload)
-        sizes = []
-        data = b""
-        while len(data) < len(payload):
-            piece = client.recv(65536)
-            sizes.append(len(piece))
-            data += piece
-        assert data == payload
-        assert min(sizes) == 1
+        assert read(client, len(payload)) == payload
         assert echo.received == payload
+
+
+@pytest.mark.parametrize(("size", "pieces"), [(1, [b"a", b"b", b"c", b"d", b"e"]), (2, [b"ab", b"cd", b"e"])])
+def test_pieces_are_sent_one_by_one(size: int, pieces: list[bytes]) -> None:
+    # Packets keep their bounds, so that what was sent together can be seen.
+    sink, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with sink, far:
+        pump = _Link(sink, sink).down
+        pump.push(b"abcde", 0.0)
+        for piece in pieces:
+            assert pump.send(Flow(chunk_bytes=size), None)
+            assert far.recv(100) == piece
+        assert pump.wait_s(Flow(), 1.0) is None
 
 
 def test_a_connection_ends_after_so_many_bytes(proxy: TcpProxy) -> None:
