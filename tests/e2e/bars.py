@@ -316,9 +316,17 @@ class Control:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(20.0)
+        self._process.kill()
         self._process.wait()
+        # Its ranks are in sessions of their own: a torchrun that did not end them leaves them behind.
+        for path in self._marks.glob("*"):
+            pid = int(path.name.rpartition("-")[2])
+            with suppress(OSError):
+                if str(self._marks) in Path(f"/proc/{pid}/cmdline").read_text():
+                    os.kill(pid, signal.SIGKILL)
         self._log.close()
 
     def steps(self) -> int:
