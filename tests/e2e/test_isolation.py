@@ -118,7 +118,8 @@ def test_without_etcd_for_longer_than_the_grace_ranks_end_in_order(harness: Harn
     assert committed.seq <= after.restore.seq
     assert after.restore.step <= last + 1
     assert len(after.restarts) == len(before.restarts), "an etcd that is away costs no restart"
-    assert harness.await_event(job, EventReason.AGENT_LOST, "isolation_grace")
+    # Whichever machine ended its ranks first: the others' then lost their peers.
+    assert harness.await_event(job, EventReason.AGENT_LOST, "could not be reached")
     finish(harness, job)
 
 

@@ -22,6 +22,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from dtrain.agent.core.decisions import Action, LauncherOrder
+from dtrain.agent.core.failures import MESSAGE_CHARS_MAX
 from dtrain.agent.core.launchers import stop_order
 from dtrain.agent.core.saving import tell_all
 from dtrain.agent.core.state import (
@@ -240,9 +241,9 @@ def excuse(before: AgentState, after: AgentState) -> AgentState:
         old, failure = before.jobs.get(name), job.failure
         if failure is None or failure.kind is not FailureKind.COLLECTIVE or old is None or old.failure:
             continue
-        after = after.with_job(
-            dataclasses.replace(job, failure=dataclasses.replace(failure, kind=FailureKind.ISOLATED))
-        )
+        message = f"its peers went while etcd could not be reached: {failure.message}"
+        excused = dataclasses.replace(failure, kind=FailureKind.ISOLATED, message=message[:MESSAGE_CHARS_MAX])
+        after = after.with_job(dataclasses.replace(job, failure=excused))
     return after
 
 
