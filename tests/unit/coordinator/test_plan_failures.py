@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from tests.support.builders import EPOCH, Stage, make_spec
+from tests.support.builders import EPOCH, JOB, KEYS, Stage, make_spec
 
 from dtrain.coordinator.core.failures import backoff_s, root_cause
 from dtrain.protocol.commands import Prepare, Stop
@@ -131,6 +131,15 @@ def test_the_brake_leaves_one_event_with_the_jobs_it_is_about() -> None:
     stage.after(30.0).until_quiet()
     assert stage.reasons_of_events().count(EventReason.MASS_LOSS) == 1
     assert (stage.phase, stage.status.attempt) == (JobPhase.RUNNING, 1)
+
+
+def test_a_job_that_is_over_does_not_hear_of_the_brake() -> None:
+    stage = running()
+    stage.write(KEYS.status(JOB), replace(stage.status, phase=JobPhase.SUCCEEDED))
+    stage.brake = "5 of 12 agents vanished"
+    stage.lose("b")
+    stage.until_quiet()
+    assert EventReason.MASS_LOSS not in stage.reasons_of_events()
 
 
 def test_losses_in_a_row_are_waited_out() -> None:

@@ -13,7 +13,7 @@ from dtrain.coordinator.core.draft import OPERATIONS_MAX, Draft
 from dtrain.coordinator.core.views import FleetView, JobView, Moment
 from dtrain.protocol.errors import ErrorCode, InvariantBroken
 from dtrain.protocol.events import EventReason
-from dtrain.protocol.job import TERMINAL_PHASES, JobPhase, JobSpec, JobStatus
+from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobSpec, JobStatus
 
 TRANSITIONS: dict[JobPhase | None, frozenset[JobPhase]] = {
     None: frozenset({JobPhase.QUEUED, JobPhase.STARTING, JobPhase.CANCELLED}),
@@ -83,7 +83,9 @@ def plan(job: JobView, fleet: FleetView, moment: Moment) -> Decision:
 def _tell_of_brake(draft: Draft) -> None:
     """Leave an event with a job whose machine is among those that vanished: once, as its condition shows."""
     status = draft.status
-    if not draft.fleet.brake or all(m.agent in draft.fleet.agents for m in status.members):
+    if not draft.fleet.brake or status.phase not in PLACED_PHASES:
+        return
+    if all(member.agent in draft.fleet.agents for member in status.members):
         return
     if any(condition.reason == conditions.BRAKE_ON for condition in status.conditions):
         return
