@@ -65,6 +65,7 @@ class Checks:
         self.went_back = False
         """etcd was restored from an older snapshot: whoever notices must stop."""
         self._forgetful: set[str] = set()
+        self._journal_full_at: dict[str, float] = {}
         self._gone_at: dict[str, float] = {}
         """When the session of an agent that has none now ended."""
         self._mirror_changes = 0
@@ -176,6 +177,10 @@ class Checks:
         grace_s = self._cluster.jobs[JobName(str(before.uid).rsplit("-", 1)[0])].spec.reschedule_grace_s
         if failure is None or failure.kind is not FailureKind.AGENT_LOST or name not in self._gone_at:
             return
+        for group in self._cluster.groups.values():
+            if (group.uid, group.attempt) == (before.uid, before.attempt) and group.broken:
+                # The attempt is over for what its ranks report; the loss is only named as the cause.
+                return
         away_s = self._cluster.scheduler.now - self._gone_at[name]
         if away_s < 0.85 * grace_s:
             self.bad(
@@ -298,7 +303,11 @@ class Checks:
 
     def _check_grace(self, agent: "SimAgent", state: AgentState) -> None:
         """Ranks on a machine that is cut off end when their grace is over, not later."""
-        if state.link.state is not LinkState.ISOLATED:
+        name, now = agent.machine.name, self._cluster.scheduler.now
+        if agent.machine.journal.failing:
+            # What an agent cannot write down it does not do, ending ranks included.
+            self._journal_full_at[name] = now
+        if state.link.state is not LinkState.ISOLATED or now - self._journal_full_at.get(name, -1e9) < 40.0:
             return
         away_s = agent.clock.monotonic() - state.link.since
         for job in state.jobs.values():
