@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from tests.support.builders import EPOCH, JOB, KEYS, Stage, make_spec
+from tests.support.builders import EPOCH, Stage, make_spec
 
 from dtrain.coordinator.core.failures import backoff_s, root_cause
 from dtrain.protocol.commands import Prepare, Stop
@@ -135,7 +135,9 @@ def test_the_brake_leaves_one_event_with_the_jobs_it_is_about() -> None:
 
 def test_a_job_that_is_over_does_not_hear_of_the_brake() -> None:
     stage = running()
-    stage.write(KEYS.status(JOB), replace(stage.status, phase=JobPhase.SUCCEEDED))
+    stage.exit_all()
+    stage.decide()
+    assert stage.phase is JobPhase.SUCCEEDED
     stage.brake = "5 of 12 agents vanished"
     stage.lose("b")
     stage.until_quiet()
