@@ -145,8 +145,8 @@ MEANINGS = {
     "JobSpec.checkpoint": "see `CheckpointPolicy`",
     "JobSpec.entry": "see `Entry`",
     "JobSpec.env": "environment of the ranks",
-    "JobSpec.isolation_grace_s": "seconds that ranks go on, while they complete steps, on a machine without etcd; "
-    "0: 600 or two checkpoint intervals",
+    "JobSpec.isolation_grace_s": "seconds that ranks go on, while they complete steps, "
+    "on a machine without etcd; 0: 600 or two checkpoint intervals",
     "JobSpec.name": "name of the job",
     "JobSpec.nnodes_max": "machines it uses at most",
     "JobSpec.nnodes_min": "machines it needs at least",

@@ -148,6 +148,14 @@ class Cluster:
         self.twin_names.add(name)
         return twin
 
+    def is_twin_alive(self, replica: Replica) -> bool:
+        """Whether something serves at the address of another replica of the same id."""
+        ones = [*self.twins, self.replicas.get(replica.name)]
+        return any(
+            one is not None and one is not replica and one.name == replica.name and one.guardian is not None
+            for one in ones
+        )
+
     def end_twin(self, twin: Replica) -> None:
         self.twins.remove(twin)
         twin.crash()

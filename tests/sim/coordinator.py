@@ -154,6 +154,7 @@ class Coordinator:
             clock=clock,
             on_term=self._on_term,
             on_over=self._exit,
+            answers=lambda _address: self.cluster.is_twin_alive(replica),
             on_taken=self._on_taken,
             rng=self.scheduler.rng,
         )

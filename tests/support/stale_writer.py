@@ -119,6 +119,7 @@ def child(name: str, endpoint: str, folder: Path, fence: bool) -> None:
         on_term=writer.lead,
         # The product ends here. This one stays to write late, until its guardian kills it.
         on_over=lambda _why: None,
+        answers=lambda _address: False,
     )
     told = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: told.set())

@@ -134,6 +134,8 @@ class Coordinator:
             clock=clock,
             on_term=lambda term: self._tell(lambda now: self._driver.on_term(term, now)),
             on_over=lambda _why: self._end_process(EX_TEMPFAIL),
+            # At our own address only we serve: who was registered there before is dead.
+            answers=lambda address: address != self.address and _answers(address),
             on_taken=self._on_taken,
         )
         self._lease = threading.Thread(
@@ -338,6 +340,16 @@ class Coordinator:
     def _fail(self, why: str) -> None:
         self._log.critical("coordinator failed", reason=why)
         self._end_process(EX_SOFTWARE)
+
+
+def _answers(address: str) -> bool:
+    """Tell whether anything accepts a connection at ``host:port``, within a second."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=1.0).close()
+    except (OSError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def _need_descriptor() -> None:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -152,7 +153,9 @@ def test_another_lease_ends_the_campaign(etcd: MemoryEtcd, leading: bool) -> Non
 class Running:
     """A leadership thread over the model."""
 
-    def __init__(self, etcd: MemoryEtcd, lease: int, name: str) -> None:
+    def __init__(
+        self, etcd: MemoryEtcd, lease: int, name: str, *, answers: Callable[[str], bool] = lambda _: True
+    ) -> None:
         self.session = FixedSession(lease, ttl_s=4.0)
         self.won = threading.Event()
         self.over = threading.Event()
@@ -165,6 +168,7 @@ class Running:
             clock=SystemClock(),
             on_term=self._on_term,
             on_over=lambda _why: self.over.set(),
+            answers=answers,
         )
         self.thread = threading.Thread(target=self.leadership.run)
         self.thread.start()
@@ -239,6 +243,28 @@ def test_a_second_replica_of_the_same_id_refuses_to_run(
         second.stop()
 
 
+def test_an_id_whose_owner_is_silent_is_waited_for_however_long_its_lease_lives(
+    etcd: MemoryEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elections of etcd's extend the leases of the dead, again and again."""
+    monkeypatch.setattr(lease_module, "TAKEN_TTLS", 0.0)
+    monkeypatch.setattr(lease_module, "TAKEN_S", 0.0)
+    first = Running(etcd, 1, "r1")
+    assert first.won.wait(5)
+    first.stop()
+    asked: list[str] = []
+    second = Running(etcd, 2, "r1", answers=lambda address: bool(asked.append(address)))
+    try:
+        assert not second.won.wait(1.0)
+        assert len(asked) > 1
+        assert set(asked) == {"h:1"}
+        assert not second.over.is_set()
+        etcd.revoke(1)
+        assert second.won.wait(5)
+    finally:
+        second.stop()
+
+
 def test_a_replica_whose_id_is_another_s_does_not_campaign(etcd: MemoryEtcd) -> None:
     record = codec.encode(ReplicaRecord(ReplicaId("r1"), "h:2"))
     etcd.txn(Txn(success=(Put(Keys(ClusterName("c1")).coordinator(ReplicaId("r1")), record, 1),)))
@@ -287,6 +313,7 @@ def test_a_leader_that_wakes_up_after_its_lease_stands_down_before_it_acts(etcd:
         clock=clock,
         on_term=lambda _term: None,
         on_over=over.append,
+        answers=lambda _: False,
     )
     thread = threading.Thread(target=leadership.run)
     thread.start()

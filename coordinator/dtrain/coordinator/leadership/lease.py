@@ -5,8 +5,9 @@ is no second life in which work of the first could still be under way.
 
 Nobody campaigns who is not registered, and an id is registered once: two
 replicas of one name, by a copied configuration, would take each other's records
-for their own. A key that a lost host left behind goes with its lease; one that
-stays longer is somebody's.
+for their own. A key that a lost host left behind goes with its lease. One that
+stays longer is somebody's if something answers at its address; else it is waited
+for: an etcd whose leader keeps changing extends leases of the dead as well.
 """
 
 import queue
@@ -56,10 +57,15 @@ class Leadership:
         clock: Clock,
         on_term: Callable[[Term], None],
         on_over: Callable[[str], None],
+        answers: Callable[[str], bool],
         on_taken: Callable[[DtrainError], None] | None = None,
         rng: random.Random | None = None,
     ) -> None:
-        """Remember. ``on_taken`` hears that another replica lives under this id (default: ``on_over``)."""
+        """Remember.
+
+        ``answers`` tells whether another process serves at an address; it may take a second.
+        ``on_taken`` hears that another replica lives under this id (default: ``on_over``).
+        """
         self._etcd = etcd
         self._session = session
         self._keys = Keys(cluster)
@@ -67,6 +73,7 @@ class Leadership:
         self._clock = clock
         self._on_term = on_term
         self._on_over = on_over
+        self._answers = answers
         self._on_taken = on_taken
         self._rng = rng or random.Random()  # noqa: S311 - jitter only
         self._log = log.get("leadership").bind(replica=replica.replica)
@@ -247,6 +254,10 @@ class Leadership:
         except DtrainError:
             other = ReplicaRecord(self._replica.replica, "?")
         if now - self._other[1] < TAKEN_TTLS * max(ttl_s, other.ttl_s) + TAKEN_S:
+            return
+        if not self._answers(other.address):
+            self._log.warning("replica id still in use", lease=f"{found.lease:x}", silent=other.address)
+            self._other = (found.lease, now)
             return
         error = Refused(
             ErrorCode.REPLICA_ID_TAKEN,
