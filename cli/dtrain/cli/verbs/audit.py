@@ -9,6 +9,8 @@ import click
 from dtrain.cli.options import connected, examples, formatted, settings
 
 if TYPE_CHECKING:
+    import threading
+
     from dtrain.cli.auditing import Replay, Sink
     from dtrain.protocol.audit import Auditor, Violation
     from dtrain.protocol.ids import ClusterName
@@ -117,13 +119,11 @@ def _live(
         if blobs is not None:
             damaged = list(blobs.check())
         if follow:
+            told_to_stop = _on_ctrl_c()
             for violation in [*auditor.violations, *damaged]:
                 _tell_one(violation)
-            for violation in _follow(replay, auditor):
+            for violation in _follow(replay, auditor, told_to_stop):
                 _tell_one(violation)
-    except KeyboardInterrupt:
-        if not follow:
-            raise
     finally:
         replay.close()
         if recorder is not None:
@@ -134,17 +134,35 @@ def _live(
     return _tell(auditor, cluster, f"etcd{read}", note=note, more=damaged, listed=not follow)
 
 
-def _follow(replay: "Replay", auditor: "Auditor") -> Iterator["Violation"]:
-    """Yield violations as they come, until Ctrl-C; an etcd that is away is waited for."""
-    import time
+def _on_ctrl_c() -> "threading.Event":
+    """Return what the first Ctrl-C sets; the second interrupts.
 
+    An exception raised by a signal can come up inside a destructor, where Python drops it: a
+    follower that was told to end would then go on for ever.
+    """
+    import signal
+    import threading
+
+    told = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def once(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        told.set()
+
+    signal.signal(signal.SIGINT, once)
+    return told
+
+
+def _follow(replay: "Replay", auditor: "Auditor", told_to_stop: "threading.Event") -> Iterator["Violation"]:
+    """Yield violations as they come, until told to stop; an etcd that is away is waited for."""
     from dtrain.cli import output
     from dtrain.cli.auditing import RETRY_S
     from dtrain.protocol.errors import OutcomeUnknown, Unavailable
 
     output.say(f"checked up to revision {replay.revision}; watching, Ctrl-C ends it")
     told, complained = len(auditor.violations), False
-    while True:
+    while not told_to_stop.is_set():
         try:
             replay.step(STEP_S)
             complained = False
@@ -152,7 +170,7 @@ def _follow(replay: "Replay", auditor: "Auditor") -> Iterator["Violation"]:
             if not complained:
                 output.say(f"etcd does not answer: {error.message}")
             complained = True
-            time.sleep(RETRY_S)
+            told_to_stop.wait(RETRY_S)
         yield from auditor.violations[told:]
         told = len(auditor.violations)
 
