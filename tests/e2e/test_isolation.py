@@ -118,8 +118,8 @@ def test_without_etcd_for_longer_than_the_grace_ranks_end_in_order(harness: Harn
     assert committed.seq <= after.restore.seq
     assert after.restore.step <= last + 1
     assert len(after.restarts) == len(before.restarts), "an etcd that is away costs no restart"
-    # Whichever machine ended its ranks first: the others' then lost their peers.
-    assert harness.await_event(job, EventReason.AGENT_LOST, "could not be reached")
+    # Its own words if it is back before its peer is, else the leader's: its session ended meanwhile.
+    assert harness.await_event(job, EventReason.AGENT_LOST)
     finish(harness, job)
 
 
