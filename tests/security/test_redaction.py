@@ -2,6 +2,8 @@
 
 import secrets
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ from dtrain.protocol.job import (
     JobStatus,
     RestartPolicy,
 )
-from dtrain.runtime import log, redact
+from dtrain.runtime import redact
 from dtrain.runtime.config import EtcdOptions
 from dtrain.runtime.tls import Role
 from dtrain.storage.blobs.open import open_store
@@ -272,22 +274,28 @@ def test_values_that_hold_a_password_do_not_print_it() -> None:
     etcd.close()
 
 
-@pytest.mark.parametrize("json_lines", [True, False])
-def test_a_traceback_in_a_log_shows_no_local_variables(
-    json_lines: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fails(password: str) -> None:
-        raise RuntimeError(f"no luck with {len(password)} characters")
+FAILING = """
+import sys
+from dtrain.runtime import log
 
-    log.configure(json_lines=json_lines)
-    try:
-        fails(SECRET)
-    except RuntimeError:
-        log.get("test").error("it failed", exc_info=True)
-    shown = capsys.readouterr().err
-    assert "no luck with 14 characters" in shown
-    assert SECRET not in shown
-    log.configure()
+def fails(password):
+    raise RuntimeError(f"no luck with {len(password)} characters")
+
+log.configure(json_lines=sys.argv[1] == "True")
+try:
+    fails(sys.stdin.read())
+except RuntimeError:
+    log.get("test").error("it failed", exc_info=True)
+"""
+"""Its own process: logs are set up once in one, for good."""
+
+
+@pytest.mark.parametrize("json_lines", [True, False])
+def test_a_traceback_in_a_log_shows_no_local_variables(json_lines: bool) -> None:
+    command = [sys.executable, "-c", FAILING, str(json_lines)]
+    shown = subprocess.run(command, input=SECRET, capture_output=True, text=True, timeout=60, check=True)
+    assert "no luck with 14 characters" in shown.stderr
+    assert SECRET not in shown.stderr + shown.stdout
 
 
 def test_ranks_inherit_no_setting_of_the_agent() -> None:
