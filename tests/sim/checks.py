@@ -177,6 +177,9 @@ class Checks:
         grace_s = self._cluster.jobs[JobName(str(before.uid).rsplit("-", 1)[0])].spec.reschedule_grace_s
         if failure is None or failure.kind is not FailureKind.AGENT_LOST or name not in self._gone_at:
             return
+        if before.phase is JobPhase.STARTING:
+            # What has not begun is replaced by its own deadline, whatever the reason.
+            return
         for group in self._cluster.groups.values():
             if (group.uid, group.attempt) == (before.uid, before.attempt) and group.broken:
                 # The attempt is over for what its ranks report; the loss is only named as the cause.
@@ -309,10 +312,10 @@ class Checks:
             self._journal_full_at[name] = now
         if state.link.state is not LinkState.ISOLATED or now - self._journal_full_at.get(name, -1e9) < 40.0:
             return
-        away_s = agent.clock.monotonic() - state.link.since
         for job in state.jobs.values():
             if job.prepare is None or not job.alive:
                 continue
+            away_s = agent.clock.monotonic() - max(state.link.since, job.started_at)
             spec = job.prepare.spec
             limit_s = isolation.grace_s(spec, job.pace) + spec.shutdown_grace_s + ISOLATION_SLACK_S
             if away_s > limit_s:

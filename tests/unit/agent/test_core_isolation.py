@@ -162,6 +162,20 @@ def test_ranks_go_on_within_the_grace_and_are_ended_in_order_after_it() -> None:
     assert table.snapshot.failure is None
 
 
+def test_ranks_that_a_leader_starts_during_an_isolation_get_a_grace_of_their_own() -> None:
+    """etcd is back, and its leader is faster than this machine's guardian."""
+    table = Machine().isolated()
+    table.tick(GRACE_S)
+    table.report(Cleared(Attempt(2)))
+    table.training(2)
+    assert table.state.link.state is LinkState.ISOLATED
+    assert not table.ending
+    table.tick(GRACE_S - 0.1)
+    assert not table.ending
+    table.tick(0.2)
+    assert table.ending
+
+
 def test_the_grace_ends_by_the_clock_alone() -> None:
     table = Machine().isolated()
     assert table.last.wake_at == pytest.approx(table.deadline + GRACE_S)

@@ -123,7 +123,7 @@ def _apply(state: AgentState, command: Command, now: float, out: list[Action]) -
             return _stop(job, command, now, out)
         case Start():
             assert job is not None
-            return job if job.start is not None else starting.start(state.machine, job, command, out)
+            return job if job.start is not None else starting.start(state.machine, job, command, now, out)
         case BeginCheckpoint():
             assert job is not None
             return saving.begin(job, command, out)

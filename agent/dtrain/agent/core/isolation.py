@@ -207,7 +207,12 @@ def _due(state: AgentState, job: JobState) -> tuple[float, str] | None:
     if link.state is not LinkState.ISOLATED or not _is_stoppable(job) or job.prepare is None:
         return None
     grace = grace_s(job.prepare.spec, job.pace)
-    over = (link.since + grace, f"etcd could not be reached for {grace:.0f} s (isolation_grace)")
+    # A leader may start ranks here before this machine knows that etcd is back: an isolation
+    # that is almost over must not end them at once.
+    over = (
+        max(link.since, job.started_at) + grace,
+        f"etcd could not be reached for {grace:.0f} s (isolation_grace)",
+    )
     silence = silence_s(job)
     if silence is None:
         return over

@@ -11,7 +11,7 @@ from dtrain.protocol.ids import Rank
 from dtrain.protocol.snapshot import WorkerPhase
 
 
-def start(machine: Machine, job: JobState, command: Start, out: list[Action]) -> JobState:
+def start(machine: Machine, job: JobState, command: Start, now: float, out: list[Action]) -> JobState:
     """Fork the ranks; what they restore from is fetched beside, while they import."""
     assert job.prepare is not None
     first = job.prepare.first_rank
@@ -19,7 +19,9 @@ def start(machine: Machine, job: JobState, command: Start, out: list[Action]) ->
     if command.restore is not None:
         restore = Restore(id=f"{job.name}-{job.uid}-{job.attempt}-{command.restore.seq}")
     ranks = tuple(LocalRank(Rank(first + local), local) for local in range(job.prepare.spec.nproc_per_node))
-    job = dataclasses.replace(job, start=command, phase=WorkerPhase.RESTORING, restore=restore, ranks=ranks)
+    job = dataclasses.replace(
+        job, start=command, started_at=now, phase=WorkerPhase.RESTORING, restore=restore, ranks=ranks
+    )
     fork(machine, job, out)
     return job
 

@@ -211,6 +211,8 @@ class JobState:
     phase: WorkerPhase
     prepare: Prepare | None = None
     start: Start | None = None
+    started_at: float = 0.0
+    """When START was taken on (monotonic)."""
     ranks: tuple[LocalRank, ...] = ()
     command: CommandOutcome | None = None
     cleared: bool = False
