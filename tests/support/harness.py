@@ -174,6 +174,10 @@ class Harness:
             return JobStatus(0, Uid(""), JobPhase.QUEUED)  # type: ignore[arg-type]
         return codec.decode(JobStatus, found[0].value)
 
+    def spec(self, job: JobName) -> JobSpec:
+        """The job file as it is stored, with the uid of its submission."""
+        return codec.decode(JobSpec, self.cluster.etcd.range(self.keys.spec(job)).items[0].value)
+
     def commits(self, job: JobName) -> list[CommitRecord]:
         return self._records(f"jobs/{job}/checkpoints/", CommitRecord)
 

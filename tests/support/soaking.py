@@ -76,6 +76,9 @@ class Jobs:
         job = JobName(name)
         if name in self._running:
             status = self._harness.status(job)
+            if status.uid != self._harness.spec(job).uid:
+                # Of the job that had this name before: the leader has not decided about ours yet.
+                return
             if status.phase in TERMINAL_PHASES:
                 self._ended(name, status.phase, status.reason)
             elif name in self._cancelling and time.monotonic() > self._cancelling[name]:
