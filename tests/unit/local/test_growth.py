@@ -42,6 +42,11 @@ def test_a_young_process_that_fills_its_caches_is_not_called_growth() -> None:
     assert growing(soak(lambda _at, age: 50.0 + min(age, 60.0) / 6)) == set()
 
 
+def test_connections_to_one_member_after_another_are_not_called_growth() -> None:
+    findings = soak(lambda _at, _age: 60.0, fds=lambda _at, age: 24 + min(age // 60, 6))
+    assert growing(findings) == set()
+
+
 def test_memory_that_is_lost_little_by_little_is_found_though_no_life_is_long() -> None:
     assert growing(soak(lambda _at, age: 60.0 + age * 60.0 / HOUR_S)) == {"rss_mb"}
 
@@ -52,9 +57,9 @@ def test_what_grows_with_the_history_of_the_cluster_is_found() -> None:
     assert growing(soak(lambda at, _age: 60.0 + 4.0 * (at // 600))) == {"rss_mb"}
 
 
-@pytest.mark.parametrize("metric", ["threads", "fds"])
-def test_a_thread_or_descriptor_lost_now_and_then_is_found(metric: str) -> None:
-    leaking = {metric: lambda _at, age: 10 + age // 120}
+@pytest.mark.parametrize(("metric", "each_s"), [("threads", 120), ("fds", 40)])
+def test_a_thread_or_descriptor_lost_now_and_then_is_found(metric: str, each_s: int) -> None:
+    leaking = {metric: lambda _at, age: 10 + age // each_s}
     assert growing(soak(lambda _at, _age: 60.0, **leaking)) == {metric}
 
 
