@@ -68,7 +68,7 @@ class Limit:
 LIMITS: Mapping[str, Limit] = {
     "rss_mb": Limit(8.0, 0.12, 24.0, 2.0),
     "threads": Limit(3.0, 0.2, 6.0, 1.5),
-    # A life gains a connection for each thread and each member of etcd that it comes to talk to, and keeps it.
+    # A life gains a connection for each thread and each member of etcd that it comes to talk to.
     "fds": Limit(6.0, 0.2, 12.0, 8.0),
 }
 ETCDS: Mapping[str, Limit] = {
