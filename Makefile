@@ -20,7 +20,7 @@ setup: ## create .venv with everything, and fetch an etcd server
 demo: setup ## train digits on 2 agents x 2 ranks while a leader, a rank and a machine are killed
 	@$(BIN)/python -m examples.demo
 
-test: setup ## run every test, with real etcd, S3, gloo and kills (under 10 minutes on 2 cores)
+test: setup ## run every test, with real etcd, S3, gloo and kills (about 20 minutes on 2 cores)
 	@tools/test.sh
 
 test-fast: setup ## unit, scenario and simulation tests only
