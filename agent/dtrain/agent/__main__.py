@@ -21,6 +21,8 @@ def main() -> int:
     if FD_VARIABLE in os.environ:
         # After a fork without exec grpc would not work, and here nobody does that.
         os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+        # Idle connections are closed every few minutes: no line each in a log of JSON lines.
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
         from dtrain.agent.main import run
 
         return run(sys.argv[1:])
