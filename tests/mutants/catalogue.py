@@ -733,7 +733,10 @@ MUTANTS: tuple[Mutant, ...] = (
         "departed-machine-s-parts-forgotten",
         "G2: a machine lost after its upload wastes a durable checkpoint.",
         f"{CORE}/checkpoints.py",
-        ("    if remember_departed(draft, stored):\n        return\n", ""),
+        (
+            "    if not missing:\n        return False\n    by_rank",
+            "    if missing:\n        return False\n    by_rank",
+        ),
         f"{ON_COORDINATOR}/test_plan_checkpoints.py::"
         "test_parts_of_a_lost_machine_are_kept_and_still_make_a_commit",
     ),
@@ -913,8 +916,16 @@ MUTANTS: tuple[Mutant, ...] = (
         "isolation-grace-without-end",
         "G4: a machine that is cut off trains on for ever beside its successor.",
         f"{AGENT}/core/isolation.py",
-        ("    over = (link.since + grace, ", "    over = (link.since + 10**9 + grace, "),
+        ("max(link.since, job.started_at) + grace", "link.since + 10**9 + grace"),
         f"{ON_AGENT}/test_core_isolation.py::test_ranks_go_on_within_the_grace_and_are_ended_in_order_after_it",
+    ),
+    _mutant(
+        "isolation-grace-of-the-attempt-before",
+        "G5: ranks that a leader has just started are ended by an isolation that is over.",
+        f"{AGENT}/core/isolation.py",
+        ("max(link.since, job.started_at) + grace", "link.since + grace"),
+        f"{ON_AGENT}/test_core_isolation.py::"
+        "test_ranks_that_a_leader_starts_during_an_isolation_get_a_grace_of_their_own",
     ),
     _mutant(
         "isolated-ranks-that-stand-still-go-on",
