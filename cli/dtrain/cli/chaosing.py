@@ -3,10 +3,10 @@
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from dtrain.cli import context
+from dtrain.cli import meant as cluster_meant
 from dtrain.cli.foreground import Foreground
 from dtrain.cli.globals import Settings
 from dtrain.local import marks
@@ -21,8 +21,6 @@ from dtrain.local.host_breaker import HostBreaker
 from dtrain.local.sight import Eyes
 from dtrain.local.watchman import Watchman
 from dtrain.protocol.cluster import TestMark
-from dtrain.protocol.errors import ErrorCode, Unavailable
-from dtrain.protocol.ids import ClusterName, parse_name
 from dtrain.protocol.keys import Keys
 from dtrain.runtime.config import ETCD, EtcdOptions, etcd_options, parse
 from dtrain.storage.etcd.endpoints import Tls
@@ -47,20 +45,13 @@ def find(chosen: Settings) -> Meant:
         Unavailable: no etcd is configured; coordinators alone are not enough.
     """
     options = etcd_options(parse("dtrain chaos", "", ETCD, (), os.environ))
-    endpoints = tuple(part.strip() for part in chosen.endpoints.split(",") if part.strip())
-    name = chosen.cluster
-    if not endpoints:
-        current, known = context.load()
-        entry = known.get(name or current)
-        if entry is None or not entry.endpoints or not entry.alive:
-            raise Unavailable(
-                ErrorCode.COORDINATOR_UNAVAILABLE,
-                "chaos watches a cluster through etcd, and no etcd is configured",
-                fix="start a test cluster (dtrain up --test), or give --endpoints URL,... and --cluster NAME",
-            )
-        endpoints, name = entry.endpoints, name or current
-    keys = Keys(ClusterName(parse_name(name or "default", "cluster")))
-    return Meant(keys, replace(options, endpoints=endpoints))
+    cluster, options = cluster_meant.find(
+        chosen,
+        options,
+        why="chaos watches a cluster through etcd, and no etcd is configured",
+        fix="start a test cluster (dtrain up --test), or give --endpoints URL,... and --cluster NAME",
+    )
+    return Meant(Keys(cluster), options)
 
 
 def run(meant: Meant, settings: ChaosSettings, say: Callable[[str], None]) -> Report:

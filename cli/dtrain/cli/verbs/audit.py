@@ -177,36 +177,22 @@ def _follow(replay: "Replay", auditor: "Auditor", told_to_stop: "threading.Event
 
 def _etcd(access: dict[str, str | None]) -> "tuple[Etcd, ClusterName]":
     """Open the etcd of the cluster that is meant: flags, environment, then the context file."""
-    import dataclasses
     import os
 
-    from dtrain.cli import context
-    from dtrain.protocol.errors import ErrorCode, Unavailable
-    from dtrain.protocol.ids import ClusterName, parse_name
+    from dtrain.cli import meant
     from dtrain.runtime.config import ETCD, etcd_options, parse
     from dtrain.storage.etcd.open import open_etcd
 
-    chosen = settings()
     argv = [
         word for name, value in access.items() if value for word in (f"--{name.replace('_', '-')}", value)
     ]
-    options = etcd_options(parse("dtrain audit", "", ETCD, argv, os.environ))
-    endpoints = tuple(part.strip() for part in chosen.endpoints.split(",") if part.strip())
-    name = chosen.cluster
-    if not endpoints and options.endpoints_file:
-        endpoints = options.endpoints
-    if not endpoints:
-        current, known = context.load()
-        entry = known.get(name or current)
-        if entry is None or not entry.endpoints or not entry.alive:
-            raise Unavailable(
-                ErrorCode.COORDINATOR_UNAVAILABLE,
-                "an audit reads etcd, and no etcd is configured",
-                fix="give --endpoints URL,..., start a local cluster (dtrain up), or give --from FILE",
-            )
-        endpoints, name = entry.endpoints, name or current
-    etcd = open_etcd(dataclasses.replace(options, endpoints=endpoints))
-    return etcd, ClusterName(parse_name(name or "default", "cluster"))
+    cluster, options = meant.find(
+        settings(),
+        etcd_options(parse("dtrain audit", "", ETCD, argv, os.environ)),
+        why="an audit reads etcd, and no etcd is configured",
+        fix="give --endpoints URL,..., start a local cluster (dtrain up), or give --from FILE",
+    )
+    return open_etcd(options), cluster
 
 
 def _tell_one(violation: "Violation") -> None:
