@@ -156,17 +156,11 @@ def test_the_network_comes_and_goes(trouble: Trouble) -> None:
 
 def test_one_member_s_disk_is_full(trouble: Trouble) -> None:
     with trouble.unnoticed("a full disk of one member"):
-        ballast = trouble.fill_disk()
-        member = trouble.etcd.members[2]
-        # It grows its file by megabytes at a time: until then it serves on.
-        trouble.harness.cluster.etcd.range("/x")
-        for number in range(200):
-            if not member.is_running:
-                break
-            etcdctl(trouble.etcd, "put", f"/elsewhere/disk/{number % 2}", "x" * 100_000, member=0)
-        assert not member.is_running, "the disk is not full"
-        trouble.harness.await_commit(trouble.job)
-        ballast.unlink()
+        with trouble.full_disk():
+            # It grows its file by megabytes at a time: until then it serves on.
+            trouble.harness.cluster.etcd.range("/x")
+            trouble.write_until_dead(2)
+            trouble.harness.await_commit(trouble.job)
         trouble.etcd.start_member(2)
         trouble.etcd.wait_ready()
 

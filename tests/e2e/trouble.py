@@ -92,16 +92,20 @@ class Trouble:
         enter = ("nsenter", f"--mount=/proc/{holder.pid}/ns/mnt", "sh", "-c", bind, "sh")
         self.etcd.prefixes[member] = enter
 
-    def fill_disk(self) -> Path:
-        """Leave no byte on the small disk; return what to delete to get them back."""
+    @contextlib.contextmanager
+    def full_disk(self) -> Iterator[None]:
+        """Leave no byte on the small disk for so long."""
         assert self._holder is not None
         ballast = Path(f"/proc/{self._holder.pid}/root{self.disk}/ballast")
-        with ballast.open("wb", buffering=0) as file:
-            for size in (1 << 20, 4096):
-                with contextlib.suppress(OSError):
-                    while True:
-                        file.write(b"\0" * size)
-        return ballast
+        try:
+            with ballast.open("wb", buffering=0) as file:
+                for size in (1 << 20, 4096):
+                    with contextlib.suppress(OSError):
+                        while True:
+                            file.write(b"\0" * size)
+            yield
+        finally:
+            ballast.unlink()
 
     # Eyes ---------------------------------------------------------------------------
 
@@ -184,11 +188,23 @@ class Trouble:
 
     def fill(self) -> None:
         """Write until etcd has no space."""
+        for _ in self._written(1_000_000):
+            pass
+
+    def write_until_dead(self, member: int) -> None:
+        """Write until this member finds no byte on its disk; it may be the leading one."""
+        for number in self._written(100_000):
+            if not self.etcd.members[member].is_running:
+                return
+            assert number < 200, "the disk is not full"
+
+    def _written(self, size: int) -> Iterator[int]:
         client = GatewayEtcd(self.etcd.endpoints)
-        chunk = os.urandom(1_000_000)
+        chunk = os.urandom(size)
         try:
             for number in itertools.count():
                 settle(client, Txn((), (Put(f"/elsewhere/{number % 3}", chunk),)))
+                yield number
         finally:
             client.close()
 
