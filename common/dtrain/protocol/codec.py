@@ -1,7 +1,8 @@
 """Values to JSON and back, driven by their dataclass fields.
 
 Every record carries ``"v": 1``. Unknown fields are ignored, so that a newer
-writer does not break an older reader; an unknown major version is refused.
+writer does not break an older reader, and kept by whoever rewrites a record;
+an unknown major version is refused.
 None and empty collections are left out: records are read by people, in
 ``etcdctl``. Input is bounded in size, depth and number of values before it is
 trusted; numbers fit where they go (64 bits, finite) and text is valid Unicode,
@@ -31,9 +32,17 @@ INTEGER_MIN, INTEGER_MAX = -(2**63), 2**63 - 1
 T = TypeVar("T")
 
 
-def encode(value: Any) -> bytes:
-    """Encode a record as one compact line of JSON with its version first."""
-    return dumps({"v": VERSION, **to_json(value)})
+def encode(value: Any, *, over: bytes = b"") -> bytes:
+    """Encode a record as one compact line of JSON with its version first.
+
+    ``over``: the record that it replaces. Fields at its top that this release does not
+    know come from a newer one, to whom they will matter again: they are kept, if both
+    are of one submission (``uid``).
+    """
+    document = {"v": VERSION, **to_json(value)}
+    if over and "uid" in document:
+        document |= _unknown_fields(type(value), over, document["uid"])
+    return dumps(document)
 
 
 def decode(kind: type[T], data: bytes | str, *, bytes_max: int = RECORD_BYTES_MAX) -> T:
@@ -110,6 +119,16 @@ def to_json(value: Any) -> dict[str, Any]:
 def from_json(kind: type[T], document: Any, where: str = "") -> T:
     """Build a ``kind`` (a dataclass) from a JSON object, checking every type."""
     return typing.cast(T, _build(kind, document, where or kind.__name__))
+
+
+def _unknown_fields(kind: type, record: bytes, uid: str) -> dict[str, Any]:
+    try:
+        document = loads(record)
+    except Refused:
+        return {}
+    if not isinstance(document, dict) or (document.get("v", VERSION), document.get("uid")) != (VERSION, uid):
+        return {}
+    return {name: item for name, item in document.items() if name != "v" and name not in _fields(kind)}
 
 
 def _plain(item: Any) -> Any:

@@ -37,6 +37,8 @@ from dtrain.coordinator.driver import Driver, Plan
 from dtrain.coordinator.health import EtcdHealth, Health, judge_rejection
 from dtrain.coordinator.leadership.lease import Leadership
 from dtrain.coordinator.persistence import Committer, Deposed
+from dtrain.coordinator.skew import Releases
+from dtrain.coordinator.status import Status
 from dtrain.coordinator.work import Merge, Stores, Worker
 from dtrain.coordinator.world import World
 from dtrain.protocol.cluster import ReplicaRecord
@@ -45,6 +47,7 @@ from dtrain.protocol.ids import JobName, Term
 from dtrain.protocol.keys import Keys
 from dtrain.runtime import grpc_tls, log
 from dtrain.runtime.clock import Clock, SystemClock
+from dtrain.runtime.serving import StatusServer, inherited
 from dtrain.runtime.tls import Role
 from dtrain.storage.etcd.mirror import Change, Mirror
 from dtrain.storage.etcd.open import open_etcd
@@ -100,7 +103,9 @@ class Coordinator:
         revision_seen: int = 0,
         access_problems: Callable[[], Iterable[str]] = tuple,
         end_process: Callable[[int], None] = os._exit,
+        health: socket.socket | None = None,
     ) -> None:
+        self._settings = settings
         self._session = session
         self._clock = clock
         self._end_process = end_process
@@ -116,7 +121,7 @@ class Coordinator:
             settings.tls, settings.cluster, Role.COORDINATOR, settings.replica, clock=clock
         )
         self._server = Server(settings.listen, self._tls)
-        self.address = settings.advertise or self._server.address
+        self.address = settings.advertised(self._server.address)
         self._mirror = Mirror(
             etcd,
             self._keys.root,
@@ -143,13 +148,15 @@ class Coordinator:
         )
         self._channels = Channels(self._tls, clock=clock)
         self._health = Health(self._log.warning)
+        releases = Releases(version, settings.cluster, self._mirror.prefix)
         self._etcd_health = EtcdHealth(
             etcd,
             self._health,
             mirror_age_s=self._mirror.age_s,
-            remarks=lambda version: (
-                *version_warnings(version, bool(settings.etcd.user)),
+            remarks=lambda etcd_version: (
+                *version_warnings(etcd_version, bool(settings.etcd.user)),
                 *access_problems(),
+                *releases.remarks(),
             ),
         )
         self._health_thread = threading.Thread(
@@ -162,6 +169,7 @@ class Coordinator:
             settings.cluster,
             may_act=self.leadership.may_act,
             on_no_space=self._etcd_health.refused_for_space,
+            stored=self._mirror.get,
         )
         self._worker = Worker(etcd, self._stores, merge_manifests, clock)
         self._commits = ThreadPoolExecutor(COMMIT_THREADS, "commit")
@@ -185,6 +193,9 @@ class Coordinator:
             problems=self._problems,
             etcd_version=lambda: self._etcd_health.version,
         )
+        self._loop_at = clock.monotonic()
+        self._serves = False
+        self._status = None if health is None else self._status_server(health)
 
     def start(self) -> None:
         """Start all threads and serve; returns at once."""
@@ -193,10 +204,16 @@ class Coordinator:
         self._lease.start()
         self._health_thread.start()
         self._server.start(self._servicer)
+        self._serves = True
+        if self._status is not None:
+            threading.Thread(
+                target=self._guarded, args=(self._status.run,), name="status", daemon=True
+            ).start()
         self._log.info("coordinator started", address=self.address)
 
     def resign(self) -> None:
         """Stop acting and serving, quickly; what is in flight is for the successor to resolve."""
+        self._serves = False
         self.leadership.stop()
         self._stopping.set()
         self._etcd_health.stop()
@@ -214,6 +231,8 @@ class Coordinator:
         self._lease.join(5.0)
         self._mirror.close()
         self._server.close()
+        if self._status is not None:
+            self._status.close()
         self._commits.shutdown(wait=True, cancel_futures=True)
         self._works.shutdown(wait=True, cancel_futures=True)
         self._channels.close()
@@ -243,7 +262,7 @@ class Coordinator:
         heard_at = 0.0
         while not self._stopping.is_set():
             self._session.beat()
-            now = self._clock.monotonic()
+            now = self._loop_at = self._clock.monotonic()
             if now - heard_at >= HEARD_EVERY_S:
                 heard_at = now
                 _need_descriptor()
@@ -327,6 +346,19 @@ class Coordinator:
         """Sentences for people on what is wrong with this replica now."""
         return [*self._health.sentences(), *(self._tls.problems() if self._tls is not None else ())]
 
+    def _status_server(self, listener: socket.socket) -> StatusServer:
+        status = Status(
+            self._settings.replica,
+            self._keys,
+            self._mirror,
+            leads=self.leadership.may_act,
+            serves=lambda: self._serves,
+            loop_at=lambda: self._loop_at,
+            problems=self._problems,
+            monotonic=self._clock.monotonic,
+        )
+        return StatusServer(listener, status.pages(), report=self._log.warning)
+
     def _acting_term(self) -> Term | None:
         return self.leadership.term if self.leadership.may_act() else None
 
@@ -371,6 +403,7 @@ def run(argv: Sequence[str]) -> int:
     clock = SystemClock()
     try:
         session = attach()
+        health = inherited(os.environ)
         settings = config.load(argv, os.environ)
         log.configure(json_lines=settings.log_json, component=f"coordinator/{settings.replica}")
         etcd = open_etcd(settings.etcd, clock)
@@ -383,6 +416,7 @@ def run(argv: Sequence[str]) -> int:
             merge_manifests=merge,
             revision_seen=session.revision_seen,
             access_problems=etcd.problems,
+            health=health,
         )
     except DtrainError as error:
         cause = f": {error.cause}" if error.cause else ""
@@ -396,6 +430,7 @@ def run(argv: Sequence[str]) -> int:
     try:
         coordinator.start()
         session.set_started()
+        session.set_ready()
         gc.collect()
         # What exists now lives as long as the process: collections need not walk it again.
         gc.freeze()

@@ -78,7 +78,10 @@ Outcome = Committed | Conflict | Deposed | Unknown | NotWritten
 
 
 class Committer:
-    """Commits decisions. Safe for several threads; each call blocks until it is resolved."""
+    """Commits decisions. Safe for several threads; each call blocks until it is resolved.
+
+    ``stored`` returns a record as it is known here, for what a newer release wrote in it.
+    """
 
     def __init__(
         self,
@@ -87,12 +90,14 @@ class Committer:
         *,
         may_act: Callable[[], bool],
         on_no_space: Callable[[], None] = lambda: None,
+        stored: Callable[[str], KeyValue | None] = lambda _key: None,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._etcd = etcd
         self._keys = Keys(cluster)
         self._may_act = may_act
         self._on_no_space = on_no_space
+        self._stored = stored
         self._pause = pause
 
     def commit(self, term: Term, decision: Decision) -> Outcome:
@@ -100,7 +105,7 @@ class Committer:
         if not self._may_act():
             # Correctness never rests on it: it spares etcd a transaction that the fence would refuse.
             return Deposed()
-        txn = fenced(self._keys, term, decision)
+        txn = fenced(self._keys, term, decision, self._stored)
         try:
             result = self._etcd.txn(txn, deadline_s=COMMIT_DEADLINE_S)
         except OutcomeUnknown:
@@ -156,8 +161,15 @@ class Committer:
         return leader is not None and leader.create_revision == term
 
 
-def fenced(keys: Keys, term: Term, decision: Decision) -> Txn:
+def fenced(
+    keys: Keys,
+    term: Term,
+    decision: Decision,
+    stored: Callable[[str], KeyValue | None] = lambda _key: None,
+) -> Txn:
     """Translate a decision to a transaction that holds only under ``term``.
+
+    A record that is rewritten keeps the fields of ``stored`` that only a newer release knows.
 
     Raises:
         AssertionError: the decision contradicts itself or is larger than one
@@ -176,13 +188,21 @@ def fenced(keys: Keys, term: Term, decision: Decision) -> Txn:
         Compare(rule.prefix, Target.CREATE, 0, range_end=prefix_end(rule.prefix)) for rule in decision.absent
     ]
     success = tuple(
-        Put(write.key, codec.encode(write.value)) if isinstance(write, PutRecord) else Delete(write.key)
+        Put(write.key, codec.encode(write.value, over=_replaced(write, stored)))
+        if isinstance(write, PutRecord)
+        else Delete(write.key)
         for write in decision.writes
     )
     failure: tuple[Operation, ...] = (Get(keys.leader), *(Get(key) for key in expected if key != keys.leader))
     for part in (compares, success, failure):
         assert len(part) <= OPERATIONS_PER_TXN_MAX, "a decision is larger than one transaction may be"
     return Txn(tuple(compares), success, failure)
+
+
+def _replaced(write: PutRecord, stored: Callable[[str], KeyValue | None]) -> bytes:
+    """The record that ``write`` takes the place of; nothing if it is not the one it was decided from."""
+    found = stored(write.key) if write.expect_mod else None
+    return found.value if found is not None and found.mod_revision == write.expect_mod else b""
 
 
 def _written_at(txn: Txn, found: dict[str, KeyValue]) -> int | None:

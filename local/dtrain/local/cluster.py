@@ -50,7 +50,8 @@ class LocalCluster(Breakable):
     its environment. ``faults``
     marks it as a test cluster, gives each daemon links of its own to etcd, which can be
     cut and slowed, and serves ``dtrain chaos``. ``auto_compaction``: how long etcd keeps
-    history ("10m"; "": for ever). ``secure``: etcd with TLS and users.
+    history ("10m"; "": for ever). ``secure``: etcd with TLS and users. ``python_of``: the interpreter
+    that runs a daemon, by its name; one of another environment brings another release of dtrain.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class LocalCluster(Breakable):
         etcd_quota_bytes: int = 0,
         auto_compaction: str = "",
         secure: SecureEtcd | None = None,
+        python_of: Callable[[str], str] = lambda _name: sys.executable,
     ) -> None:
         if store not in ("s3", "dir"):
             raise Refused(ErrorCode.BAD_SETTING, f"{store!r} is no kind of local store", fix="use s3 or dir")
@@ -90,6 +92,7 @@ class LocalCluster(Breakable):
         self._coordinator_flags = tuple(coordinator_flags)
         self._env = dict(env or {})
         self._faults = faults
+        self._python_of = python_of
         self.etcd_servers = EtcdCluster(
             self.folder / "etcd",
             size=etcd_members,
@@ -245,7 +248,7 @@ class LocalCluster(Breakable):
 
     def _add_coordinator(self, name: str, port: int, keeper: Keeper) -> None:
         command = (
-            *(sys.executable, "-m", "dtrain.coordinator"),
+            *(self._python_of(name), "-m", "dtrain.coordinator"),
             *("--cluster", self.name, "--id", name, "--listen", f"127.0.0.1:{port}"),
             *("--endpoints", ",".join(self._endpoints_of(name)), "--ttl", str(self._ttl_s)),
             *("--default-store", self.store_uri),
@@ -256,7 +259,7 @@ class LocalCluster(Breakable):
     def _add_agent(self, name: str, port: int, keeper: Keeper) -> None:
         folder = self.folder / "agents" / name
         command = (
-            *(sys.executable, "-m", "dtrain.agent"),
+            *(self._python_of(name), "-m", "dtrain.agent"),
             *("--cluster", self.name, "--name", name, "--listen", f"127.0.0.1:{port}"),
             *("--host", "127.0.0.1", "--slots", str(self._slots), "--data-dir", str(folder)),
             *("--endpoints", ",".join(self._endpoints_of(name)), "--ttl", str(self._ttl_s)),

@@ -95,6 +95,10 @@ class Daemon:
         self._keeper = keeper
         self._process: subprocess.Popen[bytes] | None = None
 
+    def use(self, python: str) -> None:
+        """Run it with this interpreter from its next start on: another environment is another release."""
+        self._command = (python, *self._command[1:])
+
     def start(self) -> None:
         """Start it; does nothing while it runs."""
         if not self.is_running:

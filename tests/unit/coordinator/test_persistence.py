@@ -1,5 +1,6 @@
 """Decisions as fenced transactions, against the model of etcd."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -14,12 +15,14 @@ from dtrain.coordinator.persistence import (
     Unknown,
     fenced,
 )
+from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import Latest
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused, Unavailable
-from dtrain.protocol.ids import ClusterName, JobName, Seq, Step, Term
+from dtrain.protocol.ids import ClusterName, JobName, Seq, Step, Term, Uid
+from dtrain.protocol.job import JobPhase, JobStatus
 from dtrain.protocol.keys import Keys
 from dtrain.storage.etcd.memory import MemoryEtcd
-from dtrain.storage.etcd.port import OPERATIONS_PER_TXN_MAX, Put, Txn, TxnResult
+from dtrain.storage.etcd.port import OPERATIONS_PER_TXN_MAX, KeyValue, Put, Txn, TxnResult
 
 CLUSTER = ClusterName("c1")
 KEYS = Keys(CLUSTER)
@@ -195,3 +198,24 @@ def test_a_decision_larger_than_a_transaction_is_a_bug() -> None:
     writes = tuple(DeleteRecord(KEYS.event(JOB, seq), 1) for seq in range(OPERATIONS_PER_TXN_MAX))
     with pytest.raises(AssertionError, match="larger"):
         fenced(KEYS, Term(1), Decision(writes=writes))
+
+
+def test_what_a_newer_release_wrote_in_a_record_outlives_a_rewrite(etcd: Faulty) -> None:
+    term, key = lead(etcd), KEYS.status(JOB)
+    status = JobStatus(term, Uid("u1"), JobPhase.QUEUED)
+    revision = etcd.txn(Txn(success=(Put(key, codec.encode(status)[:-1] + b',"later":[1]}'),))).revision
+
+    def stored(name: str) -> KeyValue | None:
+        return next(iter(etcd.range(name).items), None)
+
+    keeping = Committer(etcd, CLUSTER, may_act=lambda: True, stored=stored)
+    running = dataclasses.replace(status, phase=JobPhase.RUNNING)
+    assert isinstance(keeping.commit(term, Decision(writes=(PutRecord(key, running, revision),))), Committed)
+    found = etcd.range(key).items[0]
+    assert codec.decode(JobStatus, found.value) == running
+    assert codec.loads(found.value)["later"] == [1]
+    # Another submission's record begins afresh.
+    other = dataclasses.replace(running, uid=Uid("u2"))
+    decision = Decision(writes=(PutRecord(key, other, found.mod_revision),))
+    assert isinstance(keeping.commit(term, decision), Committed)
+    assert "later" not in codec.loads(etcd.range(key).items[0].value)

@@ -23,7 +23,7 @@ from dtrain.protocol.ids import (
     Uid,
     parse_name,
 )
-from dtrain.protocol.job import Entry, EntryKind, JobPhase, JobSpec, JobStatus, RestorePoint
+from dtrain.protocol.job import Entry, EntryKind, Intent, JobPhase, JobSpec, JobStatus, RestorePoint
 from dtrain.protocol.keys import Keys, Parsed
 from dtrain.protocol.snapshot import Failure, FailureKind
 
@@ -167,3 +167,14 @@ def test_a_line_of_unknown_type_is_refused():
         ranklink.decode_line(b'{"type":"Nonsense"}')
     report = ranklink.Report(ranklink.WorkerPhase.TRAINING, Step(3), metrics={"loss": 0.5})
     assert ranklink.decode_line(ranklink.encode_line(report)) == report
+
+
+def test_fields_of_a_newer_release_outlive_a_rewrite_by_this_one():
+    stored = b'{"v":1,"wanted":"run","uid":"u1","quota":{"gpus":[1,2]},"by":"newer"}'
+    intent = codec.decode(Intent, stored)
+    again = codec.loads(codec.encode(dataclasses.replace(intent, by=""), over=stored))
+    assert again["quota"] == {"gpus": [1, 2]}
+    assert "by" not in again, "a field that this release knows is its own to change"
+    fresh = dataclasses.replace(intent, uid=Uid("u2"))
+    for before in (stored, b"no json", b'{"v":2,"uid":"u2","quota":1}'):
+        assert b"quota" not in codec.encode(fresh, over=before)

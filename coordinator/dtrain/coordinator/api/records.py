@@ -50,6 +50,8 @@ class _Found:
     status: JobStatus | None
     guards: tuple[Compare, ...]
     revision: int
+    intent_stored: bytes = b""
+    """As it stands in etcd, with what a newer release may have put there."""
 
 
 class Operators:
@@ -159,7 +161,10 @@ class Operators:
             after = replace(after, by=by[:BY_CHARACTERS_MAX], at=iso(self._clock.wall()))
             try:
                 result = self._etcd.txn(
-                    Txn(found.guards, (Put(self._keys.intent(name), codec.encode(after)),))
+                    Txn(
+                        found.guards,
+                        (Put(self._keys.intent(name), codec.encode(after, over=found.intent_stored)),),
+                    )
                 )
             except OutcomeUnknown as error:
                 # Read again: if it was applied, the next round finds nothing left to change.
@@ -181,7 +186,15 @@ class Operators:
         guards = [
             Compare(key, Target.MOD, at[key].mod_revision if key in at else 0) for key in (names[0], names[1])
         ]
-        found = _Found(spec, _value(at.get(names[1]), Intent), status, (), result.revision)
+        intent = at.get(names[1])
+        found = _Found(
+            spec,
+            _value(intent, Intent),
+            status,
+            (),
+            result.revision,
+            intent.value if intent is not None else b"",
+        )
         if _has_ended(found):
             # A terminal phase is what allows replacing the job: it must still be so. A running
             # job's status changes far too often to be compared.
