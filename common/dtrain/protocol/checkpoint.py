@@ -44,6 +44,8 @@ class OpenRecord:
     """The operator's token it answers, if any."""
     reports: tuple[DurablePart, ...] = ()
     opened_at: str = ""
+    hold_s: float = 0.0
+    """The attempt ends with it: ranks stay at its step, at most so long. 0: they train on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,12 +54,17 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class BeginCheckpoint:
-    """Copy the state at the boundary of ``step``, upload it, report it durable."""
+    """Copy the state at the boundary of ``step``, upload it, report it durable.
+
+    With ``hold_s`` ranks stay at that boundary until the outcome is known or they
+    are ended, at most so long: an attempt that is about to end takes no step in vain.
+    """
 
     header: Header
     seq: Seq
     nonce: str
     step: Step
+    hold_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,8 @@ class EventReason(StrEnum):
     MASS_LOSS = "MassLoss"
     PREPARE_TIMEOUT = "PrepareTimeout"
     PROCESS_UNKILLABLE = "ProcessUnkillable"
+    AGENT_DRAINING = "AgentDraining"
+    DRAINED = "Drained"
     LEADER_CHANGED = "LeaderChanged"
     BUDGET_EXHAUSTED = "BudgetExhausted"
     DO_NOT_RETRY = "DoNotRetry"

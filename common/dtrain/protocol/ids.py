@@ -36,6 +36,10 @@ Incarnation = NewType("Incarnation", str)
 Revision = NewType("Revision", int)
 """An etcd revision."""
 
+RESTORE_BUMP_LEAST = 100_000_000
+"""A leap of etcd's revision by so much is a restored backup whose revisions were raised, as they must be:
+no revision of the former history, and so no term, can occur again. Nobody writes that much unnoticed."""
+
 _NAME = re.compile(r"[a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?")
 
 

@@ -130,11 +130,15 @@ class BlobPlace:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Seal a snapshot at the boundary of ``step``; report a problem if it has passed."""
+    """Seal a snapshot at the boundary of ``step``; report a problem if it has passed.
+
+    ``hold_s``: then stay there until the outcome comes, at most so long (0: train on).
+    """
 
     seq: Seq
     nonce: str
     step: Step
+    hold_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

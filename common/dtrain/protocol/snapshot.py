@@ -184,6 +184,16 @@ class WorkerSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class Draining:
+    """An agent was told to end, and waits for its jobs to be moved. ``reason``: by what."""
+
+    reason: str
+    since: str = ""
+    grace_s: float = 0.0
+    """How long it waits from ``since`` on; then it ends its ranks itself."""
+
+
+@dataclass(frozen=True, slots=True)
 class NodeRecord:
     """One machine: written when its agent's session begins, under its lease."""
 
@@ -203,3 +213,5 @@ class NodeRecord:
     since: str = ""
     problem: str = ""
     """Why nothing new should be placed here, in one sentence."""
+    draining: Draining | None = None
+    """It is about to end: its jobs are to go on elsewhere, from a checkpoint taken now."""

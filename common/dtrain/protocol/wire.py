@@ -1,5 +1,6 @@
 """Commands to protobuf and back: the only translation between values and ``pb``."""
 
+import math
 from typing import assert_never
 
 from dtrain.protocol import codec
@@ -63,7 +64,9 @@ def command_to_pb(command: Command) -> pb.Command:
             )
         case BeginCheckpoint():
             message.begin_checkpoint.CopyFrom(
-                pb.BeginCheckpoint(seq=command.seq, nonce=command.nonce, step=command.step)
+                pb.BeginCheckpoint(
+                    seq=command.seq, nonce=command.nonce, step=command.step, hold_s=command.hold_s
+                )
             )
         case AbortCheckpoint():
             message.abort_checkpoint.CopyFrom(
@@ -112,7 +115,10 @@ def command_from_pb(message: pb.Command) -> Command:
             return Start(head, message.start.rendezvous, _restore_from_pb(restore))
         case "begin_checkpoint":
             begin = message.begin_checkpoint
-            return BeginCheckpoint(head, Seq(begin.seq), parse_token(begin.nonce, "nonce"), Step(begin.step))
+            # What is no duration holds nobody: it goes on to the ranks as JSON.
+            hold_s = begin.hold_s if math.isfinite(begin.hold_s) else 0.0
+            nonce = parse_token(begin.nonce, "nonce")
+            return BeginCheckpoint(head, Seq(begin.seq), nonce, Step(begin.step), max(0.0, hold_s))
         case "abort_checkpoint":
             abort = message.abort_checkpoint
             return AbortCheckpoint(head, Seq(abort.seq), abort.why, abort.final)

@@ -376,7 +376,9 @@ class World:
                 del self._agents[agent]
                 self._lost_at[agent] = now
                 self._back_at.pop(agent, None)
-                self._losses.append((now, agent))
+                if known.draining_at is None:
+                    # One that said that it would go is no sign of a broken network.
+                    self._losses.append((now, agent))
             self._unreachable.pop(agent, None)
         else:
             try:
@@ -386,7 +388,11 @@ class World:
                 self.problems.append(f"agent {agent} cannot be used: {error.message}")
                 return
             same = known is not None and known.node.incarnation == node.incarnation
-            self._agents[agent] = AgentView(node, known.seen_at if known is not None and same else now)
+            seen_at = known.seen_at if known is not None and same else now
+            draining_at = None
+            if node.draining is not None:
+                draining_at = now if known is None or known.draining_at is None else known.draining_at
+            self._agents[agent] = AgentView(node, seen_at, draining_at)
             if self._lost_at.pop(agent, None) is not None:
                 self._back_at[agent] = now
             if not same:

@@ -265,6 +265,8 @@ class Run:
         self._metrics["checkpoint_stall_s"] = time.perf_counter() - began
         self._session.set_metrics(dict(self._metrics))
         self._session.keep(sealed)
+        if begin.hold_s > 0:
+            self._session.await_outcome(begin.seq, begin.hold_s)
 
     def _make_saver(self) -> Saver | None:
         if self._saver is None:

@@ -6,6 +6,7 @@ lock that is held for microseconds; the training thread takes it once per step.
 """
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 
 from dtrain.protocol.ids import Rank, Seq, Step
@@ -100,6 +101,20 @@ class Session:
         with self._changed:
             self._refuse(begin, late=False, message=message)
         self._wake()
+
+    def is_held(self, seq: Seq) -> bool:
+        """Whether the outcome of what was sealed as ``seq`` is still to come."""
+        return self._sealed is not None and self._sealed.seq == seq and self._stop is None
+
+    def await_outcome(self, seq: Seq, at_most_s: float) -> None:
+        """Stay at this step until it is known what became of checkpoint ``seq``.
+
+        The attempt ends with that checkpoint, so a step taken meanwhile would be taken again.
+        """
+        deadline = time.monotonic() + at_most_s
+        with self._changed:
+            while self.is_held(seq) and (left_s := deadline - time.monotonic()) > 0:
+                self._changed.wait(min(_WAIT_S, left_s))
 
     def await_plan(self) -> RestorePlan | None:
         """Wait for what to restore; None if the job saves nothing or the attempt is over."""

@@ -176,17 +176,21 @@ class BeginCheckpoint(google.protobuf.message.Message):
     SEQ_FIELD_NUMBER: builtins.int
     NONCE_FIELD_NUMBER: builtins.int
     STEP_FIELD_NUMBER: builtins.int
+    HOLD_S_FIELD_NUMBER: builtins.int
     seq: builtins.int
     nonce: builtins.str
     step: builtins.int
+    hold_s: builtins.float
+    """Ranks stay at that boundary until the outcome, at most so long; 0: they train on."""
     def __init__(
         self,
         *,
         seq: builtins.int = ...,
         nonce: builtins.str = ...,
         step: builtins.int = ...,
+        hold_s: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["nonce", b"nonce", "seq", b"seq", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["hold_s", b"hold_s", "nonce", b"nonce", "seq", b"seq", "step", b"step"]) -> None: ...
 
 Global___BeginCheckpoint: typing_extensions.TypeAlias = BeginCheckpoint
 

@@ -275,14 +275,25 @@ def can_checkpoint(draft: Draft, members: Sequence[Seat]) -> bool:
     return bool(draft.status.store) and ranks is not None and all(rank.sdk for rank in ranks)
 
 
+def is_pointless(draft: Draft, members: Sequence[Seat]) -> bool:
+    """Whether a checkpoint now could hold nothing, or can never be taken in this attempt."""
+    ranks = _all_ranks(members)
+    if not draft.status.store or (ranks is not None and not all(rank.sdk for rank in ranks)):
+        return True
+    return ranks is not None and not any(rank.step for rank in ranks)
+
+
 def _all_ranks(members: Sequence[Seat]) -> list[RankState] | None:
     ranks = [rank for seat in members for rank in seat.ranks]
     expected = sum(seat.member.nproc for seat in members)
     return ranks if ranks and len(ranks) == expected else None
 
 
-def drive(draft: Draft, members: Sequence[Seat]) -> None:
-    """Follow the open checkpoint of the running attempt, or open the next one when due."""
+def drive(draft: Draft, members: Sequence[Seat], *, hold_s: float = 0.0) -> None:
+    """Follow the open checkpoint of the running attempt, or open the next one when due.
+
+    With ``hold_s`` one is due now, may take that long, and ranks stay at its step.
+    """
     current: Stored[OpenRecord] | None = None
     for stored in own_open(draft):
         if stored.value.attempt != draft.status.attempt or current is not None:
@@ -292,7 +303,7 @@ def drive(draft: Draft, members: Sequence[Seat]) -> None:
     if current is not None:
         _follow(draft, members, current)
     elif can_checkpoint(draft, members):
-        _open_if_due(draft, members)
+        _open_if_due(draft, members, hold_s)
     elif _token(draft):
         why = "its ranks have not joined through the SDK" if draft.status.store else "it has no store"
         draft.say(f"the checkpoint asked for cannot be taken: {why}")
@@ -351,7 +362,8 @@ def _begin(draft: Draft, members: Sequence[Seat], record: OpenRecord) -> None:
     header = draft.header(f"begin.{record.seq}.{record.nonce}")
     for seat in members:
         if not _knows(seat.snapshot, record.seq):
-            draft.command(seat.member.agent, BeginCheckpoint(header, record.seq, record.nonce, record.step))
+            begin = BeginCheckpoint(header, record.seq, record.nonce, record.step, record.hold_s)
+            draft.command(seat.member.agent, begin)
 
 
 def _knows(snapshot: WorkerSnapshot | None, seq: Seq) -> bool:
@@ -367,7 +379,7 @@ def _knows(snapshot: WorkerSnapshot | None, seq: Seq) -> bool:
 # Opening ---------------------------------------------------------------------------
 
 
-def _open_if_due(draft: Draft, members: Sequence[Seat]) -> None:
+def _open_if_due(draft: Draft, members: Sequence[Seat], hold_s: float) -> None:
     status = draft.status
     ended = end_of_training(members)
     if ended is not None:
@@ -382,6 +394,9 @@ def _open_if_due(draft: Draft, members: Sequence[Seat]) -> None:
     reached = _estimated_step(draft, members, rate)
     slack = (SLACK_STEPS + rate * COMMAND_LATENCY_S) * 2.0**status.late_saves
     soonest = math.ceil(reached + slack)
+    if hold_s > 0:
+        _begin(draft, members, open_checkpoint(draft, Step(soonest), final=False, hold_s=hold_s))
+        return
     target = _target(draft, reached, slack, soonest, rate)
     if target is not None and _rested(draft):
         _begin(draft, members, open_checkpoint(draft, target, final=False))
@@ -408,8 +423,9 @@ def _target(draft: Draft, reached: float, slack: float, soonest: int, rate: floa
     return None
 
 
-def open_checkpoint(draft: Draft, step: Step, *, final: bool) -> OpenRecord:
+def open_checkpoint(draft: Draft, step: Step, *, final: bool, hold_s: float = 0.0) -> OpenRecord:
     """Write the intent under a number that was never used before."""
+    timeout_s = draft.spec.checkpoint.timeout_s
     status, name = draft.status, draft.job.name
     seq = Seq(status.seq_last + 1)
     record = OpenRecord(
@@ -420,11 +436,12 @@ def open_checkpoint(draft: Draft, step: Step, *, final: bool) -> OpenRecord:
         step,
         draft.moment.nonce,
         status.world_size,
-        draft.spec.checkpoint.timeout_s,
+        min(timeout_s, round(hold_s, 3)) if hold_s > 0 else timeout_s,
         final,
         _token(draft),
         (),
         iso(draft.moment.wall),
+        round(hold_s, 3),
     )
     draft.put(draft.keys.open(name, seq), record, 0)
     # A number that has a commit record was given out before: a status from a backup, perhaps.
@@ -575,6 +592,8 @@ def settle(draft: Draft, *, patient: bool) -> bool:
     deadline = None if since is None else since + SETTLE_S
     settled = True
     for stored in reversed(own_open(draft)):  # newest first: ``latest`` is put once
+        if draft.deletes_key(draft.keys.open(draft.job.name, stored.value.seq)):
+            continue  # this very decision has committed or aborted it
         settled = _settle_one(draft, stored, patient, deadline) and settled
     return settled
 

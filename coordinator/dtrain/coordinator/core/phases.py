@@ -9,7 +9,7 @@ next are one transaction.
 from collections.abc import Sequence, Set
 from dataclasses import replace
 
-from dtrain.coordinator.core import checkpoints, failures, placement, retention
+from dtrain.coordinator.core import checkpoints, draining, failures, placement, retention
 from dtrain.coordinator.core.decisions import ProbeStore
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.failures import Ending
@@ -133,6 +133,9 @@ def starting(draft: Draft) -> None:
     if ending is not None:
         attempt_over(draft, ending, avoid=_not_ready(members))
         return
+    if going := draining.leaving(members):
+        move(draft, going)
+        return
     ready = [seat for seat in members if _is_ready(seat)]
     _prepare(draft, members)
     rendezvous = "" if members[0].snapshot is None else members[0].snapshot.rendezvous
@@ -231,13 +234,19 @@ def running(draft: Draft) -> None:
     if all(seat.phase is WorkerPhase.DONE for seat in members):
         succeed(draft)
         return
-    draft.explain(f"training on {_count(draft.status.world_size, 'rank')}")
+    going = draining.leaving(members)
+    if not going:
+        draft.explain(f"training on {_count(draft.status.world_size, 'rank')}")
+    elif draining.is_due(draft, members, going):
+        move(draft, going)
+        return
     if draft.fleet.brake:
         draft.say(f"no loss is declared while the brake is on: {draft.fleet.brake}")
     for seat in members:
         if seat.standing is Standing.SETTLING:
             draft.say(f"{seat.why}; waiting before it is called lost")
-    checkpoints.drive(draft, members)
+    if not going:
+        checkpoints.drive(draft, members)
     checkpoints.tell_outcomes(draft, members)
     release_strays(draft)
     if draft.status.store:
@@ -451,6 +460,13 @@ def attempt_over(draft: Draft, ending: Ending, *, avoid: Set[AgentName] = frozen
         return
     draft.enter(JobPhase.RECOVERING, f"recovering from: {failures.sentence(failure)}", members=())
     recovering(draft, avoid=avoid)
+
+
+def move(draft: Draft, going: Sequence[Seat]) -> None:
+    """End the attempt because machines of it are about to go, and begin the next one without them."""
+    draining.note_end(draft, going)
+    draft.enter(JobPhase.RECOVERING, f"moving to other machines: {draining.sentence(going)}", members=())
+    recovering(draft)
 
 
 def recovering(draft: Draft, *, avoid: Set[AgentName] = frozenset()) -> None:

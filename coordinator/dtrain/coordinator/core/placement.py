@@ -4,7 +4,7 @@ All or nothing (gang), one member per machine. Machines that held ranks keep
 their place where possible, so that warm launchers and caches are of use.
 """
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from dtrain.coordinator.core.draft import Draft
@@ -18,6 +18,9 @@ JOIN_WINDOW_S = 2.0
 UNREACHABLE_REST_S = 15.0
 """How long an agent that did not answer is left alone. After that it is tried again:
 nothing but a command can find out that it answers again."""
+
+SHOWN_MAX = 4
+"""Names of machines in a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ def candidates(draft: Draft) -> dict[AgentName, AgentView]:
     fleet = draft.fleet
     found = {}
     for name, view in fleet.agents.items():
-        if name in fleet.cordoned or blocked(draft, name, view):
+        if name in fleet.cordoned or blocked(draft, name, view) or view.draining_at is not None:
             continue
         if view.node.slots - fleet.used.get(name, 0) < draft.spec.nproc_per_node:
             continue
@@ -132,24 +135,34 @@ def previous_places(draft: Draft) -> dict[AgentName, int]:
     return places
 
 
+def draining(names: Sequence[AgentName]) -> str:
+    """Who is about to go, in words."""
+    more = f" and {len(names) - SHOWN_MAX} more" if len(names) > SHOWN_MAX else ""
+    return f"{', '.join(names[:SHOWN_MAX])}{more} {'is' if len(names) == 1 else 'are'} draining"
+
+
 def _short_of(draft: Draft, usable: dict[AgentName, AgentView]) -> str:
     spec, fleet = draft.spec, draft.fleet
     missing = spec.nnodes_min - len(usable)
     plural = "" if spec.nnodes_min == 1 else "s"
     slots = f"{spec.nproc_per_node} free slot{'' if spec.nproc_per_node == 1 else 's'}"
     parts = []
-    cordoned = sum(1 for name in fleet.agents if name in fleet.cordoned)
+    leaving = sorted(name for name, view in fleet.agents.items() if view.draining_at is not None)
+    staying = {name: view for name, view in fleet.agents.items() if view.draining_at is None}
+    cordoned = sum(1 for name in staying if name in fleet.cordoned)
     stuck = sum(
-        1 for name, view in fleet.agents.items() if name not in fleet.cordoned and blocked(draft, name, view)
+        1 for name, view in staying.items() if name not in fleet.cordoned and blocked(draft, name, view)
     )
     full = sum(
         1
-        for name, view in fleet.agents.items()
+        for name, view in staying.items()
         if name not in fleet.cordoned
         and not blocked(draft, name, view)
         and view.node.slots - fleet.used.get(name, 0) < draft.spec.nproc_per_node
     )
-    silent = len(fleet.agents) - cordoned - stuck - full - len(usable)
+    silent = len(staying) - cordoned - stuck - full - len(usable)
+    if leaving:
+        parts.append(draining(leaving))
     if full:
         parts.append(f"{full} without {slots}")
     if cordoned:

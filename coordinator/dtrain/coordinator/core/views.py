@@ -97,6 +97,8 @@ class AgentView:
     node: NodeRecord
     seen_at: float
     """When this leader first saw this incarnation."""
+    draining_at: float | None = None
+    """When this replica first saw that the agent drains, in whichever of its lives; None: it does not."""
 
 
 @dataclass(frozen=True, slots=True)

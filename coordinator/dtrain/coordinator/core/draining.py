@@ -1,0 +1,104 @@
+"""Machines that are about to go: their jobs stop at a checkpoint, then go on elsewhere.
+
+An agent that drains goes on training and says so in its node record; whoever
+leads reads it there, so that a change of leader changes nothing. The attempt
+ends with a checkpoint that its ranks hold at: no step is done twice. If there
+can be none, or it fails, the attempt ends without it; the agent would soon end
+its ranks anyway.
+"""
+
+from collections.abc import Sequence
+
+from dtrain.coordinator.core import checkpoints
+from dtrain.coordinator.core.draft import Draft
+from dtrain.coordinator.core.liveness import Seat
+from dtrain.coordinator.core.placement import draining as who_drains
+from dtrain.protocol.events import EventReason
+from dtrain.protocol.job import JobPhase
+from dtrain.protocol.snapshot import WorkerPhase
+
+GRACE_SHARE = 0.9
+"""Of an agent's own patience: what is not durable by then is given up, which leaves time to stop in order."""
+
+
+def leaving(members: Sequence[Seat]) -> list[Seat]:
+    """Members that have ranks on a machine that is about to go."""
+    return [
+        seat
+        for seat in members
+        if seat.agent is not None
+        and seat.agent.draining_at is not None
+        and seat.phase is not WorkerPhase.DONE
+    ]
+
+
+def is_due(draft: Draft, members: Sequence[Seat], going: Sequence[Seat]) -> bool:
+    """Take the checkpoint that the attempt ends with; True once it is to end, with or without one.
+
+    Called instead of ``checkpoints.drive``, with the seats that ``leaving`` returned.
+    """
+    text = f"{sentence(going)}; a checkpoint is taken before the job goes on elsewhere"
+    if draft.status.reason != text:
+        draft.event(EventReason.AGENT_DRAINING, text, _about(going))
+    draft.explain(text)
+    if any(rank.last_step is not None for seat in members for rank in seat.ranks):
+        # Training has ended: its last checkpoint is as good as one of ours, and nothing has to move.
+        checkpoints.drive(draft, members)
+        return False
+    until = min(_until(seat) for seat in going)
+    if draft.now >= until or checkpoints.is_pointless(draft, members):
+        return True
+    draft.wake(until)
+    return _is_decided(draft, members, until)
+
+
+def _is_decided(draft: Draft, members: Sequence[Seat], until: float) -> bool:
+    """Go on with the checkpoint; True if it is committed, or has failed in a way that another one would."""
+    held = [stored.value for stored in checkpoints.own_open(draft) if stored.value.hold_s > 0]
+    late_before = draft.status.late_saves
+    checkpoints.drive(draft, members, hold_s=until - draft.now)
+    if not any(draft.deletes_key(draft.keys.open(draft.job.name, record.seq)) for record in held):
+        return False
+    # Ranks that had gone past the step are asked again for a later one.
+    return bool(draft.committed) or draft.status.late_saves <= late_before
+
+
+def note_end(draft: Draft, going: Sequence[Seat]) -> None:
+    """Record that the attempt ends because of these machines. It costs no restart."""
+    newest = draft.committed[-1] if draft.committed else None
+    if newest is not None:
+        where = f"ends at step {newest.step}, with checkpoint {newest.seq}"
+    elif draft.status.phase is JobPhase.STARTING:
+        where = "ends before it has begun"
+    else:
+        where = "ends without a checkpoint"
+    draft.event(
+        EventReason.DRAINED,
+        f"{sentence(going)}: attempt {draft.status.attempt} {where}",
+        _about(going),
+        warning=newest is None and draft.status.phase is JobPhase.RUNNING,
+    )
+    draft.set(charge=False)
+
+
+def sentence(going: Sequence[Seat]) -> str:
+    """Who goes, and why."""
+    names = sorted(seat.member.agent for seat in going)
+    reasons = sorted({_reason(seat) for seat in going} - {""})
+    return who_drains(names) + (f" ({', '.join(reasons)})" if reasons else "")
+
+
+def _reason(seat: Seat) -> str:
+    told = None if seat.agent is None else seat.agent.node.draining
+    return "" if told is None else told.reason
+
+
+def _until(seat: Seat) -> float:
+    assert seat.agent is not None
+    assert seat.agent.draining_at is not None
+    told = seat.agent.node.draining
+    return seat.agent.draining_at + GRACE_SHARE * (0.0 if told is None else told.grace_s)
+
+
+def _about(going: Sequence[Seat]) -> str:
+    return f"agent/{going[0].member.agent}"
