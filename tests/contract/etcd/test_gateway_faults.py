@@ -237,6 +237,26 @@ def test_a_lower_raft_term_is_refused() -> None:
     listener.close()
 
 
+def test_a_lower_raft_term_is_fine_once_the_revision_was_raised_by_a_restoration() -> None:
+    headers = iter([(7, 5), (2, 1_000_000_005), (7, 6), (2, 1_000_000_006), (1, 1_000_000_007)])
+
+    def answer(connection: socket.socket) -> None:
+        term, revision = next(headers)
+        header = {"cluster_id": "1", "raft_term": str(term), "revision": str(revision)}
+        reply(connection, 200, {"header": header})
+
+    endpoint, listener = serve(answer)
+    with closing(endpoint) as etcd:
+        assert etcd.range("/faults/k").revision == 5
+        assert etcd.range("/faults/k").revision == 1_000_000_005
+        etcd.range("/faults/k")  # of the former history, read late: not believed for the terms that count
+        assert etcd.range("/faults/k").revision == 1_000_000_006
+        with pytest.raises(Refused) as caught:
+            etcd.range("/faults/k")
+        assert caught.value.code is ErrorCode.ETCD_WENT_BACK
+    listener.close()
+
+
 def test_an_expired_token_costs_one_login_and_no_error() -> None:
     logins: list[int] = []
     seen: list[str] = []

@@ -244,6 +244,29 @@ def test_an_etcd_that_went_back_raises_the_alarm_and_is_shown_as_it_is() -> None
         assert recorded.mirror.alarm is recorded.alarms[0]
 
 
+def test_an_etcd_restored_with_raised_revisions_is_listed_again_without_an_alarm() -> None:
+    model = MemoryEtcd(time.monotonic)
+    model.raft_term = 9
+    world = World(model, "/m/", lambda _s: None, model.compact)
+    world.put("k", b"1")
+    world.put("forgotten", b"1")
+    with Recorded(world) as recorded:
+        older = MemoryEtcd(time.monotonic)
+        older.txn(Txn((), (Put("/m/k", b"1"),)))
+        older._revision += 1_000_000_000
+        older._compacted = older._revision
+        model.__dict__.update(
+            {name: value for name, value in older.__dict__.items() if name not in ("_watches", "changed")}
+        )
+        assert model.raft_term < 9
+        model.cut_watches()
+        eventually(lambda: recorded.values() == {"/m/k": b"1"}, 10)
+        revision = world.put("k", b"2")
+        assert recorded.mirror.wait_for(revision, 10)
+        assert recorded.mirror.alarm is None
+        assert not recorded.alarms
+
+
 def test_another_cluster_is_refused_with_an_alarm() -> None:
     model = MemoryEtcd(time.monotonic)
     world = World(model, "/m/", lambda _s: None, model.compact)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused, Unavailable
+from dtrain.protocol.ids import RESTORE_BUMP_LEAST
 from dtrain.runtime import log
 from dtrain.runtime.clock import Clock, SystemClock
 from dtrain.storage.etcd.endpoints import backoff_s
@@ -262,7 +263,12 @@ class Mirror:
         known = self._identity
         if known is not None and status.cluster_id != known.cluster_id:
             raise _went_back(f"the etcd cluster is {status.cluster_id:x}, it was {known.cluster_id:x}")
-        if known is not None and status.raft_term < known.raft_term:
+        raised = (
+            known is not None and status.revision >= max(known.revision, self.revision) + RESTORE_BUMP_LEAST
+        )
+        if raised:
+            self._log.warning("etcd was restored, its revisions raised", revision=status.revision)
+        if known is not None and status.raft_term < known.raft_term and not raised:
             # One member may lag behind; a whole cluster that does was restored.
             self._lagging += 1
             message = f"the raft term is {status.raft_term}, it was {known.raft_term}"

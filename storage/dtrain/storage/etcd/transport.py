@@ -25,6 +25,7 @@ import etcd3gw.exceptions
 import requests
 
 from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, OutcomeUnknown, Refused, Unavailable
+from dtrain.protocol.ids import RESTORE_BUMP_LEAST
 from dtrain.runtime import log
 from dtrain.runtime.clock import Clock, SystemClock
 from dtrain.storage.etcd import wire
@@ -104,6 +105,7 @@ class GatewayEtcd:
         self._tls_version = 0
         self._cluster_id = 0
         self._raft_term = 0
+        self._revision = 0
         self._closed = False
 
     def txn(self, txn: Txn, *, deadline_s: float = 5.0) -> TxnResult:
@@ -221,9 +223,10 @@ class GatewayEtcd:
     ) -> Json:
         def attempt(endpoint: Endpoint, limit_s: float) -> Json:
             headers = _HEADERS | self._authorization(endpoint, limit_s)
-            term = self._raft_term
+            with self._lock:
+                known = (self._raft_term if linearizable else 0, self._revision)
             answer = self._post(endpoint, path, body, headers, limit_s)
-            self._check_identity(answer, term if linearizable else 0)
+            self._check_identity(answer, *known)
             return answer
 
         return self._on_members(attempt, deadline_s=deadline_s, resend=resend, reads=reads)
@@ -433,18 +436,27 @@ class GatewayEtcd:
         self._tls_version = self._tls_version or version
         return context, version
 
-    def _check_identity(self, answer: Json, term_at_send: int) -> None:
+    def _check_identity(self, answer: Json, term_at_send: int, revision_at_send: int) -> None:
         """Refuse another cluster, and a cluster restored from an older state.
 
         Terms are compared only where the member must have heard of the newest
-        leader to answer at all: elsewhere a lagging member is no suspect.
+        leader to answer at all: elsewhere a lagging member is no suspect. A
+        restored cluster counts its raft terms anew; if its revisions were raised
+        far above all that were seen, nothing of its past can be mistaken for its
+        present, and it is as good as the old one.
         """
         self._accept_cluster(answer)
-        term = header_int(answer, "raft_term")
-        if 0 < term < term_at_send:
+        term, revision = header_int(answer, "raft_term"), header_int(answer, "revision")
+        raised = 0 < revision_at_send <= revision - RESTORE_BUMP_LEAST
+        if 0 < term < term_at_send and not raised:
             raise _went_back(f"the raft term went back from {term_at_send} to {term}")
         with self._lock:
-            self._raft_term = max(self._raft_term, term)
+            if 0 < self._revision <= revision - RESTORE_BUMP_LEAST:
+                self._raft_term = term
+            elif revision > self._revision - RESTORE_BUMP_LEAST:
+                # An answer from before a restoration, read late, says nothing of the present terms.
+                self._raft_term = max(self._raft_term, term)
+            self._revision = max(self._revision, revision)
 
     def _accept_cluster(self, answer: Json) -> None:
         cluster_id = header_int(answer, "cluster_id")
@@ -458,8 +470,8 @@ class GatewayEtcd:
     def _accept_watch_header(self, answer: Json) -> None:
         """Leave a member whose raft term is behind: it may serve a stale past."""
         self._accept_cluster(answer)
-        term = header_int(answer, "raft_term")
-        if 0 < term < self._raft_term:
+        term, revision = header_int(answer, "raft_term"), header_int(answer, "revision")
+        if 0 < term < self._raft_term and revision < self._revision + RESTORE_BUMP_LEAST:
             raise Unavailable(
                 ErrorCode.ETCD_UNAVAILABLE, f"the member is at raft term {term}, not {self._raft_term}"
             )
