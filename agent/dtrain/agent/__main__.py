@@ -37,6 +37,7 @@ def _guarded() -> guarded.Guarded:
         settings.ttl_s,
         settings.allow_short_ttl,
         settings.stop_grace_s + STOP_SLACK_S,
+        settings.health_listen,
     )
 
 

@@ -6,11 +6,12 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.ids import AgentName, ClusterName, parse_name
+from dtrain.runtime.addresses import bracketed, is_wildcard, towards
 from dtrain.runtime.config import ETCD, EtcdOptions, Setting, etcd_options, parse, switch
+from dtrain.runtime.serving import check_listen
 from dtrain.runtime.tls import TLS, TlsFiles, tls_files
 
 TTL_S_MIN, TTL_S_MIN_SHORT = 5, 2
@@ -21,6 +22,7 @@ SETTINGS = (
     Setting("host", "address that other machines' ranks reach this one under (default: towards etcd)", ""),
     Setting("listen", "address to take commands on; port 0 picks a free one (default: HOST:0)", ""),
     Setting("advertise", "address that coordinators reach it under (default: the one listened on)", ""),
+    Setting("health-listen", "address for probes and metrics, plain HTTP: host:port (default: none)", ""),
     Setting("slots", "ranks this machine can run at once (default: its GPUs, else 1)", None, int),
     Setting("data-dir", "journal, sockets and logs (default: ~/.local/state/dtrain/<cluster>/<name>)", ""),
     Setting("ttl", "seconds that a silent agent is trusted; 5 is the fast profile", 10, int),
@@ -58,6 +60,7 @@ class Config:
     log_json: bool | None
     etcd: EtcdOptions
     tls: TlsFiles | None = None
+    health_listen: str = ""
 
     def __post_init__(self) -> None:
         least = TTL_S_MIN_SHORT if self.allow_short_ttl else TTL_S_MIN
@@ -77,6 +80,7 @@ class Config:
             host, _, port = address.rpartition(":")
             if address and not (host and port.isdecimal() and int(port) < 65536):
                 raise _bad(f"--{setting} cannot be {address!r}", "use host:port")
+        check_listen(self.health_listen)
 
     def advertised(self, port: int) -> str:
         """Return the address for the node record, given the port that was bound."""
@@ -94,9 +98,8 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     cluster = ClusterName(parse_name(values["cluster"], "cluster"))
     name = AgentName(parse_name(values["name"] or _from_host(), "machine"))
     etcd = etcd_options(values)
-    listen_host = values["listen"].rpartition(":")[0].strip("[]")
-    host = values["host"] or (listen_host if listen_host not in ("", "0.0.0.0", "::") else "")  # noqa: S104
-    host = host or _towards(etcd.endpoints)
+    listens_at = "" if is_wildcard(values["listen"]) else values["listen"].rpartition(":")[0].strip("[]")
+    host = values["host"] or listens_at or towards(etcd.endpoints, "--host")
     gpus = count_gpus(environ, Path("/dev"))
     slots = values["slots"] if values["slots"] is not None else max(1, gpus)
     data_dir = values["data-dir"] or str(_state_home(environ) / "dtrain" / cluster / name)
@@ -118,6 +121,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         log_json=values["log-json"],
         etcd=etcd,
         tls=tls_files(values),
+        health_listen=values["health-listen"],
     )
 
 
@@ -132,33 +136,6 @@ def count_gpus(environ: Mapping[str, str], devices: Path) -> int:
     except OSError:
         return 0
     return sum(1 for name in names if re.fullmatch(r"nvidia\d+", name))
-
-
-def bracketed(host: str) -> str:
-    """Return the host as it stands before a port."""
-    return f"[{host}]" if ":" in host else host
-
-
-def _towards(endpoints: Sequence[str]) -> str:
-    """Return this machine's address on the route to etcd: peers most likely share that network."""
-    for endpoint in endpoints:
-        url = urlsplit(endpoint if "://" in endpoint else f"http://{endpoint}")
-        try:
-            found = socket.getaddrinfo(url.hostname, url.port or 2379, type=socket.SOCK_DGRAM)
-        except (OSError, ValueError):
-            continue
-        for family, kind, protocol, _, address in found:
-            try:
-                # No packet is sent: connecting a datagram socket only picks the route.
-                with socket.socket(family, kind, protocol) as probe:
-                    probe.connect(address)
-                    return str(probe.getsockname()[0])
-            except OSError:
-                continue
-    raise _bad(
-        "no etcd endpoint can be resolved, so this machine's address is not known",
-        "check --endpoints, or say --host",
-    )
 
 
 def _state_home(environ: Mapping[str, str]) -> Path:

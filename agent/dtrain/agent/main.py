@@ -14,6 +14,7 @@ import os
 import queue
 import secrets
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ from dtrain.agent.logs import RankLogs
 from dtrain.agent.processes import Launchers, Transfers
 from dtrain.agent.rank_socket import RankServer, short_run_dir
 from dtrain.agent.reporter import Reporter, ReporterThread, Settings
+from dtrain.agent.status import Status
 from dtrain.protocol.commands import Command
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused, Unavailable
 from dtrain.protocol.ids import Attempt, Incarnation, JobName, Term
@@ -45,6 +47,7 @@ from dtrain.protocol.keys import Keys
 from dtrain.protocol.snapshot import NodeRecord, WorkerPhase
 from dtrain.runtime import grpc_tls, log
 from dtrain.runtime.clock import Clock, SystemClock, iso
+from dtrain.runtime.serving import StatusServer, inherited
 from dtrain.runtime.tls import Role
 from dtrain.storage.etcd import versions
 from dtrain.storage.etcd.open import open_etcd
@@ -76,6 +79,7 @@ _WARNINGS = frozenset(
         "rank refused",
         "registration lost",
         "snapshot not written",
+        "status page failed",
         "transfer process ended",
     }
 )
@@ -95,6 +99,7 @@ class Agent:
         *,
         clock: Clock,
         end_process: Callable[[int], None] = os._exit,
+        health: socket.socket | None = None,
     ) -> None:
         self._settings = settings
         self._etcd = etcd
@@ -181,6 +186,8 @@ class Agent:
             lambda error: self._fail(f"the consultant died: {error!r}"),
         )
         self._servicer = AgentServicer(self._execute, logs, self._rank_ended, lambda: self._driver.state.term)
+        self._loop_at = clock.monotonic()
+        self._status = None if health is None else self._status_server(health)
 
     def run(self) -> None:
         """Serve until ``stop``; the calling thread owns all state from here on."""
@@ -190,6 +197,8 @@ class Agent:
         self._reporting.start()
         self._consulting.start()
         self._server.start(self._servicer)
+        if self._status is not None:
+            threading.Thread(target=self._serve_status, name="status", daemon=True).start()
         self.log("agent started", address=self.address, slots=self._settings.slots)
         while not self._told_to_stop:
             self._turn()
@@ -206,6 +215,8 @@ class Agent:
         self._ranks.close()
         self._launchers.close()
         self._transfers.close()
+        if self._status is not None:
+            self._status.close()
         self._journal.close()
 
     def log(self, event: str, **fields: Any) -> None:
@@ -217,6 +228,9 @@ class Agent:
     def _turn(self) -> None:
         """Take in one event, or wait a moment for one."""
         self._session.beat()
+        self._loop_at = self._clock.monotonic()
+        if self._reporter.registered:
+            self._session.set_ready()
         view = self._session.view()
         self._driver.see_session(SessionSeen(view.lease, view.ttl_s, view.demote_at))
         now = self._clock.monotonic()
@@ -285,6 +299,24 @@ class Agent:
             self.log("term not confirmed", term=term, error=error.message)
             return False
         return bool(found) and found[0].create_revision == term
+
+    def _status_server(self, listener: socket.socket) -> StatusServer:
+        status = Status(
+            self._settings.slots,
+            state=lambda: self._driver.state,
+            registered=lambda: self._reporter.registered,
+            stopping=lambda: self._told_to_stop,
+            loop_at=lambda: self._loop_at,
+            monotonic=self._clock.monotonic,
+        )
+        return StatusServer(listener, status.pages(), report=self.log)
+
+    def _serve_status(self) -> None:
+        assert self._status is not None
+        try:
+            self._status.run()
+        except Exception as error:  # noqa: BLE001 - whatever it is, probes must not find nobody for ever
+            self._fail(f"the status port died: {error!r}")
 
     def _rank_ended(self, job: str, uid: str, attempt: Attempt, rank: int) -> bool:
         known = self._driver.state.jobs.get(JobName(job))
@@ -383,11 +415,12 @@ def run(argv: Sequence[str]) -> int:
     clock = SystemClock()
     try:
         session = attach()
+        health = inherited(os.environ)
         settings = config.load(argv, os.environ)
         log.configure(json_lines=settings.log_json, component=f"agent/{settings.name}")
         lock_data_dir(settings.data_dir)
         etcd = open_etcd(settings.etcd, clock)
-        agent = Agent(settings, etcd, session, clock=clock)
+        agent = Agent(settings, etcd, session, clock=clock, health=health)
     except DtrainError as error:
         complain(error)
         return EX_CONFIG

@@ -32,7 +32,12 @@ def main() -> int:
 def _guarded() -> guarded.Guarded:
     settings = config.load(sys.argv[1:], os.environ)
     return guarded.Guarded(
-        settings.replica, settings.etcd, settings.ttl_s, settings.allow_short_ttl, STOP_GRACE_S
+        settings.replica,
+        settings.etcd,
+        settings.ttl_s,
+        settings.allow_short_ttl,
+        STOP_GRACE_S,
+        settings.health_listen,
     )
 
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from dtrain.coordinator.api.validate import holds_credentials
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.ids import ClusterName, ReplicaId, parse_name
+from dtrain.runtime.addresses import bracketed, is_wildcard, towards
 from dtrain.runtime.config import ETCD, EtcdOptions, Setting, etcd_options, parse, switch
+from dtrain.runtime.serving import check_listen
 from dtrain.runtime.tls import TLS, TlsFiles, tls_files
 
 TTL_S_MIN, TTL_S_MIN_SHORT = 5, 2
@@ -17,6 +19,7 @@ SETTINGS = (
     Setting("id", "name of this replica, unique in the cluster (default: from the host name)", ""),
     Setting("listen", "address to serve the API on; port 0 picks a free one", "127.0.0.1:7070"),
     Setting("advertise", "address that clients reach it under (default: the one listened on)", ""),
+    Setting("health-listen", "address for probes and metrics, plain HTTP: host:port (default: none)", ""),
     Setting("ttl", "seconds that a silent leader is trusted; 5 is the fast profile", 10, int),
     Setting("allow-short-ttl", "tests only: a TTL below 5 seconds", False, switch),
     Setting("default-store", "where jobs that name no store keep their checkpoints", ""),
@@ -43,6 +46,9 @@ class Config:
     log_json: bool | None
     etcd: EtcdOptions
     tls: TlsFiles | None = None
+    health_listen: str = ""
+    host: str = ""
+    """What to advertise before the port where ``listen`` means every address; "": what ``listen`` says."""
 
     def __post_init__(self) -> None:
         least = TTL_S_MIN_SHORT if self.allow_short_ttl else TTL_S_MIN
@@ -64,6 +70,13 @@ class Config:
                 raise Refused(
                     ErrorCode.BAD_SETTING, f"--{setting} cannot be {address!r}", fix="use host:port"
                 )
+        check_listen(self.health_listen)
+
+    def advertised(self, bound: str) -> str:
+        """Return the address for the records, given the host:port that was bound."""
+        if self.advertise or not self.host:
+            return self.advertise or bound
+        return f"{bracketed(self.host)}:{bound.rpartition(':')[2]}"
 
 
 def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
@@ -74,6 +87,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         SystemExit: ``--help``, or an unknown flag.
     """
     values = parse("dtrain coordinator", "One replica of the coordinator.", SETTINGS, argv, environ)
+    etcd = etcd_options(values)
     return Config(
         ClusterName(parse_name(values["cluster"], "cluster")),
         ReplicaId(parse_name(values["id"] or _from_host(), "replica")),
@@ -83,8 +97,13 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         values["allow-short-ttl"],
         values["default-store"],
         values["log-json"],
-        etcd_options(values),
+        etcd,
         tls_files(values),
+        values["health-listen"],
+        # Nobody can call 0.0.0.0.
+        towards(etcd.endpoints, "--advertise")
+        if is_wildcard(values["listen"]) and values["listen"] and not values["advertise"]
+        else "",
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dtrain.protocol.errors import DtrainError
+from dtrain.runtime import serving
 from dtrain.runtime.config import EtcdOptions
 from dtrain.storage.etcd import guardian
 
@@ -18,6 +19,7 @@ class Guarded:
     ttl_s: int
     allow_short_ttl: bool
     grace_s: float
+    health_listen: str = ""
 
 
 def run(daemon: str, policy: guardian.Policy, load: Callable[[], Guarded]) -> int:
@@ -44,11 +46,13 @@ def run(daemon: str, policy: guardian.Policy, load: Callable[[], Guarded]) -> in
             endpoints_file=guarded.etcd.endpoints_file,
             allow_short_ttl=guarded.allow_short_ttl,
         )
+        health = serving.bind(guarded.health_listen) if guarded.health_listen else None
     except DtrainError as error:
+        cause = f": {error.cause}" if error.cause else ""
         fix = f"\n  fix: {error.fix}" if error.fix else ""
-        sys.stderr.write(f"dtrain {daemon}: {error.message} ({error.code.value}){fix}\n")
+        sys.stderr.write(f"dtrain {daemon}: {error.message}{cause} ({error.code.value}){fix}\n")
         return guardian.EX_CONFIG
     except ValueError as error:
         sys.stderr.write(f"dtrain {daemon}: {error}\n")
         return guardian.EX_CONFIG
-    return guardian.run(supervised)
+    return guardian.run(supervised, health)

@@ -6,6 +6,10 @@ nothing else. Standard library only, as are its neighbours ``session_memory``,
 ``lease_client``, ``lease_keeper`` and ``access``; it must start in milliseconds
 and survive what kills its child.
 
+It also owns the port for probes, which outlives children: it answers while no
+child does. A coordinator has no child while etcd is away, and must not be
+restarted for that. To systemd it is the main process and speaks for both.
+
 Above a coordinator, a dead or stuck child is killed, waited for, and only
 *then* the lease is revoked: another replica may win the moment it is gone, and
 two must never act. Above an agent the lease is kept and the child restarted,
@@ -24,6 +28,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,6 +36,11 @@ from enum import Enum
 from types import FrameType
 from typing import Any
 
+from dtrain.runtime.addresses import is_wildcard
+from dtrain.runtime.notify import VARIABLES as NOTIFY_VARIABLES
+from dtrain.runtime.notify import Notifier
+from dtrain.runtime.serving import FD_VARIABLE as HEALTH_VARIABLE
+from dtrain.runtime.serving import Page, StatusServer, verdict
 from dtrain.storage.etcd.access import Access, check_endpoints
 from dtrain.storage.etcd.lease_client import boottime
 from dtrain.storage.etcd.lease_keeper import DEMOTE_SHARE, TRY_S_MAX, LeaseKeeper
@@ -38,6 +48,7 @@ from dtrain.storage.etcd.session_memory import (
     CLEAN_STOP,
     FD_VARIABLE,
     GUARDIAN_PID_VARIABLE,
+    READY,
     REVISION_VARIABLE,
     STARTED,
     SessionMemory,
@@ -46,9 +57,15 @@ from dtrain.storage.etcd.session_memory import (
 EX_CONFIG = 78
 """A child that exits with it found its settings wrong: starting it again cannot help."""
 
+STOP_SLACK_S = 15.0
+"""Beyond the grace: for killing the child and revoking the lease."""
+
 HANG_SHARE = 0.4
 BACKOFF_S_FIRST, BACKOFF_S_MAX, BACKOFF_RESET_S = 0.1, 5.0, 30.0
 TTL_S_MIN, TTL_S_MIN_SHORT = 5, 2
+
+POLL_S_MAX = 30.0
+"""Far more than any turn of the guardian takes."""
 
 
 class Policy(Enum):
@@ -106,13 +123,15 @@ class GuardianConfig:
         return 1 / 4 if self.policy is Policy.COORDINATOR else 1 / 3
 
 
-def run(config: GuardianConfig) -> int:
+def run(config: GuardianConfig, health: socket.socket | None = None) -> int:
     """Supervise until the end and return the exit code. Call it from the main thread.
+
+    ``health`` is a listening socket for probes; the child inherits it.
 
     Ends by SIGTERM or SIGINT, by a child that stops cleanly, or by one that
     exits with 78. A second signal kills the child at once.
     """
-    return _Guardian(config).run()
+    return _Guardian(config, health).run()
 
 
 @dataclass(slots=True)
@@ -128,8 +147,14 @@ class _Child:
 
 
 class _Guardian:
-    def __init__(self, config: GuardianConfig) -> None:
+    def __init__(self, config: GuardianConfig, health: socket.socket | None) -> None:
         self._config = config
+        self._health = health
+        self._notifier = Notifier(os.environ)
+        self._standing = "waiting for a lease from etcd"
+        self._polled_at = boottime()
+        pages = {"/livez": self._live, "/readyz": self._unready, "/metrics": self._unready}
+        self._status = StatusServer(health, pages, report=self._report) if health is not None else None
         self._signals = 0
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
@@ -160,8 +185,14 @@ class _Guardian:
             gc.collect()
             gc.freeze()
             self._keeper.start()
+            if self._status is not None:
+                self._report_status_port(self._status.address)
+                threading.Thread(target=self._answer_probes, name="status", daemon=True).start()
             return self._supervise()
         finally:
+            self._notifier.stopping("stopped", 0.0)
+            if self._status is not None:
+                self._status.close()
             self._keeper.stop()
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -179,6 +210,7 @@ class _Guardian:
             self._keeper.share_with(None)
             os.close(child.pidfd)
             child.memory.close()
+            self._stand_in("the process has ended and is started again")
             if clean or code == EX_CONFIG or self._signals or not self._keeper.is_alive():
                 self._give_up_lease()
                 self._report("stopped", code=code)
@@ -203,6 +235,7 @@ class _Guardian:
         training processes are running.
         """
         while not self._signals:
+            self._standing = "waiting for a lease from etcd"
             held = self._keeper.held()
             if held.generation and ((held.lease and not held.lost) or not needs_live):
                 return True
@@ -210,6 +243,7 @@ class _Guardian:
                 self._keeper.drop()
                 self._keeper.acquire()
             self._poll(None, 1.0)
+            self._tell(self._standing)
         return False
 
     def _spawn(self) -> _Child:
@@ -219,11 +253,18 @@ class _Guardian:
         env |= {FD_VARIABLE: str(memory.fd), GUARDIAN_PID_VARIABLE: str(os.getpid())}
         # A fresh process has no past by which to tell that etcd was restored from an older state.
         env |= {REVISION_VARIABLE: str(self._keeper.revision_seen)}
+        passed = [memory.fd]
+        if self._health is not None:
+            passed.append(self._health.fileno())
+            env[HEALTH_VARIABLE] = str(self._health.fileno())
+        for name in NOTIFY_VARIABLES:
+            env.pop(name, None)
         # A group of its own: Ctrl-C reaches the guardian alone, which stops the child in order.
         process = subprocess.Popen(
-            list(self._config.argv), env=env, pass_fds=(memory.fd,), process_group=0, stdin=subprocess.DEVNULL
+            list(self._config.argv), env=env, pass_fds=passed, process_group=0, stdin=subprocess.DEVNULL
         )
         now = boottime()
+        self._standing = "the process is starting"
         self._report("child started", pid=process.pid)
         return _Child(process, memory, os.pidfd_open(process.pid), now, beat_at=now)
 
@@ -242,6 +283,7 @@ class _Guardian:
             if child.memory.beats() != child.beats or now - ticked_at > hang_s / 2:
                 child.beats, child.beat_at = child.memory.beats(), now
             ticked_at = now
+            self._speak_for(child, now, hang_s)
             self._forward_stop(child, now)
             why = self._reason_to_kill(child, now, hang_s)
             if why:
@@ -274,6 +316,7 @@ class _Guardian:
             child.stop_by = now + self._config.grace_s
             self._report("stopping", pid=child.process.pid, grace_s=self._config.grace_s)
             child.process.send_signal(signal.SIGTERM)
+            self._notifier.stopping("stopping", self._config.grace_s + STOP_SLACK_S)
 
     def _give_up_lease(self) -> None:
         lease = self._keeper.drop()
@@ -283,9 +326,59 @@ class _Guardian:
     def _pause(self, seconds: float) -> None:
         end = boottime() + seconds
         while not self._signals and (left_s := end - boottime()) > 0:
-            self._poll(None, left_s)
+            self._poll(None, min(left_s, 1.0))
+            self._tell(self._standing)
+
+    # Probes and systemd.
+
+    def _speak_for(self, child: _Child, now: float, hang_s: float) -> None:
+        """Tell systemd how the child is, and leave probes to it once it answers them."""
+        started = child.memory.has_flag(STARTED)
+        if started and now - child.beat_at > hang_s / 2:
+            # Its heart stands still: silence, until it beats again or has been killed.
+            return
+        if started and self._status is not None and self._standing:
+            self._standing = ""
+            self._status.set_accepting(False)
+        if child.memory.has_flag(READY):
+            self._notifier.ready()
+        if child.stop_by is None:
+            self._tell(_standing(self._config.policy, child.memory))
+
+    def _tell(self, status: str) -> None:
+        self._notifier.beat(boottime())
+        self._notifier.status(status)
+
+    def _stand_in(self, why: str) -> None:
+        self._standing = why
+        if self._status is not None:
+            self._status.set_accepting(True)
+
+    def _answer_probes(self) -> None:
+        assert self._status is not None
+        try:
+            self._status.run()
+        except BaseException as error:
+            # Probes that find nobody have the daemon restarted: that is what they are for.
+            self._report("status port failed", error=f"{type(error).__name__}: {error}")
+            raise
+
+    def _report_status_port(self, address: str) -> None:
+        note = (
+            {"note": "open to every network of this machine, without a login"} if is_wildcard(address) else {}
+        )
+        self._report("status port", address=address, **note)
+
+    def _live(self) -> Page:
+        age_s = boottime() - self._polled_at
+        reasons = [f"the guardian has stood still for {age_s:.0f} s"] if age_s > POLL_S_MAX else []
+        return verdict("live", not reasons, reasons or [self._standing])
+
+    def _unready(self) -> Page:
+        return verdict("ready", False, [self._standing])
 
     def _poll(self, pidfd: int | None, timeout_s: float) -> None:
+        self._polled_at = boottime()
         poller = select.poll()
         poller.register(self._wake_read, select.POLLIN)
         if pidfd is not None:
@@ -307,3 +400,12 @@ class _Guardian:
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.write(json.dumps(line) + "\n")
             sys.stderr.flush()
+
+
+def _standing(policy: Policy, memory: SessionMemory) -> str:
+    """Return how a child is, in a word for people."""
+    if not memory.has_flag(STARTED):
+        return "starting"
+    if policy is Policy.COORDINATOR:
+        return "leads" if memory.acting() else "stands by"
+    return "registered" if memory.has_flag(READY) else "waiting to be registered in etcd"

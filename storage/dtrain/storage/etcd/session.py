@@ -15,6 +15,7 @@ from dtrain.storage.etcd.session_memory import (
     CLEAN_STOP,
     FD_VARIABLE,
     GUARDIAN_PID_VARIABLE,
+    READY,
     REVISION_VARIABLE,
     STARTED,
     LeaseView,
@@ -58,6 +59,10 @@ class Session(Protocol):
         ...
 
     def set_started(self) -> None: ...
+
+    def set_ready(self) -> None:
+        """Say that this process serves others, from the thread that calls ``set_started``; again is fine."""
+        ...
 
     def set_acting(self, acting: bool, generation: int | None = None) -> None:
         """Say that leadership was won, or given up.
@@ -113,6 +118,9 @@ class GuardedSession:
         self._memory.beat()
         self._memory.raise_flag(STARTED)
 
+    def set_ready(self) -> None:
+        self._memory.raise_flag(READY)
+
     def set_acting(self, acting: bool, generation: int | None = None) -> None:
         now_at = self._memory.view().generation
         self._acting = (now_at if generation is None else generation) if acting else 0
@@ -135,6 +143,7 @@ class FixedSession:
         self.deadline = deadline
         self.beats = 0
         self.started = False
+        self.ready = False
         self.acting = 0
         self.clean_stop = False
 
@@ -155,6 +164,9 @@ class FixedSession:
 
     def set_started(self) -> None:
         self.started = True
+
+    def set_ready(self) -> None:
+        self.ready = True
 
     def set_acting(self, acting: bool, generation: int | None = None) -> None:
         self.acting = (self.generation if generation is None else generation) if acting else 0

@@ -21,6 +21,9 @@ STARTED = 1
 CLEAN_STOP = 2
 """The child ends because it wants to: exit code 0 is no crash."""
 
+READY = 4
+"""The child does what it is there for: it serves, or is registered. Never taken back."""
+
 _SIZE = 4096
 _MAGIC = 0x6474_7261_696E_0001
 _AT_MAGIC, _AT_SEQUENCE, _AT_LEASE = 0, 8, 16
