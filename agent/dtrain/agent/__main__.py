@@ -38,6 +38,7 @@ def _guarded() -> guarded.Guarded:
         settings.allow_short_ttl,
         settings.stop_grace_s + STOP_SLACK_S,
         settings.health_listen,
+        settings.drain_grace_s,
     )
 
 

@@ -1,5 +1,6 @@
 """Settings of an agent. Standard library only: the guardian reads them too."""
 
+import math
 import os
 import re
 import socket
@@ -29,6 +30,12 @@ SETTINGS = (
     Setting("allow-short-ttl", "tests only: a TTL below 5 seconds", False, switch),
     Setting("orphan-grace", "seconds that ranks live on without an agent", 600.0, float),
     Setting("report-interval", "seconds between reports of mere progress, at least", 2.0, float),
+    Setting(
+        "drain-grace",
+        "seconds that a stopped agent waits for its jobs to be saved and moved elsewhere; 0: it ends at once",
+        60.0,
+        float,
+    ),
     Setting("keep-ranks", "leave the ranks running when the agent is stopped", False, switch),
     Setting(
         "stop-grace", "seconds between SIGTERM and SIGKILL for ranks when the agent is stopped", 15.0, float
@@ -55,6 +62,8 @@ class Config:
     allow_short_ttl: bool
     orphan_grace_s: float
     report_interval_s: float
+    drain_grace_s: float
+    """How long it waits, once told to stop, for its jobs to move; 0: not at all."""
     keep_ranks: bool
     stop_grace_s: float
     log_json: bool | None
@@ -76,6 +85,8 @@ class Config:
             raise _bad(f"--orphan-grace cannot be {self.orphan_grace_s} s", "use at least the TTL")
         if self.report_interval_s < 0 or self.stop_grace_s < 0:
             raise _bad("--report-interval and --stop-grace cannot be negative", "use 0 or more seconds")
+        if not 0 <= self.drain_grace_s < math.inf:
+            raise _bad(f"--drain-grace cannot be {self.drain_grace_s}", "use 0 or more seconds")
         for setting, address in (("listen", self.listen), ("advertise", self.advertise)):
             host, _, port = address.rpartition(":")
             if address and not (host and port.isdecimal() and int(port) < 65536):
@@ -116,6 +127,8 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         allow_short_ttl=values["allow-short-ttl"],
         orphan_grace_s=values["orphan-grace"],
         report_interval_s=values["report-interval"],
+        # Ranks that are to stay need not move.
+        drain_grace_s=0.0 if values["keep-ranks"] else values["drain-grace"],
         keep_ranks=values["keep-ranks"],
         stop_grace_s=values["stop-grace"],
         log_json=values["log-json"],

@@ -25,6 +25,7 @@ from dtrain.agent.core.decisions import (
     LauncherOrder,
     PrepareLogs,
     ProbeProcesses,
+    PublishDraining,
     PublishHealth,
     RankMessage,
     TransferOrder,
@@ -52,7 +53,7 @@ from dtrain.protocol.commands import Command
 from dtrain.protocol.errors import DtrainError, Unavailable
 from dtrain.protocol.ids import Attempt, JobName, Rank, Term, Uid
 from dtrain.protocol.ranklink import Message
-from dtrain.protocol.snapshot import WorkerSnapshot
+from dtrain.protocol.snapshot import Draining, WorkerSnapshot
 from dtrain.runtime.clock import Clock
 
 
@@ -119,6 +120,10 @@ class ReporterPort(Protocol):
 
     def set_problem(self, problem: str) -> None:
         """Say in the node record what is wrong with the machine; "": nothing."""
+        ...
+
+    def set_draining(self, draining: Draining) -> None:
+        """Say in the node record that the agent is about to end."""
         ...
 
 
@@ -305,6 +310,9 @@ class AgentDriver:
                 else:
                     self._log("machine usable again")
                 ports.reporter.set_problem(problem)
+            case PublishDraining(draining):
+                self._log("draining", reason=draining.reason, grace_s=draining.grace_s)
+                ports.reporter.set_draining(draining)
             case _:
                 assert_never(action)
 
@@ -321,6 +329,8 @@ class AgentDriver:
         told = isolation.sentence(before, after, self._clock.monotonic())
         if told:
             self._log("etcd link", state=after.link.state.value, reason=told)
+        if after.drain is not None and after.drain.over and after.drain != before.drain:
+            self._log("drained", reason=after.drain.over)
         for name, job in after.jobs.items():
             old = before.jobs.get(name)
             if old is job:

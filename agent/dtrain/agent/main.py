@@ -27,7 +27,7 @@ from dtrain.agent import config
 from dtrain.agent.config import Config
 from dtrain.agent.consult import Consultant, ConsultThread, ask_over_grpc
 from dtrain.agent.core.decisions import Answer
-from dtrain.agent.core.events import Event, SessionRenewed, SessionSeen, ShutDown, Tick
+from dtrain.agent.core.events import DrainAsked, Event, SessionRenewed, SessionSeen, ShutDown, Tick
 from dtrain.agent.core.health import is_waiting
 from dtrain.agent.core.state import AgentState, LauncherStatus, Machine
 from dtrain.agent.core.torch_env import base_env
@@ -107,6 +107,7 @@ class Agent:
         self._clock = clock
         self._end_process = end_process
         self._told_to_stop = False
+        self._told_to_drain_at: float | None = None
         self._log = log.get("agent").bind(agent=settings.name)
         self._keys = Keys(settings.cluster)
         self._queue: queue.Queue[_Item] = queue.Queue(QUEUE_MAX)
@@ -200,13 +201,23 @@ class Agent:
         if self._status is not None:
             threading.Thread(target=self._serve_status, name="status", daemon=True).start()
         self.log("agent started", address=self.address, slots=self._settings.slots)
-        while not self._told_to_stop:
+        while not self._told_to_stop and not self._is_drained():
             self._turn()
         self._end()
 
     def stop(self) -> None:
         """Ask ``run`` to end; safe in a signal handler, where the queue's lock may be held already."""
         self._told_to_stop = True
+
+    def drain(self, since: float | None = None) -> None:
+        """Ask ``run`` to end once the jobs here have moved; asked again, at once. Safe in a signal handler.
+
+        ``since`` (monotonic): when it was asked, if a former life of the agent heard it.
+        """
+        if self._told_to_drain_at is not None or not self._settings.drain_grace_s:
+            self.stop()
+        else:
+            self._told_to_drain_at = self._clock.monotonic() if since is None else since
 
     def close(self) -> None:
         """Free everything: for tests that go on living."""
@@ -234,6 +245,10 @@ class Agent:
         view = self._session.view()
         self._driver.see_session(SessionSeen(view.lease, view.ttl_s, view.demote_at))
         now = self._clock.monotonic()
+        if self._told_to_drain_at is not None and self._driver.state.drain is None:
+            at = self._told_to_drain_at
+            since = iso(self._clock.wall() - (now - at))
+            self._driver.handle(DrainAsked("SIGTERM", at, since, self._settings.drain_grace_s))
         wake_at = self._driver.wake_at
         if wake_at is not None and now >= wake_at:
             self._driver.handle(Tick())
@@ -253,6 +268,10 @@ class Agent:
                 future.set_result(self._driver.take(command, confirmed))
             return
         self._driver.handle(item)
+
+    def _is_drained(self) -> bool:
+        drain = self._driver.state.drain
+        return drain is not None and bool(drain.over)
 
     def _end(self) -> None:
         """End ranks unless they are to be kept, publish what became of them, and let go."""
@@ -424,8 +443,11 @@ def run(argv: Sequence[str]) -> int:
     except DtrainError as error:
         complain(error)
         return EX_CONFIG
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _number, _frame: agent.stop())
+    signal.signal(signal.SIGTERM, lambda _number, _frame: agent.drain())
+    # The guardian's word for: at once. Two SIGTERMs could become one on their way.
+    signal.signal(signal.SIGINT, lambda _number, _frame: agent.stop())
+    if session.stopping_since:
+        agent.drain(session.stopping_since)
     # It ends once etcd has answered: nothing waits for it.
     tells = (etcd, bool(settings.etcd.user), log.get("etcd").warning)
     threading.Thread(target=versions.tell, args=tells, name="etcd-version", daemon=True).start()

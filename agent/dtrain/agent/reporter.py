@@ -27,7 +27,7 @@ from dtrain.protocol.errors import (
 )
 from dtrain.protocol.ids import Incarnation, JobName
 from dtrain.protocol.keys import Keys
-from dtrain.protocol.snapshot import SNAPSHOT_BYTES_MAX, NodeRecord, WorkerSnapshot
+from dtrain.protocol.snapshot import SNAPSHOT_BYTES_MAX, Draining, NodeRecord, WorkerSnapshot
 from dtrain.runtime.clock import Clock
 from dtrain.storage.etcd.port import (
     Compare,
@@ -112,7 +112,8 @@ class Reporter:
         self._registration = _NOTHING
         self._generation = _NOTHING
         self._lease = _NOTHING
-        self._problem = self._told_problem = ""
+        self._problem = ""
+        self._draining: Draining | None = None
         self._taken_since: float | None = None
         self._retry_s = RETRY_S_FIRST
         self._retry_at = float("-inf")
@@ -150,6 +151,12 @@ class Reporter:
             self._problem = problem
             self._tell()
 
+    def set_draining(self, draining: Draining) -> None:
+        """Say in the node record that the agent is about to end."""
+        with self._changed:
+            self._draining = draining
+            self._tell()
+
     @property
     def idle(self) -> bool:
         """Everything has been published."""
@@ -164,7 +171,7 @@ class Reporter:
         try:
             if self._session_changed() and not self._register():
                 return self._clock.monotonic() + SESSION_POLL_S
-            if self._problem != self._told_problem and not self._tell_problem():
+            if self._as_it_stands(self._node) != self._node and not self._tell_anew():
                 return self._clock.monotonic()
             wake_at = self._publish()
         except (Unavailable, OutcomeUnknown) as error:
@@ -216,8 +223,7 @@ class Reporter:
             return False
         self._registration = _NOTHING
         incarnation = self._new_incarnation()
-        problem = self._problem
-        node = dataclasses.replace(self._node, incarnation=incarnation, problem=problem)
+        node = self._as_it_stands(dataclasses.replace(self._node, incarnation=incarnation))
         key, value = self._keys.node(self._node.agent), codec.encode(node)
         put = Put(key, value, view.lease)
         result = self._txn(Txn((Compare(key, Target.CREATE, 0),), (put,), (Get(key),)))
@@ -241,16 +247,18 @@ class Reporter:
             for name in left_behind:
                 self._jobs.setdefault(name, _Job(None, self._clock.monotonic()))
         self._registration, self._generation, self._lease = result.revision, view.generation, view.lease
-        self._node, self._told_problem = node, problem
+        self._node = node
         self._taken_since = None
         self._log("registered", incarnation=incarnation, lease=f"{view.lease:x}")
         self._on_registered(view.generation, incarnation)
         return True
 
-    def _tell_problem(self) -> bool:
+    def _as_it_stands(self, node: NodeRecord) -> NodeRecord:
+        return dataclasses.replace(node, problem=self._problem, draining=self._draining)
+
+    def _tell_anew(self) -> bool:
         """Write the node record anew, before any snapshot that says more; False: it is not ours any more."""
-        problem = self._problem
-        node = dataclasses.replace(self._node, problem=problem)
+        node = self._as_it_stands(self._node)
         key = self._keys.node(node.agent)
         fence = Compare(key, Target.MOD, self._registration)
         result = self._txn(Txn((fence,), (Put(key, codec.encode(node), self._lease),)))
@@ -258,7 +266,7 @@ class Reporter:
             self._log("registration lost")
             self._registration = _NOTHING
             return False
-        self._registration, self._node, self._told_problem = result.revision, node, problem
+        self._registration, self._node = result.revision, node
         return True
 
     def _left_behind(self) -> list[JobName]:

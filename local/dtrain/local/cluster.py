@@ -36,6 +36,8 @@ STOP_S = 5.0
 """How long daemons get to stop cleanly before everything is killed."""
 
 _LOCK = "cluster.lock"
+_NO_DRAIN = {"DTRAIN_DRAIN_GRACE": "0"}
+"""The cluster ends as a whole, so nothing can move. A variable: releases that do not know it pay no heed."""
 _KEPT = ("DTRAIN_ETCD_BIN", "DTRAIN_ETCDCTL_BIN", "DTRAIN_WEED_BIN")
 
 
@@ -297,7 +299,7 @@ class LocalCluster(Breakable):
             command,
             folder=folder,
             log_path=self.folder / "logs" / f"{name}.log",
-            env=env | {"PYTHONUNBUFFERED": "1", **self.store_env, **self._env},
+            env=env | {"PYTHONUNBUFFERED": "1", **_NO_DRAIN, **self.store_env, **self._env},
             keeper=keeper,
         )
         where[name] = daemon

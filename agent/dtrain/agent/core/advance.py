@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from dtrain.agent.core import isolation, preparing, saving, transfers
+from dtrain.agent.core import draining, isolation, preparing, saving, transfers
 from dtrain.agent.core.decisions import Action, KillLauncher, LauncherOrder
 from dtrain.agent.core.snapshots import group_phase
 from dtrain.agent.core.state import AgentState, JobState, LauncherStatus
@@ -39,7 +39,7 @@ def advance(state: AgentState, job: JobState, tick: bool, now: float, out: list[
 
 def wake_at(state: AgentState, now: float) -> float | None:
     """When something depends on time alone, or None."""
-    times: list[float] = isolation.wake_at(state)
+    times: list[float] = isolation.wake_at(state) + draining.wake_at(state)
     for job in state.jobs.values():
         times.extend(preparing.wake_at(job, now))
         if job.kill_at is not None:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import assert_never
 
-from dtrain.agent.core import launchers, preparing, saving, starting
+from dtrain.agent.core import draining, launchers, preparing, saving, starting
 from dtrain.agent.core.decisions import Action, Answer, DeleteSnapshot, LauncherOrder
 from dtrain.agent.core.events import CommandArrived, ShutDown
 from dtrain.agent.core.saving import tell_all
@@ -82,6 +82,10 @@ def _refusal(state: AgentState, command: Command) -> Answer | None:
     if isinstance(command, Stop):
         return None
     if isinstance(command, Prepare):
+        if why := draining.refusal(
+            state, job if job is not None and job.uid == head.uid else None, head.attempt
+        ):
+            return Answer(False, why)
         if job is None:
             if head.attempt <= state.over.get(head.uid, 0):
                 return Answer(False, f"attempt {head.attempt} was released here")

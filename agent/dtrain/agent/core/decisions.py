@@ -8,7 +8,7 @@ from dtrain.agent.launching import LaunchSettings, ProcessId
 from dtrain.agent.transferring import TransferOrder as Transfer
 from dtrain.protocol.ids import Attempt, JobName, Rank, Term, Uid
 from dtrain.protocol.ranklink import Begin, Outcome, RestorePlan, StopRank, Welcome
-from dtrain.protocol.snapshot import WorkerSnapshot
+from dtrain.protocol.snapshot import Draining, WorkerSnapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +142,13 @@ class PublishHealth:
     problem: str
 
 
+@dataclass(frozen=True, slots=True)
+class PublishDraining:
+    """Say in the node record that the agent is about to end."""
+
+    draining: Draining
+
+
 Action = (
     EnsureLauncher
     | LauncherOrder
@@ -154,6 +161,7 @@ Action = (
     | WriteSnapshot
     | DeleteSnapshot
     | PublishHealth
+    | PublishDraining
 )
 
 

@@ -137,6 +137,16 @@ class ShutDown:
 
 
 @dataclass(frozen=True, slots=True)
+class DrainAsked:
+    """The agent was told to end at ``at`` (monotonic; ``since``: UTC), and may wait for its jobs to move."""
+
+    reason: str
+    at: float
+    since: str
+    grace_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -155,5 +165,6 @@ Event = (
     | CoordinatorsRead
     | Consulted
     | ShutDown
+    | DrainAsked
     | Tick
 )

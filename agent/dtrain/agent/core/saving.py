@@ -22,7 +22,7 @@ def begin(job: JobState, command: BeginCheckpoint, out: list[Action]) -> JobStat
     if any(outcome.seq == command.seq for outcome in job.outcomes):
         # The ABORT overtook this BEGIN: the seq is over for good.
         return job
-    saving = Saving(command.seq, command.nonce, command.step)
+    saving = Saving(command.seq, command.nonce, command.step, command.hold_s)
     if saving not in job.saving:
         job = dataclasses.replace(job, saving=(*job.saving, saving))
     for rank in job.ranks:
@@ -30,7 +30,7 @@ def begin(job: JobState, command: BeginCheckpoint, out: list[Action]) -> JobStat
         if reason:
             job = problem(job, SaveProblem(command.seq, rank.rank, False, rank.step, reason))
         elif rank.connection:
-            out.append(RankMessage(rank.connection, Begin(saving.seq, saving.nonce, saving.step)))
+            out.append(RankMessage(rank.connection, _order(saving)))
     return job
 
 
@@ -38,7 +38,7 @@ def remind(job: JobState, rank: LocalRank, out: list[Action]) -> None:
     """Tell a rank that has just (re)connected what it may have missed."""
     held = rank.sealed.seq if rank.sealed else None
     out.extend(
-        RankMessage(rank.connection, Begin(saving.seq, saving.nonce, saving.step))
+        RankMessage(rank.connection, _order(saving))
         for saving in job.saving
         if saving.seq != held and not _has_problem(job, saving.seq, rank.rank)
     )
@@ -169,6 +169,10 @@ def tell_all(job: JobState, message: Outcome | StopRank, out: list[Action]) -> N
 def replace_rank(job: JobState, rank: LocalRank) -> JobState:
     """The job with this rank replaced."""
     return dataclasses.replace(job, ranks=tuple(rank if one.rank == rank.rank else one for one in job.ranks))
+
+
+def _order(saving: Saving) -> Begin:
+    return Begin(saving.seq, saving.nonce, saving.step, saving.hold_s)
 
 
 def _cannot(job: JobState, rank: LocalRank) -> str:

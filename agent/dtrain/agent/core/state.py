@@ -110,6 +110,8 @@ class Saving:
     seq: Seq
     nonce: str
     step: Step
+    hold_s: float = 0.0
+    """Ranks stay at that step, at most so long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +289,20 @@ class EtcdLink:
     scope: Scope = Scope.UNKNOWN
 
 
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Told to end, the agent waits for its jobs to move; ``draining`` has the rules. Times are monotonic."""
+
+    until: float
+    grace_s: float
+    heard_at: float
+    """When a leader last ordered anything here."""
+    answered: bool = False
+    """A leader has ordered what the one that knows of it does."""
+    over: str = ""
+    """Why the agent may end now; "": it waits."""
+
+
 RELEASED_KEPT = 256
 """Submissions whose last attempt here is remembered: late commands come within seconds."""
 
@@ -309,6 +325,8 @@ class AgentState:
     link: EtcdLink = EtcdLink()
     coordinators: tuple[str, ...] = ()
     """Addresses of all replicas when etcd was last read: whom to ask when it cannot be."""
+    drain: Drain | None = None
+    """It is about to end. Not journaled: the guardian tells it to each life of the agent."""
 
     def with_job(self, job: JobState) -> "AgentState":
         """The state with this job replaced."""

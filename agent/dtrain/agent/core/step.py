@@ -9,7 +9,7 @@ that no handler can forget it.
 import dataclasses
 from typing import assert_never
 
-from dtrain.agent.core import advance, commands, health, isolation, launchers, ranks, transfers
+from dtrain.agent.core import advance, commands, draining, health, isolation, launchers, ranks, transfers
 from dtrain.agent.core.decisions import (
     Action,
     Answer,
@@ -28,6 +28,7 @@ from dtrain.agent.core.events import (
     CommandArrived,
     Consulted,
     CoordinatorsRead,
+    DrainAsked,
     Event,
     LauncherReported,
     LauncherStarted,
@@ -60,6 +61,7 @@ def step(state: AgentState, event: Event, now: float, wall: float = 0.0) -> tupl
             state, answer = commands.take(state, event, now, out)
             if answer.accepted:
                 republish = frozenset({event.command.header.job})
+                state = draining.heard(state, event.command, now)
         case LauncherStarted():
             state = launchers.started(state, event)
         case LauncherReported():
@@ -86,6 +88,8 @@ def step(state: AgentState, event: Event, now: float, wall: float = 0.0) -> tupl
             state = isolation.heard(state, event, now, out)
         case ShutDown():
             state = commands.shut_down(state, event, now, out)
+        case DrainAsked():
+            state = draining.begin(state, event, now, out)
         case Tick():
             pass
         case _:
@@ -93,6 +97,7 @@ def step(state: AgentState, event: Event, now: float, wall: float = 0.0) -> tupl
     state = isolation.excuse(before, state)
     for name in tuple(state.jobs):
         state = advance.advance(state, state.jobs[name], isinstance(event, Tick), now, out)
+    state = draining.advance(state, now)
     if (problem := health.problem(state)) != health.problem(before):
         # Before the snapshots: whoever learns from one that an attempt is over must not place the next here.
         out.append(PublishHealth(problem))

@@ -20,6 +20,7 @@ class Guarded:
     allow_short_ttl: bool
     grace_s: float
     health_listen: str = ""
+    drain_s: float = 0.0
 
 
 def run(daemon: str, policy: guardian.Policy, load: Callable[[], Guarded]) -> int:
@@ -37,6 +38,7 @@ def run(daemon: str, policy: guardian.Policy, load: Callable[[], Guarded]) -> in
             component=f"{daemon}/{guarded.name}",
             ttl_s=guarded.ttl_s,
             grace_s=guarded.grace_s,
+            drain_s=guarded.drain_s,
             tls_ca=guarded.etcd.cacert,
             tls_cert=guarded.etcd.cert,
             tls_key=guarded.etcd.key,

@@ -51,6 +51,7 @@ from dtrain.storage.etcd.session_memory import (
     READY,
     REVISION_VARIABLE,
     STARTED,
+    STOPPING_VARIABLE,
     SessionMemory,
 )
 
@@ -92,6 +93,10 @@ class GuardianConfig:
     grace_s: float = 15.0
     """From SIGTERM to SIGKILL."""
 
+    drain_s: float = 0.0
+    """So much longer the child may take after the first SIGTERM, and is restarted meanwhile if it
+    dies. A second signal ends that wait (the child gets SIGINT), a third one the child."""
+
     tls_ca: str = ""
     tls_cert: str = ""
     tls_key: str = ""
@@ -129,7 +134,7 @@ def run(config: GuardianConfig, health: socket.socket | None = None) -> int:
     ``health`` is a listening socket for probes; the child inherits it.
 
     Ends by SIGTERM or SIGINT, by a child that stops cleanly, or by one that
-    exits with 78. A second signal kills the child at once.
+    exits with 78. A second signal kills the child at once, or the third if it drains.
     """
     return _Guardian(config, health).run()
 
@@ -144,6 +149,10 @@ class _Child:
     beat_at: float = 0.0
     stop_by: float | None = None
     """When SIGKILL follows the SIGTERM that was sent."""
+    told: bool = False
+    """It was started after the first signal, and knows of it."""
+    hurried: bool = False
+    """It was told not to wait for anything any more."""
 
 
 class _Guardian:
@@ -156,6 +165,8 @@ class _Guardian:
         pages = {"/livez": self._live, "/readyz": self._unready, "/metrics": self._unready}
         self._status = StatusServer(health, pages, report=self._report) if health is not None else None
         self._signals = 0
+        self._signalled_at = 0.0
+        self._has_run = False
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
@@ -211,7 +222,7 @@ class _Guardian:
             os.close(child.pidfd)
             child.memory.close()
             self._stand_in("the process has ended and is started again")
-            if clean or code == EX_CONFIG or self._signals or not self._keeper.is_alive():
+            if clean or code == EX_CONFIG or self._must_end() or not self._keeper.is_alive():
                 self._give_up_lease()
                 self._report("stopped", code=code)
                 return code if code >= 0 else 128 - code
@@ -234,7 +245,7 @@ class _Guardian:
         An agent is restarted with the lease it has, even if etcd is away: its
         training processes are running.
         """
-        while not self._signals:
+        while not self._must_end():
             self._standing = "waiting for a lease from etcd"
             held = self._keeper.held()
             if held.generation and ((held.lease and not held.lost) or not needs_live):
@@ -246,13 +257,25 @@ class _Guardian:
             self._tell(self._standing)
         return False
 
+    def _must_end(self) -> bool:
+        """Whether no child is to run any more: told to stop, and there is nothing, or no time, to drain."""
+        if not self._signals:
+            return False
+        over = boottime() >= self._signalled_at + self._config.drain_s
+        return over or self._signals > 1 or not self._has_run
+
     def _spawn(self) -> _Child:
+        self._has_run = True
         memory = SessionMemory.create()
         self._keeper.share_with(memory)
         env = dict(os.environ if self._config.env is None else self._config.env)
         env |= {FD_VARIABLE: str(memory.fd), GUARDIAN_PID_VARIABLE: str(os.getpid())}
         # A fresh process has no past by which to tell that etcd was restored from an older state.
         env |= {REVISION_VARIABLE: str(self._keeper.revision_seen)}
+        told = self._signals > 0
+        if told:
+            # What its former life was told still holds, and the time for it is running.
+            env |= {STOPPING_VARIABLE: f"{self._signalled_at:.3f}"}
         passed = [memory.fd]
         if self._health is not None:
             passed.append(self._health.fileno())
@@ -266,7 +289,7 @@ class _Guardian:
         now = boottime()
         self._standing = "the process is starting"
         self._report("child started", pid=process.pid)
-        return _Child(process, memory, os.pidfd_open(process.pid), now, beat_at=now)
+        return _Child(process, memory, os.pidfd_open(process.pid), now, beat_at=now, told=told)
 
     def _watch(self, child: _Child) -> int:
         """Supervise ``child`` to its end and return its code; it has been waited for."""
@@ -298,7 +321,7 @@ class _Guardian:
     def _reason_to_kill(self, child: _Child, now: float, hang_s: float) -> str:
         if not self._keeper.is_alive():
             return "the lease thread has died"
-        if child.stop_by is not None and (now > child.stop_by or self._signals > 1):
+        if child.stop_by is not None and (now > child.stop_by or self._signals > self._patient_signals):
             return "it did not stop in time"
         if child.memory.has_flag(STARTED) and now - child.beat_at > hang_s:
             return f"its heart stood still for {now - child.beat_at:.1f} s"
@@ -312,11 +335,22 @@ class _Guardian:
         return ""
 
     def _forward_stop(self, child: _Child, now: float) -> None:
+        grace_s, drain_s = self._config.grace_s, self._config.drain_s
         if self._signals and child.stop_by is None:
-            child.stop_by = now + self._config.grace_s
-            self._report("stopping", pid=child.process.pid, grace_s=self._config.grace_s)
-            child.process.send_signal(signal.SIGTERM)
-            self._notifier.stopping("stopping", self._config.grace_s + STOP_SLACK_S)
+            child.stop_by = max(now, self._signalled_at + drain_s) + grace_s
+            self._report("stopping", pid=child.process.pid, grace_s=grace_s, drain_s=drain_s)
+            if not child.told:
+                child.process.send_signal(signal.SIGTERM)
+            self._notifier.stopping("draining" if drain_s else "stopping", drain_s + grace_s + STOP_SLACK_S)
+        if self._signals > 1 and drain_s and child.stop_by is not None and not child.hurried:
+            child.hurried = True
+            child.stop_by = min(child.stop_by, now + grace_s)
+            # Not SIGTERM again: two that are pending become one.
+            child.process.send_signal(signal.SIGINT)
+
+    @property
+    def _patient_signals(self) -> int:
+        return 2 if self._config.drain_s else 1
 
     def _give_up_lease(self) -> None:
         lease = self._keeper.drop()
@@ -325,7 +359,7 @@ class _Guardian:
 
     def _pause(self, seconds: float) -> None:
         end = boottime() + seconds
-        while not self._signals and (left_s := end - boottime()) > 0:
+        while not self._must_end() and (left_s := end - boottime()) > 0:
             self._poll(None, min(left_s, 1.0))
             self._tell(self._standing)
 
@@ -344,6 +378,9 @@ class _Guardian:
             self._notifier.ready()
         if child.stop_by is None:
             self._tell(_standing(self._config.policy, child.memory))
+        else:
+            # Draining takes longer than a watchdog's patience.
+            self._notifier.beat(now)
 
     def _tell(self, status: str) -> None:
         self._notifier.beat(boottime())
@@ -392,6 +429,8 @@ class _Guardian:
             self._wake_write.send(b"x")
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        if not self._signals:
+            self._signalled_at = boottime()
         self._signals += 1
         self._wake()
 

@@ -18,6 +18,7 @@ from dtrain.storage.etcd.session_memory import (
     READY,
     REVISION_VARIABLE,
     STARTED,
+    STOPPING_VARIABLE,
     LeaseView,
     SessionMemory,
 )
@@ -82,11 +83,13 @@ class Session(Protocol):
 class GuardedSession:
     """The session of a process that runs under ``guardian``; made by ``attach``."""
 
-    def __init__(self, memory: SessionMemory, revision_seen: int = 0) -> None:
+    def __init__(self, memory: SessionMemory, revision_seen: int = 0, stopping_since: float = 0.0) -> None:
         self._memory = memory
         self._acting = 0
         self.revision_seen = revision_seen
         """The newest revision of etcd that the guardian had heard of when it started this process."""
+        self.stopping_since = stopping_since
+        """When the guardian was told to stop, if that was before this process began; else 0."""
 
     @property
     def lease(self) -> int:
@@ -186,6 +189,7 @@ def attach() -> GuardedSession:
     fd_text = os.environ.pop(FD_VARIABLE, "")
     guardian = os.environ.pop(GUARDIAN_PID_VARIABLE, "")
     revision = os.environ.pop(REVISION_VARIABLE, "")
+    stopping = os.environ.pop(STOPPING_VARIABLE, "")
     if not fd_text.isdigit() or not guardian.isdigit():
         raise Refused(
             ErrorCode.USAGE,
@@ -199,4 +203,7 @@ def attach() -> GuardedSession:
     if os.getppid() != int(guardian):
         raise Refused(ErrorCode.LEADERSHIP_LOST, "the guardian died before this process was ready")
     os.set_inheritable(int(fd_text), False)
-    return GuardedSession(SessionMemory.open(int(fd_text)), int(revision) if revision.isdigit() else 0)
+    memory = SessionMemory.open(int(fd_text))
+    return GuardedSession(
+        memory, int(revision) if revision.isdigit() else 0, float(stopping) if stopping else 0.0
+    )

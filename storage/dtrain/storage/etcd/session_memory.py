@@ -14,6 +14,8 @@ from dataclasses import dataclass
 FD_VARIABLE = "DTRAIN_SESSION_FD"
 GUARDIAN_PID_VARIABLE = "DTRAIN_GUARDIAN_PID"
 REVISION_VARIABLE = "DTRAIN_GUARDIAN_REVISION"
+STOPPING_VARIABLE = "DTRAIN_GUARDIAN_STOPPING"
+"""Since when (CLOCK_BOOTTIME, s) the child is to stop: for one that is started after that."""
 
 STARTED = 1
 """The child's heart beats from now on: a pause is a hang."""
