@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.mutants.catalogue import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("common", "storage", "coordinator", "agent", "trainer", "cli", "local")
+FOLDERS = ("common", "storage", "coordinator", "agent", "trainer", "cli", "local", "testing")
 BESIDE = (".cache",)
 """What git ignores and tests need: the etcd servers."""
 
