@@ -38,6 +38,7 @@ from dtrain.protocol.job import (
 from dtrain.protocol.keys import Keys
 from dtrain.protocol.snapshot import (
     BadBlob,
+    Draining,
     DurablePart,
     Failure,
     FailureKind,
@@ -348,6 +349,13 @@ class Stage:
             if snapshot is not None:
                 self.departed[agent] = snapshot.value
 
+    def drain(self, *names: str, grace_s: float = 60.0) -> None:
+        """Agents are told to end, and say so."""
+        for name in names:
+            view = self.agents[AgentName(name)]
+            node = replace(view.node, draining=Draining("SIGTERM", grace_s=grace_s))
+            self.agents[AgentName(name)] = replace(view, node=node, draining_at=self.now)
+
     def member(self, name: str) -> Member:
         return next(member for member in self.status.members if member.agent == name)
 
@@ -533,7 +541,10 @@ class Stage:
         self.swept_at = None
         for cell in self.cells.values():
             cell.seen_at = self.now
-        self.agents = {name: AgentView(view.node, self.now) for name, view in self.agents.items()}
+        self.agents = {
+            name: AgentView(view.node, self.now, None if view.draining_at is None else self.now)
+            for name, view in self.agents.items()
+        }
         self.workers = {name: replace(stored, seen_at=self.now) for name, stored in self.workers.items()}
 
 
