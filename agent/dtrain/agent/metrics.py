@@ -8,7 +8,7 @@ REGISTERED = Metric(
 LINK = Metric(
     "dtrain_agent_etcd_link",
     "gauge",
-    "1 for the state of the link to etcd, else 0: ok, suspect (renewals fail), isolated (no lease)",
+    "1 for the state of the link to etcd, else 0: ok, suspect (renewals fail) or isolated (no lease).",
     ("state",),
 )
 LOOP_AGE = Metric(

@@ -377,7 +377,9 @@ class _Guardian:
         if child.memory.has_flag(READY):
             self._notifier.ready()
         if child.stop_by is None:
-            self._tell(_standing(self._config.policy, child.memory))
+            held = self._keeper.held()
+            cut_off = held.lost or now > held.kill_at
+            self._tell("cut off from etcd" if cut_off else _standing(self._config.policy, child.memory))
         else:
             # Draining takes longer than a watchdog's patience.
             self._notifier.beat(now)
