@@ -36,6 +36,12 @@ SETTINGS = (
         60.0,
         float,
     ),
+    Setting(
+        "accept-restored-etcd",
+        "obey the leader of an etcd that was restored without raising its revisions: forget the newest term",
+        False,
+        switch,
+    ),
     Setting("keep-ranks", "leave the ranks running when the agent is stopped", False, switch),
     Setting(
         "stop-grace", "seconds between SIGTERM and SIGKILL for ranks when the agent is stopped", 15.0, float
@@ -70,6 +76,7 @@ class Config:
     etcd: EtcdOptions
     tls: TlsFiles | None = None
     health_listen: str = ""
+    accept_restored_etcd: bool = False
 
     def __post_init__(self) -> None:
         least = TTL_S_MIN_SHORT if self.allow_short_ttl else TTL_S_MIN
@@ -135,6 +142,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         etcd=etcd,
         tls=tls_files(values),
         health_listen=values["health-listen"],
+        accept_restored_etcd=values["accept-restored-etcd"],
     )
 
 

@@ -33,6 +33,7 @@ from dtrain.agent.core.decisions import (
 )
 from dtrain.agent.core.events import (
     CommandArrived,
+    EtcdWentBack,
     Event,
     LauncherReported,
     LauncherStarted,
@@ -201,9 +202,16 @@ class AgentDriver:
         return self.take(command, self.confirm(command))
 
     def confirm(self, command: Command) -> bool:
-        """Tell whether the command's term is new and that of the present leader. Any thread."""
-        term = command.header.term
-        return term > self._state.term and self._confirm_term(term)
+        """Tell whether the command's term is not ours and yet that of the present leader. Any thread.
+
+        A lower one is asked about once: if it leads, etcd was restored from an older state.
+        """
+        term, state = command.header.term, self._state
+        if term in (state.term, state.refused_term) or not self._confirm_term(term):
+            return False
+        if term < state.term:
+            self._events.append(EtcdWentBack(term, state.term))
+        return term > state.term
 
     def take(self, command: Command, confirmed: bool) -> Answer:
         """Take on, or refuse, a command."""

@@ -161,7 +161,8 @@ class Agent:
             AgentState(
                 machine,
                 Incarnation(life),
-                remembered.term,
+                # Whoever commands must still be etcd's leader: that is asked before the first command.
+                Term(0) if settings.accept_restored_etcd else remembered.term,
                 remembered.jobs,
                 remembered.seen,
                 over=remembered.over,

@@ -25,9 +25,15 @@ Two more names occur: ``phase`` (a job went where the phase diagram does not
 lead) and ``readable`` (a record that does not parse). I8 and I10 to I12 are not
 in a history; the simulation and the chaos tests check them.
 
+An etcd that was restored from a backup with its revisions raised far above all
+former ones begins another history: what was decided after the backup is not
+held against it. An attempt that agents brought along from the forgotten time
+may be taken over or ended, by a number that they prove.
+
 Memory is bounded by the records that exist, not by how long they have existed.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +44,7 @@ from dtrain.protocol.audit_agents import AgentAudit
 from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord, Quarantine
 from dtrain.protocol.errors import Refused
 from dtrain.protocol.events import EventReason, EventRecord
-from dtrain.protocol.ids import ClusterName, JobName
+from dtrain.protocol.ids import RESTORE_BUMP_LEAST, ClusterName, JobName
 from dtrain.protocol.job import TERMINAL_PHASES, JobPhase, JobStatus
 from dtrain.protocol.keys import Keys, Parsed
 from dtrain.protocol.snapshot import FailureKind, NodeRecord, WorkerSnapshot
@@ -143,15 +149,18 @@ class Auditor:
 
         Also in the middle, after a gap: then only what must not go back is compared.
         """
+        before = self._revision
         self.begun_at = self._revision = revision
-        former, self._jobs = self._jobs, {}
+        found = list(self._parse(records))
+        self._find_restoration([before, *(change.create_revision for _, change, _ in found), revision])
+        leapt = 0 < before < self._agents.restored_at
+        former, self._jobs = ({} if leapt else self._jobs), {}
         self._agents.forget()
         self._term = None
-        found = list(self._parse(records))
         for place, change, record in found:
             if place.kind == "leader":
                 self._term = change.create_revision
-                if self._term < self._term_last:
+                if self._term < self._term_last and not leapt:
                     self._bad("I2", f"term {self._term} after term {self._term_last}")
                 self._term_last = max(self._term_last, self._term)
             elif place.kind == "node":
@@ -170,9 +179,11 @@ class Auditor:
             status = job.status(name)
             if status is not None:
                 self._agents.status(Parsed("status", job=name), status)
+        # Leaders of a time that is forgotten have left their terms with the agents alone.
+        term_last = revision if self._agents.restored_at else self._term_last
         for place, _, record in found:
             if place.kind == "worker":
-                self._agents.snapshot(place, _as(WorkerSnapshot, record), self._term_last)
+                self._agents.snapshot(place, _as(WorkerSnapshot, record), term_last)
 
     def feed(self, revision: int, changes: Sequence[Change]) -> None:
         """Check one revision against everything before it, then apply it."""
@@ -212,6 +223,12 @@ class Auditor:
                 self._agents.snapshot(place, _as(WorkerSnapshot, record), self._term_last)
 
     # Inside ---------------------------------------------------------------------------
+
+    def _find_restoration(self, revisions: Iterable[int]) -> None:
+        """Note the newest leap of the revisions that only a restored backup explains."""
+        for before, after in itertools.pairwise(sorted(revisions)):
+            if 0 < before <= after - RESTORE_BUMP_LEAST:
+                self._agents.restored_at = max(self._agents.restored_at, after)
 
     def _bad(self, invariant: str, message: str) -> None:
         if len(self.violations) < VIOLATIONS_KEPT:
@@ -285,7 +302,7 @@ class Auditor:
             return
         last = job.attempt_last
         # A job's first record may already be of its first attempt.
-        if record.attempt not in (last, last + 1):
+        if record.attempt not in (last, last + 1) and not self._is_proven(place.job, record):
             self._bad("I5", f"{place.job} went from attempt {last} to {record.attempt}")
         self.attempts += record.attempt > last
         self._agents.status(place, record)
@@ -299,6 +316,11 @@ class Auditor:
         elif record.phase != before.phase and record.phase not in PHASE_CHANGES[before.phase]:
             self._bad("phase", f"{place.job} went from {before.phase} to {record.phase}")
         self._check_brake(place, before, record)
+
+    def _is_proven(self, job: JobName, record: JobStatus) -> bool:
+        """Tell whether agents have shown the attempt, which a restored etcd has forgotten."""
+        later = record.attempt > self._job(job).attempt_last
+        return later and record.attempt in self._agents.forgotten(job, record.uid)
 
     def _check_brake(self, place: Parsed, before: JobStatus, record: JobStatus) -> None:
         braked = any(

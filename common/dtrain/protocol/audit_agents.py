@@ -58,6 +58,8 @@ class AgentAudit:
         """By agent: create revision and incarnation."""
         self._placed: dict[JobName, _Placed] = {}
         self._seen: dict[tuple[str, JobName], _Seen] = {}
+        self.restored_at = 0
+        """The first revision known after etcd was restored from a backup with raised revisions; 0: never."""
 
     def forget(self) -> None:
         """Start anew after a gap in the history; what only ever rises is kept."""
@@ -68,6 +70,12 @@ class AgentAudit:
             seen.taken.clear()
             seen.pids.clear()
             seen.parts.clear()
+
+    def forgotten(self, job: JobName, uid: Uid) -> set[int]:
+        """Attempts that agents have shown of a submission, if a restored etcd may have forgotten them."""
+        if not self.restored_at:
+            return set()
+        return {seen.attempt for (_, name), seen in self._seen.items() if (name, seen.uid) == (job, uid)}
 
     def node(self, place: Parsed, record: NodeRecord | None, create_revision: int) -> None:
         """An agent's session began, was renewed by another life, or ended."""
@@ -137,6 +145,10 @@ class AgentAudit:
             )
         seen.attempt = max(seen.attempt, record.attempt)
         placed = self._placed.get(place.job)
+        # What it was told in a time that etcd has forgotten is no disobedience.
+        brought = record.command is None or record.command.term < self.restored_at
+        if self.restored_at and brought:
+            return
         if placed is not None and record.uid == placed.uid and record.attempt > placed.attempt:
             self._bad(
                 "I6",

@@ -45,6 +45,7 @@ class EventReason(StrEnum):
     JOB_FAILED = "JobFailed"
     JOB_CANCELLED = "JobCancelled"
     STORE_UNAVAILABLE = "StoreUnavailable"
+    ETCD_RESTORED = "EtcdRestored"
     USER_REQUESTED = "UserRequested"
 
 

@@ -167,6 +167,8 @@ class WorkerSnapshot:
     command: CommandOutcome | None = None
     saving: tuple[Seq, ...] = ()
     """Checkpoints accepted whose outcome this agent does not know yet."""
+    seq_over: Seq = Seq(0)
+    """The highest checkpoint number of this submission that is over here: never to be given out again."""
     durable: tuple[DurablePart, ...] = ()
     problems: tuple[SaveProblem, ...] = ()
     failure: Failure | None = None

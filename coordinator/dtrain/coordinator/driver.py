@@ -230,11 +230,13 @@ class Driver:
         match result:
             case Verified(_, verdict):
                 self.world.record_verdict(job, stamped(verdict, now))
+                self.world.record_unknown(job, verdict.unknown)
                 problem = verdict.problem
             case Collected(work, problem):
                 if not problem:
                     self.world.record_collected(job, work.garbage.seq)
-            case Swept(_, deleted, problem, retry):
+            case Swept(_, deleted, problem, retry, unknown):
+                self.world.record_unknown(job, unknown)
                 if not retry:
                     self.world.record_swept(job, now)
                 if deleted:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from dtrain.coordinator.core.decisions import CollectGarbage, ProbeStore, SweepOrphans, VerifyCheckpoint, Work
 from dtrain.coordinator.core.views import Verdict
+from dtrain.protocol.ids import Seq
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class Swept:
     deleted: int = 0
     problem: str = ""
     retry: bool = False
+    unknown: tuple[Seq, Seq] | None = None
+    """Lowest and highest number of checkpoints that the store holds and etcd does not know."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,6 +131,7 @@ class Worker:
     def _verify(self, work: VerifyCheckpoint) -> Verdict:
         seq, nonce = work.record.seq, work.record.nonce
         try:
+            unknown = self._forgotten(work)
             manifest, key, data = self._merged(work)
         except (Unavailable, OutcomeUnknown) as error:
             return Verdict(seq, nonce, ok=False, retry=True, problem=error.message)
@@ -144,7 +145,22 @@ class Worker:
             manifest_bytes=len(data),
             digest=hashlib.sha256(data).hexdigest(),
             size_bytes=manifest.bytes,
+            unknown=unknown,
         )
+
+    def _forgotten(self, work: VerifyCheckpoint) -> tuple[Seq, Seq] | None:
+        """Look for checkpoints of this number or later ones: an etcd that went back gives them out again."""
+        record, root = work.record, job_root(work.cluster, work.job, work.uid)
+        own = (record.seq, record.attempt, record.nonce)
+        store = self._stores.get(work.store)
+        try:
+            keys = _ask(lambda: [info.key for info in store.list(f"{root}/manifests/")])
+        except Refused:
+            return None  # listing is the collector's right, and it looks for itself
+        later = [found for key in keys if (found := _triple(_MANIFEST, root, key)) and found[0] >= record.seq]
+        if all(found == own for found in later):
+            return None
+        return _unknown(keys, root, read_records(self._etcd, work.cluster, work.job))
 
     def _merged(self, work: VerifyCheckpoint) -> tuple[Manifest, str, bytes]:
         store = self._stores.get(work.store)
@@ -249,15 +265,24 @@ class Worker:
                 work,
                 problem=f"the store holds checkpoint {newest}, etcd knows none after {records.seq_last}: "
                 "etcd may have been restored from a backup; nothing was deleted",
+                unknown=_unknown(keys, root, records),
             )
         if records.uid != work.uid:
             return Swept(work, problem="the job was submitted anew; nothing was deleted")
         deleted = 0
+        # Committed, for all that is known, in a time that etcd has forgotten: for a person to delete.
+        forgotten = {
+            of
+            for key in keys
+            if (of := _triple(_MANIFEST, root, key)) and records.unknown_from <= of[0] <= records.unknown_to
+        }
         for key in keys:
             blob, manifest = _triple(_BLOB, root, key), _triple(_MANIFEST, root, key)
             of = blob or manifest
             # What does not look like ours is not ours to delete.
             if of is None or of in records.named or key in records.manifests:
+                continue
+            if of in forgotten and of not in records.committed:
                 continue
             # Of a committed checkpoint only the manifest in its record counts: the others were
             # written by tries whose answer was lost.
@@ -288,6 +313,7 @@ class Records:
         self.uid = ""
         self.latest = 0
         self.seq_last = 0
+        self.unknown_from = self.unknown_to = 0
         self.named: set[_Triple] = set()
         self.committed: set[_Triple] = set()
         self.manifests: set[str] = set()
@@ -297,6 +323,7 @@ class Records:
                 case "status":
                     status = codec.decode(JobStatus, kv.value)
                     self.uid, self.seq_last = status.uid, status.seq_last
+                    self.unknown_from, self.unknown_to = status.unknown_from, status.unknown_to
                 case "latest":
                     self.latest = codec.decode(Latest, kv.value).seq
                 case "open":
@@ -344,6 +371,18 @@ def unpack(data: bytes) -> bytes:
     if len(unpacked) > MANIFEST_BYTES_UNPACKED_MAX:
         raise Refused(ErrorCode.BAD_RECORD, "a manifest unpacks to more than its limit")
     return unpacked
+
+
+def _unknown(keys: Iterable[str], root: str, records: Records) -> tuple[Seq, Seq] | None:
+    """Lowest and highest number of the manifests that no record names."""
+    seqs = [
+        of[0]
+        for key in keys
+        if (of := _triple(_MANIFEST, root, key))
+        and of not in records.committed | records.named
+        and key not in records.manifests
+    ]
+    return (Seq(min(seqs)), Seq(max(seqs))) if seqs else None
 
 
 def _is_below(prefix: str, key: str) -> bool:

@@ -74,6 +74,7 @@ class _Job:
     verdicts: dict[tuple[Seq, str], Verdict] = field(default_factory=dict)
     collected: set[Seq] = field(default_factory=set)
     swept_at: float | None = None
+    unknown: tuple[Seq, Seq] | None = None
     store_ok: bool | None = None
     store_problem: str = ""
     store_probed_at: float | None = None
@@ -184,6 +185,15 @@ class World:
             known.swept_at = now
             self._touched.add(job)
 
+    def record_unknown(self, job: JobName, found: tuple[Seq, Seq] | None) -> None:
+        """Remember numbers of checkpoints that only the store knows."""
+        known = self._jobs.get(job)
+        if known is None or found is None:
+            return
+        before = known.unknown or found
+        known.unknown = (min(found[0], before[0]), max(found[1], before[1]))
+        self._touched.add(job)
+
     def record_probe(self, job: JobName, problem: str, now: float) -> None:
         """Remember whether the job's store answered."""
         if (known := self._jobs.get(job)) is not None:
@@ -262,6 +272,7 @@ class World:
             verdicts=dict(job.verdicts),
             collected=frozenset(job.collected),
             swept_at=job.swept_at,
+            unknown=job.unknown,
             store_ok=job.store_ok,
             store_problem=job.store_problem,
             store_probed_at=job.store_probed_at,
@@ -450,7 +461,7 @@ class World:
             # A name used again is another job: nothing found out about the old one holds.
             job.verdicts.clear()
             job.collected.clear()
-            job.swept_at = job.store_ok = job.store_probed_at = None
+            job.swept_at = job.store_ok = job.store_probed_at = job.unknown = None
             job.store_problem = ""
         self._note_waiting(job)
 

@@ -486,6 +486,48 @@ def test_a_gap_hides_what_happened_in_it_but_not_what_went_back() -> None:
     assert history.broken() == {"I4", "I5"}
 
 
+RAISED = 1_000_000_000
+
+
+def restored(auditor: Auditor, seq_last: int = 1) -> Auditor:
+    """etcd holds a backup of attempt 1, its revisions raised; the agent runs attempt 3."""
+    node = NodeRecord(AGENT, Incarnation("i"), "h:1", "h", 2)
+    records = [
+        Change(KEYS.node(AGENT), codec.encode(node), 12),
+        Change(KEYS.status(JOB), codec.encode(status(seq_last=seq_last)), 13),
+        Change(KEYS.worker(AGENT, JOB), codec.encode(snapshot(3, 7, 8, command="start.3", term=40)), 14),
+    ]
+    auditor.begin_at(RAISED + 14, records)
+    auditor.feed(RAISED + 15, [Change(KEYS.leader, b"{}", RAISED + 15)])
+    return auditor
+
+
+def test_what_was_decided_after_a_backup_is_not_held_against_the_etcd_restored_from_it() -> None:
+    lived = History().running().write(open=opened()).write(checkpoint=commit(), latest=latest(), open=None)
+    lived.write(status=status(attempt=2)).write(status=status(attempt=3, seq_last=4))
+    lived.write(worker=snapshot(3, 7, 8, command="start.3"))
+    assert not lived.auditor.violations
+    for auditor in (lived.auditor, Auditor(ClusterName("c"))):
+        restored(auditor)
+        term = RAISED + 15
+        auditor.feed(term + 1, [Change(KEYS.status(JOB), codec.encode(status(attempt=3, term=term)))])
+        auditor.feed(term + 2, [Change(KEYS.worker(AGENT, JOB), codec.encode(snapshot(3, 7, 8)))])
+        assert not auditor.violations, auditor.violations
+
+
+def test_after_a_restoration_no_attempt_may_be_skipped_that_no_agent_has_shown() -> None:
+    auditor = restored(Auditor(ClusterName("c")))
+    auditor.feed(RAISED + 16, [Change(KEYS.status(JOB), codec.encode(status(attempt=4, term=RAISED + 15)))])
+    assert [violation.invariant for violation in auditor.violations] == ["I5"]
+
+
+def test_after_a_restoration_agents_obey_only_what_is_decided() -> None:
+    auditor = restored(Auditor(ClusterName("c")))
+    told = snapshot(9, 7, 8, command="start.9", term=RAISED + 15)
+    auditor.feed(RAISED + 16, [Change(KEYS.worker(AGENT, JOB), codec.encode(told))])
+    assert "I6" in [violation.invariant for violation in auditor.violations]
+
+
 def test_every_phase_has_a_way_out_unless_it_is_terminal() -> None:
     assert set(PHASE_CHANGES) == set(JobPhase)
     assert {phase for phase, exits in PHASE_CHANGES.items() if not exits} == TERMINAL_PHASES

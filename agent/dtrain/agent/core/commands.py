@@ -17,6 +17,7 @@ from dtrain.protocol.commands import (
     Start,
     Stop,
 )
+from dtrain.protocol.ids import Term
 from dtrain.protocol.ranklink import Outcome, StopRank
 from dtrain.protocol.snapshot import CommandOutcome, WorkerPhase
 
@@ -40,6 +41,10 @@ def take(
             # A number over gRPC is no proof: anybody could end training with a large one.
             return state, Answer(False, f"term {head.term} could not be confirmed in etcd")
         state = dataclasses.replace(state, term=head.term)
+    if state.refused_term:
+        state = dataclasses.replace(state, refused_term=Term(0))
+    if _is_namesake(state, command):
+        return state, Answer(False, f"another attempt {head.attempt} has been here")
     if head.id in state.seen.get(head.job, ()):
         return state, Answer(True, "known")
     refusal = _refusal(state, command)
@@ -104,6 +109,22 @@ def _refusal(state: AgentState, command: Command) -> Answer | None:
     if isinstance(command, Start) and job.start is None and job.phase is not WorkerPhase.READY:
         return Answer(False, f"attempt {head.attempt} is {job.phase} here, not READY")
     return None
+
+
+def _is_namesake(state: AgentState, command: Command) -> bool:
+    """Tell whether PREPARE gives a number to another attempt: etcd has forgotten the first one."""
+    job = state.jobs.get(command.header.job)
+    if not isinstance(command, Prepare) or job is None or job.prepare is None:
+        return False
+    known = job.prepare
+    if (job.uid, job.attempt) != (command.header.uid, command.header.attempt):
+        return False
+    return (known.node_rank, known.nnodes, known.first_rank, known.world_size) != (
+        command.node_rank,
+        command.nnodes,
+        command.first_rank,
+        command.world_size,
+    )
 
 
 def _older_submission(job: JobState, command: Prepare) -> Answer | None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from dtrain.agent.launching import LauncherReport, ProcessId
 from dtrain.agent.transferring import TransferReport
 from dtrain.protocol.commands import Command
-from dtrain.protocol.ids import Attempt, Incarnation, JobName, Uid
+from dtrain.protocol.ids import Attempt, Incarnation, JobName, Term, Uid
 from dtrain.protocol.ranklink import Hello, Report
 
 
@@ -15,6 +15,14 @@ class CommandArrived:
 
     command: Command
     confirmed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EtcdWentBack:
+    """The leader key is of ``term``, read after ``known``, a higher one, had been confirmed."""
+
+    term: Term
+    known: Term
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +161,7 @@ class Tick:
 
 Event = (
     CommandArrived
+    | EtcdWentBack
     | LauncherStarted
     | LauncherReported
     | ProcessesProbed

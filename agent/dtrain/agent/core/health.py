@@ -82,6 +82,12 @@ def problem(state: AgentState) -> str:
         for one in job.held
         if one.overdue
     ]
+    if state.refused_term:
+        found.insert(
+            0,
+            f"{agent} obeys nobody: the term of etcd's leader is {state.refused_term}, and it has obeyed term"
+            f" {state.term}; etcd was restored from an older state (docs/operations.md: etcd lost its data)",
+        )
     more = f"; and {len(found) - SHOWN_MAX} more" if len(found) > SHOWN_MAX else ""
     return "; ".join(found[:SHOWN_MAX]) + more
 

@@ -49,6 +49,7 @@ def prepare(
         leftovers=job.leftovers,
         held=job.held,
         sdk=job.sdk,
+        seq_over=job.seq_over,
     )
     if fresh.launcher.status is LauncherStatus.GONE or fresh.launcher.quitting:
         return fresh

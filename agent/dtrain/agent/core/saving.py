@@ -19,8 +19,8 @@ PROBLEM_CHARS_MAX = 500
 
 def begin(job: JobState, command: BeginCheckpoint, out: list[Action]) -> JobState:
     """Take a checkpoint on and tell the ranks; those that cannot take part say so at once."""
-    if any(outcome.seq == command.seq for outcome in job.outcomes):
-        # The ABORT overtook this BEGIN: the seq is over for good.
+    if command.seq <= job.seq_over or any(outcome.seq == command.seq for outcome in job.outcomes):
+        # The ABORT overtook this BEGIN, or etcd has forgotten it: the seq is over for good.
         return job
     saving = Saving(command.seq, command.nonce, command.step, command.hold_s)
     if saving not in job.saving:
@@ -137,6 +137,7 @@ def settle(job: JobState, outcome: Outcome, out: list[Action]) -> JobState:
             for rank in job.ranks
         ),
         outcomes=(*others, outcome)[-OUTCOMES_KEPT:],
+        seq_over=max(job.seq_over, seq),
     )
 
 
@@ -152,7 +153,10 @@ def drop(job: JobState, out: list[Action]) -> JobState:
         for saving in job.saving
         if not job.ranks or not all(_part(job, saving.seq, rank.rank) for rank in job.ranks)
     )
-    return dataclasses.replace(job, saving=(), uploads=(), durable=(), problems=(), outcomes=())
+    over = max((job.seq_over, *(saving.seq for saving in job.saving)))
+    return dataclasses.replace(
+        job, saving=(), uploads=(), durable=(), problems=(), outcomes=(), seq_over=over
+    )
 
 
 def problem(job: JobState, trouble: SaveProblem) -> JobState:

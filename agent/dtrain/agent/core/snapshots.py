@@ -19,6 +19,7 @@ def snapshot_of(state: AgentState, job: JobState) -> WorkerSnapshot:
         ranks=tuple(rank.facts() for rank in job.ranks if rank.process is not None),
         command=job.command,
         saving=tuple(saving.seq for saving in job.saving),
+        seq_over=job.seq_over,
         durable=job.durable,
         problems=job.problems,
         failure=job.failure,

@@ -231,6 +231,8 @@ class JobState:
     uploads: tuple[UploadTry, ...] = ()
     durable: tuple[DurablePart, ...] = ()
     problems: tuple[SaveProblem, ...] = ()
+    seq_over: Seq = Seq(0)
+    """The highest checkpoint number of this submission that is over here, over all attempts."""
     outcomes: tuple[Outcome, ...] = ()
     """Of the current attempt, the newest last: a late BEGIN must not revive a seq."""
     failure: Failure | None = None
@@ -325,6 +327,8 @@ class AgentState:
     link: EtcdLink = EtcdLink()
     coordinators: tuple[str, ...] = ()
     """Addresses of all replicas when etcd was last read: whom to ask when it cannot be."""
+    refused_term: Term = Term(0)
+    """The term of etcd's leader if it is lower than ``term``: etcd was restored from an older state."""
     drain: Drain | None = None
     """It is about to end. Not journaled: the guardian tells it to each life of the agent."""
 

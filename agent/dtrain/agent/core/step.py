@@ -29,6 +29,7 @@ from dtrain.agent.core.events import (
     Consulted,
     CoordinatorsRead,
     DrainAsked,
+    EtcdWentBack,
     Event,
     LauncherReported,
     LauncherStarted,
@@ -62,6 +63,9 @@ def step(state: AgentState, event: Event, now: float, wall: float = 0.0) -> tupl
             if answer.accepted:
                 republish = frozenset({event.command.header.job})
                 state = draining.heard(state, event.command, now)
+        case EtcdWentBack(term, known):
+            if known == state.term:
+                state = dataclasses.replace(state, refused_term=term)
         case LauncherStarted():
             state = launchers.started(state, event)
         case LauncherReported():

@@ -584,9 +584,10 @@ def terminal(draft: Draft) -> None:
     for agent in holding:
         header = draft.header(f"release.{draft.status.attempt}")
         snapshot = draft.job.workers[agent].value
-        if snapshot.uid != draft.status.uid:
+        if snapshot.uid != draft.status.uid or snapshot.attempt > draft.status.attempt:
             # Of an earlier submission: its agent could not be reached before the name was used again.
-            number = Attempt(min(snapshot.attempt, draft.status.attempt))
+            # A later one, and a later attempt, was forgotten by an etcd restored from a backup.
+            number = snapshot.attempt
             header = replace(draft.header(f"release.{number}"), uid=snapshot.uid, attempt=number)
         draft.command(agent, Stop(header, draft.spec.shutdown_grace_s, release=True, why="the job is over"))
     since = draft.in_phase_since

@@ -7,7 +7,7 @@ the status record, what this leader saw for itself is in the views.
 
 from typing import assert_never
 
-from dtrain.coordinator.core import checkpoints, conditions, phases, retention
+from dtrain.coordinator.core import checkpoints, conditions, phases, restored, retention
 from dtrain.coordinator.core.decisions import Decision, Reason
 from dtrain.coordinator.core.draft import OPERATIONS_MAX, Draft
 from dtrain.coordinator.core.views import FleetView, JobView, Moment
@@ -57,6 +57,8 @@ def plan(job: JobView, fleet: FleetView, moment: Moment) -> Decision:
     if job.quarantined:
         return _nothing(f"left alone: {job.quarantined}")
     if job.spec is None:
+        if status is None and job.workers:
+            return restored.end_unknown(job, fleet)
         return _nothing("there is no job file under this name" if status is None else "its job file is gone")
     if status is not None and status.term > fleet.term:
         return _nothing(f"leader {status.term} has decided about it: this one is over")
@@ -74,6 +76,8 @@ def plan(job: JobView, fleet: FleetView, moment: Moment) -> Decision:
     _tell_of_brake(draft)
     if checkpoints.adopt(draft):
         draft.say("taking over the open checkpoints of an earlier leader")
+        return _checked(draft)
+    if restored.catch_up(draft):
         return _checked(draft)
     _decide(draft)
     retention.tidy(draft)

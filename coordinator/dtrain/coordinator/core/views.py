@@ -50,6 +50,8 @@ class Verdict:
     digest: str = ""
     size_bytes: int = 0
     at: float = 0.0
+    unknown: tuple[Seq, Seq] | None = None
+    """Numbers of manifests that no record names, first and last, if one of them is this number or a later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,8 @@ class JobView:
     """Tombstones whose blobs this leader has deleted."""
     swept_at: float | None = None
     """When orphans of this job were last swept by this leader; None: not yet."""
+    unknown: tuple[Seq, Seq] | None = None
+    """Numbers of checkpoints that this leader found in the store and etcd does not know: first and last."""
     store_ok: bool | None = None
     """Whether the job's store answered a probe; None: not probed yet."""
     store_problem: str = ""
