@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dtrain.agent.core.events import Event, RankConnected, RankDisconnected, RankReported
-from dtrain.protocol import ranklink
+from dtrain.protocol import codec, ranklink
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused
 from dtrain.protocol.ranklink import LINE_BYTES_MAX, Hello, Message, Report
 
@@ -200,6 +200,13 @@ class RankServer:
     def _take(self, connection: _Connection, line: bytes) -> None:
         message = ranklink.decode_line(line)
         if isinstance(message, Hello) and not connection.greeted:
+            if message.v != codec.VERSION:
+                # It goes on training, and only its checkpoints are missed: better than to misread it.
+                raise Refused(
+                    ErrorCode.BAD_RECORD,
+                    f"rank {message.rank} of {message.job} speaks version {message.v} of the rank link; "
+                    f"this agent speaks version {codec.VERSION}",
+                )
             connection.greeted = True
             self._on_event(RankConnected(connection.number, message))
         elif isinstance(message, Report) and connection.greeted:

@@ -61,7 +61,8 @@ def sentences(own: str, agents: Mapping[str, str], replicas: Mapping[str, str]) 
             names = sorted(name for name in far if far[name] == version)
             yield (
                 f"{what} {_some(names)} runs dtrain {version} and this replica {own}: at most one "
-                "minor release may lie between them; upgrade coordinators, then agents, one minor release at a time"
+                "minor release may lie between them; upgrade coordinators, then agents, one minor "
+                "release at a time"
             )
 
 

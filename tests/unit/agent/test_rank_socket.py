@@ -1,5 +1,6 @@
 """The rank server over a real Unix socket."""
 
+import dataclasses
 import queue
 import socket
 from collections.abc import Iterator
@@ -114,6 +115,17 @@ def test_garbage_closes_the_connection_and_nothing_else(bench: Bench, garbage: b
     good.sendall(encode_line(HELLO))
     event = bench.next()
     assert isinstance(event, RankConnected)
+
+
+def test_a_script_of_another_major_version_is_refused_in_clear_words(bench: Bench) -> None:
+    good, newer = bench.connect(), bench.connect()
+    newer.sendall(encode_line(dataclasses.replace(HELLO, v=2)))
+    assert newer.recv(10) == b""
+    assert bench.refusals == [
+        "rank 0 of train speaks version 2 of the rank link; this agent speaks version 1"
+    ]
+    good.sendall(encode_line(HELLO))
+    assert isinstance(bench.next(), RankConnected)
 
 
 def test_a_second_hello_closes_the_connection(bench: Bench) -> None:
