@@ -593,6 +593,12 @@ def _cancel(faults: "Faults", strike: Strike) -> None:
         cluster.cancelled[status.uid] = None
 
 
+@kind("agent drained", a_machine, every_s=(15.0, 90.0), lasts_s=(0.5, 30.0), args={"grace_s": (4.0, 60.0)})
+def _drain(faults: "Faults", strike: Strike) -> None:
+    if machine := _machine(faults, strike):
+        machine.drain(strike.args["grace_s"], strike.lasts_s)
+
+
 def repair(cluster: "Cluster") -> None:
     """What no strike heals by itself: replicas that are gone start, and enough machines."""
     for replica in cluster.replicas.values():

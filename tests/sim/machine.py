@@ -12,18 +12,21 @@ from dtrain.agent.core.decisions import (
     JournalTerm,
     JournalWrite,
 )
-from dtrain.agent.core.events import Event as AgentEvent
 from dtrain.agent.core.events import (
+    DrainAsked,
     LauncherReported,
     RankConnected,
     RankDisconnected,
     RankReported,
     SessionRenewed,
     SessionSeen,
+    ShutDown,
     Tick,
     TransferReported,
 )
-from dtrain.agent.core.state import AgentState, JobState
+from dtrain.agent.core.events import Event as AgentEvent
+from dtrain.agent.core.health import is_waiting
+from dtrain.agent.core.state import AgentState, JobState, LauncherStatus
 from dtrain.agent.core.state import Machine as MachineFacts
 from dtrain.agent.driver import AgentDriver, Ports
 from dtrain.agent.launching import LauncherOrder, LauncherReport, LaunchSettings, ProcessId
@@ -52,6 +55,7 @@ QUEUE_S = 0.001
 
 SESSION_LOOK_S = 0.5
 ORPHAN_GRACE_S = 120.0
+STOP_GRACE_S = 5.0
 
 
 class Host:
@@ -98,6 +102,8 @@ class Machine:
         self.slots = slots
         self.powered = False
         self.boots = 0
+        self.draining: DrainAsked | None = None
+        """What its guardian was told and tells each life of the agent."""
         self.guardian: Guardian | None = None
         self.agent: SimAgent | None = None
         self.journal = SimJournal()
@@ -124,6 +130,7 @@ class Machine:
     def power_off(self) -> None:
         """Everything on it ends at once, and nobody is told."""
         self.powered = False
+        self.draining = None
         self.place.suspended = False
         self.place._held.clear()
         if self.guardian is not None:
@@ -140,7 +147,32 @@ class Machine:
         if self.guardian is not None:
             self.guardian.die()
             self.guardian = None
+            # Whoever told it to stop is not asked again.
+            self.draining = None
             self.scheduler.after(self.scheduler.rng.uniform(0.5, 3.0), self._boot_again)
+
+    def drain(self, grace_s: float, away_s: float) -> None:
+        """SIGTERM at the guardian; once all has ended in order, it starts again after a while."""
+        if self.guardian is None or self.guardian.stopped or self.draining is not None:
+            return
+        self.draining = DrainAsked("SIGTERM", self.clock.monotonic(), "", grace_s)
+        self._away_s = away_s
+        if self.agent is not None:
+            self.agent.drain()
+
+    def drained(self) -> None:
+        """The agent has ended cleanly: its guardian revokes the lease and ends too."""
+        guardian, self.draining = self.guardian, None
+        assert guardian is not None
+        guardian.stop("drained")
+
+        def again() -> None:
+            if self.guardian is guardian:
+                guardian.die()
+                self.guardian = None
+                self._boot_again()
+
+        self.scheduler.after(self._away_s, again)
 
     def _boot_again(self) -> None:
         if self.powered and self.guardian is None:
@@ -304,6 +336,8 @@ class SimAgent:
         self._connections: dict[int, Connection] = {}
         self._numbers = 0
         self._tick: Event | None = None
+        self.ending = False
+        """It was drained, and ends what is left before it ends itself."""
         self.loops: list[Task] = []
         """What must not end before the process does."""
         self.process.later(0.01, self._begin)
@@ -350,6 +384,26 @@ class SimAgent:
             self.process.spawn(self._consult, "consult"),
         ]
         self._look_at_session()
+        self.drain()
+
+    def drain(self) -> None:
+        """What its guardian was told, if it was told anything."""
+        told = self.machine.draining
+        if told is not None and hasattr(self, "driver"):
+            self.handle(told)
+
+    def _end(self) -> None:
+        """As ``Agent._end``: ranks and launchers first."""
+        state = self.driver.state
+        lives = [
+            job.name
+            for job in state.jobs.values()
+            if job.launcher.status is not LauncherStatus.GONE or is_waiting(job)
+        ]
+        if (not lives and self.reporter.idle) or self.clock.monotonic() > self._end_by:
+            self.machine.drained()
+        else:
+            self.process.later(0.1, self._end)
 
     def _look_at_session(self) -> None:
         self._see_session()
@@ -394,6 +448,12 @@ class SimAgent:
 
     def _moved(self) -> None:
         self.cluster.checks.agent_stepped(self, self.driver.state)
+        drain = self.driver.state.drain
+        if drain is not None and drain.over and not self.ending:
+            self.ending = True
+            self._end_by = self.clock.monotonic() + STOP_GRACE_S + 15.0
+            self.process.later(0.0, lambda: self._handle(ShutDown(STOP_GRACE_S)))
+            self.process.later(0.1, self._end)
         if self._tick is not None:
             self._tick.cancel()
             self._tick = None
@@ -414,6 +474,9 @@ class SimAgent:
 
     def command(self, command: Command, answer: Callable[[bool, str], None]) -> None:
         """A command has arrived on the wire."""
+        if self.ending:
+            answer(False, "the agent is ending")
+            return
 
         def body() -> None:
             confirmed = self.driver.confirm(command)

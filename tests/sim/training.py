@@ -156,6 +156,10 @@ class Group:
         if any(member.machine.place.suspended for member in self.ranks.values()):
             self._stall()
             return
+        if any(member.holds for member in self.ranks.values()):
+            # They are at a step's boundary, and in no collective that could run out of patience.
+            self.scheduler.after(0.05, self._next)
+            return
         self._stalled_since = None
         rng = self.scheduler.rng
         duration_s = STEP_S * rng.uniform(0.8, 1.3)
@@ -204,6 +208,8 @@ class SimRank:
         self._report_due: Event | None = None
         self._loading = False
         self._joined: Group | None = None
+        self._held: tuple[Begin, float] | None = None
+        """The checkpoint that it stays at, and until when at most."""
         rng = self.scheduler.rng
         self.scheduler.after(rng.uniform(0.05, 0.4), self._connect)
 
@@ -334,6 +340,16 @@ class SimRank:
         )
         self.launcher.arena[self.local_rank, begin.seq] = (place, self.state[first : first + length])
         self.session.keep(place)
+        if begin.hold_s > 0:
+            self._held = begin, self.scheduler.now + begin.hold_s
+
+    @property
+    def holds(self) -> bool:
+        """Whether it stays at the step it has done, as ``Run`` does in ``Session.await_outcome``."""
+        if self._held is None or not self.alive:
+            return False
+        begin, until = self._held
+        return self.scheduler.now < until and self.session.is_held(begin.seq)
 
     def _end(self) -> None:
         self.ending = True

@@ -33,12 +33,16 @@ CHILD = """
         import json
         fields |= {"pid": os.getpid(), "lease": session.lease, "generation": session.generation}
         print(json.dumps(fields), flush=True)
+    if mode == "drain":
+        signal.signal(signal.SIGTERM, lambda *_: say(told="SIGTERM"))
+        signal.signal(signal.SIGINT, lambda *_: stopping.append(1))
+    if mode == "stubborn": signal.signal(signal.SIGINT, signal.SIG_IGN)
     if mode == "exit78": sys.exit(78)
     if mode == "crash": say(at=time.monotonic()); sys.exit(1)
     if mode == "done": session.set_clean_stop(); sys.exit(0)
     session.set_started()
     if mode == "acting": session.set_acting(True, session.generation)
-    say(ppid=os.getppid())
+    say(ppid=os.getppid(), since=session.stopping_since)
     generation, acts = session.generation, True
     while not stopping or mode == "stubborn":
         session.beat()
@@ -55,7 +59,9 @@ CHILD = """
 class Guarded:
     """A guardian process with its child; every line of both is kept."""
 
-    def __init__(self, folder: Path, endpoints: list[str], policy: str, mode: str, grace_s: float) -> None:
+    def __init__(
+        self, folder: Path, endpoints: list[str], policy: str, mode: str, grace_s: float, drain_s: float
+    ) -> None:
         child = folder / "child.py"
         child.write_text(textwrap.dedent(CHILD))
         program = (
@@ -63,7 +69,8 @@ class Guarded:
             "from dtrain.storage.etcd.guardian import GuardianConfig, Policy, run\n"
             f"sys.exit(run(GuardianConfig(({sys.executable!r}, {str(child)!r}, {mode!r}),"
             f" {tuple(endpoints)!r},"
-            f" Policy({policy!r}), 'test', ttl_s={TTL_S}, grace_s={grace_s}, allow_short_ttl=True)))"
+            f" Policy({policy!r}), 'test', ttl_s={TTL_S}, grace_s={grace_s}, drain_s={drain_s},"
+            " allow_short_ttl=True)))"
         )
         self._out, self._err = folder / "out", folder / "err"
         with self._out.open("wb") as out, self._err.open("wb") as err:
@@ -118,11 +125,15 @@ def guard(tmp_path: Path) -> Iterator[Guard]:
     running: list[Guarded] = []
 
     def start(
-        endpoints: list[str], policy: str = "coordinator", mode: str = "", grace_s: float = 5.0
+        endpoints: list[str],
+        policy: str = "coordinator",
+        mode: str = "",
+        grace_s: float = 5.0,
+        drain_s: float = 0.0,
     ) -> Guarded:
         folder = tmp_path / f"guardian-{len(running)}"
         folder.mkdir()
-        running.append(Guarded(folder, endpoints, policy, mode, grace_s))
+        running.append(Guarded(folder, endpoints, policy, mode, grace_s, drain_s))
         return running[-1]
 
     yield start
@@ -219,6 +230,48 @@ def test_a_child_that_will_not_stop_is_killed_and_its_lease_kept_until_then(
     assert etcd.range(key).items, "the lease was not renewed during the stop"
     assert guarded.process.wait(5) == 128 + signal.SIGKILL
     assert etcd.range(key).items == ()
+
+
+def told(guarded: Guarded, pid: int) -> bool:
+    return any(life.get("told") == "SIGTERM" and life["pid"] == pid for life in guarded.lives())
+
+
+def test_a_draining_child_that_dies_is_started_again_and_knows_since_when(
+    guard: Guard, etcd_35: EtcdCluster
+) -> None:
+    guarded = guard(etcd_35.endpoints, policy="agent", mode="drain", drain_s=60.0)
+    first = guarded.child()
+    assert first["since"] == 0.0
+    guarded.signal(signal.SIGTERM)
+    eventually(lambda: told(guarded, first["pid"]), what="the signal is passed on")
+    os.kill(first["pid"], signal.SIGKILL)
+    second = guarded.child(1)
+    assert 0 < time.clock_gettime(time.CLOCK_BOOTTIME) - second["since"] < 60.0
+    assert second["lease"] == first["lease"]
+    # The second signal ends the wait, in order: the child is not killed.
+    guarded.signal(signal.SIGTERM)
+    assert guarded.process.wait(15) == 0
+    assert not guarded.said("child killed")
+    assert not told(guarded, second["pid"])
+
+
+def test_a_drain_has_an_end_and_the_third_signal_waits_for_nothing(
+    guard: Guard, etcd_35: EtcdCluster
+) -> None:
+    guarded = guard(etcd_35.endpoints, policy="agent", mode="drain", grace_s=0.5, drain_s=0.5)
+    child = guarded.child()
+    guarded.signal(signal.SIGTERM)
+    assert guarded.process.wait(15) == 128 + signal.SIGKILL
+    assert not is_alive(child["pid"])
+
+    guarded = guard(etcd_35.endpoints, policy="agent", mode="stubborn", grace_s=60.0, drain_s=60.0)
+    child = guarded.child()
+    for _ in range(3):
+        guarded.signal(signal.SIGTERM)
+        # Pending signals of one kind are one.
+        time.sleep(0.3)
+    assert guarded.process.wait(15) == 128 + signal.SIGKILL
+    assert not is_alive(child["pid"])
 
 
 def test_exit_78_is_final(guard: Guard, etcd_35: EtcdCluster) -> None:

@@ -1,0 +1,166 @@
+"""SIGTERM at agents: their jobs are saved at one step and go on elsewhere, within the grace."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+from tests.support.harness import Harness, say
+
+from dtrain.protocol import codec
+from dtrain.protocol.events import EventReason
+from dtrain.protocol.job import JobPhase
+from dtrain.protocol.snapshot import NodeRecord
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+GRACE_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
+    flags = ("--report-interval", "0.2", "--drain-grace", str(GRACE_S), "--stop-grace", "5")
+    with Harness(tmp_path_factory.mktemp("h"), agent_flags=flags) as made:
+        made.await_ready()
+        yield made
+        made.assert_clean()
+
+
+@pytest.fixture(autouse=True)
+def whole(harness: Harness) -> Iterator[None]:
+    """Every test ends with all machines."""
+    yield
+    for name in [*harness.cluster.coordinators, *harness.cluster.agents]:
+        if not harness.cluster.daemon(name).is_running:
+            harness.cluster.start_daemon(name)
+    harness.await_ready()
+
+
+def terminate(harness: Harness, agent: str) -> float:
+    """SIGTERM to the guardian, and nothing else, as a supervisor of containers does it."""
+    assert harness.cluster.daemon(agent).send(signal.SIGTERM)
+    return time.monotonic()
+
+
+def await_end(harness: Harness, agent: str, since: float) -> float:
+    """Wait for its guardian to end well; return how long that took."""
+    daemon = harness.cluster.daemon(agent)
+    assert daemon.wait(GRACE_S + 30.0)
+    took_s = time.monotonic() - since
+    assert daemon.exit_code == 0
+    return took_s
+
+
+def await_draining(harness: Harness, agent: str) -> None:
+    def drains() -> bool:
+        found = harness.cluster.etcd.range(harness.keys.node(agent)).items  # type: ignore[arg-type]
+        return bool(found) and codec.decode(NodeRecord, found[0].value).draining is not None
+
+    harness.until(f"{agent} says that it drains", drains)
+
+
+def test_a_drained_machine_costs_no_step_and_no_restart(harness: Harness) -> None:
+    name = "moves"
+    args = f"--steps 1000000 --pause-ms 10 --stop-file {harness.stop_file(name)}"
+    job = harness.start(name, args, every_steps=0)
+    harness.await_steps(job, 50)
+    before = harness.status(job)
+    victim = before.members[1].agent
+
+    began = terminate(harness, victim)
+    took_s = await_end(harness, victim, began)
+    after = harness.await_training(job, after_attempt=before.attempt)
+    say(
+        f"drained: the agent ended after {took_s:.2f} s,"
+        f" all train again after {time.monotonic() - began:.2f} s"
+    )
+    (commit,) = harness.commits(job)
+    assert commit.attempt == before.attempt
+    assert after.restore is not None
+    assert (after.attempt, after.restore.seq) == (before.attempt + 1, commit.seq)
+    assert victim not in [member.agent for member in after.members]
+    assert (after.restarts, after.failure) == ((), None)
+    harness.await_steps(job)
+    marks = [mark for mark in harness.marks(job) if mark.rank == 0]
+    done = max(mark.step for mark in marks if mark.attempt == before.attempt) + 1
+    again = len(marks) - len({mark.step for mark in marks})
+    say(f"drained at step {done}, checkpoint of step {commit.step}: {again} steps done twice")
+    assert (done, again) == (commit.step, 0)
+    assert took_s < GRACE_S / 2
+    reasons = [event.reason for event in harness.events(job)]
+    assert reasons.index(EventReason.AGENT_DRAINING) < reasons.index(EventReason.DRAINED)
+    harness.stop_file(name).touch()
+    harness.await_end(job)
+
+
+def test_a_spare_has_nothing_to_wait_for(harness: Harness) -> None:
+    spare = sorted(harness.cluster.agents)[-1]
+    assert await_end(harness, spare, terminate(harness, spare)) < GRACE_S / 3
+
+
+def test_ranks_without_the_sdk_are_moved_at_once(harness: Harness) -> None:
+    job = harness.submit("plain", script="plain.py", nnodes=1, nproc=1, marks=False)
+    harness.until("it runs", lambda: harness.status(job).phase is JobPhase.RUNNING)
+    before = harness.status(job)
+    victim = before.members[0].agent
+    assert await_end(harness, victim, terminate(harness, victim)) < GRACE_S / 2
+    harness.until("it has been started again", lambda: harness.status(job).attempt > before.attempt)
+    after = harness.status(job)
+    assert after.members[0].agent != victim
+    assert after.restarts == ()
+    harness.client.set_intent(job, wanted="cancel")
+    harness.await_end(job, JobPhase.CANCELLED)
+
+
+def test_all_machines_of_a_job_drain_with_one_checkpoint_and_a_killed_agent_goes_on(harness: Harness) -> None:
+    name = "all"
+    args = f"--steps 1000000 --pause-ms 10 --stop-file {harness.stop_file(name)}"
+    job = harness.start(name, args, every_steps=0)
+    harness.await_steps(job, 20)
+    attempt = harness.status(job).attempt
+    began = {agent: terminate(harness, agent) for agent in harness.cluster.agents}
+    crashed = harness.status(job).members[0].agent
+    pid = harness.cluster.daemon(crashed).process_pid
+    if pid is not None:
+        os.kill(pid, signal.SIGKILL)
+    for agent, since in began.items():
+        say(f"{agent} of all ended after {await_end(harness, agent, since):.2f} s")
+    status = harness.status(job)
+    say(f"meanwhile: {status.phase}: {status.reason}")
+    assert status.phase is JobPhase.RECOVERING
+    (commit,) = harness.commits(job)
+    for agent in harness.cluster.agents:
+        harness.cluster.start_daemon(agent)
+    after = harness.await_training(job, after_attempt=attempt)
+    assert after.restore is not None
+    assert after.restore.seq == commit.seq
+    harness.stop_file(name).touch()
+    harness.await_end(job)
+
+
+def test_without_a_leader_nobody_waits_long_and_the_second_signal_waits_for_nothing(harness: Harness) -> None:
+    name = "alone"
+    args = f"--steps 1000000 --pause-ms 10 --stubborn --stop-file {harness.stop_file(name)}"
+    job = harness.start(name, args, every_steps=20)
+    commit = harness.await_commit(job)
+    attempt = harness.status(job).attempt
+    patient, hurried = (member.agent for member in harness.status(job).members)
+    for coordinator in harness.cluster.coordinators:
+        harness.cluster.power_cut(coordinator)
+    began = {agent: terminate(harness, agent) for agent in (patient, hurried)}
+    await_draining(harness, hurried)
+    terminate(harness, hurried)
+    hurried_s = await_end(harness, hurried, began[hurried])
+    patient_s = await_end(harness, patient, began[patient])
+    say(f"without a leader: ended after {patient_s:.2f} s, by a second SIGTERM after {hurried_s:.2f} s")
+    assert GRACE_S / 3 <= patient_s < GRACE_S
+    assert hurried_s < patient_s
+    for daemon in [*harness.cluster.coordinators, patient, hurried]:
+        harness.cluster.start_daemon(daemon)
+    after = harness.await_training(job, after_attempt=attempt)
+    assert after.restore is not None
+    assert after.restore.seq >= commit.seq
+    assert after.restarts == ()
+    harness.stop_file(name).touch()
+    harness.await_end(job)
