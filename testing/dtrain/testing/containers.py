@@ -418,6 +418,8 @@ class DtrainCluster(Cluster):
             networking_config={self.id: endpoint},
             read_only=recipe.read_only,
             shm_size="256m",
+            # A probe every few seconds in every container costs more than all that is tested.
+            healthcheck={"test": ["NONE"]},
             **({"entrypoint": list(recipe.entrypoint)} if recipe.entrypoint else {}),
         )
         node.container = container
