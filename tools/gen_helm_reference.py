@@ -1,7 +1,7 @@
 """Write what follows from the chart's values.yaml: its schema, and the table in its README.
 
-    python tools/gen_helm_reference.py           writes both
-    python tools/gen_helm_reference.py --check   fails if either is not up to date
+python tools/gen_helm_reference.py           writes both
+python tools/gen_helm_reference.py --check   fails if either is not up to date
 """
 
 import json
@@ -101,7 +101,9 @@ def reference(values: dict[str, Any], said: dict[str, str]) -> str:
     rows = ["| value | default | |", "|---|---|---|"]
     for path, value in leaves(values):
         default = json.dumps(value, separators=(", ", ": "))
-        rows.append(f"| `{path}` | `{default}` | {said.get(path, '').replace('|', '&#124;').replace('<', '&lt;')} |")
+        rows.append(
+            f"| `{path}` | `{default}` | {said.get(path, '').replace('|', '&#124;').replace('<', '&lt;')} |"
+        )
     return "\n".join(rows)
 
 
