@@ -9,7 +9,7 @@ FIRST ?= 1
 MINUTES ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast sim sim-nightly mutants lint format bench chaos soak proto check clean
+.PHONY: help setup demo test test-fast sim sim-nightly mutants lint format bench chaos soak proto check clean up-docker down-docker
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -51,6 +51,12 @@ chaos: setup ## 100 random faults in one run: SEED=n replays one
 
 soak: setup ## MINUTES=60 of random faults: nothing breaks, nothing is left behind, nothing grows
 	@$(BIN)/python -m tests.e2e.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED),)
+
+up-docker: ## a whole cluster in containers: AGENTS=2..8 SECURE=1 MONITORING=1 IMAGES=local
+	@MAKE="$(MAKE)" deploy/compose/up.sh $(if $(AGENTS),--agents $(AGENTS)) $(if $(SECURE),--secure) $(if $(MONITORING),--monitoring) $(if $(filter local,$(IMAGES)),--local-images)
+
+down-docker: ## take it down; it asks about the volumes: VOLUMES=1 removes them, VOLUMES=0 keeps them
+	@deploy/compose/down.sh $(if $(filter 0,$(VOLUMES)),--keep-volumes,$(if $(VOLUMES),--volumes))
 
 proto: ## regenerate the protobuf code
 	@tools/gen_proto.sh
