@@ -191,10 +191,6 @@ class JobStatus:
     restore: RestorePoint | None = None
     restarts: tuple[float, ...] = ()
     seq_last: Seq = Seq(0)
-    unknown_from: Seq = Seq(0)
-    unknown_to: Seq = Seq(0)
-    """Numbers that were given out and then forgotten by an etcd restored from a backup; 0: none. What the
-    store holds of them is neither used nor deleted."""
     token_done: str = ""
     event_last: int = 0
     store: str = ""
@@ -220,6 +216,10 @@ class JobStatus:
     """When the phase began (UTC)."""
     finished_at: str = ""
     conditions: tuple[Condition, ...] = ()
+    unknown_from: Seq = Seq(0)
+    unknown_to: Seq = Seq(0)
+    """Numbers that were given out and then forgotten by an etcd restored from a backup; 0: none. What the
+    store holds of them is neither used nor deleted."""
 
     @property
     def world_size(self) -> int:

@@ -167,8 +167,6 @@ class WorkerSnapshot:
     command: CommandOutcome | None = None
     saving: tuple[Seq, ...] = ()
     """Checkpoints accepted whose outcome this agent does not know yet."""
-    seq_over: Seq = Seq(0)
-    """The highest checkpoint number of this submission that is over here: never to be given out again."""
     durable: tuple[DurablePart, ...] = ()
     problems: tuple[SaveProblem, ...] = ()
     failure: Failure | None = None
@@ -183,6 +181,8 @@ class WorkerSnapshot:
     """Processes of older attempts that cannot be killed: no rank is started beside them."""
     at: float = 0.0
     """Wall time of writing, epoch seconds, for people."""
+    seq_over: Seq = Seq(0)
+    """The highest checkpoint number of this submission that is over here: never to be given out again."""
 
 
 @dataclass(frozen=True, slots=True)

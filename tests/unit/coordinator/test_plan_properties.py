@@ -285,6 +285,7 @@ snapshots = st.builds(
     ),
     st.sampled_from(["", "a:1"]),
     st.booleans(),
+    seq_over=st.sampled_from([0, 0, 4, 9]).map(Seq),
 )
 
 
@@ -403,6 +404,7 @@ def views(draw: Callable[..., Any]) -> JobView:
         verdicts={(verdict.seq, verdict.nonce): verdict for verdict in draw(st.lists(verdicts, max_size=3))},
         collected=draw(st.frozensets(small.map(Seq), max_size=2)),
         swept_at=draw(st.none() | instants),
+        unknown=draw(st.none() | st.just((Seq(6), Seq(8)))),
         store_ok=draw(st.sampled_from([None, True, False])),
         step_rate=draw(st.sampled_from([0.0, 0.5, 1000.0])),
     )

@@ -301,6 +301,69 @@ def test_an_etcd_that_went_back_deletes_nothing(store: Store, worker: Worker, et
     assert store.all() == before
 
 
+def forget(etcd: MemoryEtcd, seq: int) -> None:
+    """etcd is restored from a backup that knows numbers up to ``seq`` only."""
+    put(etcd, KEYS.status(JOB), JobStatus(Term(1), UID, JobPhase.RUNNING, seq_last=Seq(seq)))
+    for number in range(seq + 1, seq + 9):
+        etcd._live.pop(KEYS.checkpoint(JOB, Seq(number)), None)
+    put(etcd, KEYS.latest(JOB), Latest(Term(1), Seq(seq), Step(1)))
+
+
+def test_a_sweep_names_the_checkpoints_that_only_the_store_knows(
+    store: Store, worker: Worker, etcd: MemoryEtcd
+) -> None:
+    for seq in (3, 5, 7):
+        commit(store, worker, etcd, seq)
+    forget(etcd, 3)
+    assert sweep(worker).unknown == (5, 7)
+
+
+def test_a_checkpoint_whose_number_the_store_knows_already_is_verified_and_tells_so(
+    store: Store, worker: Worker, etcd: MemoryEtcd
+) -> None:
+    for seq in (3, 4, 6):
+        commit(store, worker, etcd, seq)
+    forget(etcd, 3)
+    record = opened(4, "dd")
+    verdict = verify(worker, record, [write_rank(store, record, rank) for rank in (0, 1)])
+    assert verdict.ok
+    assert verdict.unknown == (4, 6)
+
+
+def test_no_verdict_speaks_of_unknown_numbers_while_etcd_forgets_nothing(
+    store: Store, worker: Worker, etcd: MemoryEtcd
+) -> None:
+    commit(store, worker, etcd, 3)
+    record = opened(4, "dd")
+    parts = [write_rank(store, record, rank) for rank in (0, 1)]
+    assert verify(worker, record, parts).unknown is None
+    # The manifest of a try whose answer was lost is its own.
+    assert verify(worker, record, parts).unknown is None
+
+
+def test_what_was_committed_in_a_forgotten_time_stays_until_a_person_deletes_its_manifest(
+    store: Store, worker: Worker, etcd: MemoryEtcd
+) -> None:
+    commit(store, worker, etcd, 3)
+    lost = commit(store, worker, etcd, 5)
+    aborted = opened(6, "ee")
+    write_rank(store, aborted, 0)
+    commit(store, worker, etcd, 10)
+    etcd._live.pop(KEYS.checkpoint(JOB, Seq(5)))
+    known = JobStatus(
+        Term(1), UID, JobPhase.RUNNING, seq_last=Seq(10), unknown_from=Seq(4), unknown_to=Seq(9)
+    )
+    put(etcd, KEYS.status(JOB), known)
+    before = set(store.all())
+    assert not sweep(worker).problem
+    gone = before - set(store.all())
+    assert gone, "what was never committed is collected all the same"
+    assert all("/00000000000000000006/" in key for key in gone)
+    store.delete(lost.manifest)
+    sweep(worker)
+    assert not [key for key in store.all() if "/00000000000000000005/" in key]
+
+
 def test_an_etcd_without_the_jobs_status_deletes_nothing(store: Store, worker: Worker) -> None:
     record = opened()
     write_rank(store, record, 0)

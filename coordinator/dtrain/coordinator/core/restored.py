@@ -63,7 +63,7 @@ def _numbers(draft: Draft) -> bool:
     if stored_range is not None and stored_range[1] > limit:
         stored_range = None
     # Agents hear of an outcome after etcd: what is over for one and open there is of the past.
-    stale = [stored for stored in checkpoints.own_open(draft) if stored.value.seq <= over]
+    stale = [stored for stored in checkpoints.own_open(draft) if over and stored.value.seq <= over]
     found = [stored.value.seq for stored in stale]
     used = max(over, heard)
     if used > status.seq_last:
