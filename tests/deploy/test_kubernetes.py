@@ -178,7 +178,7 @@ def test_a_submission_is_a_pod_that_may_talk_to_coordinators(
     claims.are_valid(given)
     claims.are_restricted(given)
     (job,) = given
-    pod = Pod(given, job, tmp_path, "submit-digits-abcde")
+    pod = Pod(given, job, tmp_path, "submit-chargpt-abcde")
     assert {key for key in pod.environment if key.startswith("DTRAIN_")} <= set(context._VARIABLES)
     host, _, port = pod.environment["DTRAIN_COORDINATORS"].partition(":")
     service = find(base, "Service", host)
