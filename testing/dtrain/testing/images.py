@@ -10,9 +10,9 @@ import os
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 
-ETCD = "quay.io/coreos/etcd:v3.5.21"
-STORE = "chrislusf/seaweedfs:4.48"
-TOOLS = "nicolaka/netshoot:v0.13"
+ETCD = "quay.io/coreos/etcd:v3.5.18@sha256:d0a641d5fbcc89678c931a61b7de7b8a1cf097149f135c9c73bc81d076a1494b"
+STORE = "chrislusf/seaweedfs:4.48@sha256:4e61d15fd35994cb1e43e1e553dff106794841fd9a99ade2fc8c8bfce4d7872d"
+TOOLS = "nicolaka/netshoot:v0.13@sha256:a20c2531bf35436ed3766cd6cfe89d352b050ccc4d7005ce6400adf97503da1b"
 """Needs a shell, ``dd`` and iproute2's ``ip``."""
 
 
