@@ -18,6 +18,12 @@ fail() {
   exit 1
 }
 
+# This machine lacks the rights or the tools: nothing that dtrain could do about.
+cannot() {
+  echo "build-local: $1" >&2
+  exit 3
+}
+
 say() {
   echo "build-local: $1" >&2
 }
@@ -34,7 +40,7 @@ if [ -n "$wheel" ]; then
   [ -f "$wheel" ] || fail "there is no wheel $wheel"
   [ -n "$tag" ] || fail "--wheel needs --tag: the tag of the images made of it"
 fi
-docker info >/dev/null 2>&1 || fail "no Docker engine answers: set DOCKER_HOST, or run tools/engine.sh start"
+docker info >/dev/null 2>&1 || cannot "no Docker engine answers: set DOCKER_HOST, or run tools/engine.sh start"
 [ -x "$bin/pip" ] || fail "$bin/pip is missing: run 'make setup', or set VENV"
 # A client that wants BuildKit but lacks it refuses to build.
 docker buildx version >/dev/null 2>&1 || export DOCKER_BUILDKIT=0
@@ -98,8 +104,8 @@ pack() {
 }
 
 root_files() {
-  [ "$(id -u)" = 0 ] || fail "debootstrap needs root, once: run this as root, or put $cache/base.tar here from another machine"
-  command -v debootstrap >/dev/null || fail "debootstrap is not installed: apt-get install debootstrap"
+  [ "$(id -u)" = 0 ] || cannot "debootstrap needs root, once: run this as root, or put $cache/base.tar here from another machine"
+  command -v debootstrap >/dev/null || cannot "debootstrap is not installed: apt-get install debootstrap"
   local root=$work/root
   say "unpacking Debian $SUITE from $(mirror) (a minute or two, once)"
   mkdir -p "$root/etc/dpkg/dpkg.cfg.d"
@@ -107,7 +113,7 @@ root_files() {
   echo force-unsafe-io >"$root/etc/dpkg/dpkg.cfg.d/unsafe-io"
   debootstrap --variant=minbase --include="$BASE_PACKAGES" "$SUITE" "$root" "$(mirror)" >"$work/log" 2>&1 || {
     tail -n 20 "$work/log" >&2
-    fail "debootstrap failed; does this machine allow chroot, mknod and mount?"
+    cannot "debootstrap failed; does this machine allow chroot, mknod and mount?"
   }
   # The mirror is this machine's business; the images keep the public one.
   local sources=$root/etc/apt/sources.list
@@ -145,6 +151,8 @@ base_images() {
   fi
   built dtrain-base:local "$inputs" || import dtrain-base:local "$inputs" "$cache/base.tar"
   built dtrain-tools:local "$inputs" || import dtrain-tools:local "$inputs" "$cache/tools.tar"
+  docker run --rm --label dtrain.inputs=none dtrain-base:local true >"$work/log" 2>&1 ||
+    cannot "the engine cannot start containers: $(tail -n 1 "$work/log")"
 }
 
 # --- servers ---
