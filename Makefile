@@ -9,7 +9,7 @@ FIRST ?= 1
 MINUTES ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast sim sim-nightly mutants lint format bench chaos soak proto check clean up-docker down-docker
+.PHONY: help setup demo test test-fast sim sim-nightly mutants lint format bench chaos soak proto check clean up-docker down-docker images images-local test-containers
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -51,6 +51,15 @@ chaos: setup ## 100 random faults in one run: SEED=n replays one
 
 soak: setup ## MINUTES=60 of random faults: nothing breaks, nothing is left behind, nothing grows
 	@$(BIN)/python -m tests.e2e.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED),)
+
+images: setup ## build dtrain's images on public bases: PYTHON_IMAGE=... TORCH_IMAGE=... TAG=... choose others
+	@deploy/docker/build.sh
+
+images-local: setup ## build all images that tests and up-docker need, without any registry
+	@deploy/docker/build-local.sh
+
+test-containers: setup ## failover tests in containers; starts an engine if none answers: SUBSET=1 runs CI's part
+	@tools/test-containers.sh $(if $(SUBSET),--subset)
 
 up-docker: ## a whole cluster in containers: AGENTS=2..8 SECURE=1 MONITORING=1 IMAGES=local
 	@MAKE="$(MAKE)" deploy/compose/up.sh $(if $(AGENTS),--agents $(AGENTS)) $(if $(SECURE),--secure) $(if $(MONITORING),--monitoring) $(if $(filter local,$(IMAGES)),--local-images)
