@@ -234,6 +234,12 @@ class Script:
         machine = self._stage.machines[name]
         machine.power_on() if way == "on" else machine.power_off()
 
+    def do_drain(self, *words: str) -> None:
+        """``drain a2 grace=60``: SIGTERM at its guardian."""
+        names, options = _options(words)
+        for name in names:
+            self._stage.machines[name].drain(float(options.get("grace", "60")))
+
     def do_cut(self, name: str) -> None:
         """``cut a2``: its agent reaches neither etcd nor a coordinator; its ranks reach the others."""
         self._stage.machines[name].cut()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from dtrain.agent.core.events import DrainAsked
 from dtrain.coordinator.api.servicers import CoordinatorServicer
 from dtrain.coordinator.core.decisions import Decision, Directed, Work
 from dtrain.coordinator.core.manifest import merge
@@ -471,6 +472,18 @@ class StageMachine(Machine):
         assert self.agent is not None
         self.agent.process.die()
         self._agent_ended()
+
+    def drain(self, grace_s: float, away_s: float = 0.0) -> None:
+        """SIGTERM at its guardian; it does not come back by itself."""
+        assert self.agent is not None
+        self.draining = DrainAsked("SIGTERM", self.scheduler.now, "", grace_s)
+        self.agent.drain()
+
+    def drained(self) -> None:
+        session, self._session = self._session, FixedSession(0)
+        self.end_agent()
+        self.cluster.etcd.revoke(session.lease)
+        self.cluster.publish()
 
     def power_off(self) -> None:
         self.end_agent()

@@ -14,7 +14,7 @@ from dtrain.protocol.cluster import ReplicaRecord
 from dtrain.protocol.events import EventReason, EventRecord, EventType
 from dtrain.protocol.job import JobStatus
 from dtrain.protocol.keys import Keys
-from dtrain.protocol.snapshot import WorkerSnapshot
+from dtrain.protocol.snapshot import NodeRecord, WorkerSnapshot
 from dtrain.storage.etcd.port import Event
 
 _VOLATILE = (
@@ -113,7 +113,9 @@ class Transcript:
             case "leader":
                 self._leader(value, event.kv.create_revision)
             case "node" if place is not None:
-                self.line(place.agent, "registered" if value else "its session is gone")
+                drains = value is not None and codec.decode(NodeRecord, value).draining is not None
+                there = "says that it drains" if drains else "registered"
+                self.line(place.agent, there if value else "its session is gone")
             case "status" if value:
                 self._job(codec.decode(JobStatus, value))
             case "event" if value:

@@ -367,6 +367,8 @@ class SimAgent:
         ports = Ports(self.machine.journal, self.launchers, self.transfers, self, self.reporter, _Logs())
         self.driver = AgentDriver(state, ports, self.clock, confirm_term=self._confirm_term, log=self._log)
         self.driver.adopt()
+        if self.machine.draining is not None:
+            self.driver.handle(self.machine.draining)
         self._moved()
         self.consultant = Consultant(
             self.access,
@@ -384,7 +386,6 @@ class SimAgent:
             self.process.spawn(self._consult, "consult"),
         ]
         self._look_at_session()
-        self.drain()
 
     def drain(self) -> None:
         """What its guardian was told, if it was told anything."""

@@ -195,6 +195,8 @@ class Agent:
         """Serve until ``stop``; the calling thread owns all state from here on."""
         self._ranks.start()
         self._driver.adopt()
+        # Before it registers: a successor that drains must not look as if it did not.
+        self._begin_drain()
         self._session.set_started()
         self._reporting.start()
         self._consulting.start()
@@ -246,10 +248,7 @@ class Agent:
         view = self._session.view()
         self._driver.see_session(SessionSeen(view.lease, view.ttl_s, view.demote_at))
         now = self._clock.monotonic()
-        if self._told_to_drain_at is not None and self._driver.state.drain is None:
-            at = self._told_to_drain_at
-            since = iso(self._clock.wall() - (now - at))
-            self._driver.handle(DrainAsked("SIGTERM", at, since, self._settings.drain_grace_s))
+        self._begin_drain()
         wake_at = self._driver.wake_at
         if wake_at is not None and now >= wake_at:
             self._driver.handle(Tick())
@@ -269,6 +268,12 @@ class Agent:
                 future.set_result(self._driver.take(command, confirmed))
             return
         self._driver.handle(item)
+
+    def _begin_drain(self) -> None:
+        at = self._told_to_drain_at
+        if at is not None and self._driver.state.drain is None:
+            since = iso(self._clock.wall() - (self._clock.monotonic() - at))
+            self._driver.handle(DrainAsked("SIGTERM", at, since, self._settings.drain_grace_s))
 
     def _is_drained(self) -> bool:
         drain = self._driver.state.drain

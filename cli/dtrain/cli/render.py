@@ -99,8 +99,7 @@ def agents(cluster: Cluster, now: float, *, wide: bool = False) -> Table:
                 if node
                 else (UNKNOWN,) * len(extra)
             )
-        problem = node.problem if node else ""
-        rows.append((*row, problem or (agent.cordon.reason if agent.cordon else "")))
+        rows.append((*row, agent_reason(agent)))
     return Table((*headings, *(extra if wide else ()), "REASON"), tuple(rows))
 
 
@@ -250,12 +249,23 @@ def restarts(job: Job, now: float) -> str:
 
 
 def agent_status(agent: Agent) -> str:
-    """Ready, Cordoned, Blocked (something on it does not die), or Lost (its lease has gone)."""
+    """Ready, Draining (it ends), Cordoned, Blocked (something on it does not die), or Lost (no lease)."""
     if agent.node is None:
         return "Lost"
+    if agent.node.draining is not None:
+        return "Draining"
     if agent.node.problem:
         return "Blocked"
     return "Cordoned" if agent.cordon else "Ready"
+
+
+def agent_reason(agent: Agent) -> str:
+    """Why it is not simply Ready."""
+    node = agent.node
+    draining = node.draining if node else None
+    if draining is not None:
+        return f"{draining.reason}: it waits for at most {show_s(draining.grace_s)} for its jobs to move"
+    return (node.problem if node else "") or (agent.cordon.reason if agent.cordon else "")
 
 
 def show_exit(code: int) -> str:

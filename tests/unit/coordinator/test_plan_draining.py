@@ -283,3 +283,23 @@ def test_a_fast_job_gets_a_target_that_it_has_not_passed() -> None:
     stage.drain("b")
     stage.decide()
     assert stage.opened.step >= Step(1000 + 150 + 50)
+
+
+def test_nothing_is_saved_where_nothing_was_computed() -> None:
+    stage = Stage(make_spec(store="s3://b")).join("a", "b").run().join("c")
+    stage.drain("b")
+    stage.decide()
+    assert not stage.of("open")
+    assert (stage.phase, stage.status.attempt) == (JobPhase.STARTING, 2)
+
+
+def test_an_agent_that_came_back_and_does_not_know_the_steps_yet_is_heard_first() -> None:
+    stage = Stage(make_spec(store="s3://b", nodes=(1, 1))).join("a").run(step=40).join("c")
+    stage.join("a", incarnation="i2")
+    stage.drain("a")
+    stage.step(0)
+    stage.decide()
+    assert (stage.phase, stage.status.attempt) == (JobPhase.RUNNING, 1)
+    stage.step(41)
+    stage.decide()
+    assert stage.opened.step > 41

@@ -280,7 +280,12 @@ def is_pointless(draft: Draft, members: Sequence[Seat]) -> bool:
     ranks = _all_ranks(members)
     if not draft.status.store or (ranks is not None and not all(rank.sdk for rank in ranks)):
         return True
-    return ranks is not None and not any(rank.step for rank in ranks)
+    if ranks is None or own_open(draft) or any(rank.step for rank in ranks):
+        return False
+    # Nothing is computed yet; but an agent that has come back does not know the steps before its ranks have.
+    return all(
+        seat.snapshot is not None and seat.snapshot.incarnation == seat.member.incarnation for seat in members
+    )
 
 
 def _all_ranks(members: Sequence[Seat]) -> list[RankState] | None:
