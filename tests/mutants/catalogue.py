@@ -196,6 +196,36 @@ MUTANTS: tuple[Mutant, ...] = (
         ("status.term > fleet.term", "status.term > fleet.term + 10**9"),
         f"{ON_COORDINATOR}/test_plan_leaders.py::test_leader_of_an_older_term_decides_nothing",
     ),
+    # Draining -------------------------------------------------------------------------------
+    _mutant(
+        "drained-machine-chosen-again",
+        "G6: the next attempt is placed on the very machine that is about to go.",
+        f"{CORE}/placement.py",
+        (" or view.draining_at is not None:\n", ":\n"),
+        f"{ON_COORDINATOR}/test_plan_draining.py::test_nothing_new_is_placed_on_a_draining_machine",
+    ),
+    _mutant(
+        "drained-ranks-told-to-go-on",
+        "Ranks that hold at the last checkpoint train on while it is uploaded: those steps are done twice.",
+        f"{CORE}/checkpoints.py",
+        ("record.nonce, record.step, record.hold_s)", "record.nonce, record.step)"),
+        f"{ON_COORDINATOR}/test_plan_draining.py::"
+        "test_a_checkpoint_is_opened_at_once_and_all_ranks_are_to_hold_at_it",
+    ),
+    _mutant(
+        "drain-waits-for-nobody-s-answer",
+        "An agent without a leader waits out its whole grace before it ends.",
+        f"{AGENT}/core/draining.py",
+        ("    if not drain.answered and now >= _answer_due(drain):\n", "    if False:\n"),
+        f"{ON_AGENT}/test_core_draining.py::test_without_a_leader_the_wait_is_a_share_of_the_grace",
+    ),
+    _mutant(
+        "drain-forgotten-by-a-successor",
+        "An agent that dies while it drains comes back as if nobody had told it to end.",
+        f"{ETCD}/guardian.py",
+        ("        told = self._signals > 0\n", "        told = False\n"),
+        f"{ON_ETCD}/test_guardian.py::test_a_draining_child_that_dies_is_started_again_and_knows_since_when",
+    ),
     # Leadership -----------------------------------------------------------------------------
     _mutant(
         "lost-claim-not-recognised",

@@ -1,5 +1,7 @@
 """Tables and descriptions, as people read them."""
 
+from dataclasses import replace
+
 from tests.unit.cli.fakes import (
     JOB,
     KEYS,
@@ -18,8 +20,10 @@ from tests.unit.cli.fakes import (
 )
 
 from dtrain.cli import records, render
+from dtrain.protocol import codec
+from dtrain.protocol.ids import AgentName
 from dtrain.protocol.job import Condition, Intent, JobPhase, RestorePoint, Wanted
-from dtrain.protocol.snapshot import FailureKind
+from dtrain.protocol.snapshot import Draining, FailureKind, NodeRecord
 
 
 def test_get_jobs() -> None:
@@ -51,6 +55,18 @@ def test_get_agents() -> None:
         "a1     Ready      2/2     digits   0.1.0     2h",
         "a2     Cordoned   2/4     digits   –         10s     bad memory",
     ]
+
+
+def test_an_agent_that_was_told_to_end_is_draining() -> None:
+    items = [*running_job(), *fleet()]
+    key = KEYS.node(AgentName("a1")).removeprefix(KEYS.root)
+    place = next(place for place, found in enumerate(items) if found.key == key)
+    node = codec.decode(NodeRecord, items[place].value)
+    told = replace(node, draining=Draining("SIGTERM", grace_s=60.0))
+    items[place] = replace(items[place], value=codec.encode(told))
+    row = render.agents(records.group(reading(*items)), NOW).rows[0]
+    assert row[:2] == ("a1", "Draining")
+    assert row[-1] == "SIGTERM: it waits for at most 1m for its jobs to move"
 
 
 def test_an_agent_without_a_lease_is_lost() -> None:
