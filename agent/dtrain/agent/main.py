@@ -213,13 +213,14 @@ class Agent:
         self._told_to_stop = True
 
     def drain(self, since: float | None = None) -> None:
-        """Ask ``run`` to end once the jobs here have moved; asked again, at once. Safe in a signal handler.
+        """Ask ``run`` to end once the jobs here have moved. Safe in a signal handler.
 
-        ``since`` (monotonic): when it was asked, if a former life of the agent heard it.
+        ``since`` (monotonic): when it was asked, if a former life of the agent heard it. Asked again,
+        nothing changes: a supervisor may signal the guardian, which passes it on, and this process too.
         """
-        if self._told_to_drain_at is not None or not self._settings.drain_grace_s:
+        if not self._settings.drain_grace_s:
             self.stop()
-        else:
+        elif self._told_to_drain_at is None:
             self._told_to_drain_at = self._clock.monotonic() if since is None else since
 
     def close(self) -> None:
@@ -330,7 +331,7 @@ class Agent:
             self._settings.slots,
             state=lambda: self._driver.state,
             registered=lambda: self._reporter.registered,
-            stopping=lambda: self._told_to_stop,
+            stopping=lambda: self._told_to_stop or self._told_to_drain_at is not None,
             loop_at=lambda: self._loop_at,
             monotonic=self._clock.monotonic,
         )

@@ -1,9 +1,12 @@
 """What a rank owes its agent, message by message, without socket or threads."""
 
+import threading
+from dataclasses import replace
+
 import pytest
 
 from dtrain.protocol.ids import Seq, Step
-from dtrain.protocol.ranklink import Begin, Outcome, Sealed, Welcome
+from dtrain.protocol.ranklink import Begin, Outcome, Sealed, StopRank, Welcome
 from dtrain.trainer.session import Session
 
 
@@ -131,3 +134,45 @@ def test_a_target_beyond_the_end_is_given_up(session: Session) -> None:
     problem = session.report().problem
     assert problem is not None
     assert "training ended at step 12" in problem.message
+
+
+def held(session: Session) -> threading.Thread:
+    """A rank that has sealed checkpoint 1 and stays at its step, for half a minute at most."""
+    order = replace(begin(1, 11), hold_s=30.0)
+    session.handle(order)
+    assert session.complete(11) == order
+    session.keep(sealed(1, 11))
+    thread = threading.Thread(target=lambda: session.await_outcome(Seq(1), order.hold_s), daemon=True)
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()
+    return thread
+
+
+@pytest.mark.parametrize("end", [outcome(1), Outcome(Seq(1), False, False), StopRank("over")])
+def test_a_rank_that_holds_stays_until_the_outcome_or_its_end(
+    session: Session, end: Outcome | StopRank
+) -> None:
+    thread = held(session)
+    session.handle(begin(1, 11))
+    thread.join(0.1)
+    assert thread.is_alive()
+    session.handle(end)
+    thread.join(5.0)
+    assert not thread.is_alive()
+
+
+def test_a_rank_does_not_hold_for_ever(session: Session) -> None:
+    session.handle(begin(1, 11))
+    session.complete(11)
+    session.keep(sealed(1, 11))
+    session.await_outcome(Seq(1), 0.05)
+    assert session.is_held(Seq(1))
+
+
+def test_a_snapshot_that_was_aborted_before_it_was_sealed_holds_nobody(session: Session) -> None:
+    session.handle(begin(1, 11))
+    session.complete(11)
+    session.handle(Outcome(Seq(1), False, False))
+    session.keep(sealed(1, 11))
+    session.await_outcome(Seq(1), 30.0)
