@@ -41,6 +41,9 @@ from dtrain.testing.job import Job
 T = TypeVar("T")
 
 POLL_S = 0.05
+READY_S = 240.0
+"""How long a cluster may take to get ready, by default."""
+
 LIMIT_S = 120.0
 """Longest wait for one thing that should take seconds: machines that run tests are loaded."""
 

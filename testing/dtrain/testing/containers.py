@@ -29,7 +29,7 @@ from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, Refused, Un
 from dtrain.storage.blobs import digest
 from dtrain.storage.blobs.s3 import S3Blobs
 from dtrain.testing import copying, joining, nodes, wires
-from dtrain.testing.cluster import LIMIT_S, Cluster, not_ready
+from dtrain.testing.cluster import LIMIT_S, READY_S, Cluster, not_ready
 from dtrain.testing.images import Images
 from dtrain.testing.job import Job
 from dtrain.testing.nodes import Kind, Shape
@@ -70,8 +70,8 @@ class DtrainCluster(Cluster):
     coordinator or agent counts as lost. ``images``: image names, see ``Images``.
     ``small_disk``: members of etcd whose disk ``fill_disk`` can fill, with its size:
     ``{"etcd-2": "260m"}`` (etcd reserves 2 x 64 MB for its log). ``env``: more settings for
-    coordinators and agents, as environment variables. ``fast``: nodes report often and
-    etcd does not wait for disks.
+    coordinators and agents, as environment variables. ``options``: more of the Docker SDK's
+    options for every container, such as ``{"dns": ["10.0.0.2"]}`` or ``{"mem_limit": "2g"}``.
     """
 
     def __init__(
@@ -86,7 +86,8 @@ class DtrainCluster(Cluster):
         images: Images | None = None,
         small_disk: Mapping[str, str] | None = None,
         env: Mapping[str, str] | None = None,
-        ready_timeout_s: float = LIMIT_S,
+        options: Mapping[str, Any] | None = None,
+        ready_timeout_s: float = READY_S,
     ) -> None:
         super().__init__(
             agents=agents,
@@ -110,6 +111,7 @@ class DtrainCluster(Cluster):
             credentials=("dtrain-test", secrets.token_hex(16)),
             env=dict(env or {}),
         )
+        self._options = dict(options or {})
         self._small_disk = dict(small_disk or {})
         for member in self._small_disk:
             if member not in self.etcd_members:
@@ -421,6 +423,7 @@ class DtrainCluster(Cluster):
             # A probe every few seconds in every container costs more than all that is tested.
             healthcheck={"test": ["NONE"]},
             **({"entrypoint": list(recipe.entrypoint)} if recipe.entrypoint else {}),
+            **self._options,
         )
         node.container = container
         container.start()

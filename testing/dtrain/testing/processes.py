@@ -18,7 +18,7 @@ from dtrain.local.daemons import Keeper
 from dtrain.local.etcd import Member
 from dtrain.local.weed import WeedServer
 from dtrain.protocol.errors import ErrorCode, NotFound, Refused
-from dtrain.testing.cluster import LIMIT_S, Cluster, only_containers
+from dtrain.testing.cluster import LIMIT_S, READY_S, Cluster, only_containers
 from dtrain.testing.job import Job
 
 REPORT_S = 0.2
@@ -47,7 +47,7 @@ class ProcessCluster(Cluster):
         store: str = "s3",
         name: str = "test",
         folder: str | os.PathLike[str] | None = None,
-        ready_timeout_s: float = LIMIT_S,
+        ready_timeout_s: float = READY_S,
     ) -> None:
         super().__init__(
             agents=agents,
