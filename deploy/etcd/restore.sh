@@ -127,12 +127,14 @@ echo "next:"
 echo "  1. give $data to the user that runs etcd, if that is another one"
 echo "  2. do the same for every other member, from the same file; none may start with its old data"
 echo "  3. start all of them as ever, and look: etcdctl endpoint health --cluster"
+flags=--keep-ranks
+[ "$bump" != 0 ] || flags="--keep-ranks and --accept-restored-etcd"
 if [ -n "$cluster" ] && [ -n "$now" ] && [ "$cluster" != "$now" ]; then
-  echo "  4. the cluster id is new (it was $cluster: other names, peer URLs or token), so everybody refuses it:"
-  echo "     restart all coordinators, and all agents with --keep-ranks, within the jobs' isolation_grace"
+  echo "  4. the cluster id is new (it was $cluster: other names, peer URLs or token), so everybody refuses it."
+  echo "     Within the jobs' isolation_grace, restart all coordinators, and all agents with $flags"
 elif [ "$bump" = 0 ]; then
   echo "  4. revisions were not raised: agents obey nobody ('dtrain get agents' says so) until they are told."
-  echo "     Start the coordinators again, and every agent with --keep-ranks and --accept-restored-etcd"
+  echo "     Start the coordinators again, and every agent anew, with $flags"
 else
   echo "  4. nothing: coordinators and agents go on by themselves"
 fi

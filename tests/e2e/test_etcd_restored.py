@@ -1,101 +1,183 @@
-"""etcd is restored from an older snapshot while a job trains: noticed, survived, put right by an operator."""
+"""etcd loses its data and is restored from a backup while jobs train, by the scripts that operators use.
 
+With raised revisions nobody has to be told anything. Without them agents obey
+nobody until an operator says that they may.
+"""
+
+import os
+import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.contract.etcd.members import etcdctl, restore
+from tests.contract.etcd.members import backup, leader_of, restore
 from tests.support.harness import Harness, say
 
+from dtrain.protocol import codec
+from dtrain.protocol.events import EventReason
+from dtrain.protocol.ids import RESTORE_BUMP_LEAST, JobName, Rank
 from dtrain.protocol.job import JobPhase
+from dtrain.protocol.snapshot import NodeRecord
 from dtrain.storage.etcd.port import Put, Txn
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 CONFIG_EXIT = 78
 REVISIONS = 1500
 """More than everybody writes between the restoration and the end of the test."""
 
 
-@pytest.fixture(scope="module")
-def restored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
-    """A cluster of its own: its history is no history any more."""
-    with Harness(tmp_path_factory.mktemp("r"), agents=2, slots=1) as made:
-        made.await_ready()
-        yield made
+def train(harness: Harness, name: str) -> JobName:
+    args = f"--steps 1000000 --pause-ms 10 --stop-file {harness.stop_file(name)}"
+    return harness.start(name, args, nproc=1, every_steps=40)
 
 
-def move_on(harness: Harness, revision: int) -> None:
-    """Write elsewhere until etcd is beyond ``revision``."""
-    while harness.cluster.etcd.txn(Txn((), (Put("/elsewhere", b"x"),))).revision <= revision:
-        pass
-
-
-def test_a_restored_etcd_stops_coordinators_and_no_rank(restored: Harness, tmp_path: Path) -> None:
-    harness = restored
+def lose(harness: Harness, saved: Path, folder: Path, *, bump: bool) -> str:
+    """All members lose their data and get those of ``saved``; tell what the operator was told."""
     servers = harness.cluster.etcd_servers
-    args = f"--steps 1000000 --pause-ms 10 --stop-file {harness.stop_file('old')}"
-    job = harness.start("old", args, nproc=1, every_steps=40)
-    harness.await_commit(job, after=0)
-    snapshot = tmp_path / "snapshot.db"
-    etcdctl(servers, "snapshot", "save", str(snapshot))
-    # A change of leader, far on, and two commits that the snapshot does not know of.
-    move_on(harness, harness.cluster.etcd.range(harness.keys.leader).revision + REVISIONS)
-    old = harness.term()
-    harness.cluster.kill_leader_process()
-    harness.until("there is a new leader", lambda: harness.term() not in (0, old))
-    harness.await_commit(job)
-    forgotten = harness.await_commit(job)
-    pids, term = harness.pids(job), harness.term()
-    newest = harness.cluster.etcd.range(harness.keys.leader).revision
-    assert harness._auditing is not None
-    harness.assert_audited()
-    # What follows is another history: the auditor of this one has done its work.
-    harness._auditing.close()
-
     servers.stop()
-    restore(servers, snapshot, tmp_path)
+    said = restore(servers, saved, folder, bump=bump)
     servers.start()
     servers.wait_ready()
-    for daemon in harness.cluster.coordinators.values():
-        assert daemon.wait(60.0), f"{daemon.name} goes on with another history"
-        assert daemon.exit_code == CONFIG_EXIT
-    told = "".join(harness.log(name) for name in harness.cluster.coordinators)
-    assert "etcd was restored or replaced" in told
-    harness.await_steps(job)
+    return said
 
-    # Started again without a thought, they lead under a term that agents have long left behind.
-    for name in harness.cluster.coordinators:
-        harness.cluster.start_daemon(name)
-    harness.until("somebody leads", lambda: 0 < harness.term() < term)
 
-    def says_what_to_do() -> str:
+def problems_of(harness: Harness) -> dict[str, str]:
+    """What each agent says is wrong with it."""
+    found = harness.cluster.read("agents/").items()
+    nodes = [codec.decode(NodeRecord, kv.value) for key, kv in found if key.endswith("/node")]
+    return {node.agent: node.problem for node in nodes}
+
+
+def test_training_goes_on_through_a_restoration_with_raised_revisions(tmp_path: Path) -> None:
+    with Harness(tmp_path / "r", agents=2, slots=2, etcd_members=3) as harness:
+        harness.await_ready()
+        servers = harness.cluster.etcd_servers
+        job = train(harness, "old")
+        harness.await_commit(job, after=0)
+        saved = backup(servers, tmp_path / "backups")
+        known = {record.seq for record in harness.commits(job)}
+        # What the backup does not know: a leader, an attempt, two checkpoints, a job, and an election of
+        # etcd's, so that the raft terms of the restored cluster are below those that everybody has seen.
+        old = harness.term()
+        harness.cluster.kill_leader_process()
+        harness.until("there is a new leader", lambda: harness.term() not in (0, old))
+        os.kill(harness.pids(job)[Rank(0)], signal.SIGKILL)
+        harness.await_training(job, after_attempt=1)
+        late = train(harness, "late")
+        harness.await_training(late)
+        late_pids = set(harness.pids(late).values())
+        leading = leader_of(servers)
+        servers.kill(leading)
+        servers.start_member(leading)
+        servers.wait_ready()
+        harness.await_commit(job)
+        forgotten = harness.await_commit(job)
+        pids, term, newest = harness.pids(job), harness.term(), harness.cluster.etcd.range("/").revision
+        assert len(pids) == 2
+        harness.assert_audited()
+
+        began = time.monotonic()
+        said = lose(harness, saved, tmp_path, bump=True)
+        assert "nothing: coordinators and agents go on by themselves" in said
+        back = time.monotonic()
+        say(f"etcd was away for {back - began:.1f} s")
+        harness.until(
+            "the attempt that etcd had forgotten is led again",
+            lambda: (s := harness.status(job)).attempt == 2 and s.phase is JobPhase.RUNNING,
+        )
+        assert harness.term() >= newest + RESTORE_BUMP_LEAST > term
+        first = harness.await_commit(job, after=forgotten.seq)
+        say(f"the next checkpoint was committed {time.monotonic() - back:.1f} s after etcd was back")
+        assert harness.pids(job) == pids, "ranks were restarted"
+        assert first.attempt == forgotten.attempt == 2
+
+        # Numbers went on above the forgotten ones; of these none is adopted, none is deleted.
+        status = harness.status(job)
+        assert status.unknown_from <= forgotten.seq <= status.unknown_to < first.seq
+        committed = {record.seq for record in harness.commits(job)}
+        assert not {seq for seq in committed if seq not in known and seq <= status.unknown_to}
+        manifest = harness.manifest(forgotten)
+        assert (manifest.seq, manifest.nonce) == (forgotten.seq, forgotten.nonce)
+        told = " ".join(event.message for event in harness.events(job, EventReason.ETCD_RESTORED))
+        assert "attempt 2 goes on" in told
+        assert "neither used nor deleted" in told
+        # The job that etcd does not know ends in order, and the operator sees it.
+        harness.until("the ranks of the unknown job are gone", lambda: not late_pids & harness.alive())
         answers = harness.client.info_each().values()
         problems = [p for info in answers for p in getattr(info, "problems", ())]
-        return next((p for p in problems if "restored from an older state" in p), "")
+        assert any(f"etcd knows no job {late}" in problem for problem in problems), problems
+        harness.client.set_intent(job, wanted="cancel")
+        harness.await_end(job, JobPhase.CANCELLED)
 
-    problem = harness.until("the leader says what to do", says_what_to_do)
-    say(problem)
-    assert "--bump-revision" in problem
-    step, began = harness.last_step(job), time.monotonic()
-    harness.until("5 s have passed", lambda: time.monotonic() - began > 5.0)
-    assert harness.last_step(job) > step + 5, "an agent obeyed a term that is over"
 
-    # The operator's step: no revision that was given out before is given out again.
-    for name in harness.cluster.coordinators:
-        harness.cluster.daemon(name).terminate()
-    for daemon in harness.cluster.coordinators.values():
-        assert daemon.wait(30.0)
-    move_on(harness, newest)
-    for name in harness.cluster.coordinators:
-        harness.cluster.start_daemon(name)
-    harness.until("somebody leads again", lambda: harness.term() > term)
-    harness.await_steps(job)
-    harness.until("the same ranks train", lambda: harness.pids(job) == pids)
-    # Agents obey again.
-    harness.client.set_intent(job, wanted="cancel")
-    harness.await_end(job, JobPhase.CANCELLED)
-    # Nothing that the store holds and etcd forgot was collected.
-    manifest = harness.manifest(forgotten)
-    assert (manifest.seq, manifest.nonce) == (forgotten.seq, forgotten.nonce)
+def test_agents_obey_an_etcd_whose_revisions_went_back_only_when_they_are_told(tmp_path: Path) -> None:
+    flags = ("--report-interval", "0.2", "--keep-ranks")
+    with Harness(tmp_path / "r", agents=2, slots=1, agent_flags=flags) as harness:
+        harness.await_ready()
+        etcd = harness.cluster.etcd
+        job = train(harness, "old")
+        harness.await_commit(job, after=0)
+        saved = backup(harness.cluster.etcd_servers, tmp_path / "backups")
+        # A change of leader, far on, and two commits that the backup does not know of.
+        far = etcd.range(harness.keys.leader).revision + REVISIONS
+        while etcd.txn(Txn((), (Put("/elsewhere", b"x"),))).revision <= far:
+            pass
+        old = harness.term()
+        harness.cluster.kill_leader_process()
+        harness.until("there is a new leader", lambda: harness.term() not in (0, old))
+        harness.await_commit(job)
+        forgotten = harness.await_commit(job)
+        pids, term = harness.pids(job), harness.term()
+        assert harness._auditing is not None
+        harness.assert_audited()
+        # What follows is another history: the auditor of this one has done its work.
+        harness._auditing.close()
+
+        said = lose(harness, saved, tmp_path, bump=False)
+        assert "--accept-restored-etcd" in said
+        coordinators, agents = harness.cluster.coordinators, harness.cluster.agents
+        for daemon in coordinators.values():
+            assert daemon.wait(60.0), f"{daemon.name} goes on with another history"
+            assert daemon.exit_code == CONFIG_EXIT
+        assert "etcd was restored or replaced" in "".join(harness.log(name) for name in coordinators)
+        harness.await_steps(job)
+
+        # Started again without a thought, they lead under a term that agents have long left behind.
+        for name in coordinators:
+            harness.cluster.start_daemon(name)
+        harness.until("somebody leads", lambda: 0 < harness.term() < term)
+        harness.until(
+            "every agent says that it obeys nobody",
+            lambda: (
+                len(found := problems_of(harness)) == 2
+                and all("obeys nobody" in problem for problem in found.values())
+            ),
+        )
+
+        def says_what_to_do() -> str:
+            answers = harness.client.info_each().values()
+            problems = [p for info in answers for p in getattr(info, "problems", ())]
+            return next((p for p in problems if "restored from an older state" in p), "")
+
+        assert "--accept-restored-etcd" in harness.until("the leader says what to do", says_what_to_do)
+        harness.await_steps(job)
+        assert harness.pids(job) == pids, "an agent obeyed a term that is over"
+
+        # The operator's word: agents that leave their ranks alone, and forget the terms they have obeyed.
+        for daemon in agents.values():
+            daemon.terminate()
+        for daemon in agents.values():
+            assert daemon.wait(60.0)
+            daemon._command = (*daemon._command, "--accept-restored-etcd")
+            harness.cluster.start_daemon(daemon.name)
+        began = time.monotonic()
+        first = harness.await_commit(job, after=forgotten.seq)
+        say(f"the next checkpoint was committed {time.monotonic() - began:.1f} s after agents had been told")
+        assert harness.pids(job) == pids, "ranks were restarted"
+        assert not any(problems_of(harness).values())
+        assert first.seq > forgotten.seq
+        manifest = harness.manifest(forgotten)
+        assert (manifest.seq, manifest.nonce) == (forgotten.seq, forgotten.nonce)
+        harness.client.set_intent(job, wanted="cancel")
+        harness.await_end(job, JobPhase.CANCELLED)

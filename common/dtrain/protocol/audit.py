@@ -182,7 +182,8 @@ class Auditor:
         # Leaders of a time that is forgotten have left their terms with the agents alone.
         term_last = revision if self._agents.restored_at else self._term_last
         for place, _, record in found:
-            if place.kind == "worker":
+            # What agents showed before the backup is no news to whoever has seen what they showed later.
+            if place.kind == "worker" and not leapt:
                 self._agents.snapshot(place, _as(WorkerSnapshot, record), term_last)
 
     def feed(self, revision: int, changes: Sequence[Change]) -> None:

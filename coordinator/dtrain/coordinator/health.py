@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from dtrain.coordinator.core.decisions import Directed
+from dtrain.coordinator.core.restored import UNKNOWN
 from dtrain.protocol.errors import DtrainError, Unavailable
 from dtrain.storage.etcd.port import Etcd, Status
 
@@ -99,9 +101,22 @@ def judge_rejection(health: Health, agent: str, problem: str) -> None:
         TERM_WENT_BACK,
         f"agent {agent} has obeyed term {found[2]} and refuses term {found[1]}: etcd was restored from an "
         "older state; ranks train on, nothing is commanded or committed",
-        f"stop the coordinators and raise etcd's revision above {found[2]} (etcdutl snapshot restore "
-        "--bump-revision 1000000000 --mark-compacted), then start them again: docs/operations.md",
+        "restore it with raised revisions (deploy/etcd/restore.sh: etcdutl snapshot restore --bump-revision "
+        "1000000000 --mark-compacted), or start every agent again with --keep-ranks and "
+        "--accept-restored-etcd: docs/operations.md, etcd lost its data",
     )
+
+
+def judge_unknown(health: Health, directed: Directed) -> None:
+    """Tell of ranks that are ended because etcd knows nothing of their job."""
+    header = directed.command.header
+    if header.id.startswith(UNKNOWN):
+        health.begin(
+            f"unknown-{header.job}-{header.uid}",
+            f"etcd knows no job {header.job} ({header.uid}), whose ranks run on {directed.agent}: it was"
+            " submitted after the backup that etcd was restored from; its ranks are ended",
+            "submit it again; its checkpoints are in its store, below the uid",
+        )
 
 
 class EtcdHealth:

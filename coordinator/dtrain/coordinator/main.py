@@ -34,7 +34,7 @@ from dtrain.coordinator.core.plan import plan
 from dtrain.coordinator.core.views import Moment
 from dtrain.coordinator.dispatch import Channels, Dispatcher
 from dtrain.coordinator.driver import Driver, Plan
-from dtrain.coordinator.health import EtcdHealth, Health, judge_rejection
+from dtrain.coordinator.health import EtcdHealth, Health, judge_rejection, judge_unknown
 from dtrain.coordinator.leadership.lease import Leadership
 from dtrain.coordinator.persistence import Committer, Deposed
 from dtrain.coordinator.skew import Releases
@@ -245,6 +245,7 @@ class Coordinator:
 
     def send(self, directed: Directed) -> None:
         if self.leadership.may_act():
+            judge_unknown(self._health, directed)
             self._dispatcher.send(directed)
 
     def start_work(self, job: JobName, work: Work) -> None:

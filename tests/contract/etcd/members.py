@@ -5,6 +5,7 @@ import json
 import subprocess
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -135,22 +136,57 @@ class Seen:
         assert jumps <= self.relisted, f"{jumps} gaps and {self.relisted} lists"
 
 
-def restore(cluster: EtcdCluster, snapshot: Path, folder: Path) -> None:
-    """Give every member the data of ``snapshot``, as an operator would after a disaster."""
-    everyone = ",".join(f"{m.name}=http://127.0.0.1:{m.peer_port}" for m in cluster.members)
-    tool = Path(cluster.binary.path).with_name("etcdutl")
-    program = str(tool) if tool.exists() else cluster.binary.etcdctl
+SCRIPTS = Path(__file__).parents[3] / "deploy" / "etcd"
+
+
+def script(
+    cluster: EtcdCluster, name: str, *words: str, env: Mapping[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """Run one of ``deploy/etcd``'s scripts with this cluster's programs, as an operator would."""
+    settings = {
+        "PATH": "/usr/bin:/bin",
+        "ETCDCTL": cluster.binary.etcdctl or "etcdctl",
+        "ETCDUTL": cluster.binary.etcdctl or "etcdctl",
+        "ETCDCTL_ENDPOINTS": ",".join(cluster.endpoints),
+    }
+    return subprocess.run(
+        [str(SCRIPTS / name), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=settings | dict(env or {}),
+    )
+
+
+def backup(cluster: EtcdCluster, folder: Path) -> Path:
+    """Save a snapshot by the operator's script and return it."""
+    done = script(cluster, "backup.sh", str(folder))
+    assert done.returncode == 0, done.stderr
+    return max(folder.glob("etcd-*.db"))
+
+
+def restore(cluster: EtcdCluster, snapshot: Path, folder: Path, *, bump: bool = True) -> str:
+    """Give every member the data of ``snapshot``, as an operator would after a disaster; tell what was said.
+
+    The lost data are moved into ``folder``. ``bump``: revisions are raised.
+    """
+    everyone = ",".join(f"{m.name}={m.peer_url}" for m in cluster.members)
+    said = ""
     for member in cluster.members:
         data = member.folder / member.name
         data.rename(folder / f"{member.name}-old")
-        command = [
-            *(str(program), "snapshot", "restore", str(snapshot), f"--data-dir={data}"),
-            *(f"--name={member.name}", f"--initial-cluster={everyone}"),
-            f"--initial-advertise-peer-urls=http://127.0.0.1:{member.peer_port}",
-            f"--initial-cluster-token={cluster._folder.name}-{cluster.members[0].peer_port}",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        done = script(
+            cluster,
+            "restore.sh",
+            *("--name", member.name, "--data-dir", str(data), "--initial-cluster", everyone),
+            *("--token", f"{cluster._folder.name}-{cluster.members[0].peer_port}"),
+            *(() if bump else ("--no-bump",)),
+            str(snapshot),
+        )
         assert done.returncode == 0, done.stderr
+        said += done.stdout
+    return said
 
 
 def used(etcd: GatewayEtcd, cluster: EtcdCluster) -> int:

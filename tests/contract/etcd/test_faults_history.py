@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.contract.etcd.members import Seen, etcdctl, restore
+from tests.contract.etcd.members import Seen, etcdctl, restore, settle
 from tests.contract.etcd.support import binary, compact, eventually
 
 from dtrain.local.etcd import EtcdCluster
 from dtrain.protocol.errors import ErrorCode, Refused
+from dtrain.protocol.ids import RESTORE_BUMP_LEAST
 from dtrain.storage.etcd.port import Delete, Put, RangeResult, Txn, prefix_end
 from dtrain.storage.etcd.transport import GatewayEtcd
 
@@ -90,6 +91,31 @@ def test_a_mirror_that_is_new_goes_by_what_its_guardian_has_seen(etcd_35: EtcdCl
     etcd.close()
 
 
+def test_an_etcd_restored_with_raised_revisions_is_gone_on_with(tmp_path: Path) -> None:
+    with EtcdCluster(tmp_path / "etcd", size=3, binary=binary("3.5"), fsync=False, progress_s=1) as cluster:
+        etcd = GatewayEtcd(cluster.endpoints)
+        etcd.txn(Txn((), (Put("/r/k", b"old"),)))
+        snapshot = tmp_path / "snapshot.db"
+        etcdctl(cluster, "snapshot", "save", str(snapshot), member=0)
+        # Elections that the restored cluster has not had: its raft terms begin anew, below these.
+        for _ in range(2):
+            cluster.stop()
+            cluster.start()
+            cluster.wait_ready()
+        known = etcd.txn(Txn((), (Put("/r/k", b"new"),))).revision
+        with Seen(etcd, "/r/") as seen:
+            cluster.stop()
+            restore(cluster, snapshot, tmp_path)
+            cluster.start()
+            cluster.wait_ready()
+            revision = settle(etcd, Txn((), (Put("/r/later", b"x"),)))
+            assert revision > known + RESTORE_BUMP_LEAST
+            eventually(lambda: seen.mirror.get("/r/later") is not None, 30.0, "the mirror goes on")
+            assert seen.mirror.get("/r/k").value == b"old"  # type: ignore[union-attr]
+            assert not seen.alarms
+        etcd.close()
+
+
 @pytest.mark.parametrize(("size", "elections"), [(1, 2), (3, 0)])
 def test_an_etcd_restored_from_an_older_snapshot_is_detected(
     tmp_path: Path, size: int, elections: int
@@ -110,7 +136,7 @@ def test_an_etcd_restored_from_an_older_snapshot_is_detected(
         with Seen(etcd, "/r/") as seen:
             assert seen.mirror.get("/r/k").value == b"19"  # type: ignore[union-attr]
             cluster.stop()
-            restore(cluster, snapshot, tmp_path)
+            restore(cluster, snapshot, tmp_path, bump=False)
             cluster.start()
             cluster.wait_ready()
             eventually(lambda: bool(seen.alarms), 30.0, "the alarm")
