@@ -149,11 +149,11 @@ class Auditor:
 
         Also in the middle, after a gap: then only what must not go back is compared.
         """
-        before = self._revision
+        reached = self._revision
         self.begun_at = self._revision = revision
         found = list(self._parse(records))
-        self._find_restoration([before, *(change.create_revision for _, change, _ in found), revision])
-        leapt = 0 < before < self._agents.restored_at
+        self._find_restoration([reached, *(change.create_revision for _, change, _ in found), revision])
+        leapt = 0 < reached < self._agents.restored_at
         former, self._jobs = ({} if leapt else self._jobs), {}
         self._agents.forget()
         self._term = None
