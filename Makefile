@@ -9,7 +9,7 @@ FIRST ?= 1
 MINUTES ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast sim sim-nightly mutants lint format bench chaos soak proto check clean up-docker down-docker images images-local test-containers
+.PHONY: help setup demo test test-fast sim sim-nightly mutants lint format bench chaos soak proto check clean up-docker down-docker images images-local test-containers dist sbom test-install
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -62,10 +62,19 @@ test-containers: setup ## failover tests in containers; starts an engine if none
 	@tools/test-containers.sh $(if $(SUBSET),--subset)
 
 up-docker: ## a whole cluster in containers: AGENTS=2..8 SECURE=1 MONITORING=1 IMAGES=local
-	@MAKE="$(MAKE)" deploy/compose/up.sh $(if $(AGENTS),--agents $(AGENTS)) $(if $(SECURE),--secure) $(if $(MONITORING),--monitoring) $(if $(filter local,$(IMAGES)),--local-images)
+	@deploy/compose/up.sh $(if $(AGENTS),--agents $(AGENTS)) $(if $(SECURE),--secure) $(if $(MONITORING),--monitoring) $(if $(filter local,$(IMAGES)),--local-images)
 
 down-docker: ## take it down; it asks about the volumes: VOLUMES=1 removes them, VOLUMES=0 keeps them
 	@deploy/compose/down.sh $(if $(filter 0,$(VOLUMES)),--keep-volumes,$(if $(VOLUMES),--volumes))
+
+dist: setup ## build sdist and wheel into dist/, reproducibly, with SHA256SUMS
+	@$(BIN)/python -m tools.dist
+
+test-install: dist ## install the wheel into a clean environment per extra and try it: EXTRAS="none s3"
+	@$(BIN)/python -m tools.test_install $(EXTRAS)
+
+sbom: dist ## bills of materials (CycloneDX) of the wheel, one per extra, beside it
+	@$(BIN)/python -m tools.sbom $(EXTRAS)
 
 proto: ## regenerate the protobuf code
 	@tools/gen_proto.sh

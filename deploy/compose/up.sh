@@ -91,7 +91,7 @@ done
 # Images
 make_images() {
   say "building dtrain's images: make $1"
-  "${MAKE:-make}" -C "$root" "$1" >&2
+  make -C "$root" "$1" >&2
 }
 
 take_local() {
