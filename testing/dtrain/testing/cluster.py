@@ -78,6 +78,7 @@ class Cluster(ABC):
         self._auditing: Following | None = None
         self._numbers = itertools.count(1)
         self._names: set[str] = set()
+        self._former: dict[str, int] = {}
 
     # Life --------------------------------------------------------------------------------
 
@@ -203,14 +204,7 @@ class Cluster(ABC):
 
     def registered(self) -> set[str]:
         """Names of the coordinators and agents that are registered in etcd at the moment."""
-        found = set()
-        for key in self.read():
-            parsed = self.keys.parse(key)
-            if parsed is not None and parsed.kind == "coordinator":
-                found.add(parsed.name)
-            elif parsed is not None and parsed.kind == "node":
-                found.add(str(parsed.agent))
-        return found
+        return set(self._registrations())
 
     def wait_ready(self, *nodes: str, timeout_s: float = LIMIT_S) -> None:
         """Wait until somebody leads and ``nodes`` are registered (default: every coordinator and agent).
@@ -220,12 +214,13 @@ class Cluster(ABC):
         """
         wanted = set(nodes or (*self.coordinators, *self.agents)) & {*self.coordinators, *self.agents}
         self.leader(timeout_s)
-        # A coordinator that was killed is registered until its lease ends: then it is its successor's turn.
-        self.until(
-            f"{', '.join(sorted(wanted))} are registered",
-            lambda: wanted <= self.registered(),
-            timeout_s,
-        )
+
+        def all_are() -> bool:
+            found = self._registrations()
+            # What died without a word is registered until its lease ends: that is not what was started.
+            return all(found.get(name, 0) > self._former.get(name, 0) for name in wanted)
+
+        self.until(f"{', '.join(sorted(wanted))} are registered", all_are, timeout_s)
 
     def until(self, what: str, condition: Callable[[], T], timeout_s: float = LIMIT_S) -> T:
         """Wait for ``condition`` to return something true, and return that.
@@ -504,6 +499,22 @@ class Cluster(ABC):
     @abstractmethod
     def _close(self) -> None:
         """End everything; may be called at any time, and again."""
+
+    def _registrations(self) -> dict[str, int]:
+        """Who is registered, with the revision of its newest record."""
+        found = {}
+        for key, item in self.read().items():
+            parsed = self.keys.parse(key)
+            if parsed is not None and parsed.kind in ("coordinator", "node"):
+                found[parsed.name or str(parsed.agent)] = item.mod_revision
+        return found
+
+    def _starts(self, node: str) -> None:
+        """A node is about to be started: what is registered under its name is of its former life."""
+        if node in (*self.coordinators, *self.agents):
+            # Without an etcd nobody knows, and it will have to register anew in any case.
+            with contextlib.suppress(DtrainError):
+                self._former[node] = self._registrations().get(node, 0)
 
     def _check(self, node: str) -> str:
         if node not in self.nodes:

@@ -125,7 +125,7 @@ class DtrainCluster(Cluster):
         self._wires = wires.Cuts()
         self._installed: dict[str, bytes] = {}
         self._reaper: subprocess.Popen[bytes] | None = None
-        self._host = "127.0.0.1"
+        self._host = self._bind = "127.0.0.1"
         self._ports: list[int] = []
 
     @staticmethod
@@ -215,6 +215,7 @@ class DtrainCluster(Cluster):
         container.reload()
         if container.status == "running":
             return
+        self._starts(node)
         container.start()
         found.paused = False
         self._apply_cuts(node)
@@ -288,7 +289,9 @@ class DtrainCluster(Cluster):
             self._replace_member(found, image)
             return
         self._retire(found, image)
+        self._starts(node)
         self._run(found)
+        self._reapply(node)
 
     # Starting ----------------------------------------------------------------------------------
 
@@ -307,9 +310,11 @@ class DtrainCluster(Cluster):
             for name in names:
                 self._nodes[name] = _Node(name, kind, self._next_address(), host_ports.get(name, 0))
         found = engine.hosts(self._docker)
+        if found != ["127.0.0.1"]:
+            self._bind = "0.0.0.0"  # noqa: S104 - the engine is elsewhere, or we cannot tell
         for member in self._small_disk:
             self._make_disk(member)
-        self._each([partial(self._run, node, local=len(found) == 1) for node in self._nodes.values()])
+        self._each([partial(self._run, node) for node in self._nodes.values()])
         self._host = self._reachable(found)
         self._await_ready()
 
@@ -386,13 +391,13 @@ class DtrainCluster(Cluster):
             detach=True,
         )
 
-    def _run(self, node: _Node, *, local: bool = True, etcd_peers: Iterable[str] = ()) -> None:
+    def _run(self, node: _Node, *, etcd_peers: Iterable[str] = ()) -> None:
         recipe = nodes.recipe(
             self._shape, node.kind, node.name, node.address, image=node.image, etcd_peers=tuple(etcd_peers)
         )
         for tries in range(_PORT_TRIES):
             try:
-                self._run_once(node, recipe, "127.0.0.1" if local else "0.0.0.0")  # noqa: S104 - see hosts
+                self._run_once(node, recipe)
                 return
             except Exception as error:
                 taken = "already allocated" in str(error) or "address already in use" in str(error)
@@ -402,7 +407,7 @@ class DtrainCluster(Cluster):
                 [node.host_port] = ports.reserve(1)
                 self._ports.append(node.host_port)
 
-    def _run_once(self, node: _Node, recipe: nodes.Recipe, bind: str) -> None:
+    def _run_once(self, node: _Node, recipe: nodes.Recipe) -> None:
         import docker.types
         from testcontainers.core.container import DockerContainer
 
@@ -411,7 +416,7 @@ class DtrainCluster(Cluster):
         container.with_command(list(recipe.command)).with_name(f"{self.id}-{node.name}")
         if recipe.port:
             published: dict[str, Any] = container.ports
-            published[f"{recipe.port}/tcp"] = (bind, node.host_port)
+            published[f"{recipe.port}/tcp"] = (self._bind, node.host_port)
         if node.name in self._small_disk:
             container.with_volume_mapping(f"{self.id}-{node.name}-disk", nodes.ETCD_DATA, "rw")
         container.with_kwargs(

@@ -111,6 +111,8 @@ class ProcessCluster(Cluster):
 
     def start(self, node: str) -> None:
         if self._check(node) != "store":
+            if node in self.etcd_members or not self.local.daemon(node).is_running:
+                self._starts(node)
             self.local.start_daemon(node)
         elif self._weed.pid is None:
             assert self._keeper is not None
