@@ -54,9 +54,8 @@ def test_two_releases_run_a_job_together(
         # The client is of the agents' release: it and the coordinators are the second pair.
         client, other = releases[agents], releases[coordinators]
         stop = harness.stop_file("mixed")
-        args = (
-            f"--steps 1000000 --pause-ms 10 --stop-file {stop} --marks {harness.folder / 'marks' / 'mixed'}"
-        )
+        marks = harness.folder / "marks" / "mixed"
+        args = f"--steps 1000000 --pause-ms 10 --stop-file {stop} --marks {marks}"
         words = ("--set", f"working_dir={SCRIPTS}", "--set", f"args={args}")
         assert cli(harness, client, "submit", str(JOB_FILE), *words, "-o", "name") == "job/mixed\n"
         job = JobName("mixed")
@@ -65,9 +64,8 @@ def test_two_releases_run_a_job_together(
         harness.cluster.kill_rank(1, job=job)
         status = harness.await_training(job, after_attempt=1)
         assert status.restore is not None
-        say(
-            f"coordinators {coordinators}, agents {agents}: attempt {status.attempt} from step {status.restore.step}"
-        )
+        pair = f"coordinators {coordinators}, agents {agents}"
+        say(f"{pair}: attempt {status.attempt} from step {status.restore.step}")
         harness.await_event(job, EventReason.RESTORED)
         for each in (client, other):
             assert "mixed" in cli(harness, each, "get", "jobs")
@@ -81,6 +79,6 @@ def test_two_releases_run_a_job_together(
         harness.assert_succeeded(job, int(harness.commits(job)[-1].step))
         # A second one is cancelled by the client of the other release.
         second = harness.start("second", "--steps 1000000 --pause-ms 10")
-        cli(harness, client, "cancel", "second")
+        cli(harness, client, "cancel", "second", "--yes")
         harness.until("it is cancelled", lambda: harness.status(second).phase == "CANCELLED")
         harness.assert_released(second)

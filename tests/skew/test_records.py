@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from google.protobuf import descriptor_pb2
+from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto, FileDescriptorSet
 
 from dtrain.protocol import codec, wire
 from dtrain.protocol.checkpoint import (
@@ -53,7 +53,7 @@ KINDS: dict[str, type] = {
 RECORDED = old.RELEASES / f"{old.FORMER}-records.jsonl"
 
 FOR_PEOPLE: tuple[type[enum.Enum], ...] = (EventReason,)
-"""What may grow in any release: no daemon decides by it, and a client that does not know one skips the record."""
+"""What may grow in any release: no daemon decides by it, and a client skips a record with an unknown one."""
 
 
 # What the former release wrote.
@@ -173,10 +173,8 @@ def filled(hint: Any, chosen: Mapping[type[enum.Enum], enum.Enum], found: set[ty
 # gRPC.
 
 
-def breaks(
-    before: descriptor_pb2.FileDescriptorSet, after: descriptor_pb2.FileDescriptorSet
-) -> Iterator[str]:
-    """What a program built from ``before`` would miss or misread when it talks to one built from ``after``."""
+def breaks(before: FileDescriptorSet, after: FileDescriptorSet) -> Iterator[str]:
+    """What a program of ``before`` would miss or misread when it talks to one of ``after``."""
     messages, methods = dict(_messages(after)), dict(_methods(after))
     for name, message in _messages(before):
         if name not in messages:
@@ -202,8 +200,8 @@ def breaks(
 
 
 def _messages(
-    files: descriptor_pb2.FileDescriptorSet,
-) -> Iterator[tuple[str, descriptor_pb2.DescriptorProto]]:
+    files: FileDescriptorSet,
+) -> Iterator[tuple[str, DescriptorProto]]:
     for file in files.file:
         waiting = [(f"{file.package}.{message.name}", message) for message in file.message_type]
         while waiting:
@@ -212,7 +210,7 @@ def _messages(
             waiting += [(f"{name}.{inner.name}", inner) for inner in message.nested_type]
 
 
-def _methods(files: descriptor_pb2.FileDescriptorSet) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def _methods(files: FileDescriptorSet) -> Iterator[tuple[str, tuple[Any, ...]]]:
     for file in files.file:
         for service in file.service:
             for method in service.method:
@@ -225,12 +223,12 @@ def _methods(files: descriptor_pb2.FileDescriptorSet) -> Iterator[tuple[str, tup
                 yield f"{file.package}.{service.name}/{method.name}", shape
 
 
-def _oneof(message: descriptor_pb2.DescriptorProto, field: descriptor_pb2.FieldDescriptorProto) -> str:
+def _oneof(message: DescriptorProto, field: FieldDescriptorProto) -> str:
     return message.oneof_decl[field.oneof_index].name if field.HasField("oneof_index") else ""
 
 
-def kept_descriptors() -> descriptor_pb2.FileDescriptorSet:
-    return descriptor_pb2.FileDescriptorSet.FromString((old.RELEASES / f"{old.FORMER}.protos").read_bytes())
+def kept_descriptors() -> FileDescriptorSet:
+    return FileDescriptorSet.FromString((old.RELEASES / f"{old.FORMER}.protos").read_bytes())
 
 
 def test_no_message_field_or_rpc_of_the_former_release_has_changed() -> None:

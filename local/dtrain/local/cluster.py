@@ -37,7 +37,7 @@ STOP_S = 5.0
 
 _LOCK = "cluster.lock"
 _NO_DRAIN = {"DTRAIN_DRAIN_GRACE": "0"}
-"""The cluster ends as a whole, so nothing can move. A variable: releases that do not know it pay no heed."""
+"""The cluster ends as a whole, so nothing can move. For daemons of this release only: others may refuse it."""
 _KEPT = ("DTRAIN_ETCD_BIN", "DTRAIN_ETCDCTL_BIN", "DTRAIN_WEED_BIN")
 
 
@@ -294,12 +294,13 @@ class LocalCluster(Breakable):
             for key, value in os.environ.items()
             if key in _KEPT or not key.startswith(("DTRAIN_", "ETCDCTL_"))
         }
+        own = _NO_DRAIN if command[0] == sys.executable else {}
         daemon = Daemon(
             name,
             command,
             folder=folder,
             log_path=self.folder / "logs" / f"{name}.log",
-            env=env | {"PYTHONUNBUFFERED": "1", **_NO_DRAIN, **self.store_env, **self._env},
+            env=env | {"PYTHONUNBUFFERED": "1", **own, **self.store_env, **self._env},
             keeper=keeper,
         )
         where[name] = daemon
