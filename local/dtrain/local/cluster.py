@@ -37,7 +37,7 @@ STOP_S = 5.0
 
 _LOCK = "cluster.lock"
 _NO_DRAIN = {"DTRAIN_DRAIN_GRACE": "0"}
-"""The cluster ends as a whole, so nothing can move. For daemons of this release only: others may refuse it."""
+"""The cluster ends as a whole, so nothing can move. For daemons of this release: another may refuse it."""
 _KEPT = ("DTRAIN_ETCD_BIN", "DTRAIN_ETCDCTL_BIN", "DTRAIN_WEED_BIN")
 
 
