@@ -19,6 +19,9 @@ from dtrain.protocol.snapshot import Draining, WorkerPhase
 ANSWER_SHARE = 1 / 3
 """Of the grace: how long no leader may show itself before it is not waited for any more."""
 
+ANSWER_S_LEAST = 5.0
+"""A leader whose machine is busy takes seconds; the grace itself is never exceeded."""
+
 
 def begin(state: AgentState, event: DrainAsked, now: float, out: list[Action]) -> AgentState:
     """Start to drain; asked again, nothing changes."""
@@ -74,12 +77,16 @@ def _over(state: AgentState, drain: Drain, now: float) -> str:
     if state.link.state is LinkState.ISOLATED:
         return "etcd cannot be reached, so nobody can move the ranks that are left here"
     if not drain.answered and now >= _answer_due(drain):
-        return f"no coordinator has answered within {ANSWER_SHARE * drain.grace_s:g} s"
+        return f"no coordinator has answered within {_patience_s(drain):g} s"
     return ""
 
 
 def _answer_due(drain: Drain) -> float:
-    return drain.heard_at + ANSWER_SHARE * drain.grace_s
+    return drain.heard_at + _patience_s(drain)
+
+
+def _patience_s(drain: Drain) -> float:
+    return max(ANSWER_S_LEAST, ANSWER_SHARE * drain.grace_s)
 
 
 def has_ranks(job: JobState) -> bool:
