@@ -205,3 +205,36 @@ def test_an_outage_of_etcd_makes_nothing_ready_and_nothing_dead(ports: Ports) ->
     assert not watcher.dead
     assert {name: cluster.daemon(name).guardian_pid for name in ports.names} == guardians
     assert cluster.agents["a1"].process_pid == agent
+
+
+def test_no_page_shows_what_needs_protection(ports: Ports, tmp_path: Path) -> None:
+    secret = "hunter2-in-the-environment"
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        f"name: quiet\nscript: secret_path.py\nworking_dir: {tmp_path}\nargs: [--token, {secret}]\n"
+        f"env: {{API_TOKEN: {secret}}}\nnnodes: 1\nnproc_per_node: 1\n"
+    )
+    (tmp_path / "secret_path.py").write_text("import time\ntime.sleep(600)\n")
+    dtrain = [
+        str(Path(sys.executable).parent / "dtrain"),
+        "--coordinators",
+        ",".join(ports.cluster.addresses),
+    ]
+    subprocess.run([*dtrain, "submit", str(job)], check=True, timeout=60, capture_output=True)
+    ports.eventually(
+        lambda: sum(n for s, n in ports.metrics("c1").items() if s.startswith("dtrain_jobs")) == 1.0
+    )
+    ports.eventually(lambda: ports.page("a1", "readyz")[1]["jobs"] == 1)
+    for name in ports.names:
+        for page in ("livez", "readyz", "metrics", "elsewhere"):
+            _, body = ask(ports.url(name, page))
+            for hidden in (
+                secret,
+                "API_TOKEN",
+                "secret_path",
+                str(tmp_path),
+                ports.cluster.addresses[0],
+                "quiet",
+            ):
+                assert hidden not in body, f"{name}/{page} shows {hidden}"
+    subprocess.run([*dtrain, "cancel", "quiet", "--yes"], check=True, timeout=60, capture_output=True)
