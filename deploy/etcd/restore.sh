@@ -127,8 +127,8 @@ echo "next:"
 echo "  1. give $data to the user that runs etcd, if that is another one"
 echo "  2. do the same for every other member, from the same file; none may start with its old data"
 echo "  3. start all of them as ever, and look: etcdctl endpoint health --cluster"
-flags=--keep-ranks
-[ "$bump" != 0 ] || flags="--keep-ranks and --accept-restored-etcd"
+flags="--keep-ranks true"
+[ "$bump" != 0 ] || flags="--keep-ranks true --accept-restored-etcd true"
 if [ -n "$cluster" ] && [ -n "$now" ] && [ "$cluster" != "$now" ]; then
   echo "  4. the cluster id is new (it was $cluster: other names, peer URLs or token), so everybody refuses it."
   echo "     Within the jobs' isolation_grace, restart all coordinators, and all agents with $flags"

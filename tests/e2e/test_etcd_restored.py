@@ -112,7 +112,7 @@ def test_training_goes_on_through_a_restoration_with_raised_revisions(tmp_path: 
 
 
 def test_agents_obey_an_etcd_whose_revisions_went_back_only_when_they_are_told(tmp_path: Path) -> None:
-    flags = ("--report-interval", "0.2", "--keep-ranks")
+    flags = ("--report-interval", "0.2", "--keep-ranks", "true")
     with Harness(tmp_path / "r", agents=2, slots=1, agent_flags=flags) as harness:
         harness.await_ready()
         etcd = harness.cluster.etcd
@@ -169,7 +169,7 @@ def test_agents_obey_an_etcd_whose_revisions_went_back_only_when_they_are_told(t
             daemon.terminate()
         for daemon in agents.values():
             assert daemon.wait(60.0)
-            daemon._command = (*daemon._command, "--accept-restored-etcd")
+            daemon._command = (*daemon._command, "--accept-restored-etcd", "true")
             harness.cluster.start_daemon(daemon.name)
         began = time.monotonic()
         first = harness.await_commit(job, after=forgotten.seq)
