@@ -21,6 +21,12 @@ def test_defaults_suit_one_machine() -> None:
     assert found.data_dir == Path("/state/dtrain/default/node-a")
 
 
+def test_ranks_that_are_kept_need_not_be_drained() -> None:
+    assert _load().drain_grace_s == 60.0
+    assert _load(DTRAIN_DRAIN_GRACE="0").drain_grace_s == 0.0
+    assert _load("--keep-ranks").drain_grace_s == 0.0
+
+
 def test_the_host_of_listen_is_the_host_of_the_machine() -> None:
     assert _load("--listen", "10.0.1.1:7071").host == "10.0.1.1"
     assert _load("--listen", "0.0.0.0:7071").host == "127.0.0.1"
@@ -48,6 +54,8 @@ def test_slots_are_the_gpus_that_can_be_seen(tmp_path: Path) -> None:
         ("--listen", "7071"),
         ("--cluster", "../x"),
         ("--stop-grace", "-1"),
+        ("--drain-grace", "-1"),
+        ("--drain-grace", "inf"),
     ],
 )
 def test_what_cannot_work_is_refused(argv: tuple[str, str]) -> None:
