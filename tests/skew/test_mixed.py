@@ -4,10 +4,17 @@ import json
 import sys
 from pathlib import Path
 
+import grpc
 import pytest
 
+from dtrain.protocol import codec
+from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.events import EventReason
-from dtrain.protocol.ids import JobName
+from dtrain.protocol.ids import AgentName, JobName
+from dtrain.protocol.pb import agent_pb2
+from dtrain.protocol.pb.agent_pb2_grpc import AgentStub
+from dtrain.protocol.snapshot import NodeRecord
+from dtrain.storage.etcd.port import Delete, Put, Txn
 from tests.skew import old
 from tests.skew.conftest import Clusters
 from tests.skew.old import ROOT, Release
@@ -38,6 +45,29 @@ def versions(harness: Harness, release: Release, what: str) -> dict[str, str]:
     items = listed["items"] if isinstance(listed, dict) else listed
     found = [item.get("record") or item.get("node") or item for item in items]
     return {str(item.get("replica") or item.get("agent")): str(item["version"]) for item in found}
+
+
+def what_is_of_another_major_version_is_refused_and_harms_nothing(harness: Harness) -> None:
+    """A job's record, a submission and a command: of whichever release leader and agent are."""
+    etcd, key = harness.cluster.etcd, harness.keys.spec(JobName("alien"))
+    later = codec.dumps(codec.loads(codec.encode(harness.spec(JobName("mixed")))) | {"v": 2, "name": "alien"})
+    etcd.txn(Txn((), (Put(key, later),)))
+    leader = harness.cluster.leader()
+    assert leader is not None
+    harness.until(
+        "the leader leaves it alone", lambda: "left alone: JobSpec has version 2" in harness.log(leader)
+    )
+    with pytest.raises(DtrainError, match="version 2; this dtrain reads version 1"):
+        harness.client.submit(later, "skew")
+    node = codec.decode(NodeRecord, etcd.range(harness.keys.node(AgentName("a1"))).items[0].value)
+    header = agent_pb2.Header(
+        cluster=harness.cluster.name, term=harness.term(), job="alien", uid="u", attempt=1, id="prepare.1"
+    )
+    command = agent_pb2.Command(header=header, prepare=agent_pb2.Prepare(spec=later, world_size=1, nnodes=1))
+    with grpc.insecure_channel(node.address) as channel:
+        ack = AgentStub(channel).Execute(command, timeout=20)
+    assert (ack.accepted, "version 2" in ack.message) == (False, True), ack
+    etcd.txn(Txn((), (Delete(key),)))
 
 
 @pytest.mark.parametrize(("coordinators", "agents"), [("new", "old"), ("old", "new")])
@@ -77,6 +107,7 @@ def test_two_releases_run_a_job_together(
         stop.touch()
         harness.await_end(job)
         harness.assert_succeeded(job, int(harness.commits(job)[-1].step))
+        what_is_of_another_major_version_is_refused_and_harms_nothing(harness)
         # A second one is cancelled by the client of the other release.
         second = harness.start("second", "--steps 1000000 --pause-ms 10")
         cli(harness, client, "cancel", "second", "--yes")
