@@ -24,7 +24,7 @@ def test_defaults_suit_one_machine() -> None:
 def test_ranks_that_are_kept_need_not_be_drained() -> None:
     assert _load().drain_grace_s == 60.0
     assert _load(DTRAIN_DRAIN_GRACE="0").drain_grace_s == 0.0
-    assert _load("--keep-ranks").drain_grace_s == 0.0
+    assert _load("--keep-ranks", "yes").drain_grace_s == 0.0
 
 
 def test_the_host_of_listen_is_the_host_of_the_machine() -> None:
