@@ -66,6 +66,8 @@ FATAL = tuple(
 )
 """Faults that end a daemon or a member of etcd: a replica that has lost its lease leaves."""
 SETTLE_S = 180.0
+LEFT_S = 180.0
+"""How long the last leftovers may take: machines get a minute to let go of a job before its last sweep."""
 """How long a calm cluster may take to put away what is no longer needed."""
 
 
@@ -279,7 +281,10 @@ def _end_jobs(harness: Harness, jobs: Jobs) -> None:
             return False
 
         harness.until(f"{name} is cancelled", cancelled)
-    harness.until("nothing is left over", lambda: not surplus(harness))
+    try:
+        harness.until("nothing is left over", lambda: not surplus(harness), LEFT_S)
+    except AssertionError as error:
+        raise AssertionError(f"left over: {surplus(harness)}\n{error}") from error
     harness.until("no launcher is left", lambda: not _launchers(harness))
 
 

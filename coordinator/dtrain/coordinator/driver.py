@@ -13,7 +13,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from dtrain.coordinator.core.decisions import Decision, Directed, PutRecord, Work
+from dtrain.coordinator.core.decisions import (
+    Decision,
+    Directed,
+    PutRecord,
+    SweepOrphans,
+    VerifyCheckpoint,
+    Work,
+)
 from dtrain.coordinator.core.views import FleetView, JobView, Moment
 from dtrain.coordinator.persistence import Committed, Conflict, Deposed, NotWritten, Outcome, Unknown
 from dtrain.coordinator.results import Collected, Probed, Swept, Verified, WorkCrashed, WorkResult
@@ -106,7 +113,7 @@ class Driver:
         """A set in order of arrival."""
         self._tracks: dict[JobName, _Track] = {}
         self._heap: list[tuple[float, JobName]] = []
-        self._working: dict[tuple[JobName, Work], None] = {}
+        self._working: dict[tuple[JobName, Work], float] = {}
         self._worked_at: dict[tuple[JobName, Work], float] = {}
         self._unseen: dict[JobName, int] = {}
         """Jobs whose slots stay reserved until the mirror has reached this revision."""
@@ -224,7 +231,7 @@ class Driver:
     def on_work(self, job: JobName, result: WorkResult, now: float) -> None:
         """Background work has ended."""
         key = (job, result.work)
-        self._working.pop(key, None)
+        began_at = self._working.pop(key, now)
         self._worked_at[key] = now
         problem = ""
         match result:
@@ -238,7 +245,8 @@ class Driver:
             case Swept(_, deleted, problem, retry, unknown):
                 self.world.record_unknown(job, unknown)
                 if not retry:
-                    self.world.record_swept(job, now)
+                    # When it began: what was written since, it may not have seen.
+                    self.world.record_swept(job, began_at)
                 if deleted:
                     self._ports.log("orphans deleted", job=job, blobs=deleted)
             case Probed(_, problem):
@@ -373,8 +381,14 @@ class Driver:
         if key in self._worked_at and now < again_at:
             self._wake(job, again_at)
             return
-        self._working[key] = None
+        if isinstance(work, SweepOrphans) and self._verifies(job):
+            # The last sweep of a job would miss the manifest that is just being written, for good.
+            return
+        self._working[key] = now
         self._ports.start_work(job, work)
+
+    def _verifies(self, job: JobName) -> bool:
+        return any(of == job and isinstance(work, VerifyCheckpoint) for of, work in self._working)
 
     # Setbacks.
 

@@ -13,15 +13,18 @@ from dtrain.coordinator.core.decisions import (
     ProbeStore,
     PutRecord,
     Reason,
+    SweepOrphans,
+    VerifyCheckpoint,
     Work,
 )
 from dtrain.coordinator.core.plan import plan
-from dtrain.coordinator.core.views import FleetView, JobView, Moment
+from dtrain.coordinator.core.views import FleetView, JobView, Moment, Verdict
 from dtrain.coordinator.driver import CRASHES_MAX, QUARANTINE_S, RESYNC_S, Driver
 from dtrain.coordinator.persistence import Committer, Conflict, NotWritten, Outcome, Unknown
-from dtrain.coordinator.results import Probed
+from dtrain.coordinator.results import Probed, Swept, Verified
 from dtrain.coordinator.world import World
 from dtrain.protocol import codec
+from dtrain.protocol.checkpoint import OpenRecord
 from dtrain.protocol.commands import Header, Prepare, Start, Stop
 from dtrain.protocol.errors import ErrorCode, OutcomeUnknown
 from dtrain.protocol.ids import (
@@ -32,6 +35,8 @@ from dtrain.protocol.ids import (
     JobName,
     Rank,
     ReplicaId,
+    Seq,
+    Step,
     Term,
     Uid,
 )
@@ -336,6 +341,36 @@ def test_the_same_work_runs_once_at_a_time_and_not_again_at_once() -> None:
     harness.driver.on_work(JOB, Probed(probe), harness.now)
     harness.pass_time(5)
     assert harness.works == [probe, probe]
+
+
+def test_no_sweep_begins_while_a_manifest_may_still_be_written() -> None:
+    record = OpenRecord(Term(1), Uid("u1"), Seq(7), Attempt(1), Step(9), "aa", 1, 60.0)
+    verify = VerifyCheckpoint(CLUSTER, JOB, Uid("u1"), "file:///s", record, (), None)
+    sweep = SweepOrphans(CLUSTER, JOB, Uid("u1"), "file:///s")
+    wanted: list[Work] = [verify]
+
+    def working(job: JobView, fleet: FleetView, moment: Moment) -> Decision:
+        return Decision(work=tuple(wanted)) if job.spec is not None else Decision()
+
+    harness = led(working)
+    harness.put(KEYS.intent(JOB), spec())
+    harness.sync()
+    wanted[:] = [sweep]
+    harness.pass_time(RESYNC_S + 1)
+    assert harness.works == [verify]
+    harness.driver.on_work(JOB, Verified(verify, Verdict(Seq(7), "aa", ok=False)), harness.now)
+    assert harness.works == [verify, sweep]
+
+
+def test_a_sweep_counts_from_when_it_began() -> None:
+    sweep = SweepOrphans(CLUSTER, JOB, Uid("u1"), "file:///s")
+    harness = led(lambda job, fleet, moment: Decision(work=(sweep,) if job.spec is not None else ()))
+    harness.put(KEYS.intent(JOB), spec())
+    harness.sync()
+    began = harness.now
+    harness.pass_time(30)
+    harness.driver.on_work(JOB, Swept(sweep), harness.now)
+    assert harness.world.job_view(JOB).swept_at == began
 
 
 def test_a_job_that_crashes_its_plan_is_quarantined_and_the_others_go_on() -> None:

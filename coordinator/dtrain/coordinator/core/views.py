@@ -80,7 +80,7 @@ class JobView:
     collected: frozenset[Seq] = frozenset()
     """Tombstones whose blobs this leader has deleted."""
     swept_at: float | None = None
-    """When orphans of this job were last swept by this leader; None: not yet."""
+    """When this leader last began a sweep of this job's orphans that was completed; None: not yet."""
     unknown: tuple[Seq, Seq] | None = None
     """Numbers of checkpoints that this leader found in the store and etcd does not know: first and last."""
     store_ok: bool | None = None
