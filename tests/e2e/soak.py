@@ -66,9 +66,9 @@ FATAL = tuple(
 )
 """Faults that end a daemon or a member of etcd: a replica that has lost its lease leaves."""
 SETTLE_S = 180.0
-LEFT_S = 180.0
-"""How long the last leftovers may take: machines get a minute to let go of a job before its last sweep."""
 """How long a calm cluster may take to put away what is no longer needed."""
+LEFT_S = 180.0
+"""The same for ended jobs: machines get a minute to let go of one before its last sweep."""
 
 
 @dataclass(frozen=True, slots=True)
