@@ -14,15 +14,13 @@ RUN sh /build/venv.sh dtrain && /opt/dtrain/bin/python -c 'import torch, dtrain.
 
 FROM ${TORCH_IMAGE}
 USER root
-# torch asks for the user's name and home: both exist. --ids may be taken in bases with users of their own.
+# torch asks for the user's name and home: both exist.
 RUN command -v tini >/dev/null \
       || { apt-get update -q && apt-get install -qy --no-install-recommends tini && rm -rf /var/lib/apt/lists/* /var/log/*; } \
     && groupadd --gid 10001 dtrain \
     && useradd --uid 10001 --gid 10001 --home-dir /var/lib/dtrain --no-create-home --shell /usr/sbin/nologin dtrain \
     && install -d -o 10001 -g 10001 -m 0750 /var/lib/dtrain \
     && install -d /workspace
-COPY --from=deps /opt/dtrain /opt/dtrain
-COPY --from=dtrain /staged /
 ENV PATH=/opt/dtrain/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
@@ -34,10 +32,13 @@ VOLUME /var/lib/dtrain
 USER 10001:10001
 EXPOSE 7071 7081
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=5s --timeout=5s --start-period=60s --retries=3 \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
   CMD ["python", "-m", "dtrain.runtime.probe", "http://127.0.0.1:7081/livez"]
 ENTRYPOINT ["tini", "--", "dtrain"]
 CMD ["agent"]
+# Last, so that all above is cached while dtrain changes.
+COPY --from=deps /opt/dtrain /opt/dtrain
+COPY --from=dtrain /staged /
 ARG VERSION=unknown
 ARG REVISION=unknown
 ARG SOURCE=""

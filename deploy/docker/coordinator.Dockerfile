@@ -19,8 +19,6 @@ RUN command -v tini >/dev/null \
     && find / -xdev -type f -perm /6000 -exec chmod a-s {} + \
     && groupadd --gid 10001 dtrain \
     && useradd --uid 10001 --gid 10001 --home-dir /nonexistent --no-create-home --shell /usr/sbin/nologin dtrain
-COPY --from=deps /opt/dtrain /opt/dtrain
-COPY --from=dtrain /staged /
 ENV PATH=/opt/dtrain/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
@@ -29,10 +27,13 @@ ENV PATH=/opt/dtrain/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
 USER 10001:10001
 EXPOSE 7070 7080
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=5s --timeout=5s --start-period=30s --retries=3 \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
   CMD ["python", "-m", "dtrain.runtime.probe", "http://127.0.0.1:7080/readyz"]
 ENTRYPOINT ["tini", "--", "dtrain"]
 CMD ["coordinator"]
+# Last, so that all above is cached while dtrain changes.
+COPY --from=deps /opt/dtrain /opt/dtrain
+COPY --from=dtrain /staged /
 ARG VERSION=unknown
 ARG REVISION=unknown
 ARG SOURCE=""

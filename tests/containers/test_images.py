@@ -14,8 +14,10 @@ import pytest
 from dtrain.testing.images import Images
 
 LABEL = "dtrain.test.images"
-LIMIT_S = 120.0
+LIMIT_S = 240.0
 STOP_S = 20
+
+pytestmark = pytest.mark.timeout(600)
 
 LOOK = """
 import importlib.util as u, json, os, shutil, stat
