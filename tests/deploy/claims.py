@@ -117,7 +117,7 @@ def coordinators_survive(given: Sequence[Document]) -> None:
     assert budget["spec"]["maxUnavailable"] == 1
     if coordinator["kind"] == "Deployment":
         assert coordinator["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 1, "maxSurge": 1}
-    assert all(mount["readOnly"] for mount in container(coordinator)["volumeMounts"])
+    assert all(mount.get("readOnly") for mount in container(coordinator)["volumeMounts"])
     assert not coordinator["spec"].get("volumeClaimTemplates")
     assert container(coordinator)["resources"]["limits"]["memory"]
 

@@ -3,6 +3,7 @@
 ``kubectl kustomize`` and ``helm template`` come from .cache/kube (tools/fetch_kube_tools.py), else from PATH.
 """
 
+import base64
 import functools
 import json
 import os
@@ -162,6 +163,7 @@ class Pod:
     """What the container of a workload's pod would see: its environment and its files, below ``folder``.
 
     Without ``secrets`` (name, file, content) files of Secrets hold a word made of what picked them.
+    With them, a Secret for the environment is read from there too, if it is there.
     """
 
     def __init__(
@@ -171,8 +173,9 @@ class Pod:
         folder: Path,
         name: str,
         secrets: Mapping[str, Mapping[str, bytes]] | None = None,
+        ip: str = POD_IP,
     ) -> None:
-        self._given, self._folder, self._secrets = given, folder, secrets
+        self._given, self._folder, self._secrets, self._ip = given, folder, secrets, ip
         self._workload, self.name = workload, name
         self.environment = dict(self._environment())
         self._mount()
@@ -191,8 +194,10 @@ class Pod:
                 seen |= find(self._given, "ConfigMap", source["configMapRef"]["name"])["data"]
             else:
                 assert source["secretRef"]["optional"], "a pod would wait for a Secret that need not exist"
+                secret = (self._secrets or {}).get(source["secretRef"]["name"], {})
+                seen |= {name: value.decode() for name, value in secret.items()}
         fields = {
-            "status.podIP": POD_IP,
+            "status.podIP": self._ip,
             "metadata.name": self.name,
             "spec.nodeName": "node-7",
             "metadata.labels['batch.kubernetes.io/controller-uid']": "0d2b",
@@ -305,3 +310,32 @@ def _is_peer(peer: Document, host: Host) -> bool:
     else:
         named = host.namespace == "dtrain"
     return named and fits(peer.get("podSelector", {}), host.labels)
+
+
+def secrets_of_the_readme(folder: Path, passwords: Mapping[str, str]) -> dict[str, dict[str, bytes]]:
+    """Run the README's commands for Secrets, with a kubectl that prints what it would create."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shim, out = folder / "kubectl", folder / "out"
+    shim.write_text(f'#!/bin/sh\nexec >>{out}\n{tool("kubectl")} "$@" --dry-run=client -o yaml && echo ---\n')
+    shim.chmod(0o755)
+    (folder / "passwords").mkdir(exist_ok=True)
+    for user, password in passwords.items():
+        (folder / "passwords" / user).write_text(password)
+    (folder / "deploy").symlink_to(ROOT / "deploy")
+    section = (KUSTOMIZE / "README.md").read_text().partition("## Secrets")[2].partition("## Production")[0]
+    blocks = [block for block in re.findall(r"```sh\n(.*?)```", section, re.S) if "setup-auth" not in block]
+    assert len(blocks) == 3
+    done = subprocess.run(
+        ["bash", "-euc", "\n".join(blocks)],
+        cwd=folder,
+        env={"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return {
+        each["metadata"]["name"]: {name: base64.b64decode(value) for name, value in each["data"].items()}
+        for each in documents(out.read_text())
+    }

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,8 @@ def test_schema_and_table_of_values_are_fresh() -> None:
 
 def test_chart_images_and_manifests_are_of_one_version() -> None:
     version = yaml.safe_load((CHART / "Chart.yaml").read_text())
-    assert version["version"] == version["appVersion"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert version["version"] == version["appVersion"] == project
     for component in ("coordinator", "agent"):
         image = container(of_component(kustomize(KUSTOMIZE / "base"), component))["image"]
         assert image == f"dtrain-{component}:{version['appVersion']}"

@@ -1,10 +1,8 @@
 """deploy/kubernetes, rendered by kustomize: valid, and what it is said to be."""
 
-import base64
+import copy
 import itertools
-import os
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -29,8 +27,8 @@ from tests.deploy.kube import (
     kustomize,
     of_component,
     problems,
+    secrets_of_the_readme,
     template,
-    tool,
 )
 
 COMBINATIONS = (
@@ -160,7 +158,9 @@ def test_daemonset_and_statefulset_run_the_same_pod(base: list[Document], tmp_pa
     assert not [
         each for each in kinds(daemonset, "PodDisruptionBudget") if "agent" in each["metadata"]["name"]
     ]
-    one, other = (template(of_component(given, "agent"))["spec"] for given in (base, daemonset))
+    one, other = (
+        copy.deepcopy(template(of_component(given, "agent"))["spec"]) for given in (base, daemonset)
+    )
     assert other.pop("nodeSelector") == {"dtrain/agent": "true"}
     assert one.pop("affinity")
     for pod in (one, other):
@@ -213,34 +213,9 @@ def test_the_readme_names_the_secrets_that_pods_mount(production: list[Document]
 
 @pytest.fixture(scope="module")
 def secrets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
-    """Run the README's commands for Secrets, with a kubectl that prints instead of creating."""
+    users = ("root", "coordinator", "agent-dtrain-agent-0", "agent-dtrain-agent-1")
     folder = tmp_path_factory.mktemp("secrets")
-    shim = folder / "kubectl"
-    shim.write_text(
-        f'#!/bin/sh\nexec >>{folder}/out\n{tool("kubectl")} "$@" --dry-run=client -o yaml && echo ---\n'
-    )
-    shim.chmod(0o755)
-    (folder / "passwords").mkdir()
-    for user in ("root", "coordinator", "agent-dtrain-agent-0", "agent-dtrain-agent-1"):
-        (folder / "passwords" / user).write_text(f"password-of-{user}")
-    (folder / "deploy").symlink_to(ROOT / "deploy")
-    section = (KUSTOMIZE / "README.md").read_text().partition("## Secrets")[2].partition("## Production")[0]
-    blocks = [block for block in re.findall(r"```sh\n(.*?)```", section, re.S) if "setup-auth" not in block]
-    assert len(blocks) == 3
-    done = subprocess.run(
-        ["bash", "-euc", "\n".join(blocks)],
-        cwd=folder,
-        env={"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return {
-        each["metadata"]["name"]: {name: base64.b64decode(value) for name, value in each["data"].items()}
-        for each in documents((folder / "out").read_text())
-    }
+    return secrets_of_the_readme(folder, {user: f"password-of-{user}" for user in users})
 
 
 def test_the_readmes_secrets_let_daemons_start_with_tls_and_users(
