@@ -112,9 +112,7 @@ class Cluster(ABC):
             self._start_all()
             self._auditing = Following(self.endpoints, self.name)
         except BaseException as error:
-            if isinstance(error, DtrainError):
-                for note in (error.cause, error.fix):
-                    error.add_note(note)
+            _explain(error)
             self._save_logs(error)
             self.close()
             raise
@@ -518,11 +516,8 @@ class Cluster(ABC):
 
     def _check(self, node: str) -> str:
         if node not in self.nodes:
-            raise NotFound(
-                ErrorCode.NOT_FOUND,
-                f"there is no {node} in this cluster",
-                fix=f"there are {', '.join(self.nodes)}",
-            )
+            known = ", ".join(self.nodes)
+            raise NotFound(ErrorCode.NOT_FOUND, f"there is no {node} in this cluster: there are {known}")
         return node
 
     def _free_name(self, stem: str) -> str:
@@ -538,6 +533,7 @@ class Cluster(ABC):
 
     def _tell(self, error: BaseException) -> None:
         """Add to a test's error what the test did not see."""
+        _explain(error)
         with contextlib.suppress(AssertionError):
             found = self._auditing.violations() if self._auditing is not None else []
             if found:
@@ -572,6 +568,14 @@ def not_ready(timeout_s: float, missing: Iterable[str], cause: str = "") -> Unav
         f"not ready after {timeout_s:g} s: {', '.join(sorted(missing))}{cause and chr(10) + cause}",
         fix=f"set {LOGS_VARIABLE} to a folder and look into the logs there",
     )
+
+
+def _explain(error: BaseException) -> None:
+    """Let a traceback show what only the command line would: cause, and what to do."""
+    if isinstance(error, DtrainError):
+        for note in (error.cause, error.fix):
+            if note and note not in getattr(error, "__notes__", ()):
+                error.add_note(note)
 
 
 def _broken(found: Iterable[object]) -> str:
