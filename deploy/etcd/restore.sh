@@ -131,10 +131,12 @@ flags="--keep-ranks true"
 [ "$bump" != 0 ] || flags="--keep-ranks true --accept-restored-etcd true"
 if [ -n "$cluster" ] && [ -n "$now" ] && [ "$cluster" != "$now" ]; then
   echo "  4. the cluster id is new (it was $cluster: other names, peer URLs or token), so everybody refuses it."
-  echo "     Within the jobs' isolation_grace, restart all coordinators, and all agents with $flags"
+  echo "     Within the jobs' isolation_grace: stop all coordinators, start every agent anew with"
+  echo "     $flags, then start the coordinators"
 elif [ "$bump" = 0 ]; then
   echo "  4. revisions were not raised: agents obey nobody ('dtrain get agents' says so) until they are told."
-  echo "     Start the coordinators again, and every agent anew, with $flags"
+  echo "     Leave the coordinators stopped (they end with 78), start every agent anew with"
+  echo "     $flags, then start the coordinators"
 else
   echo "  4. nothing: coordinators and agents go on by themselves"
 fi

@@ -165,12 +165,19 @@ def test_agents_obey_an_etcd_whose_revisions_went_back_only_when_they_are_told(t
         assert harness.pids(job) == pids, "an agent obeyed a term that is over"
 
         # The operator's word: agents that leave their ranks alone, and forget the terms they have obeyed.
+        # Nobody leads meanwhile, who would call them lost.
+        for daemon in coordinators.values():
+            daemon.terminate()
+        for daemon in coordinators.values():
+            assert daemon.wait(60.0)
         for daemon in agents.values():
             daemon.terminate()
-        for daemon in agents.values():
             assert daemon.wait(60.0)
             daemon._command = (*daemon._command, "--accept-restored-etcd", "true")
             harness.cluster.start_daemon(daemon.name)
+        harness.until("all agents are registered", lambda: len(problems_of(harness)) == 2)
+        for name in coordinators:
+            harness.cluster.start_daemon(name)
         began = time.monotonic()
         first = harness.await_commit(job, after=forgotten.seq)
         say(f"the next checkpoint was committed {time.monotonic() - began:.1f} s after agents had been told")

@@ -87,6 +87,20 @@ class Checks:
             self.bug(f"{name}/alarm", error)
         return self.went_back
 
+    def etcd_was_raised(self, revision: int) -> None:
+        """etcd was restored from a snapshot with raised revisions: another history, for the same agents."""
+        root = self._cluster.keys.root
+        records = self._cluster.etcd.memory._at(root, prefix_end(root), 0)
+        self.auditor.begin_at(revision, [Change(kv.key, kv.value, kv.create_revision) for kv in records])
+        for history in self.jobs.values():
+            history.status, history.latest = None, 0
+        for kv in records:
+            place = self._cluster.keys.parse(kv.key)
+            if place is not None and place.kind == "status":
+                self.history(place.job).status = codec.decode(JobStatus, kv.value)
+            elif place is not None and place.kind == "latest":
+                self.history(place.job).latest = codec.decode(Latest, kv.value).seq
+
     def name_taken(self, replica: "Replica", error: DtrainError) -> bool:
         """A replica says that another one has its name; whether there was one lately."""
         cluster = self._cluster

@@ -70,10 +70,11 @@ class EtcdServer:
         if revision > max(1, self.memory.compacted):
             self.memory.compact(revision)
 
-    def restore(self, back: int) -> int:
+    def restore(self, back: int, *, bump: int = 0) -> int:
         """Become what a snapshot of ``back`` revisions ago was; return its revision.
 
         Leases come back with their keys, and count anew. History since then has never been.
+        ``bump``: revisions are raised by so much, and marked as compacted.
         """
         memory = self.memory
         target = max(memory.compacted + 1, memory.revision - back)
@@ -94,7 +95,9 @@ class EtcdServer:
                 held = memory._leases.setdefault(kv.lease, _Lease(10.0, self.scheduler.now + 10.0))
                 held.keys.add(kv.key)
         memory._next_expiry = self.scheduler.now + 10.0
-        memory._revision = self.seen = target
+        memory._revision = self.seen = target + bump
+        if bump:
+            memory._compacted = memory._revision
         memory.raft_term = self.former_raft_term = 2
         return target
 

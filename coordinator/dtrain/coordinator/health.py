@@ -102,8 +102,8 @@ def judge_rejection(health: Health, agent: str, problem: str) -> None:
         f"agent {agent} has obeyed term {found[2]} and refuses term {found[1]}: etcd was restored from an "
         "older state; ranks train on, nothing is commanded or committed",
         "restore it with raised revisions (deploy/etcd/restore.sh: etcdutl snapshot restore --bump-revision "
-        "1000000000 --mark-compacted), or start every agent again with --keep-ranks true "
-        "--accept-restored-etcd true: docs/operations.md, etcd lost its data",
+        "1000000000 --mark-compacted); or stop the coordinators, start every agent again with --keep-ranks "
+        "true --accept-restored-etcd true, then the coordinators: docs/operations.md, etcd lost its data",
     )
 
 

@@ -5,8 +5,12 @@ from typing import Any
 
 import pytest
 
-from dtrain.coordinator.health import EtcdHealth, Health, judge_rejection
+from dtrain.coordinator.core.decisions import Directed
+from dtrain.coordinator.core.restored import UNKNOWN
+from dtrain.coordinator.health import EtcdHealth, Health, judge_rejection, judge_unknown
+from dtrain.protocol.commands import Header, Stop
 from dtrain.protocol.errors import ErrorCode, Unavailable
+from dtrain.protocol.ids import AgentName, Attempt, ClusterName, JobName, Term, Uid
 from dtrain.storage.etcd.port import Status
 
 
@@ -119,7 +123,8 @@ def test_an_agent_that_has_obeyed_a_later_term_tells_of_a_restored_etcd(told: To
     judge_rejection(told.health, "a1", "rejected: term 12 is over; term 40 has been confirmed")
     [sentence] = told.health.sentences()
     assert "restored from an older state" in sentence
-    assert "above 40" in sentence
+    assert "has obeyed term 40" in sentence
+    assert "--accept-restored-etcd true" in sentence
 
 
 def test_the_thread_looks_again_at_once_when_woken_and_ends_when_stopped(told: Told) -> None:
@@ -132,3 +137,17 @@ def test_the_thread_looks_again_at_once_when_woken_and_ends_when_stopped(told: T
     told.etcd.stop()
     thread.join(5.0)
     assert not thread.is_alive()
+
+
+def test_ranks_of_a_job_that_etcd_does_not_know_are_told_of_once(told: Told) -> None:
+    def stop(name: str) -> Directed:
+        header = Header(ClusterName("c"), Term(9), JobName("late"), Uid("u7"), Attempt(2), name)
+        return Directed(AgentName("a1"), "a1:1", Stop(header, 30.0, release=True, why=""))
+
+    judge_unknown(told.health, stop("release.2"))
+    assert told.health.sentences() == []
+    judge_unknown(told.health, stop(f"{UNKNOWN}2"))
+    judge_unknown(told.health, stop(f"{UNKNOWN}2"))
+    [sentence] = told.health.sentences()
+    assert "etcd knows no job late (u7)" in sentence
+    assert "submit it again" in sentence

@@ -353,3 +353,16 @@ def test_the_agents_ttl_stretches_with_the_fleet() -> None:
         name = AgentName(f"a{index}")
         etcd.put(KEYS.node(name), node(name))
     assert etcd.world.agent_ttl_s == pytest.approx(15.0)
+
+
+def test_numbers_that_only_the_store_knows_are_remembered_until_the_name_is_used_again() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.spec(JOB), spec())
+    etcd.world.record_unknown(JOB, None)
+    assert etcd.world.job_view(JOB).unknown is None
+    etcd.world.record_unknown(JOB, (Seq(7), Seq(9)))
+    etcd.world.record_unknown(JOB, (Seq(6), Seq(8)))
+    assert etcd.world.job_view(JOB).unknown == (6, 9)
+    assert JOB in etcd.world.take_touched()
+    etcd.put(KEYS.spec(JOB), spec(uid="u2"))
+    assert etcd.world.job_view(JOB).unknown is None

@@ -136,7 +136,8 @@ def _submitted(
     draft = Draft(job, fleet, moment, spec, status)
     draft.enter(JobPhase.QUEUED, "submitted")
     draft.event(EventReason.JOB_SUBMITTED, f"submission {spec.uid}")
-    phases.queued(draft)
+    if not restored.is_ahead(draft):
+        phases.queued(draft)
     return draft
 
 

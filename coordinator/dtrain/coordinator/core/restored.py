@@ -49,6 +49,12 @@ def catch_up(draft: Draft) -> bool:
     return _submissions(draft) or _attempts(draft)
 
 
+def is_ahead(draft: Draft) -> bool:
+    """Whether agents run this submission already, of which etcd has forgotten all but its job file."""
+    uid, attempt = draft.spec.uid, draft.status.attempt
+    return any(one.value.uid == uid and one.value.attempt > attempt for one in draft.job.workers.values())
+
+
 # Checkpoint numbers ---------------------------------------------------------------
 
 
