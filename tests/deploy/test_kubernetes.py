@@ -12,6 +12,7 @@ from dtrain.agent import config as agent_config
 from dtrain.cli import context
 from dtrain.coordinator import config as coordinator_config
 from dtrain.runtime import grpc_tls
+from dtrain.runtime.config import ETCD, etcd_options, parse
 from dtrain.runtime.tls import Role, agent_server_name, coordinator_server_name, parse_peer, tls_files
 from tests.deploy import claims
 from tests.deploy.kube import (
@@ -168,6 +169,18 @@ def test_daemonset_and_statefulset_run_the_same_pod(base: list[Document], tmp_pa
         field = env["DTRAIN_NAME"]["valueFrom"].pop("fieldRef")["fieldPath"]
         assert field == ("metadata.name" if pod is one else "spec.nodeName")
     assert one == other
+
+
+@pytest.mark.parametrize("component", ["coordinator", "agent"])
+def test_the_command_line_takes_the_environment_of_a_daemons_pod(
+    component: str, production: list[Document], tmp_path: Path
+) -> None:
+    # kubectl exec ... dtrain get jobs: replicas are looked up with etcd's settings, which stand beside others there.
+    pod = Pod(production, of_component(production, component), tmp_path, "dtrain-agent-0")
+    context._refuse_misspelt(pod.environment)
+    options = etcd_options(parse("dtrain", "", ETCD, (), pod.settings()))
+    assert options.endpoints[0] == "https://etcd-0.example.com:2379"
+    assert options.user
 
 
 @pytest.mark.parametrize("name", ["submit.yaml", "submit-tls.yaml"])

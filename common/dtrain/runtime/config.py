@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 # Set for child processes by dtrain itself, or read by other components.
 FOREIGN = (
+    "DTRAIN_CLUSTER",
     "DTRAIN_SESSION_FD",
     "DTRAIN_PARENT_PID",
     "DTRAIN_ETCD_BIN",
