@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.contract.etcd.members import backup, etcdctl, leader_of, restore, script, status
+from tests.contract.etcd.secured import Users, server_tls
 from tests.contract.etcd.support import binary
 
 from dtrain.local.etcd import EtcdCluster
@@ -237,6 +238,30 @@ def test_a_full_etcd_is_writable_again_after_one_command(tmp_path: Path) -> None
         fill(etcd, 1)
         assert not etcdctl(cluster, "alarm", "list").strip()
         etcd.close()
+
+
+def test_the_scripts_work_with_certificates_and_users(tmp_path: Path) -> None:
+    tls = server_tls(tmp_path / "pki")
+    with EtcdCluster(tmp_path / "c", binary=binary("3.5"), fsync=False, tls=tls) as cluster:
+        users = Users(cluster, tmp_path / "secrets", tls.client)
+
+        def run(user: str, name: str, *words: str) -> "subprocess.CompletedProcess[str]":
+            login = ("--user", user, "--password-file", users.password_file(user))
+            return script(cluster, name, *login, *words, env=users._env())
+
+        done = run("root", "backup.sh", str(tmp_path / "b"))
+        assert done.returncode == 0, done.stderr
+        [saved] = (tmp_path / "b").glob("*.db")
+        assert int(meta(saved)["keys"]) > 0
+        done = run("reader", "backup.sh", str(tmp_path / "stolen"))
+        assert done.returncode == 1, "only root may read everything"
+        assert not list((tmp_path / "stolen").iterdir())
+        for words in (("status",), ("compact", "1"), ("defrag", "0")):
+            done = run("root", "maintain.sh", *words)
+            assert done.returncode == 0, done.stderr
+        # Restoring asks nobody, so nobody's variables are in its way.
+        done = script(cluster, "restore.sh", *restored_words(tmp_path / "data"), str(saved), env=users._env())
+        assert done.returncode == 0, done.stderr
 
 
 def test_the_scripts_are_plain_posix_shell() -> None:
