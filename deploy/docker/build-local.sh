@@ -221,7 +221,9 @@ own_wheel() {
   if [ "$(cat "$cache/own/inputs" 2>/dev/null)" != "$inputs" ]; then
     rm -rf "$cache/own"
     mkdir "$cache/own"
-    "$bin/pip" wheel -q --disable-pip-version-check --no-deps -w "$cache/own" . >"$work/log" 2>&1 || {
+    local isolation=()
+    ! "$bin/python" -c 'import hatchling' 2>/dev/null || isolation=(--no-build-isolation)
+    "$bin/pip" wheel -q --disable-pip-version-check --no-deps "${isolation[@]}" -w "$cache/own" . >"$work/log" 2>&1 || {
       tail -n 20 "$work/log" >&2
       fail "dtrain's wheel could not be built"
     }
@@ -259,6 +261,7 @@ if [ -n "$wheel" ]; then
 else
   etcd_image
   store_image
-  dtrain_images "$(own_wheel)" local version
+  own=$(own_wheel)
+  dtrain_images "$own" local version
 fi
 docker image ls --format '{{.Repository}}:{{.Tag}} {{.Size}}' --filter 'label=dtrain.inputs' | LC_ALL=C sort | grep -v '^<none>'
