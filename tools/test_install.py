@@ -49,7 +49,6 @@ class Place:
         names = ("DTRAIN_", "ETCDCTL_", "PET_", "PYTHON", "VIRTUAL_ENV")
         env = {key: value for key, value in os.environ.items() if not key.startswith(names)}
         env |= {"PATH": f"{self.folder / 'bin'}{os.pathsep}{env['PATH']}", "HOME": str(self.folder / "home")}
-        (self.folder / "home").mkdir(exist_ok=True)
         command = [str(self.folder / "bin" / words[0]), *words[1:]]
         done = subprocess.run(
             command,
@@ -144,6 +143,7 @@ def install(wheel: Path, extra: str, folder: Path) -> Place:
     ]
     subprocess.run(command, check=True, cwd=folder)
     subprocess.run([*command[:5], "check"], check=True, cwd=folder, stdout=subprocess.DEVNULL)
+    (folder / "home").mkdir()
     return Place(folder)
 
 
