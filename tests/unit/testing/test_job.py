@@ -8,9 +8,21 @@ from typing import Any
 import pytest
 
 from dtrain.protocol import codec
+from dtrain.protocol.cluster import LeaderRecord, ReplicaRecord
 from dtrain.protocol.errors import Refused, Unavailable
 from dtrain.protocol.events import EventReason, EventRecord, EventType
-from dtrain.protocol.ids import AgentName, Attempt, Incarnation, JobName, Rank, Seq, Step, Term, Uid
+from dtrain.protocol.ids import (
+    AgentName,
+    Attempt,
+    Incarnation,
+    JobName,
+    Rank,
+    ReplicaId,
+    Seq,
+    Step,
+    Term,
+    Uid,
+)
 from dtrain.protocol.job import JobPhase, JobStatus, Member, RestorePoint
 from dtrain.protocol.snapshot import Failure, FailureKind, RankState, WorkerPhase, WorkerSnapshot
 from dtrain.storage.etcd.memory import MemoryEtcd
@@ -160,3 +172,16 @@ def test_jobs_of_one_script_get_names_of_their_own(cluster):
     assert cluster._free_name("My_Train") == "my-train"
     cluster._names |= {"my-train", "my-train-2"}
     assert cluster._free_name("My_Train") == "my-train-3"
+
+
+def test_what_is_registered_from_a_former_life_is_not_ready(cluster):
+    record = LeaderRecord(ReplicaId("c1"), "127.0.0.1:1", "n")
+    replica = ReplicaRecord(ReplicaId("c1"), "127.0.0.1:1")
+    cluster.put(cluster.keys.leader, record)
+    cluster.put(cluster.keys.coordinator(ReplicaId("c1")), replica)
+    cluster.wait_ready("c1", timeout_s=1)
+    cluster._starts("c1")
+    with pytest.raises(AssertionError, match="c1 are registered"):
+        cluster.wait_ready("c1", timeout_s=0.1)
+    cluster.put(cluster.keys.coordinator(ReplicaId("c1")), replica)
+    cluster.wait_ready("c1", timeout_s=1)
