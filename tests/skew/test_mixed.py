@@ -54,9 +54,8 @@ def what_is_of_another_major_version_is_refused_and_harms_nothing(harness: Harne
     etcd.txn(Txn((), (Put(key, later),)))
     leader = harness.cluster.leader()
     assert leader is not None
-    harness.until(
-        "the leader leaves it alone", lambda: "left alone: JobSpec has version 2" in harness.log(leader)
-    )
+    told = f"left alone: {key} cannot be read: JobSpec has version 2"
+    harness.until("the leader leaves it alone", lambda: told in harness.log(leader))
     with pytest.raises(DtrainError, match="version 2; this dtrain reads version 1"):
         harness.client.submit(later, "skew")
     node = codec.decode(NodeRecord, etcd.range(harness.keys.node(AgentName("a1"))).items[0].value)
