@@ -4,7 +4,7 @@ ARG TORCH_IMAGE=pytorch/pytorch:2.13.0-cuda12.6-cudnn9-runtime@sha256:6acf597eeb
 FROM ${TORCH_IMAGE} AS deps
 USER root
 COPY deploy/docker/venv.sh deploy/docker/requirements.lock /build/
-COPY deploy/docker/venv.sh dist/wheelhouse* /build/wheelhouse/
+COPY deploy/docker/venv.sh deploy/docker/wheelhouse* /build/wheelhouse/
 RUN sh /build/venv.sh deps --system-site-packages
 
 FROM deps AS dtrain

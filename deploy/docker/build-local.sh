@@ -236,8 +236,8 @@ dtrain_images() {
   local file=$1 name=$2 also=$3 context=$work/dtrain lock=$here/requirements.lock version revision kind base inputs
   wheels "$cache/wheels-$(digest $lock)" --require-hashes -r $lock
   wheels "$cache/pip-wheel" pip
-  mkdir -p "$context/deploy/docker" "$context/dist/wheelhouse"
-  cp -l "$cache/wheels-$(digest $lock)"/*.whl "$cache/pip-wheel"/*.whl "$context/dist/wheelhouse"
+  mkdir -p "$context/deploy/docker/wheelhouse" "$context/dist"
+  cp -l "$cache/wheels-$(digest $lock)"/*.whl "$cache/pip-wheel"/*.whl "$context/deploy/docker/wheelhouse"
   cp "$file" "$context/dist"
   cp $lock $here/venv.sh "$context/deploy/docker"
   version=$(basename "$file" | cut -d- -f2)

@@ -3,7 +3,7 @@
 #
 # Environment: PYTHON_IMAGE and TORCH_IMAGE take the place of images.env's, TAG the place of the version, SOURCE is
 # the address that the images' labels give for the code. Needs a Docker engine and a set-up checkout (VENV).
-# Wheels in dist/wheelhouse make it an offline build; README.md says which those are.
+# Wheels in deploy/docker/wheelhouse make it an offline build; README.md says which those are.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 bin=${VENV:-.venv}/bin
@@ -19,13 +19,11 @@ python_image=${PYTHON_IMAGE:-} torch_image=${TORCH_IMAGE:-}
 # shellcheck source=deploy/docker/images.env
 . deploy/docker/images.env
 
-mkdir -p dist
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-"$bin/pip" wheel -q --disable-pip-version-check --no-deps -w "$work" .
-wheel=$(basename "$work"/dtrain-*.whl)
-mv "$work/$wheel" "dist/$wheel"
-version=$(cut -d- -f2 <<<"$wheel")
+# The file that is released, byte for byte, so that an image and an installation run the same.
+"$bin/python" -m tools.dist
+version=$("$bin/python" -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["project"]["version"])')
+wheel=dtrain-$version-py3-none-any.whl
+[ -f "dist/$wheel" ] || fail "dist/$wheel was not built"
 for kind in "coordinator PYTHON_IMAGE=${python_image:-$PYTHON_IMAGE}" "agent TORCH_IMAGE=${torch_image:-$TORCH_IMAGE}"; do
   read -r name base <<<"$kind"
   docker build -f "deploy/docker/$name.Dockerfile" -t "dtrain-$name:${TAG:-$version}" --build-arg "$base" \

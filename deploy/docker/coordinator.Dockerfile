@@ -3,7 +3,7 @@
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 FROM ${PYTHON_IMAGE} AS deps
 COPY deploy/docker/venv.sh deploy/docker/requirements.lock /build/
-COPY deploy/docker/venv.sh dist/wheelhouse* /build/wheelhouse/
+COPY deploy/docker/venv.sh deploy/docker/wheelhouse* /build/wheelhouse/
 RUN sh /build/venv.sh deps
 
 FROM deps AS dtrain
