@@ -175,7 +175,7 @@ def test_daemonset_and_statefulset_run_the_same_pod(base: list[Document], tmp_pa
 def test_the_command_line_takes_the_environment_of_a_daemons_pod(
     component: str, production: list[Document], tmp_path: Path
 ) -> None:
-    # kubectl exec ... dtrain get jobs: replicas are looked up with etcd's settings, which stand beside others there.
+    # kubectl exec ... dtrain get jobs: replicas are looked up with etcd's settings, beside others there.
     pod = Pod(production, of_component(production, component), tmp_path, "dtrain-agent-0")
     context._refuse_misspelt(pod.environment)
     options = etcd_options(parse("dtrain", "", ETCD, (), pod.settings()))
