@@ -91,6 +91,8 @@ class Script:
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
+        self._saved = 0
+        """The revision that the backup of etcd is of."""
 
     def run(self, line: str) -> None:
         """Run one line."""
@@ -259,6 +261,14 @@ class Script:
     def do_thaw(self, name: str) -> None:
         """``thaw c1``: it goes on where it stood."""
         self._stage.coordinators[name].process.thaw()
+
+    def do_backup(self, _etcd: str) -> None:
+        """``backup etcd``: a snapshot is taken of what it holds now."""
+        self._saved = self._stage.etcd.revision
+
+    def do_restore(self, _etcd: str) -> None:
+        """``restore etcd``: it holds again what it held at ``backup etcd``, its revisions raised."""
+        self._stage.restore(self._saved)
 
     def do_drop(self, _commands: str, count: str) -> None:
         """``drop commands 2``: the next ones never arrive."""

@@ -34,6 +34,7 @@ from dtrain.storage.etcd.port import Delete, Put, RangeResult, Txn, TxnResult, p
 from dtrain.storage.etcd.session import FixedSession
 from tests.scenarios.transcript import Transcript
 from tests.sim.checks import Checks
+from tests.sim.etcd import go_back
 from tests.sim.machine import Machine, SimAgent
 from tests.sim.process import Process, SimClock
 from tests.sim.scheduler import Event, Scheduler
@@ -41,6 +42,8 @@ from tests.sim.training import Group
 
 TICK_S = 1.0
 TTL_S = 10
+RAISED = 1_000_000_000
+"""By so much a restored etcd's revisions are raised."""
 WIRE_S = 0.003
 ANSWER_S = 2.0
 """A command without an answer has failed after that."""
@@ -150,6 +153,16 @@ class Stage:
         """Write what an operator writes."""
         self.etcd.txn(Txn(success=(Put(key, codec.encode(value)),)))
         self.publish()
+
+    def restore(self, target: int) -> None:
+        """etcd loses its data and is restored from a backup, its revisions raised; mirrors list anew."""
+        forgotten = self.etcd.revision - target
+        go_back(self.etcd, target, bump=RAISED, expires_at=self.scheduler.now + TTL_S)
+        self._published = self.etcd.revision
+        self.checks.etcd_was_raised(self.etcd)
+        self.told.line("etcd", f"is restored from a backup: {forgotten} revisions are forgotten")
+        for coordinator in self.coordinators.values():
+            coordinator.enter(coordinator.sync)
 
     def _scan(self) -> None:
         self.etcd.tick()
@@ -317,14 +330,15 @@ class Coordinator:
         self.committer = Committer(link, stage.name, may_act=lambda: True)
         self.worker = Worker(link, stage.stores, merge, clock)
         self.mirror = MirrorState()
-        self.watch = stage.etcd.watch(stage.keys.root, prefix_end(stage.keys.root), 1)
+        begin = stage.etcd.compacted + 1
+        self.watch = stage.etcd.watch(stage.keys.root, prefix_end(stage.keys.root), begin)
         self.in_hand: list[str] = []
         """Keys that it is about to write."""
         self.checked_at = -1
         """For the checks: the revision that they have seen."""
         self._tick: Any = None
         self._moments = 0
-        self.enter(self.sync)
+        self.enter(self.sync if begin == 1 else self.relist)
         self._hear()
 
     def now(self) -> float:
@@ -378,9 +392,22 @@ class Coordinator:
         reply: pb.ConsultReply = servicer.Consult(request, None)
         return reply
 
+    def relist(self) -> None:
+        """The mirror reads everything anew."""
+        root, end = self.stage.keys.root, prefix_end(self.stage.keys.root)
+        found = self.stage.etcd.range(root, end)
+        self.watch = self.stage.etcd.watch(root, end, found.revision + 1)
+        changes = self.mirror.relist(found.items, found.revision)
+        self.driver.on_changes(changes, found.revision, self.now())
+
     def sync(self) -> None:
         """The mirror takes in what has come."""
-        while (batch := self.watch.poll()) is not None:
+        try:
+            batches = list(iter(self.watch.poll, None))
+        except Unavailable:
+            self.relist()
+            return
+        for batch in batches:
             self.driver.on_changes(self.mirror.apply(batch), self.mirror.revision, self.now())
 
     def _hear(self) -> None:

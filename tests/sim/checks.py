@@ -22,6 +22,7 @@ from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.ids import Attempt, JobName
 from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobStatus
 from dtrain.protocol.snapshot import FailureKind
+from dtrain.storage.etcd.memory import MemoryEtcd
 from dtrain.storage.etcd.mirror import Mirror
 from dtrain.storage.etcd.port import Event, prefix_end
 from tests.sim.training import SimRank, weights_at
@@ -87,10 +88,10 @@ class Checks:
             self.bug(f"{name}/alarm", error)
         return self.went_back
 
-    def etcd_was_raised(self, revision: int) -> None:
+    def etcd_was_raised(self, memory: MemoryEtcd) -> None:
         """etcd was restored from a snapshot with raised revisions: another history, for the same agents."""
-        root = self._cluster.keys.root
-        records = self._cluster.etcd.memory._at(root, prefix_end(root), 0)
+        root, revision = self._cluster.keys.root, memory.revision
+        records = list(memory._at(root, prefix_end(root), 0))
         self.auditor.begin_at(revision, [Change(kv.key, kv.value, kv.create_revision) for kv in records])
         for history in self.jobs.values():
             history.status, history.latest = None, 0
@@ -219,6 +220,8 @@ class Checks:
 
     def _check_restore(self, job: JobName, status: JobStatus) -> None:
         """G6: a new attempt starts from the newest checkpoint that is good."""
+        if status.attempt in self.auditor._agents.forgotten(job, status.uid):
+            return  # it trains already: a restored etcd had forgotten it
         bad = self._cluster.bad_seqs(job)
         mine = [s for s in self._cluster.committed_seqs(job) if self.jobs[job].commits[s].uid == status.uid]
         newest = max((seq for seq in mine if seq not in bad), default=None)

@@ -78,27 +78,9 @@ class EtcdServer:
         """
         memory = self.memory
         target = max(memory.compacted + 1, memory.revision - back)
-        memory.cut_watches()
-        for key in list(memory._history):
-            history = memory._history[key]
-            kept = bisect.bisect_right(history.revisions, target)
-            del history.revisions[kept:], history.versions[kept:]
-            if not kept:
-                del memory._history[key]
-                memory._sorted.remove(key)
-        memory._live = {key: kv for key, held in memory._history.items() if (kv := held.at(target))}
-        kept = bisect.bisect_right(memory._log_revisions, target)
-        del memory._log_revisions[kept:], memory._log[kept:]
-        memory._leases.clear()
-        for kv in memory._live.values():
-            if kv.lease:
-                held = memory._leases.setdefault(kv.lease, _Lease(10.0, self.scheduler.now + 10.0))
-                held.keys.add(kv.key)
-        memory._next_expiry = self.scheduler.now + 10.0
-        memory._revision = self.seen = target + bump
-        if bump:
-            memory._compacted = memory._revision
-        memory.raft_term = self.former_raft_term = 2
+        go_back(memory, target, bump=bump, expires_at=self.scheduler.now + 10.0)
+        self.seen = memory.revision
+        self.former_raft_term = memory.raft_term
         return target
 
     def _scan(self) -> None:
@@ -364,3 +346,27 @@ def _refused() -> Unavailable:
 
 def _denied() -> Refused:
     return Refused(ErrorCode.ETCD_AUTH, "etcd answered 'etcdserver: permission denied' (403/7)")
+
+
+def go_back(memory: MemoryEtcd, target: int, *, bump: int, expires_at: float) -> None:
+    """Make etcd what a snapshot of the revision ``target`` holds; leases last until ``expires_at``."""
+    memory.cut_watches()
+    for key in list(memory._history):
+        history = memory._history[key]
+        kept = bisect.bisect_right(history.revisions, target)
+        del history.revisions[kept:], history.versions[kept:]
+        if not kept:
+            del memory._history[key]
+            memory._sorted.remove(key)
+    memory._live = {key: kv for key, held in memory._history.items() if (kv := held.at(target))}
+    kept = bisect.bisect_right(memory._log_revisions, target)
+    del memory._log_revisions[kept:], memory._log[kept:]
+    memory._leases.clear()
+    for kv in memory._live.values():
+        if kv.lease:
+            memory._leases.setdefault(kv.lease, _Lease(10.0, expires_at)).keys.add(kv.key)
+    memory._next_expiry = expires_at
+    memory._revision = target + bump
+    if bump:
+        memory._compacted = memory._revision
+    memory.raft_term = 2

@@ -158,6 +158,20 @@ def test_the_other_ranks_of_a_forgotten_attempt_are_waited_for() -> None:
     assert (stage.phase, stage.status.attempt) == (JobPhase.RUNNING, 2)
 
 
+def test_a_leader_that_stayed_in_office_waits_for_all_ranks_of_a_forgotten_attempt_as_well() -> None:
+    stage, saved = forgotten_attempt()
+    stage.after(1000.0)
+    stage.cells = copy.deepcopy(saved)
+    for cell in stage.cells.values():
+        cell.seen_at = stage.now
+    missing = stage.workers.pop(AgentName("b"))
+    decision = stage.decide()
+    assert not decision.commands
+    stage.workers[AgentName("b")] = replace(missing, seen_at=stage.now)
+    stage.until_quiet()
+    assert (stage.phase, stage.status.attempt) == (JobPhase.RUNNING, 2)
+
+
 def test_a_forgotten_attempt_that_is_not_whole_is_ended_by_one_with_a_higher_number() -> None:
     stage, saved = forgotten_attempt()
     stage.lose("b")

@@ -185,7 +185,8 @@ def _attempts(draft: Draft) -> bool:
         _release(draft, newer)
         return False
     seen = [draft.fleet.agents[agent].seen_at for agent in newer]
-    due = max(draft.fleet.took_office_at, *seen) + draft.fleet.agent_ttl_s
+    # The status is seen anew when etcd is restored: a leader may have stayed in office through it.
+    due = max(draft.fleet.took_office_at, draft.status_seen_at, *seen) + draft.fleet.agent_ttl_s
     complete = len(found.members) == draft.spec.nnodes_max
     if found.members and (complete or draft.now >= due):
         _take_over(draft, found)
