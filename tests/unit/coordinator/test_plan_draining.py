@@ -303,3 +303,32 @@ def test_an_agent_that_came_back_and_does_not_know_the_steps_yet_is_heard_first(
     stage.step(41)
     stage.decide()
     assert stage.opened.step > 41
+
+
+def test_an_agent_that_does_not_answer_is_waited_for_before_the_step_is_chosen() -> None:
+    stage = training("c")
+    stage.drain("b")
+    stage.unreachable[AgentName("b")] = stage.now
+    stage.decide()
+    assert not stage.of("open")
+    assert "does not answer" in stage.said
+    # Back in a new life: it may be asked.
+    stage.unreachable.clear()
+    stage.decide()
+    assert stage.opened.hold_s > 0
+
+
+def test_a_young_attempt_is_measured_by_its_age_and_no_target_is_out_of_reach() -> None:
+    stage = training("c")
+    stage.after(2.0).step(240)
+    stage.drain("b")
+    stage.decide()
+    # A hundred steps a second: a second ahead at least.
+    assert stage.opened.step >= 240 + 100
+    for _ in range(3):
+        stage.accept()
+        stage.problem("a", late=True)
+        stage.decide()
+        stage.forget_outcomes()
+        stage.decide()
+    assert stage.opened.step <= 240 + 2 + 0.2 * 54 * 130

@@ -25,6 +25,12 @@ from dtrain.protocol.snapshot import DurablePart, RankState, SaveProblem, Worker
 COMMAND_LATENCY_S = 0.5
 """From a decision to the moment at which a rank knows the target step."""
 
+HOLD_LATENCY_S = 1.0
+"""The same for a step that ranks are to hold at."""
+
+HOLD_AHEAD_SHARE = 0.2
+"""Of the time that is left: how far ahead such a step may be."""
+
 SLACK_STEPS = 2
 """Added to the target step: ranks of a synchronous job are at most one step apart."""
 
@@ -400,11 +406,29 @@ def _open_if_due(draft: Draft, members: Sequence[Seat], hold_s: float) -> None:
     slack = (SLACK_STEPS + rate * COMMAND_LATENCY_S) * 2.0**status.late_saves
     soonest = math.ceil(reached + slack)
     if hold_s > 0:
-        _begin(draft, members, open_checkpoint(draft, Step(soonest), final=False, hold_s=hold_s))
+        held_at = _hold_target(draft, members, rate, hold_s)
+        _begin(draft, members, open_checkpoint(draft, held_at, final=False, hold_s=hold_s))
         return
     target = _target(draft, reached, slack, soonest, rate)
     if target is not None and _rested(draft):
         _begin(draft, members, open_checkpoint(draft, target, final=False))
+
+
+def _hold_target(draft: Draft, members: Sequence[Seat], rate: float, hold_s: float) -> Step:
+    """Step to hold at: no step before it is lost, so it is further ahead than others; too late costs a try.
+
+    A rank that hears of it late is not past it but in the next step, where it waits for those that hold.
+    """
+    if rate <= 0:
+        # Too young to be measured: what it has done since it began to train.
+        since = parse_iso(draft.status.since)
+        age_s = 0.0 if since is None else draft.moment.wall - since
+        done = max((rank.step for seat in members for rank in seat.ranks), default=0) - _base_step(draft)
+        rate = max(0, done) / max(1.0, age_s)
+    reached = _estimated_step(draft, members, rate)
+    slack = (SLACK_STEPS + rate * HOLD_LATENCY_S) * 2.0**draft.status.late_saves
+    # Never so far that the time is over before it is reached.
+    return Step(math.ceil(reached + min(slack, SLACK_STEPS + rate * hold_s * HOLD_AHEAD_SHARE)))
 
 
 def _target(draft: Draft, reached: float, slack: float, soonest: int, rate: float) -> Step | None:

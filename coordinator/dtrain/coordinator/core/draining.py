@@ -13,6 +13,7 @@ from dtrain.coordinator.core import checkpoints
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.liveness import Seat
 from dtrain.coordinator.core.placement import draining as who_drains
+from dtrain.coordinator.core.placement import resting
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.job import JobPhase
 from dtrain.protocol.snapshot import WorkerPhase
@@ -49,7 +50,20 @@ def is_due(draft: Draft, members: Sequence[Seat], going: Sequence[Seat]) -> bool
     if draft.now >= until or checkpoints.is_pointless(draft, members):
         return True
     draft.wake(until)
+    if not checkpoints.own_open(draft) and (deaf := _not_answering(draft, members)):
+        # Its ranks would hear of the step when the others hold at it already, and that is too late.
+        draft.say(f"agent {deaf} does not answer; the checkpoint waits for it")
+        return False
     return _is_decided(draft, members, until)
+
+
+def _not_answering(draft: Draft, members: Sequence[Seat]) -> str:
+    found = [
+        seat.member.agent
+        for seat in members
+        if seat.agent is not None and resting(draft, seat.member.agent, seat.agent)
+    ]
+    return min(found, default="")
 
 
 def _is_decided(draft: Draft, members: Sequence[Seat], until: float) -> bool:
