@@ -337,8 +337,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "A replica whose lease may be over still commands agents.",
         f"{COORDINATOR}/main.py",
         (
-            "        if self.leadership.may_act():\n            self._dispatcher.send",
-            "        if True:\n            self._dispatcher.send",
+            "        if self.leadership.may_act():\n            judge_unknown",
+            "        if True:\n            judge_unknown",
         ),
         f"{ON_COORDINATOR}/test_main.py::test_no_command_leaves_a_replica_whose_deadline_has_passed",
     ),
@@ -451,7 +451,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "lower-raft-term-accepted",
         "An etcd that was restored from an older state is believed.",
         f"{ETCD}/transport.py",
-        ("        if 0 < term < term_at_send:\n", "        if False:\n"),
+        ("        if 0 < term < term_at_send and not raised:\n", "        if False:\n"),
         f"{ON_ETCD}/test_gateway_faults.py::test_a_lower_raft_term_is_refused",
     ),
     _mutant(
@@ -1067,7 +1067,10 @@ MUTANTS: tuple[Mutant, ...] = (
         "auditor-blind-to-attempts",
         "I5: attempts that share or skip numbers pass the audit.",
         "common/dtrain/protocol/audit.py",
-        ("        if record.attempt not in (last, last + 1):\n", "        if False:\n"),
+        (
+            "        if record.attempt not in (last, last + 1) and not self._is_proven(place.job, record):\n",
+            "        if False:\n",
+        ),
         "tests/unit/protocol/test_audit.py::test_the_auditor_names[an attempt that skips a number]",
     ),
 )
