@@ -199,6 +199,8 @@ MEANINGS = {
     "JobStatus.late_saves": "checkpoints in a row that came too late; each doubles the slack",
     "JobStatus.failed_saves": "checkpoints in a row that failed; spaces the next tries",
     "JobStatus.swept": "orphans were swept after the end",
+    "Former.uid": "of that submission",
+    "Former.store": "where its checkpoints were",
     "ReplicaRecord.address": "host:port of its API",
     "ReplicaRecord.host": "host name",
     "TestMark.by": "who marked it",

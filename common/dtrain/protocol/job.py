@@ -173,6 +173,14 @@ class Condition:
 
 
 @dataclass(frozen=True, slots=True)
+class Former:
+    """An earlier submission of a name whose store may still hold what no record names."""
+
+    uid: Uid
+    store: str
+
+
+@dataclass(frozen=True, slots=True)
 class JobStatus:
     """What the leader has decided; everything a successor needs to go on.
 
@@ -220,6 +228,8 @@ class JobStatus:
     unknown_to: Seq = Seq(0)
     """Numbers that were given out and then forgotten by an etcd restored from a backup; 0: none. What the
     store holds of them is neither used nor deleted."""
+    unswept: tuple[Former, ...] = ()
+    """Earlier submissions of this name that were used again before their last sweep."""
 
     @property
     def world_size(self) -> int:

@@ -242,11 +242,11 @@ class Driver:
             case Collected(work, problem):
                 if not problem:
                     self.world.record_collected(job, work.garbage.seq)
-            case Swept(_, deleted, problem, retry, unknown):
+            case Swept(work, deleted, problem, retry, unknown):
                 self.world.record_unknown(job, unknown)
                 if not retry:
                     # When it began: what was written since, it may not have seen.
-                    self.world.record_swept(job, began_at)
+                    self.world.record_swept(job, work.uid, began_at)
                 if deleted:
                     self._ports.log("orphans deleted", job=job, blobs=deleted)
             case Probed(_, problem):

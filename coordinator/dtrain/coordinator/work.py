@@ -267,7 +267,7 @@ class Worker:
                 "etcd may have been restored from a backup; nothing was deleted",
                 unknown=_unknown(keys, root, records),
             )
-        if records.uid != work.uid:
+        if work.uid != records.uid and work.uid not in records.unswept:
             return Swept(work, problem="the job was submitted anew; nothing was deleted")
         deleted = 0
         # Committed, for all that is known, in a time that etcd has forgotten: for a person to delete.
@@ -313,6 +313,7 @@ class Records:
         self.uid = ""
         self.latest = 0
         self.seq_last = 0
+        self.unswept: set[Uid] = set()
         self.unknown_from = self.unknown_to = 0
         self.named: set[_Triple] = set()
         self.committed: set[_Triple] = set()
@@ -323,6 +324,7 @@ class Records:
                 case "status":
                     status = codec.decode(JobStatus, kv.value)
                     self.uid, self.seq_last = status.uid, status.seq_last
+                    self.unswept = {former.uid for former in status.unswept}
                     self.unknown_from, self.unknown_to = status.unknown_from, status.unknown_to
                 case "latest":
                     self.latest = codec.decode(Latest, kv.value).seq

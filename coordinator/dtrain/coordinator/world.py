@@ -16,7 +16,7 @@ from dtrain.coordinator.core.views import AgentView, FleetView, JobView, Stored,
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord, Quarantine
 from dtrain.protocol.errors import DtrainError
-from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId, Seq, Term, parse_name
+from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId, Seq, Term, Uid, parse_name
 from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, Intent, JobPhase, JobSpec, JobStatus
 from dtrain.protocol.keys import Keys, Parsed
 from dtrain.protocol.snapshot import NodeRecord, WorkerSnapshot
@@ -74,6 +74,7 @@ class _Job:
     verdicts: dict[tuple[Seq, str], Verdict] = field(default_factory=dict)
     collected: set[Seq] = field(default_factory=set)
     swept_at: float | None = None
+    swept_former: set[Uid] = field(default_factory=set)
     unknown: tuple[Seq, Seq] | None = None
     store_ok: bool | None = None
     store_problem: str = ""
@@ -179,10 +180,13 @@ class World:
             known.collected.add(seq)
             self._touched.add(job)
 
-    def record_swept(self, job: JobName, now: float) -> None:
-        """Remember that orphans were looked for, whatever came of it."""
+    def record_swept(self, job: JobName, uid: Uid, began_at: float) -> None:
+        """Remember that orphans of a submission were looked for, whatever came of it."""
         if (known := self._jobs.get(job)) is not None:
-            known.swept_at = now
+            if known.status is None or known.status.uid == uid:
+                known.swept_at = began_at
+            else:
+                known.swept_former.add(uid)
             self._touched.add(job)
 
     def record_unknown(self, job: JobName, found: tuple[Seq, Seq] | None) -> None:
@@ -272,6 +276,7 @@ class World:
             verdicts=dict(job.verdicts),
             collected=frozenset(job.collected),
             swept_at=job.swept_at,
+            swept_former=frozenset(job.swept_former),
             unknown=job.unknown,
             store_ok=job.store_ok,
             store_problem=job.store_problem,

@@ -319,7 +319,7 @@ def test_verdicts_end_with_their_open_record_and_all_facts_with_the_submission()
     etcd.delete(KEYS.open(JOB, Seq(1)))
     assert not etcd.world.job_view(JOB).verdicts
     etcd.world.record_probe(JOB, "down", 3.0)
-    etcd.world.record_swept(JOB, 4.0)
+    etcd.world.record_swept(JOB, Uid("u1"), 4.0)
     etcd.put(KEYS.spec(JOB), spec(uid="u2"))
     view = etcd.world.job_view(JOB)
     assert (view.store_ok, view.store_problem, view.swept_at) == (None, "", None)

@@ -132,6 +132,7 @@ def _submitted(
             attempt=before.attempt,
             seq_last=before.seq_last,
             event_last=before.event_last,
+            unswept=retention.unswept(before),
         )
     draft = Draft(job, fleet, moment, spec, status)
     draft.enter(JobPhase.QUEUED, "submitted")

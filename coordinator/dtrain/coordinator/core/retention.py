@@ -10,13 +10,16 @@ from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.views import Stored
 from dtrain.protocol.checkpoint import CommitRecord, Garbage
 from dtrain.protocol.ids import Seq
-from dtrain.protocol.job import TERMINAL_PHASES
+from dtrain.protocol.job import TERMINAL_PHASES, Former, JobStatus
 
 RETIRED_AT_ONCE = 8
 COLLECTED_AT_ONCE = 4
 
 SWEEP_S = 600.0
 """Pause between two searches for orphaned blobs of a placed job."""
+
+UNSWEPT_MAX = 8
+"""Earlier submissions that are remembered for a sweep: each is a line of the status record."""
 
 COLLECT_RETRY_S = 30.0
 """How soon a job that is over asks again for garbage that could not be collected."""
@@ -36,6 +39,7 @@ def tidy(draft: Draft) -> None:
         for commit in surplus(draft)[:RETIRED_AT_ONCE]:
             retire(draft, commit)
     _collect(draft)
+    _sweep_former(draft)
 
 
 def surplus(draft: Draft) -> list[Stored[CommitRecord]]:
@@ -117,6 +121,24 @@ def sweep_last(draft: Draft) -> bool:
     draft.work(_orphans(draft))
     draft.wake(draft.now + COLLECT_RETRY_S)
     return False
+
+
+def unswept(before: JobStatus) -> tuple[Former, ...]:
+    """Return the submissions whose orphans are still to be looked for once ``before`` has a successor."""
+    own = () if before.swept or not before.store else (Former(before.uid, before.store),)
+    return (*before.unswept, *own)[-UNSWEPT_MAX:]
+
+
+def _sweep_former(draft: Draft) -> None:
+    """Sweep after an earlier submission, as at its end, once no agent holds anything of it."""
+    held = {stored.value.uid for stored in draft.job.workers.values()}
+    left = tuple(former for former in draft.status.unswept if former.uid not in draft.job.swept_former)
+    if left != draft.status.unswept and not draft.has_writes:
+        draft.set(unswept=left)
+    for former in left[:1]:
+        if former.uid not in held:
+            draft.work(SweepOrphans(draft.fleet.cluster, draft.job.name, former.uid, former.store))
+            draft.wake(draft.now + COLLECT_RETRY_S)
 
 
 def _orphans(draft: Draft) -> SweepOrphans:

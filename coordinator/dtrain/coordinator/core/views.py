@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord, Quarantine
-from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId, Seq, Term
+from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId, Seq, Term, Uid
 from dtrain.protocol.job import Intent, JobSpec, JobStatus
 from dtrain.protocol.snapshot import NodeRecord, WorkerSnapshot
 
@@ -81,6 +81,8 @@ class JobView:
     """Tombstones whose blobs this leader has deleted."""
     swept_at: float | None = None
     """When this leader last began a sweep of this job's orphans that was completed; None: not yet."""
+    swept_former: frozenset[Uid] = frozenset()
+    """Earlier submissions of this name that this leader has swept after."""
     unknown: tuple[Seq, Seq] | None = None
     """Numbers of checkpoints that this leader found in the store and etcd does not know: first and last."""
     store_ok: bool | None = None
