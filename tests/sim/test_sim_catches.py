@@ -91,8 +91,8 @@ def test_a_leader_that_slept_with_its_clocks_writes_nothing() -> None:
 def test_a_leader_that_is_not_fenced_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     fenced = persistence.fenced
 
-    def unfenced(keys: Any, term: Any, decision: Any) -> Txn:
-        txn = fenced(keys, term, decision)
+    def unfenced(keys: Any, *args: Any) -> Txn:
+        txn = fenced(keys, *args)
         return replace(txn, compares=tuple(c for c in txn.compares if c.key != keys.leader))
 
     monkeypatch.setattr(persistence, "fenced", unfenced)

@@ -149,6 +149,7 @@ class Stage:
     store_ok: bool | None = True
     store_problem: str = ""
     swept_at: float | None = None
+    swept_former: set[Uid] = field(default_factory=set)
     step_rate: float = 0.0
     last: Decision = field(default_factory=Decision)
     decisions: int = 0
@@ -237,6 +238,7 @@ class Stage:
             verdicts=dict(self.verdicts),
             collected=frozenset(self.collected),
             swept_at=self.swept_at,
+            swept_former=frozenset(self.swept_former),
             store_ok=self.store_ok,
             store_problem=self.store_problem,
             step_rate=self.step_rate,
@@ -539,6 +541,7 @@ class Stage:
         self.collected.clear()
         self.unreachable.clear()
         self.swept_at = None
+        self.swept_former.clear()
         for cell in self.cells.values():
             cell.seen_at = self.now
         self.agents = {

@@ -32,7 +32,7 @@ CHILD = """
     def say(**fields):
         import json
         fields |= {"pid": os.getpid(), "lease": session.lease, "generation": session.generation}
-        print(json.dumps(fields), flush=True)
+        os.write(1, (json.dumps(fields) + "\\n").encode())  # at once: it may be killed in between
     if mode == "drain":
         signal.signal(signal.SIGTERM, lambda *_: say(told="SIGTERM"))
         signal.signal(signal.SIGINT, lambda *_: stopping.append(1))

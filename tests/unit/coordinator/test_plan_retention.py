@@ -7,7 +7,8 @@ from tests.support.builders import JOB, KEYS, Stage, make_spec
 from dtrain.coordinator.core.decisions import CollectGarbage, NoKeysUnder, SweepOrphans
 from dtrain.protocol.checkpoint import Quarantine
 from dtrain.protocol.events import EVENTS_KEPT, EventReason, EventRecord, EventType
-from dtrain.protocol.ids import Seq, Term
+from dtrain.protocol.ids import Seq, Term, Uid
+from dtrain.protocol.job import Former, JobPhase, Wanted
 
 
 def running(keep_last: int, checkpoints: int) -> Stage:
@@ -95,6 +96,33 @@ def test_orphans_are_swept_now_and_then() -> None:
     assert stage.work(SweepOrphans)
     stage.swept_at = stage.now
     assert not stage.decide().work
+
+
+def test_a_name_that_is_used_again_at_once_is_still_swept_after() -> None:
+    stage = running(2, 1)
+    stage.want(Wanted.CANCEL)
+    stage.decide()
+    held = dict(stage.workers)
+    stage.workers.clear()
+    stage.decide()
+    assert stage.phase is JobPhase.CANCELLED
+    assert not stage.status.swept
+    stage.workers.update(held)
+    stage.spec = make_spec(uid="u2", store="s3://c")
+    stage.write(KEYS.spec(JOB), stage.spec)
+    stage.store_ok = True
+    stage.until_quiet()
+    former = Former(Uid("u1"), "s3://b")
+    assert stage.status.unswept == (former,)
+    assert not stage.work(SweepOrphans), "an agent may still upload something"
+    for agent in held:
+        stage.workers.pop(agent, None)
+    stage.decide()
+    assert [(work.uid, work.store) for work in stage.work(SweepOrphans)] == [(former.uid, former.store)]
+    stage.swept_former.add(former.uid)
+    stage.until_quiet()
+    assert stage.status.unswept == ()
+    assert not stage.work(SweepOrphans)
 
 
 def test_retention_never_delays_a_commit() -> None:

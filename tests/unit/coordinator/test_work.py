@@ -32,7 +32,7 @@ from dtrain.protocol.checkpoint import (
 )
 from dtrain.protocol.errors import ErrorCode, NotFound, Unavailable
 from dtrain.protocol.ids import Attempt, ClusterName, JobName, Rank, Seq, Step, Term, Uid
-from dtrain.protocol.job import JobPhase, JobStatus
+from dtrain.protocol.job import Former, JobPhase, JobStatus
 from dtrain.protocol.keys import Keys
 from dtrain.protocol.snapshot import DurablePart
 from dtrain.runtime.clock import SystemClock
@@ -270,6 +270,18 @@ def test_a_sweep_deletes_what_no_record_names(store: Store, worker: Worker, etcd
     assert sweep(worker).deleted == 2
     assert store.all() == kept | {foreign}
     assert sweep(worker).deleted == 0
+
+
+def test_an_earlier_submission_is_swept_only_while_the_status_remembers_it(
+    store: Store, worker: Worker, etcd: MemoryEtcd
+) -> None:
+    write_rank(store, opened(2, "dead"), 0)
+    status = JobStatus(Term(1), Uid("later"), JobPhase.RUNNING, seq_last=Seq(3))
+    put(etcd, KEYS.status(JOB), status)
+    assert "nothing was deleted" in sweep(worker).problem
+    put(etcd, KEYS.status(JOB), replace(status, unswept=(Former(UID, URI),)))
+    assert sweep(worker).deleted == 2
+    assert not store.all()
 
 
 @pytest.mark.parametrize("when", ["before_list", "after_list"])
