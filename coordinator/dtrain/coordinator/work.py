@@ -157,10 +157,15 @@ class Worker:
             keys = _ask(lambda: [info.key for info in store.list(f"{root}/manifests/")])
         except Refused:
             return None  # listing is the collector's right, and it looks for itself
-        later = [found for key in keys if (found := _triple(_MANIFEST, root, key)) and found[0] >= record.seq]
-        if all(found == own for found in later):
+        found = {of for key in keys if (of := _triple(_MANIFEST, root, key)) and of != own}
+        if all(of[0] < record.seq for of in found):
             return None
-        return _unknown(keys, root, read_records(self._etcd, work.cluster, work.job))
+        # The store first, etcd after, as in a sweep. A slow store may let this checkpoint and later ones be
+        # aborted meanwhile: that nothing names a manifest proves less than a number that was not given out.
+        records = read_records(self._etcd, work.cluster, work.job)
+        if not any(of[0] == record.seq or of[0] > records.seq_last for of in found):
+            return None
+        return _unknown(keys, root, records)
 
     def _merged(self, work: VerifyCheckpoint) -> tuple[Manifest, str, bytes]:
         store = self._stores.get(work.store)

@@ -353,6 +353,28 @@ def test_no_verdict_speaks_of_unknown_numbers_while_etcd_forgets_nothing(
     assert verify(worker, record, parts).unknown is None
 
 
+def test_a_verification_that_ends_long_after_its_checkpoint_takes_what_was_aborted_for_nothing_else(
+    store: Store, worker: Worker, etcd: MemoryEtcd
+) -> None:
+    late, aborted = opened(4, "dd"), opened(5, "ee")
+    parts = [write_rank(store, late, rank) for rank in (0, 1)]
+    # Two tries at 4, which was aborted in between, and the same at 5.
+    assert verify(worker, late, parts).unknown is None
+    verify(worker, aborted, [write_rank(store, aborted, rank) for rank in (0, 1)])
+    commit(store, worker, etcd, 6)
+    assert verify(worker, late, parts).unknown is None
+    # A number that etcd has not given out is a proof even then, and so is one that was given out twice.
+    commit(store, worker, etcd, 8)
+    etcd._live.pop(KEYS.checkpoint(JOB, Seq(8)))
+    put(etcd, KEYS.status(JOB), JobStatus(Term(1), UID, JobPhase.RUNNING, seq_last=Seq(6)))
+    assert verify(worker, late, parts).unknown == (4, 8)
+    put(etcd, KEYS.status(JOB), JobStatus(Term(1), UID, JobPhase.RUNNING, seq_last=Seq(8)))
+    twice = opened(4, "ff")
+    found = verify(worker, twice, [write_rank(store, twice, rank) for rank in (0, 1)]).unknown
+    assert found is not None
+    assert found[0] == 4
+
+
 def test_what_was_committed_in_a_forgotten_time_stays_until_a_person_deletes_its_manifest(
     store: Store, worker: Worker, etcd: MemoryEtcd
 ) -> None:
