@@ -4,6 +4,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from tests.contract.etcd.support import World, compact, eventually
@@ -12,7 +13,7 @@ from dtrain.local.etcd import EtcdCluster
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Unavailable
 from dtrain.storage.etcd.memory import MemoryEtcd
 from dtrain.storage.etcd.mirror import Change, Mirror
-from dtrain.storage.etcd.port import Delete, Put, Txn, prefix_end
+from dtrain.storage.etcd.port import Delete, Put, Status, Txn, prefix_end
 from dtrain.storage.etcd.transport import GatewayEtcd
 
 
@@ -265,6 +266,61 @@ def test_an_etcd_restored_with_raised_revisions_is_listed_again_without_an_alarm
         assert recorded.mirror.wait_for(revision, 10)
         assert recorded.mirror.alarm is None
         assert not recorded.alarms
+
+
+def test_a_member_that_lags_is_not_taken_for_an_older_etcd_however_often_it_answers() -> None:
+    model = MemoryEtcd(time.monotonic)
+    model.raft_term = 9
+    world = World(model, "/m/", lambda _s: None, model.compact)
+    world.put("k", b"1")
+    status, asked = model.status, threading.Semaphore(0)
+
+    def lagging(*, deadline_s: float = 5.0) -> Status:
+        asked.release()
+        return replace(status(deadline_s=deadline_s), raft_term=8, revision=1)
+
+    with Recorded(world) as recorded:
+        model.status = lagging  # type: ignore[method-assign]
+        for number in range(8):
+            model.cut_watches()
+            assert asked.acquire(timeout=10)
+            revision = world.put("k", b"new %d" % number)
+            assert recorded.mirror.wait_for(revision, 10)
+        assert not recorded.alarms
+        assert len(recorded.relists) == 1
+
+
+def test_a_status_from_before_a_restoration_with_raised_revisions_raises_no_alarm_after_it() -> None:
+    model = MemoryEtcd(time.monotonic)
+    model.raft_term = 9
+    world = World(model, "/m/", lambda _s: None, model.compact)
+    world.put("k", b"1")
+    with Recorded(world) as recorded:
+        status, before = model.status, model.status()
+        model.status = lambda **_how: before  # type: ignore[method-assign]
+        model._revision += 1_000_000_000
+        model._compacted = model._revision
+        model.raft_term = 2
+        model.cut_watches()
+        assert recorded.mirror.wait_for(world.put("k", b"2"), 10)
+        model.status = status  # type: ignore[method-assign]
+        model.cut_watches()
+        assert recorded.mirror.wait_for(world.put("k", b"3"), 10)
+        assert not recorded.alarms
+
+
+def test_a_quorum_of_an_older_raft_term_is_refused_with_an_alarm() -> None:
+    model = MemoryEtcd(time.monotonic)
+    model.raft_term = 9
+    world = World(model, "/m/", lambda _s: None, model.compact)
+    world.put("k", b"1")
+    with Recorded(world) as recorded:
+        # As far as before, or further: only the term tells that this is another history.
+        model.raft_term = 8
+        model.cut_watches()
+        world.put("k", b"2")
+        eventually(lambda: bool(recorded.alarms), 10)
+        assert recorded.alarms[0].code is ErrorCode.ETCD_WENT_BACK
 
 
 def test_another_cluster_is_refused_with_an_alarm() -> None:

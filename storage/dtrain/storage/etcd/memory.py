@@ -133,7 +133,7 @@ class MemoryEtcd:
                     more = True
                     break
                 found.append(kv)
-            return RangeResult(tuple(found), revision or self._revision, more)
+            return RangeResult(tuple(found), revision or self._revision, more, self.raft_term)
 
     def grant(self, ttl_s: int, lease: int, *, deadline_s: float = 5.0) -> float:
         if lease <= 0:

@@ -20,7 +20,7 @@ from dtrain.protocol.ids import RESTORE_BUMP_LEAST
 from dtrain.runtime import log
 from dtrain.runtime.clock import Clock, SystemClock
 from dtrain.storage.etcd.endpoints import backoff_s
-from dtrain.storage.etcd.port import Etcd, KeyValue, Status, WatchBatch, WatchStream, prefix_end
+from dtrain.storage.etcd.port import Etcd, KeyValue, RangeResult, Status, WatchBatch, WatchStream, prefix_end
 
 PAGE_KEYS = 500
 PROGRESS_INTERVAL_S = 5.0
@@ -28,7 +28,6 @@ PROGRESS_INTERVAL_S = 5.0
 
 _POLL_S = 0.5
 _REFUSAL_EVERY_S = 60.0
-_LAGGING_TRIES_MAX = 5
 _QUIET_OPENS_MAX = 3
 """So many streams in a row that ended before their first message: the next message may be one that
 cannot be read, such as a backlog beyond the longest line, and a list in pages gets past it."""
@@ -150,7 +149,8 @@ class Mirror:
         self._fresh_at: float | None = None
         self._listed = False
         self._quiet_opens = 0
-        self._lagging = 0
+        self._raft_term = 0
+        self._present_seen = 0
         self._failures = 0
         self._refusal_at = float("-inf")
 
@@ -259,29 +259,33 @@ class Mirror:
             self._on_alarm(error)
 
     def _check_identity(self) -> None:
+        """Refuse another cluster. All else a status tells is one member's word, and that member may lag."""
         status = self._etcd.status()
         known = self._identity
         if known is not None and status.cluster_id != known.cluster_id:
             raise _went_back(f"the etcd cluster is {status.cluster_id:x}, it was {known.cluster_id:x}")
-        raised = (
-            known is not None and status.revision >= max(known.revision, self.revision) + RESTORE_BUMP_LEAST
-        )
-        if raised:
-            self._log.warning("etcd was restored, its revisions raised", revision=status.revision)
-        if known is not None and status.raft_term < known.raft_term and not raised:
-            # One member may lag behind; a whole cluster that does was restored.
-            self._lagging += 1
-            message = f"the raft term is {status.raft_term}, it was {known.raft_term}"
-            if self._lagging >= _LAGGING_TRIES_MAX:
-                raise _went_back(message)
-            raise Unavailable(ErrorCode.ETCD_UNAVAILABLE, message)
-        self._lagging = 0
         self._identity = status
+
+    def _check_term(self, answer: RangeResult) -> None:
+        """Refuse a quorum's answer of an older raft term than an earlier one's: etcd was restored.
+
+        A member that lags cannot give such an answer. A lower term is as good as
+        the old one if the revisions were raised far above all that were seen.
+        """
+        seen = max(self._present_seen, self.revision)
+        if 0 < seen <= answer.revision - RESTORE_BUMP_LEAST:
+            self._log.warning("etcd was restored, its revisions raised", revision=answer.revision)
+            self._raft_term = answer.raft_term
+        elif 0 < answer.raft_term < self._raft_term:
+            raise _went_back(f"the raft term is {answer.raft_term}, it was {self._raft_term}")
+        self._raft_term = max(self._raft_term, answer.raft_term)
+        self._present_seen = answer.revision
 
     def _list(self) -> None:
         asked_at = self._clock.monotonic()
         end = prefix_end(self._prefix)
         page = self._etcd.range(self._prefix, end, limit=PAGE_KEYS)
+        self._check_term(page)
         revision = page.revision
         items = list(page.items)
         while page.more:
@@ -360,7 +364,9 @@ class Mirror:
         return True
 
     def _present(self) -> int:
-        return self._etcd.range(self._prefix, limit=1).revision
+        answer = self._etcd.range(self._prefix, limit=1)
+        self._check_term(answer)
+        return answer.revision
 
     def _progress_is_exact(self) -> bool:
         """Before these versions a progress note could overtake the events it covers."""

@@ -137,11 +137,13 @@ class RangeResult:
     items: tuple[KeyValue, ...]
     revision: int
     more: bool = False
+    raft_term: int = 0
+    """No older than the cluster's when it was asked; 0: not known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Identity and progress of the server that answered."""
+    """Identity and progress of the server that answered, which may lag behind the cluster."""
 
     cluster_id: int
     member_id: int

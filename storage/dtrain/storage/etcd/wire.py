@@ -101,7 +101,12 @@ def txn_result(answer: Json) -> TxnResult:
 def range_result(answer: Json, revision: int = 0) -> RangeResult:
     """Read the answer to a range; one pinned to ``revision`` is of that revision."""
     items = tuple(_key_value(kv) for kv in answer.get("kvs", ()))
-    return RangeResult(items, revision or header_int(answer, "revision"), bool(answer.get("more", False)))
+    return RangeResult(
+        items,
+        revision or header_int(answer, "revision"),
+        bool(answer.get("more", False)),
+        header_int(answer, "raft_term"),
+    )
 
 
 def watch_batch(result: Json) -> WatchBatch:
