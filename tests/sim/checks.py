@@ -19,6 +19,7 @@ from dtrain.protocol import codec
 from dtrain.protocol.audit import Auditor, Change
 from dtrain.protocol.checkpoint import CommitRecord, Latest, Manifest
 from dtrain.protocol.errors import DtrainError
+from dtrain.protocol.events import EventReason, EventRecord
 from dtrain.protocol.ids import Attempt, JobName
 from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobStatus
 from dtrain.protocol.snapshot import FailureKind
@@ -65,6 +66,7 @@ class Checks:
         """Blobs that a fault has damaged or deleted at rest."""
         self.went_back = False
         """etcd was restored from an older snapshot: whoever notices must stop."""
+        self._raised = False
         self._forgetful: set[str] = set()
         self._journal_full_at: dict[str, float] = {}
         self._gone_at: dict[str, float] = {}
@@ -90,6 +92,7 @@ class Checks:
 
     def etcd_was_raised(self, memory: MemoryEtcd) -> None:
         """etcd was restored from a snapshot with raised revisions: another history, for the same agents."""
+        self._raised = True
         root, revision = self._cluster.keys.root, memory.revision
         records = list(memory._at(root, prefix_end(root), 0))
         self.auditor.begin_at(revision, [Change(kv.key, kv.value, kv.create_revision) for kv in records])
@@ -156,6 +159,10 @@ class Checks:
                 case "checkpoint" if change.value is not None:
                     assert place is not None
                     self._commit(place.job, codec.decode(CommitRecord, change.value))
+                case "event" if change.value is not None and not self._raised:
+                    told = codec.decode(EventRecord, change.value)
+                    if told.reason is EventReason.ETCD_RESTORED:
+                        self.bad(f"a false alarm: {told.message}")
                 case "checkpoint":
                     assert place is not None
                     if place.seq == self.history(place.job).latest:
