@@ -22,7 +22,7 @@ from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.events import EventReason, EventRecord
 from dtrain.protocol.ids import Attempt, JobName
 from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobStatus
-from dtrain.protocol.snapshot import FailureKind
+from dtrain.protocol.snapshot import FailureKind, NodeRecord
 from dtrain.storage.etcd.memory import MemoryEtcd
 from dtrain.storage.etcd.mirror import Mirror
 from dtrain.storage.etcd.port import Event, prefix_end
@@ -69,8 +69,9 @@ class Checks:
         self._raised = False
         self._forgetful: set[str] = set()
         self._journal_full_at: dict[str, float] = {}
-        self._gone_at: dict[str, float] = {}
-        """When the session of an agent that has none now ended."""
+        self._gone_at: dict[str, tuple[int, float]] = {}
+        """Revision and instant at which the session ended of an agent that has none now and did not drain."""
+        self._draining: set[str] = set()
         self._mirror_changes = 0
         self._audited = 0
         self._terms: dict[str, int] = {}
@@ -145,10 +146,7 @@ class Checks:
             match place.kind if place else "":
                 case "node":
                     assert place is not None
-                    if change.value is None:
-                        self._gone_at[str(place.agent)] = self._cluster.scheduler.now
-                    else:
-                        self._gone_at.pop(str(place.agent), None)
+                    self._node(str(place.agent), revision, change.value)
                 case "status" if change.value is not None:
                     assert place is not None
                     self._status(place.job, codec.decode(JobStatus, change.value))
@@ -168,6 +166,15 @@ class Checks:
                     if place.seq == self.history(place.job).latest:
                         self._newest_gone(place.job, place.seq)
 
+    def _node(self, name: str, revision: int, value: bytes | None) -> None:
+        if value is None:
+            if name not in self._draining:
+                self._gone_at[name] = revision, self._cluster.scheduler.now
+            return
+        self._gone_at.pop(name, None)
+        drains = codec.decode(NodeRecord, value).draining is not None
+        (self._draining.add if drains else self._draining.discard)(name)
+
     def _newest_gone(self, job: JobName, seq: int) -> None:
         """I3: only a new submission of the name may retire the newest checkpoint of the old one."""
         record, uid = self.jobs[job].commits[seq], self._cluster.last_uid(job)
@@ -186,31 +193,11 @@ class Checks:
             )
         if before is not None and status.attempt > before.attempt:
             self._check_restore(job, status)
-            self._check_lost(before)
         if status.phase in PLACED_PHASES:
             self._check_slots()
         history.final_tries = max(history.final_tries, status.final_tries)
         if status.swept and (before is None or not before.swept):
             history.at_sweep = frozenset(self._cluster.store._blobs)
-
-    def _check_lost(self, before: JobStatus) -> None:
-        """No attempt ends by the loss of an agent that is away for less than the job's grace."""
-        failure, name = before.failure, str(before.failure.agent) if before.failure else ""
-        grace_s = self._cluster.jobs[JobName(str(before.uid).rsplit("-", 1)[0])].spec.reschedule_grace_s
-        if failure is None or failure.kind is not FailureKind.AGENT_LOST or name not in self._gone_at:
-            return
-        if before.phase is JobPhase.STARTING:
-            # What has not begun is replaced by its own deadline, whatever the reason.
-            return
-        for group in self._cluster.groups.values():
-            if (group.uid, group.attempt) == (before.uid, before.attempt) and group.broken:
-                # The attempt is over for what its ranks report; the loss is only named as the cause.
-                return
-        away_s = self._cluster.scheduler.now - self._gone_at[name]
-        if away_s < 0.85 * grace_s:
-            self.bad(
-                f"I9: {name} was called lost {away_s:.1f} s after its session, the grace is {grace_s:.0f} s"
-            )
 
     def _check_slots(self) -> None:
         """No machine is given more ranks than it has slots, whichever jobs they are of."""
@@ -286,16 +273,37 @@ class Checks:
             self.bad(f"{coordinator.replica.name}: {fields}")
 
     def deciding(self, coordinator: "Coordinator", job: JobName, decision: Decision) -> None:
-        """I9: under the brake nobody is declared lost."""
-        view = coordinator.driver.world.job_view(job)
-        if view.status is None or not coordinator.driver.world.brake(coordinator.now()):
+        """I9: nobody is declared lost under the brake, nor before the job's grace is over.
+
+        Judged as it is decided: by the next attempt the machine may have come back and gone again.
+        """
+        world = coordinator.driver.world
+        view = world.job_view(job)
+        if view.status is None or view.spec is None:
             return
         for write in decision.writes:
-            if isinstance(write, PutRecord) and isinstance(write.value, JobStatus):
-                new, old = write.value, view.status.value
-                lost = new.failure is not None and new.failure.kind is FailureKind.AGENT_LOST
-                if lost and old.failure != new.failure:
-                    self.bad(f"I9: an agent is declared lost under the brake: {new.reason}")
+            if not isinstance(write, PutRecord) or not isinstance(write.value, JobStatus):
+                continue
+            new, old = write.value, view.status.value
+            if new.failure is None or new.failure.kind is not FailureKind.AGENT_LOST:
+                continue
+            if new.failure == old.failure:
+                continue
+            if world.brake(coordinator.now()):
+                self.bad(f"I9: an agent is declared lost under the brake: {new.reason}")
+            name = str(new.failure.agent)
+            if self.went_back or name in world._agents or name not in self._gone_at:
+                # The grace is for a session that has ended: one that is there shows what it has. Who
+                # drained has said that it does not come back.
+                continue
+            revision, since = self._gone_at[name]
+            away_s, grace_s = self._cluster.scheduler.now - since, view.spec.value.reschedule_grace_s
+            # A mirror that lags knows of an earlier absence.
+            if away_s < 0.85 * grace_s and coordinator.driver._revision >= revision:
+                self.bad(
+                    f"I9: {name} was called lost {away_s:.1f} s after its session,"
+                    f" the grace is {grace_s:.0f} s"
+                )
 
     def mirror_at(self, name: str, mirror: Mirror, revision: int) -> None:
         """I8: a mirror is etcd at its revision."""

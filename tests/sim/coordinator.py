@@ -270,6 +270,8 @@ class Coordinator:
     # DriverPorts.
 
     def commit(self, job: JobName, term: Term, decision: Decision) -> None:
+        self.cluster.checks.deciding(self, job, decision)
+
         def body() -> None:
             outcome = self.committer.commit(term, decision)
             if self.scheduler.tracing:

@@ -9,7 +9,7 @@ import pytest
 from dtrain.agent.core import commands
 from dtrain.agent.reporter import Reporter
 from dtrain.coordinator import persistence
-from dtrain.coordinator.core import checkpoints, manifest, phases, retention
+from dtrain.coordinator.core import checkpoints, liveness, manifest, phases, retention
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.world import World
 from dtrain.protocol.commands import Prepare, Start
@@ -19,7 +19,7 @@ from dtrain.storage.etcd.port import Txn
 from . import swarm
 from .cluster import Cluster, play, run
 from .etcd import EtcdAccess
-from .schedule import Schedule, Storm
+from .schedule import JobShape, Schedule, Shape, Storm, Strike
 
 SEEDS = range(1, 26)
 
@@ -105,6 +105,31 @@ def test_open_checkpoints_that_are_not_settled_are_caught(monkeypatch: pytest.Mo
     assert is_hunted_down(
         "is open for attempt", {"rank crash": 8.0, "checkpoint now": 2.0, "store slow": 15.0}
     )
+
+
+def isolated(spares: int, *, draining: bool = False) -> list[str]:
+    """What is wrong with a run in which a1, which has ranks, is cut off for longer than its lease lasts."""
+    job = JobShape("train", 1.0, 200, nnodes_min=2, nnodes_max=2, every_steps=20, reschedule_grace_s=20.0)
+    strikes = [Strike(20.0, "cannot reach etcd", "a1", 9.0)]
+    if draining:
+        strikes.insert(0, Strike(19.9, "agent drained", "a1", 30.0, {"grace_s": 60.0}))
+    shape = Shape((5, 5, 5), 5, 2 + spares, (job,), clock_drift=0.0)
+    return play(Schedule(1, shape, (Storm(0.0, 40.0),), strikes=tuple(strikes))).violations
+
+
+@pytest.mark.parametrize("spares", [0, 1])
+def test_an_agent_that_is_not_waited_for_is_caught(monkeypatch: pytest.MonkeyPatch, spares: int) -> None:
+    """Whether the next attempt begins with the same decision, or cannot begin at all."""
+    assert not isolated(spares)
+    until = liveness._until
+    monkeypatch.setattr(
+        liveness, "_until", lambda draft, due, why: until(draft, due - draft.spec.reschedule_grace_s, why)
+    )
+    assert "I9: a1 was called lost" in isolated(spares)[0]
+
+
+def test_one_that_drained_need_not_be_waited_for() -> None:
+    assert not isolated(1, draining=True)
 
 
 def test_slots_given_to_two_jobs_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:

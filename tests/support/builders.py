@@ -138,6 +138,7 @@ class Stage:
     cells: dict[str, _Cell] = field(default_factory=dict)
     agents: dict[AgentName, AgentView] = field(default_factory=dict)
     lost_at: dict[AgentName, float] = field(default_factory=dict)
+    left: set[AgentName] = field(default_factory=set)
     cordoned: set[AgentName] = field(default_factory=set)
     used: dict[AgentName, int] = field(default_factory=dict)
     unreachable: dict[AgentName, float] = field(default_factory=dict)
@@ -260,6 +261,7 @@ class Stage:
             self.agent_ttl_s,
             self.default_store,
             self.losses_settle_at,
+            frozenset(self.left),
         )
 
     # Deciding.
@@ -339,15 +341,18 @@ class Stage:
             node = make_node(name, slots=slots, incarnation=incarnation)
             self.agents[AgentName(name)] = AgentView(node, self.now)
             self.lost_at.pop(AgentName(name), None)
+            self.left.discard(AgentName(name))
         return self
 
     def lose(self, name: str, *, seen: bool = True) -> None:
         """An agent's session ends; ``seen``: by this leader."""
         agent = AgentName(name)
-        self.agents.pop(agent, None)
+        view = self.agents.pop(agent, None)
         snapshot = self.workers.pop(agent, None)
         if seen:
             self.lost_at[agent] = self.now
+            if view is not None and view.draining_at is not None:
+                self.left.add(agent)
             if snapshot is not None:
                 self.departed[agent] = snapshot.value
 
@@ -536,6 +541,7 @@ class Stage:
         self.term = Term(self.revision)
         self.took_office_at = self.now
         self.lost_at.clear()
+        self.left.clear()
         self.departed.clear()
         self.verdicts.clear()
         self.collected.clear()

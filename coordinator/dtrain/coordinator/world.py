@@ -127,6 +127,8 @@ class World:
         self._agents: dict[AgentName, AgentView] = {}
         self._agents_shared = False
         self._lost_at: dict[AgentName, float] = {}
+        self._left: set[AgentName] = set()
+        """Of these, the ones that drained."""
         self._losses: deque[tuple[float, AgentName]] = deque()
         self._back_at: dict[AgentName, float] = {}
         """When agents that had been lost came back; only the last TTL matters."""
@@ -308,6 +310,7 @@ class World:
             took_office_at=took_office_at,
             agents=self._agents,
             lost_at=dict(self._lost_at),
+            left=frozenset(self._left),
             cordoned=frozenset(self._cordoned),
             used=self._used_by_others(name),
             unreachable=dict(self._unreachable),
@@ -378,6 +381,7 @@ class World:
         for agent in [name for name, at in self._lost_at.items() if now - at > LOST_KEPT_S]:
             if not any(agent in usage for usage in self._usage.values()):
                 del self._lost_at[agent]
+        self._left &= self._lost_at.keys()
         for agent in [name for name in self._unreachable if name not in self._agents]:
             del self._unreachable[agent]
 
@@ -393,8 +397,10 @@ class World:
                 self._lost_at[agent] = now
                 self._back_at.pop(agent, None)
                 if known.draining_at is None:
-                    # One that said that it would go is no sign of a broken network.
                     self._losses.append((now, agent))
+                else:
+                    # One that said that it would go is no sign of a broken network.
+                    self._left.add(agent)
             self._unreachable.pop(agent, None)
         else:
             try:
@@ -409,6 +415,7 @@ class World:
             if node.draining is not None:
                 draining_at = now if known is None or known.draining_at is None else known.draining_at
             self._agents[agent] = AgentView(node, seen_at, draining_at)
+            self._left.discard(agent)
             if self._lost_at.pop(agent, None) is not None:
                 self._back_at[agent] = now
             if not same:

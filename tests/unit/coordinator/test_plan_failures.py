@@ -166,6 +166,28 @@ def test_a_job_may_ask_that_an_agent_is_waited_for() -> None:
     assert stage.phase is JobPhase.RECOVERING
 
 
+def test_an_agent_that_drained_is_not_waited_for() -> None:
+    stage = running(reschedule_grace_s=60.0)
+    stage.join("c")
+    stage.drain("b", grace_s=30.0)
+    stage.until_quiet()
+    stage.lose("b")
+    stage.decide()
+    assert (stage.phase, stage.status.attempt) == (JobPhase.STARTING, 2)
+    assert stage.status.restarts == ()
+
+
+def test_one_that_drained_in_a_former_life_is_waited_for_as_any_other() -> None:
+    stage = running(reschedule_grace_s=60.0)
+    stage.drain("b")
+    stage.lose("b")
+    stage.join("b")
+    stage.report("b", WorkerPhase.TRAINING)
+    stage.lose("b")
+    stage.after(59.0).until_quiet()
+    assert stage.phase is JobPhase.RUNNING
+
+
 def test_an_agent_that_is_back_within_the_grace_costs_nothing() -> None:
     stage = running(reschedule_grace_s=60.0)
     stage.lose("b")

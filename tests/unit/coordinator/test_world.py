@@ -25,7 +25,7 @@ from dtrain.protocol.ids import (
 )
 from dtrain.protocol.job import Entry, EntryKind, JobPhase, JobSpec, JobStatus, Member
 from dtrain.protocol.keys import Keys
-from dtrain.protocol.snapshot import NodeRecord, RankState, WorkerPhase, WorkerSnapshot
+from dtrain.protocol.snapshot import Draining, NodeRecord, RankState, WorkerPhase, WorkerSnapshot
 from dtrain.storage.etcd.mirror import Change
 from dtrain.storage.etcd.port import KeyValue
 
@@ -123,6 +123,18 @@ def test_a_lost_agent_is_remembered_until_it_comes_back() -> None:
     etcd.put(KEYS.node(A1), node(life="i2"), now=9)
     assert not etcd.fleet(9).lost_at
     assert etcd.fleet(9).agents[A1].seen_at == 9
+
+
+def test_of_a_lost_agent_it_is_remembered_whether_it_drained() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.node(A1), replace(node(), draining=Draining("SIGTERM", grace_s=5.0)), now=1)
+    etcd.delete(KEYS.node(A1), now=5)
+    assert etcd.fleet(5).left == {A1}
+    etcd.put(KEYS.node(A1), node(life="i2"), now=9)
+    assert not etcd.fleet(9).left
+    etcd.delete(KEYS.node(A1), now=10)
+    assert etcd.fleet(10).lost_at == {A1: 10}
+    assert not etcd.fleet(10).left
 
 
 def test_a_rewritten_node_of_one_life_is_not_a_new_agent() -> None:

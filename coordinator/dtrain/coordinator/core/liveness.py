@@ -5,7 +5,8 @@ an agent that is missing, or goes missing, around a change of leader may be
 about to renew its session, and an agent that restarted beside its running ranks
 reports the same attempt again under a new incarnation. Both get one agent TTL.
 A job may ask for more: with ``reschedule_grace_s`` an agent that has lost etcd,
-not its ranks, is waited for that long after its session ended.
+not its ranks, is waited for that long after its session ended, unless it had
+said that it would go.
 """
 
 from dataclasses import dataclass
@@ -86,13 +87,22 @@ def seats(draft: Draft) -> list[Seat]:
 
     Asks to be called again when a member that is settling would be lost.
     """
-    # Once all ranks have trained, no snapshot at all means that nobody remembers them.
-    started = draft.status.phase is JobPhase.RUNNING or any(
-        snapshot.value.phase in STARTED_PHASES
-        for snapshot in draft.job.workers.values()
-        if (snapshot.value.uid, snapshot.value.attempt) == (draft.status.uid, draft.status.attempt)
-    )
+    started = has_started(draft)
     return [_seat(draft, member, started) for member in draft.status.members]
+
+
+def has_started(draft: Draft) -> bool:
+    """Whether ranks of the draft's attempt have run anywhere, as far as this leader has seen."""
+    # Once all ranks have trained, no snapshot at all means that nobody remembers them.
+    if draft.status.phase is JobPhase.RUNNING:
+        return True
+    # An agent that lost its journal deletes what it had shown; its ranks may live on without it.
+    shown = [*(stored.value for stored in draft.job.workers.values()), *draft.job.departed.values()]
+    return any(
+        snapshot.phase in STARTED_PHASES
+        for snapshot in shown
+        if (snapshot.uid, snapshot.attempt) == (draft.status.uid, draft.status.attempt)
+    )
 
 
 def _seat(draft: Draft, member: Member, started: bool) -> Seat:
@@ -130,7 +140,9 @@ def _standing(
         due = max(fleet.took_office_at + fleet.agent_ttl_s, fleet.losses_settle_at)
         # A leader that did not see it go counts from when it could have seen it first.
         ended_at = fleet.lost_at.get(member.agent, fleet.took_office_at)
-        return _until(draft, max(due, ended_at + draft.spec.reschedule_grace_s), why)
+        # One that drained has ended its ranks, cut off or not: waiting would bring nothing back.
+        grace_s = 0.0 if member.agent in fleet.left else draft.spec.reschedule_grace_s
+        return _until(draft, max(due, ended_at + grace_s), why)
     if snapshot is not None and snapshot.incarnation == view.node.incarnation:
         return Standing.PRESENT, ""
     if not started:

@@ -129,6 +129,8 @@ class FleetView:
     default_store: str = ""
     losses_settle_at: float = 0.0
     """Several agents vanished one after another: nobody is called lost before, as more may follow."""
+    left: frozenset[AgentName] = frozenset()
+    """Of ``lost_at``, those that drained: they end their ranks before they go and are not waited for."""
 
 
 @dataclass(frozen=True, slots=True)
