@@ -38,6 +38,7 @@ PLAN: dict[str, tuple[str, list[str]]] = {
             "Intent",
             "JobStatus",
             "Member",
+            "Former",
             "RestorePoint",
             "Condition",
         ],
