@@ -115,7 +115,8 @@ class Calm:
             return ""
         if status.phase is not JobPhase.RUNNING:
             return f"is {status.phase}: {status.reason}"
-        for group in cluster.groups.values():
+        # The newest first: a launcher that lost its agent keeps the store of an attempt prepared again.
+        for group in reversed(cluster.groups.values()):
             if (group.job, group.uid, group.attempt) == (name, status.uid, status.attempt):
                 if group.broken:
                     return f"is RUNNING, and the ranks of attempt {status.attempt} have lost one another"

@@ -298,6 +298,34 @@ def test_machine_that_loses_its_ranks_while_others_restore_is_not_let_in_again()
     assert stage.status.attempt == 2
 
 
+def test_attempt_whose_ranks_have_run_is_not_prepared_again_once_no_agent_remembers_them() -> None:
+    stage = Stage().join("a", "b")
+    stage.decide()
+    stage.everyone(WorkerPhase.READY)
+    stage.decide()
+    stage.report("b", WorkerPhase.RESTORING)
+    for name in ("a", "b"):
+        stage.lose(name)
+        stage.join(name, incarnation="i2")
+    stage.decide()
+    assert not stage.commands(), "b's rank may live on: it must not meet another one of its number"
+    stage.after(10.0).decide()
+    assert stage.status.attempt == 2
+    assert stage.receivers(Prepare) == ["a", "b"]
+
+
+def test_agents_that_forget_an_attempt_before_any_start_are_prepared_again() -> None:
+    stage = Stage().join("a", "b")
+    stage.decide()
+    stage.everyone(WorkerPhase.READY)
+    for name in ("a", "b"):
+        stage.lose(name)
+        stage.join(name, incarnation="i2")
+    stage.decide()
+    assert stage.receivers(Prepare) == ["a", "b"]
+    assert stage.status.attempt == 1
+
+
 def test_ranks_that_an_agent_ended_before_training_began_are_not_waited_for() -> None:
     stage = Stage().join("a", "b", "c")
     stage.decide()

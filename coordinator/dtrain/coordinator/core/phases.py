@@ -19,6 +19,7 @@ from dtrain.coordinator.core.liveness import (
     TRAINING_PHASES,
     Seat,
     Standing,
+    has_started,
     seats,
 )
 from dtrain.coordinator.core.stamps import iso
@@ -154,8 +155,8 @@ def starting(draft: Draft) -> None:
 def _prepare(draft: Draft, members: Sequence[Seat]) -> None:
     status = draft.status
     header = draft.header(f"prepare.{status.attempt}")
-    if any(seat.phase in STARTED_PHASES for seat in members):
-        return  # ranks run: a machine that lost its own cannot join them any more
+    if has_started(draft):
+        return  # ranks run, or have run: a machine that lost its own cannot join them any more
     for seat in members:
         if _is_ready(seat):
             continue
