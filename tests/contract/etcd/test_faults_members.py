@@ -8,6 +8,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from tests.contract.etcd.members import (
@@ -24,6 +25,7 @@ from tests.contract.etcd.support import binary, eventually
 
 from dtrain.local.etcd import EtcdCluster
 from dtrain.protocol.errors import DtrainError, OutcomeUnknown, Unavailable
+from dtrain.storage.etcd.endpoints import parse_endpoint
 from dtrain.storage.etcd.lease_client import new_lease_id
 from dtrain.storage.etcd.port import Put, Txn, WatchStream, put_if_absent
 from dtrain.storage.etcd.transport import GatewayEtcd
@@ -125,6 +127,44 @@ def test_a_planned_leader_move_is_not_noticed(three: EtcdCluster, etcd: GatewayE
         assert seen.relisted == 0
         seen.assert_exactly_once(writer._key)
         etcd.revoke(lease)
+
+
+def test_a_member_that_has_caught_up_by_a_snapshot_is_not_taken_for_an_older_etcd(tmp_path: Path) -> None:
+    # Its first answers are of the newest revision, and of the raft term that it knew before.
+    cluster = EtcdCluster(tmp_path / "etcd", size=3, binary=binary("3.5"), fsync=False)
+    cluster.flags = ("--snapshot-count=5", "--experimental-snapshot-catchup-entries=5")
+    with cluster:
+        leader, late = leader_of(cluster), follower_of(cluster)
+        target = 3 - leader - late
+        others = GatewayEtcd([cluster.endpoints[leader], cluster.endpoints[target]])
+        alone = GatewayEtcd([cluster.endpoints[late]])
+        every = GatewayEtcd(cluster.endpoints)
+        cluster.freeze(late)
+        numbers = iter(range(1000))
+        for _ in range(20):
+            settle(others, Txn((), (Put("/late/k", b"%d" % next(numbers)),)))
+        name = f"{status(cluster, target)['header']['member_id']:x}"
+        etcdctl(cluster, "move-leader", name, member=leader)
+        revision = 0
+        for _ in range(20):
+            revision = settle(others, Txn((), (Put("/late/k", b"%d" % next(numbers)),)))
+        # Both have heard of the newest term; one has nobody else to ask.
+        alone._raft_term, alone._revision = others._raft_term, others._revision
+        assert every.range("/late/k").revision == revision
+        every._endpoints.worked(parse_endpoint(cluster.endpoints[late]))
+        cluster.thaw(late)
+        assert every.range("/late/k").revision == revision
+        eventually(lambda: revision_of(alone) == revision, 5.0, "the late member's answer")
+        for etcd in (others, alone, every):
+            etcd.close()
+
+
+def revision_of(etcd: GatewayEtcd) -> int:
+    """Read once; 0: not available."""
+    try:
+        return etcd.range("/late/k").revision
+    except Unavailable:
+        return 0
 
 
 def test_a_lost_quorum_stops_writes_and_nothing_else(

@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 from tests.contract.etcd.support import eventually
@@ -13,9 +13,11 @@ from tests.contract.etcd.support import eventually
 from dtrain.local import ports
 from dtrain.local.etcd import EtcdCluster
 from dtrain.protocol.errors import ErrorCode, OutcomeUnknown, Refused, Unavailable
+from dtrain.runtime.clock import SystemClock
+from dtrain.storage.etcd.endpoints import parse_endpoint
 from dtrain.storage.etcd.lease_client import new_lease_id
 from dtrain.storage.etcd.port import Get, Put, Txn, put_if_absent
-from dtrain.storage.etcd.transport import GatewayEtcd
+from dtrain.storage.etcd.transport import OLDER_TERM_S, GatewayEtcd
 
 
 @contextlib.contextmanager
@@ -53,6 +55,30 @@ def reply(connection: socket.socket, status: int, body: dict[str, object] | str)
     connection.sendall(
         b"HTTP/1.1 %d X\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % (status, len(text)) + text
     )
+
+
+def headers(told: Iterable[tuple[int, int]]) -> Callable[[socket.socket], None]:
+    """Answer with these raft terms and revisions, one after the other; a revocation is not counted."""
+    left = iter(told)
+
+    def answer(connection: socket.socket) -> None:
+        if b"/lease/revoke" in connection.recv(65536, socket.MSG_PEEK):
+            reply(connection, 404, {"code": 5, "message": "etcdserver: requested lease not found"})
+            return
+        term, revision = next(left)
+        header = {"cluster_id": "1", "raft_term": str(term), "revision": str(revision)}
+        reply(connection, 200, {"header": header})
+
+    return answer
+
+
+class Later(SystemClock):
+    """The clock, turned ahead by hand."""
+
+    ahead_s = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.ahead_s
 
 
 PUT = Txn((), (Put("/faults/k", b"x"),))
@@ -221,14 +247,7 @@ def test_another_cluster_is_refused(fresh_etcd: EtcdCluster, etcd_35: EtcdCluste
 
 
 def test_a_lower_raft_term_is_refused() -> None:
-    terms = iter([7, 6])
-
-    def answer(connection: socket.socket) -> None:
-        reply(
-            connection, 200, {"header": {"cluster_id": "1", "raft_term": str(next(terms)), "revision": "5"}}
-        )
-
-    endpoint, listener = serve(answer)
+    endpoint, listener = serve(headers([(7, 5), (6, 4)]))
     with closing(endpoint) as etcd:
         etcd.range("/faults/k")
         with pytest.raises(Refused) as caught:
@@ -237,15 +256,44 @@ def test_a_lower_raft_term_is_refused() -> None:
     listener.close()
 
 
+def test_a_lower_raft_term_with_the_newest_revision_is_refused_only_when_it_stays() -> None:
+    clock = Later()
+    endpoint, listener = serve(headers([(7, 5), (6, 5), (6, 9), (7, 9), (6, 9), (6, 9), (6, 9)]))
+    with contextlib.closing(GatewayEtcd([endpoint], clock=clock)) as etcd:
+        assert etcd.range("/faults/k").raft_term == 7
+        with pytest.raises(Unavailable):
+            etcd.range("/faults/k")
+        clock.ahead_s += OLDER_TERM_S - 1.0
+        with pytest.raises(OutcomeUnknown):
+            etcd.txn(PUT)
+        # It has caught up: what was before counts no more.
+        assert etcd.range("/faults/k").raft_term == 7
+        clock.ahead_s += 2.0
+        with pytest.raises(Unavailable):
+            etcd.range("/faults/k")
+        clock.ahead_s += OLDER_TERM_S
+        for call in (lambda: etcd.range("/faults/k"), lambda: etcd.txn(PUT)):
+            with pytest.raises(Refused) as caught:
+                call()
+            assert caught.value.code is ErrorCode.ETCD_WENT_BACK
+    listener.close()
+
+
+def test_another_member_is_asked_when_one_tells_a_lower_raft_term() -> None:
+    one, first = serve(headers([(7, 5), (7, 6)]))
+    other, second = serve(headers([(6, 5)]))
+    with closing(one, other) as etcd:
+        etcd._endpoints.worked(parse_endpoint(one))
+        assert etcd.range("/faults/k").revision == 5
+        etcd._endpoints.worked(parse_endpoint(other))
+        assert etcd.range("/faults/k").revision == 6
+    first.close()
+    second.close()
+
+
 def test_a_lower_raft_term_is_fine_once_the_revision_was_raised_by_a_restoration() -> None:
-    headers = iter([(7, 5), (2, 1_000_000_005), (7, 6), (2, 1_000_000_006), (1, 1_000_000_007)])
-
-    def answer(connection: socket.socket) -> None:
-        term, revision = next(headers)
-        header = {"cluster_id": "1", "raft_term": str(term), "revision": str(revision)}
-        reply(connection, 200, {"header": header})
-
-    endpoint, listener = serve(answer)
+    told = [(7, 5), (2, 1_000_000_005), (7, 6), (2, 1_000_000_006), (1, 1_000_000_005)]
+    endpoint, listener = serve(headers(told))
     with closing(endpoint) as etcd:
         assert etcd.range("/faults/k").revision == 5
         assert etcd.range("/faults/k").revision == 1_000_000_005

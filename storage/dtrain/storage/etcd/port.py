@@ -138,7 +138,7 @@ class RangeResult:
     revision: int
     more: bool = False
     raft_term: int = 0
-    """No older than the cluster's when it was asked; 0: not known."""
+    """Never older than that of an answer before it, unless etcd was restored; 0: not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,9 @@ TRY_S_MIN = 1.0
 RECHECK_S_MIN, RECHECK_S_MAX = 300.0, 600.0
 """With users, a watch is opened anew after so long: etcd checks permissions only then."""
 
+OLDER_TERM_S = 10.0
+"""All who answer may tell an older raft term for so long without being taken for a restored etcd."""
+
 CUT_SPREAD_S = 2.0
 """Watches whose certificates were replaced end within this time, not all at once."""
 
@@ -106,6 +109,7 @@ class GatewayEtcd:
         self._cluster_id = 0
         self._raft_term = 0
         self._revision = 0
+        self._older_since: float | None = None
         self._closed = False
 
     def txn(self, txn: Txn, *, deadline_s: float = 5.0) -> TxnResult:
@@ -226,7 +230,13 @@ class GatewayEtcd:
             with self._lock:
                 known = (self._raft_term if linearizable else 0, self._revision)
             answer = self._post(endpoint, path, body, headers, limit_s)
-            self._check_identity(answer, *known)
+            try:
+                self._check_identity(answer, *known, reads=reads)
+            except (Unavailable, OutcomeUnknown):
+                # There is no lease 0: its revocation is an entry that all members apply, and changes nothing.
+                with contextlib.suppress(DtrainError):
+                    self._post(endpoint, "/lease/revoke", {"ID": "0"}, headers, TRY_S_MIN)
+                raise
             return answer
 
         return self._on_members(attempt, deadline_s=deadline_s, resend=resend, reads=reads)
@@ -436,27 +446,48 @@ class GatewayEtcd:
         self._tls_version = self._tls_version or version
         return context, version
 
-    def _check_identity(self, answer: Json, term_at_send: int, revision_at_send: int) -> None:
+    def _check_identity(self, answer: Json, term_at_send: int, revision_at_send: int, *, reads: bool) -> None:
         """Refuse another cluster, and a cluster restored from an older state.
 
         Terms are compared only where the member must have heard of the newest
-        leader to answer at all: elsewhere a lagging member is no suspect. A
-        restored cluster counts its raft terms anew; if its revisions were raised
-        far above all that were seen, nothing of its past can be mistaken for its
-        present, and it is as good as the old one.
+        leader to answer at all: elsewhere a lagging member is no suspect, and even
+        there an older term alone is no proof (``_older``). A restored cluster counts
+        its raft terms anew; if its revisions were raised far above all that were
+        seen, nothing of its past can be mistaken for its present, and it is as good
+        as the old one.
         """
         self._accept_cluster(answer)
         term, revision = header_int(answer, "raft_term"), header_int(answer, "revision")
         raised = 0 < revision_at_send <= revision - RESTORE_BUMP_LEAST
         if 0 < term < term_at_send and not raised:
-            raise _went_back(f"the raft term went back from {term_at_send} to {term}")
+            what = f"the raft term went back from {term_at_send} to {term}"
+            raise self._older(what, certain=revision < revision_at_send, reads=reads)
         with self._lock:
+            if term_at_send:
+                self._older_since = None
             if 0 < self._revision <= revision - RESTORE_BUMP_LEAST:
                 self._raft_term = term
             elif revision > self._revision - RESTORE_BUMP_LEAST:
                 # An answer from before a restoration, read late, says nothing of the present terms.
                 self._raft_term = max(self._raft_term, term)
             self._revision = max(self._revision, revision)
+
+    def _older(self, what: str, *, certain: bool, reads: bool) -> DtrainError:
+        """Return what to raise instead of believing an answer of an older raft term.
+
+        A member tells the term of the last entry that it applied. One that has just
+        caught up by a snapshot holds the newest revision, and tells an older term
+        until the next entry comes. Only a revision that is older, too, or terms that
+        stay older in spite of new entries, are an etcd that was restored.
+        """
+        now = self._clock.monotonic()
+        with self._lock:
+            since = self._older_since = now if self._older_since is None else self._older_since
+        if certain or now - since >= OLDER_TERM_S:
+            return _went_back(what)
+        if reads:
+            return Unavailable(ErrorCode.ETCD_UNAVAILABLE, what)
+        return OutcomeUnknown(ErrorCode.ETCD_OUTCOME_UNKNOWN, what)
 
     def _accept_cluster(self, answer: Json) -> None:
         cluster_id = header_int(answer, "cluster_id")
