@@ -37,7 +37,7 @@ def main() -> int:
         return product.main()
     supervise = guardian.run
     argv = (sys.executable, "-m", "tests.support.broken_coordinator", *sys.argv[1:])
-    guardian.run = lambda config: supervise(replace(config, argv=argv))
+    guardian.run = lambda config, health=None: supervise(replace(config, argv=argv), health)
     return product.main()
 
 
