@@ -426,6 +426,26 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{ON_ETCD}/test_corners.py::test_a_list_in_pages_is_of_one_revision",
     ),
     _mutant(
+        "status-of-one-member-believed",
+        "A member that lags is taken for a restored etcd, and a replica stops for good.",
+        f"{ETCD}/mirror.py",
+        (
+            "        self._identity = status\n",
+            "        if known is not None and status.raft_term < known.raft_term:\n"
+            '            raise _went_back("the raft term is lower")\n'
+            "        self._identity = status\n",
+        ),
+        f"{ON_ETCD}/test_mirror.py::"
+        "test_a_member_that_lags_is_not_taken_for_an_older_etcd_however_often_it_answers",
+    ),
+    _mutant(
+        "quorum-of-an-older-term-believed",
+        "The mirror goes on with an etcd that was restored from an older state.",
+        f"{ETCD}/mirror.py",
+        ("        elif 0 < answer.raft_term < self._raft_term:\n", "        elif False:\n"),
+        f"{ON_ETCD}/test_mirror.py::test_a_quorum_of_an_older_raft_term_is_refused_with_an_alarm",
+    ),
+    _mutant(
         "silence-not-noticed",
         "A stream that swallows events is trusted for ever.",
         f"{ETCD}/mirror.py",
@@ -453,6 +473,21 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{ETCD}/transport.py",
         ("        if 0 < term < term_at_send and not raised:\n", "        if False:\n"),
         f"{ON_ETCD}/test_gateway_faults.py::test_a_lower_raft_term_is_refused",
+    ),
+    _mutant(
+        "older-term-of-the-newest-revision-is-refused",
+        "A member that has caught up by a snapshot is taken for a restored etcd, and a replica stops for good.",
+        f"{ETCD}/transport.py",
+        ("        if certain or now - since >= OLDER_TERM_S:\n", "        if True:\n"),
+        f"{ON_ETCD}/test_gateway_faults.py::test_another_member_is_asked_when_one_tells_a_lower_raft_term",
+    ),
+    _mutant(
+        "older-term-that-stays-is-never-refused",
+        "An etcd that was restored and has grown beyond what was seen is asked for ever, and nobody is told.",
+        f"{ETCD}/transport.py",
+        ("        if certain or now - since >= OLDER_TERM_S:\n", "        if certain:\n"),
+        f"{ON_ETCD}/test_gateway_faults.py::"
+        "test_a_lower_raft_term_with_the_newest_revision_is_refused_only_when_it_stays",
     ),
     _mutant(
         "token-not-renewed",
