@@ -68,7 +68,7 @@ class Cluster:
                 argv, cwd=self.readonly, stdout=subprocess.DEVNULL, stderr=log
             )
 
-    def leader(self, after: int = 0, timeout_s: float = 15.0) -> Leader:
+    def leader(self, after: int = 0, timeout_s: float = 60.0) -> Leader:
         """Wait for a leader of a term later than ``after``."""
         found: list[Leader] = []
 

@@ -96,8 +96,8 @@ def unfence() -> None:
     """Make every transaction of a leader hold, whoever leads."""
     fenced = persistence.fenced
 
-    def unfenced(keys: Any, term: Any, decision: Any) -> Txn:
-        return replace(fenced(keys, term, decision), compares=())
+    def unfenced(*args: Any) -> Txn:
+        return replace(fenced(*args), compares=())
 
     persistence.fenced = unfenced
 
