@@ -13,10 +13,7 @@ from dtrain.agent import metrics
 from dtrain.agent.core.state import AgentState, LinkState
 from dtrain.protocol.snapshot import WorkerPhase
 from dtrain.runtime.metrics import Samples, exposition
-from dtrain.runtime.serving import Page, Pages, verdict
-
-LOOP_S_MAX = 30.0
-"""Far more than any turn takes: the guardian has killed a process that stands still long before."""
+from dtrain.runtime.serving import Page, Pages, live, verdict
 
 
 class Status:
@@ -46,9 +43,7 @@ class Status:
 
     def live(self) -> Page:
         """Return whether the loop comes round."""
-        age_s = self._monotonic() - self._loop_at()
-        reasons = [] if age_s < LOOP_S_MAX else [f"the loop has stood still for {age_s:.0f} s"]
-        return verdict("live", not reasons, reasons)
+        return live(self._monotonic() - self._loop_at())
 
     def ready(self) -> Page:
         """Return whether ranks can be placed here."""

@@ -53,6 +53,16 @@ def verdict(name: str, good: bool, reasons: list[str], **facts: Any) -> Page:
     return Page(HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE, body.encode())
 
 
+LOOP_S_MAX = 30.0
+"""Far more than any turn takes: the guardian has killed a process that stands still long before."""
+
+
+def live(loop_age_s: float) -> Page:
+    """Return the page that says whether a daemon's loop comes round."""
+    good = loop_age_s < LOOP_S_MAX
+    return verdict("live", good, [] if good else [f"the loop has stood still for {loop_age_s:.0f} s"])
+
+
 def check_listen(listen: str) -> None:
     """Refuse what is no host:port; "" is none at all.
 

@@ -23,12 +23,9 @@ from dtrain.protocol.job import JobPhase, JobStatus
 from dtrain.protocol.keys import Keys
 from dtrain.protocol.snapshot import NodeRecord
 from dtrain.runtime.metrics import Metric, Samples, exposition
-from dtrain.runtime.serving import Page, Pages, verdict
+from dtrain.runtime.serving import Page, Pages, live, verdict
 from dtrain.storage.etcd.mirror import Mirror
 from dtrain.storage.etcd.port import KeyValue
-
-LOOP_S_MAX = 30.0
-"""Far more than any turn takes: the guardian has killed a process that stands still long before."""
 
 COUNT_AGAIN_S = 5.0
 """However often somebody scrapes, records are counted no more often than this."""
@@ -70,9 +67,7 @@ class Status:
 
     def live(self) -> Page:
         """Return whether the loop comes round."""
-        age_s = self._monotonic() - self._loop_at()
-        reasons = [] if age_s < LOOP_S_MAX else [f"the loop has stood still for {age_s:.0f} s"]
-        return verdict("live", not reasons, reasons)
+        return live(self._monotonic() - self._loop_at())
 
     def ready(self) -> Page:
         """Return whether a client is served well here, and who leads."""

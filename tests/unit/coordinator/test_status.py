@@ -9,12 +9,13 @@ import pytest
 from tests.support.builders import make_node, make_spec
 
 from dtrain.coordinator import metrics
-from dtrain.coordinator.status import LOOP_S_MAX, Status
+from dtrain.coordinator.status import Status
 from dtrain.protocol import codec
 from dtrain.protocol.cluster import Cordon, LeaderRecord
 from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId
 from dtrain.protocol.job import JobPhase, JobStatus
 from dtrain.protocol.keys import Keys
+from dtrain.runtime.serving import LOOP_S_MAX
 from dtrain.storage.etcd.memory import MemoryEtcd
 from dtrain.storage.etcd.mirror import Mirror
 from dtrain.storage.etcd.port import Put, Txn

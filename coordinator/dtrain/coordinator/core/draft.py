@@ -29,6 +29,7 @@ from dtrain.protocol.events import EVENTS_KEPT, EventReason, EventRecord, EventT
 from dtrain.protocol.ids import AgentName, Seq
 from dtrain.protocol.job import TERMINAL_PHASES, JobPhase, JobSpec, JobStatus
 from dtrain.protocol.keys import Keys
+from dtrain.protocol.snapshot import WorkerSnapshot
 
 OPERATIONS_MAX = 100
 """Writes of one decision; etcd allows 128 operations and 128 compares in a transaction."""
@@ -192,6 +193,11 @@ class Draft:
         return Header(
             self.fleet.cluster, self.fleet.term, self.job.name, status.uid, status.attempt, command_id
         )
+
+    def header_of(self, snapshot: WorkerSnapshot, prefix: str = "release.") -> Header:
+        """Header of a command about what an agent shows, which need not be of the draft's attempt."""
+        header = self.header(f"{prefix}{snapshot.attempt}")
+        return replace(header, uid=snapshot.uid, attempt=snapshot.attempt)
 
     def command(self, agent: AgentName, command: Command) -> None:
         """Send to ``agent`` if it has a session: without one there is no address."""

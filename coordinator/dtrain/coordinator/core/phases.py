@@ -588,8 +588,7 @@ def terminal(draft: Draft) -> None:
         if snapshot.uid != draft.status.uid or snapshot.attempt > draft.status.attempt:
             # Of an earlier submission: its agent could not be reached before the name was used again.
             # A later one, and a later attempt, was forgotten by an etcd restored from a backup.
-            number = snapshot.attempt
-            header = replace(draft.header(f"release.{number}"), uid=snapshot.uid, attempt=number)
+            header = draft.header_of(snapshot)
         draft.command(agent, Stop(header, draft.spec.shutdown_grace_s, release=True, why="the job is over"))
     since = draft.in_phase_since
     if since is None:
@@ -618,10 +617,8 @@ def release_strays(draft: Draft) -> None:
         snapshot = stored.value
         if agent in members or snapshot.attempt > draft.status.attempt:
             continue
-        header = replace(
-            draft.header(f"release.{snapshot.attempt}"), uid=snapshot.uid, attempt=snapshot.attempt
-        )
-        draft.command(agent, Stop(header, 0.0, release=True, why="this agent is not part of the attempt"))
+        why = "this agent is not part of the attempt"
+        draft.command(agent, Stop(draft.header_of(snapshot), 0.0, release=True, why=why))
 
 
 def _count(number: int, noun: str) -> str:

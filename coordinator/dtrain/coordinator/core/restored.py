@@ -135,14 +135,7 @@ def _submissions(draft: Draft) -> bool:
         if not later or view is None:
             continue
         why = "etcd does not know this submission: it is later than the backup that etcd was restored from"
-        header = Header(
-            draft.fleet.cluster,
-            draft.fleet.term,
-            draft.job.name,
-            snapshot.uid,
-            snapshot.attempt,
-            f"{UNKNOWN}{snapshot.attempt}",
-        )
+        header = draft.header_of(snapshot, UNKNOWN)
         due = max(draft.fleet.took_office_at, view.seen_at) + draft.spec.shutdown_grace_s + RELEASE_SLACK_S
         if draft.now < due:
             draft.command(agent, Stop(header, draft.spec.shutdown_grace_s, release=True, why=why))
@@ -278,12 +271,5 @@ def _release(draft: Draft, newer: Mapping[AgentName, WorkerSnapshot]) -> None:
     for agent, snapshot in sorted(newer.items()):
         if agent in members:
             continue
-        header = Header(
-            draft.fleet.cluster,
-            draft.fleet.term,
-            draft.job.name,
-            snapshot.uid,
-            snapshot.attempt,
-            f"release.{snapshot.attempt}",
-        )
-        draft.command(agent, Stop(header, 0.0, release=True, why="this agent is not part of the attempt"))
+        why = "this agent is not part of the attempt"
+        draft.command(agent, Stop(draft.header_of(snapshot), 0.0, release=True, why=why))
