@@ -8,18 +8,26 @@ young one is smaller than an old one. Two comparisons answer different leaks:
   cluster's history: records, files, whatever a fresh process takes up again;
 * over lives: the trend within each long enough life, the median of all lives of a role,
   carried on for an hour. Finds what a process loses little by little.
+
+A replica that begins to lead opens channels to all agents, once: from then on it is
+weighed in another role, and warms up again.
 """
 
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 
 from dtrain.local import sweeping
 from dtrain.local.cluster import LocalCluster
+from dtrain.protocol.errors import DtrainError
+
+LED = "coordinator that led"
+LEADS_AGE_S_MIN = 15.0
+"""Until the lease of its former life is surely over, the leader's record may name a young replica."""
 
 _MODULES = {
     "dtrain.coordinator": "coordinator",
@@ -42,6 +50,7 @@ class Seen:
     rss_mb: float
     threads: int
     fds: int
+    leads: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +124,10 @@ class Census:
 
     def take(self) -> tuple[Seen, ...]:
         """Return every daemon, guardian, launcher and etcd member that is alive; ranks are the user's."""
+        try:
+            leader = self._cluster.leader()
+        except DtrainError:
+            leader = None
         found = sweeping.find(self._cluster.folder)
         modules = {process.pid: process.module for process in found}
         seen = []
@@ -130,11 +143,18 @@ class Census:
         for member in self._cluster.etcd_servers.members:
             if member.process is not None and member.is_running:
                 seen.append(_look("etcd", member.name, member.process.pid))
-        return tuple(one for one in seen if one is not None)
+        return tuple(
+            replace(one, leads=True)
+            if one.role == "coordinator" and one.name == leader and one.age_s >= LEADS_AGE_S_MIN
+            else one
+            for one in seen
+            if one is not None
+        )
 
 
 def judge(samples: Sequence[Sample], *, warm_up_s: float, life_s_min: float) -> list[Finding]:
     """Return a finding for each role and metric, of processes older than ``warm_up_s``."""
+    samples = _by_duty(samples)
     end = max((sample.at_s for sample in samples), default=0.0)
     roles = sorted({one.role for sample in samples for one in sample.seen})
     findings = []
@@ -157,6 +177,22 @@ def judge(samples: Sequence[Sample], *, warm_up_s: float, life_s_min: float) -> 
                 grows |= per_hour > limit.per_hour
             findings.append(Finding(role, metric, first, last, per_hour, len(trends), grows))
     return findings
+
+
+def _by_duty(samples: Sequence[Sample]) -> list[Sample]:
+    """Return the samples with each life that has come to lead as a new one, as old as its leadership."""
+    led: dict[str, float] = {}
+    found = []
+    for sample in samples:
+        for one in sample.seen:
+            if one.leads:
+                led.setdefault(one.life, sample.at_s)
+        seen = (
+            replace(one, role=LED, age_s=sample.at_s - led[one.life]) if one.life in led else one
+            for one in sample.seen
+        )
+        found.append(replace(sample, seen=tuple(seen)))
+    return found
 
 
 def _grew(first: float | None, last: float | None, limit: Limit) -> bool:

@@ -14,15 +14,17 @@ def soak(
     threads: Callable[[float, float], float] = lambda _at, _age: 9,
     fds: Callable[[float, float], float] = lambda _at, _age: 20,
     life_s: float = 600.0,
+    leads_s: float = HOUR_S,
 ) -> list[Finding]:
     """One role, killed every ``life_s``; values by time of the run and age of the process."""
     samples = []
     for turn in range(int(HOUR_S / 20)):
         at = 20.0 * turn
         age = at % life_s
-        one = Seen(
-            "agent", "a1", f"{int(at / life_s)}", age, rss(at, age), int(threads(at, age)), int(fds(at, age))
-        )
+        life = f"{int(at / life_s)}"
+        weight = (rss(at, age), int(threads(at, age)), int(fds(at, age)))
+        # It may lose the lead again: what it has opened stays.
+        one = Seen("coordinator", "c1", life, age, *weight, leads=leads_s <= age < leads_s + 60.0)
         samples.append(Sample(at, turn % 10 < 4, (one,)))
     return judge(samples, warm_up_s=30.0, life_s_min=400.0)
 
@@ -65,3 +67,21 @@ def test_a_thread_or_descriptor_lost_now_and_then_is_found(metric: str, each_s: 
 
 def test_one_peak_is_no_growth() -> None:
     assert growing(soak(lambda at, _age: 200.0 if at == HOUR_S - 20 else 60.0)) == set()
+
+
+def test_what_a_replica_opens_when_it_begins_to_lead_is_no_growth() -> None:
+    opened = {
+        "threads": lambda _at, age: 12 + (5 if age >= 500.0 else 0),
+        "fds": lambda _at, age: 15 + (10 if age >= 500.0 else 0),
+    }
+    findings = soak(
+        lambda _at, age: 60.0 + (3.0 if age >= 500.0 else 0.0), life_s=1000.0, leads_s=500.0, **opened
+    )
+    assert growing(findings) == set()
+    assert {finding.role for finding in findings} == {"coordinator", "coordinator that led"}
+
+
+def test_what_a_leader_loses_little_by_little_is_found() -> None:
+    leaking = {"fds": lambda _at, age: 15 + max(0.0, age - 100.0) // 40}
+    findings = soak(lambda _at, _age: 60.0, life_s=900.0, leads_s=100.0, **leaking)
+    assert [finding.role for finding in findings if finding.grows] == ["coordinator that led"]
