@@ -1024,6 +1024,14 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{ON_COORDINATOR}/test_plan_failures.py::test_losses_in_a_row_are_waited_out",
     ),
     _mutant(
+        "released-with-the-first-return",
+        "G5: etcd ends all leases; when the first agent is back, the others are called lost.",
+        f"{COORDINATOR}/world.py",
+        ("len(gone) > 1 or any(self._is_just_back(agent, now) for agent in recent)", "len(gone) > 1"),
+        f"{ON_COORDINATOR}/test_world.py::"
+        "test_one_that_comes_back_shows_that_others_who_vanished_with_it_may_live",
+    ),
+    _mutant(
         "blocked-machine-used",
         "I6: ranks are started beside processes that cannot be killed.",
         f"{CORE}/placement.py",

@@ -179,7 +179,8 @@ class Reporter:
         except NotFound as error:
             if error.code is not ErrorCode.LEASE_NOT_FOUND:
                 return self._try_later(error, REFUSED_S)
-            # The guardian gets a new lease; until then nothing can be written.
+            # The guardian gets a new lease, the sooner the better: jobs wait for us, but not for long.
+            self._session.doubt()
             self._registration = _NOTHING
             return self._try_later(error, SESSION_POLL_S)
         except Refused as error:

@@ -37,6 +37,8 @@ AGENT_RENEWALS_PER_S = 700.0
 AGENT_TTL_S_MAX = 120.0
 AGENT_RENEWAL_SHARE = 1 / 3
 """Of the TTL, between two renewals of an agent's lease."""
+ALONE_S = 0.25
+"""How long an agent must be the only one that vanished: etcd ends many leases one after the other."""
 LOSS_SLACK_S = 1.0
 """etcd looks for expired leases twice a second."""
 
@@ -355,12 +357,17 @@ class World:
         """Return when it will be seen whether more agents follow those that just vanished; 0.0: no need to.
 
         Agents that lose etcd together lose their leases over the time between two renewals.
-        Acting on each as it goes would restart a third of a fleet before the brake is on. The
-        first one cannot be told from a single lost machine: that one is acted on at once.
+        Acting on each as it goes would restart a third of a fleet before the brake is on. One
+        that is alone is acted on after a moment. One that is back was there all the time: it was
+        etcd that ended its lease, and it has probably ended those of the others, too.
         """
         spread_s = self.agent_ttl_s * AGENT_RENEWAL_SHARE + LOSS_SLACK_S
-        recent = {agent: at for at, agent in self._losses if now - at <= spread_s and self._is_gone(agent)}
-        return max(recent.values()) + spread_s if len(recent) > 1 else 0.0
+        recent = {agent: at for at, agent in self._losses if now - at <= spread_s}
+        gone = [at for agent, at in recent.items() if self._is_gone(agent)]
+        if not gone:
+            return 0.0
+        together = len(gone) > 1 or any(self._is_just_back(agent, now) for agent in recent)
+        return max(gone) + (spread_s if together else ALONE_S)
 
     def brake_changes_at(self, now: float) -> float | None:
         """Return when the brake may change by time alone, or None."""

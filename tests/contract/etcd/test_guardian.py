@@ -41,6 +41,7 @@ CHILD = """
     if mode == "crash": say(at=time.monotonic()); sys.exit(1)
     if mode == "done": session.set_clean_stop(); sys.exit(0)
     session.set_started()
+    if mode == "doubts": signal.signal(signal.SIGUSR1, lambda *_: session.doubt())
     if mode == "acting": session.set_acting(True, session.generation)
     say(ppid=os.getppid(), since=session.stopping_since)
     generation, acts = session.generation, True
@@ -60,7 +61,14 @@ class Guarded:
     """A guardian process with its child; every line of both is kept."""
 
     def __init__(
-        self, folder: Path, endpoints: list[str], policy: str, mode: str, grace_s: float, drain_s: float
+        self,
+        folder: Path,
+        endpoints: list[str],
+        policy: str,
+        mode: str,
+        grace_s: float,
+        drain_s: float,
+        ttl_s: int,
     ) -> None:
         child = folder / "child.py"
         child.write_text(textwrap.dedent(CHILD))
@@ -69,7 +77,7 @@ class Guarded:
             "from dtrain.storage.etcd.guardian import GuardianConfig, Policy, run\n"
             f"sys.exit(run(GuardianConfig(({sys.executable!r}, {str(child)!r}, {mode!r}),"
             f" {tuple(endpoints)!r},"
-            f" Policy({policy!r}), 'test', ttl_s={TTL_S}, grace_s={grace_s}, drain_s={drain_s},"
+            f" Policy({policy!r}), 'test', ttl_s={ttl_s}, grace_s={grace_s}, drain_s={drain_s},"
             " allow_short_ttl=True)))"
         )
         self._out, self._err = folder / "out", folder / "err"
@@ -130,10 +138,11 @@ def guard(tmp_path: Path) -> Iterator[Guard]:
         mode: str = "",
         grace_s: float = 5.0,
         drain_s: float = 0.0,
+        ttl_s: int = TTL_S,
     ) -> Guarded:
         folder = tmp_path / f"guardian-{len(running)}"
         folder.mkdir()
-        running.append(Guarded(folder, endpoints, policy, mode, grace_s, drain_s))
+        running.append(Guarded(folder, endpoints, policy, mode, grace_s, drain_s, ttl_s))
         return running[-1]
 
     yield start
@@ -331,6 +340,28 @@ def test_who_does_not_lead_goes_on_without_etcd_and_gets_a_new_lease(
     assert guarded.lives()[-1]["lease"] != child["lease"]
     assert guarded.said("etcd does not answer")
     etcd.close()
+
+
+def test_a_child_that_hears_of_a_lost_lease_first_gets_a_new_one_at_once(
+    guard: Guard, etcd_35: EtcdCluster, etcd: GatewayEtcd
+) -> None:
+    # By its renewals alone it would hear of it 1.5 s later on average, and up to 3 s.
+    guarded = guard(etcd_35.endpoints, "agent", "doubts", ttl_s=9)
+    child = guarded.child()
+    # For nothing: it keeps the lease that is there.
+    os.kill(child["pid"], signal.SIGUSR1)
+    time.sleep(0.3)
+    assert guarded.lives()[-1]["lease"] == child["lease"]
+    waits = []
+    for _ in range(4):
+        lease = guarded.lives()[-1]["lease"]
+        etcd.revoke(lease)
+        start = time.monotonic()
+        os.kill(child["pid"], signal.SIGUSR1)
+        eventually(lambda gone=lease: guarded.lives()[-1]["lease"] not in (0, gone), what="a new lease")
+        waits.append(time.monotonic() - start)
+    assert max(waits) < 1.0
+    assert guarded.lives()[-1]["pid"] == child["pid"]
 
 
 def test_a_leader_whose_lease_was_revoked_is_killed(

@@ -270,6 +270,9 @@ def test_a_lost_lease_is_followed_by_a_new_registration_that_republishes() -> No
     bench.submit(2, urgent=True)
     bench.work()
     assert bench.stored() is None
+    assert bench.session.doubts == 0, "its record is gone: that is all it knows"
+    bench.work()
+    assert bench.session.doubts == 1, "etcd knows no such lease: its guardian must get another one"
     bench.etcd.grant(3600, 12)
     bench.session.replace(12)
     bench.work(1)

@@ -65,6 +65,9 @@ HANG_SHARE = 0.4
 BACKOFF_S_FIRST, BACKOFF_S_MAX, BACKOFF_RESET_S = 0.1, 5.0, 30.0
 TTL_S_MIN, TTL_S_MIN_SHORT = 5, 2
 
+DOUBT_S_MAX = 0.1
+"""How late the guardian may hear that etcd told the child of a lost lease."""
+
 POLL_S_MAX = 30.0
 """Far more than any turn of the guardian takes."""
 
@@ -153,6 +156,8 @@ class _Child:
     """It was started after the first signal, and knows of it."""
     hurried: bool = False
     """It was told not to wait for anything any more."""
+    doubts: int = 0
+    """How many of its doubts about the lease etcd has been asked about."""
 
 
 class _Guardian:
@@ -294,7 +299,7 @@ class _Guardian:
     def _watch(self, child: _Child) -> int:
         """Supervise ``child`` to its end and return its code; it has been waited for."""
         hang_s = HANG_SHARE * self._config.ttl_s
-        tick_s = hang_s / 20
+        tick_s = min(DOUBT_S_MAX, hang_s / 20)
         ticked_at = boottime()
         while True:
             self._poll(child.pidfd, tick_s)
@@ -313,6 +318,9 @@ class _Guardian:
                 self._report("child killed", pid=child.process.pid, why=why)
                 child.process.kill()
                 return child.process.wait()
+            if child.memory.doubts() != child.doubts:
+                child.doubts = child.memory.doubts()
+                self._keeper.check()
             if self._keeper.held().lost:
                 # Nobody acts under it, so the child goes on under a new one.
                 self._keeper.drop()

@@ -117,6 +117,12 @@ class LeaseKeeper:
             self._wanted = True
             self._condition.notify_all()
 
+    def check(self) -> None:
+        """Renew now: somebody has heard that the lease is gone."""
+        with self._condition:
+            self._due = 0.0
+            self._condition.notify_all()
+
     def drop(self) -> int:
         """Forget the lease without revoking it and return its id."""
         with self._condition:

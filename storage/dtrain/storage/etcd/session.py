@@ -75,6 +75,10 @@ class Session(Protocol):
         """
         ...
 
+    def doubt(self) -> None:
+        """Say that etcd knows the lease no more: the guardian asks it at once, and gets a new one."""
+        ...
+
     def set_clean_stop(self) -> None:
         """Say that this process ends on purpose: with exit code 0 it is not restarted."""
         ...
@@ -132,6 +136,9 @@ class GuardedSession:
         if acting and self._memory.view().generation != self._acting:
             raise LeadershipLost(ErrorCode.LEADERSHIP_LOST, "the lease was lost while leadership was won")
 
+    def doubt(self) -> None:
+        self._memory.doubt()
+
     def set_clean_stop(self) -> None:
         self._memory.raise_flag(CLEAN_STOP)
 
@@ -148,6 +155,7 @@ class FixedSession:
         self.started = False
         self.ready = False
         self.acting = 0
+        self.doubts = 0
         self.clean_stop = False
 
     def view(self) -> LeaseView:
@@ -175,6 +183,9 @@ class FixedSession:
         self.acting = (self.generation if generation is None else generation) if acting else 0
         if acting and self.acting != self.generation:
             raise LeadershipLost(ErrorCode.LEADERSHIP_LOST, "the lease was lost while leadership was won")
+
+    def doubt(self) -> None:
+        self.doubts += 1
 
     def set_clean_stop(self) -> None:
         self.clean_stop = True

@@ -30,7 +30,7 @@ _SIZE = 4096
 _MAGIC = 0x6474_7261_696E_0001
 _AT_MAGIC, _AT_SEQUENCE, _AT_LEASE = 0, 8, 16
 _LEASE = struct.Struct("=QQddd")
-_AT_BEAT, _AT_FLAGS, _AT_ACTING = 64, 72, 80
+_AT_BEAT, _AT_FLAGS, _AT_ACTING, _AT_DOUBTS = 64, 72, 80, 88
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,3 +118,10 @@ class SessionMemory:
     def acting(self) -> int:
         """Return the generation of the lease under which the child leads, 0: it does not."""
         return self._words[_AT_ACTING // 8]
+
+    def doubt(self) -> None:
+        self._words[_AT_DOUBTS // 8] += 1
+
+    def doubts(self) -> int:
+        """Return how often etcd has told the child that it knows no such lease."""
+        return self._words[_AT_DOUBTS // 8]
