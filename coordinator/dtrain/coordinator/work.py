@@ -74,6 +74,8 @@ MANIFEST_BYTES_UNPACKED_MAX = 128 * 1024 * 1024
 
 _BLOB = re.compile(r"blobs/(\d{20})/(\d{6})-([0-9a-f]+)/")
 _MANIFEST = re.compile(r"manifests/(\d{20})-(\d{6})-([0-9a-f]+)-[0-9a-f]+\.json\.gz")
+_RANK_BLOB = re.compile(r"(/\d{5})-\d{2}-([0-9a-f]+)\.st$")
+_RANK_FILE = re.compile(r"/\d{5}(-\d{2})?-[0-9a-f]+\.(st|json\.gz)$")
 _Triple = tuple[int, int, str]
 
 
@@ -281,6 +283,7 @@ class Worker:
             for key in keys
             if (of := _triple(_MANIFEST, root, key)) and records.unknown_from <= of[0] <= records.unknown_to
         }
+        surplus = self._surplus(store, root, keys, records)
         for key in keys:
             blob, manifest = _triple(_BLOB, root, key), _triple(_MANIFEST, root, key)
             of = blob or manifest
@@ -291,15 +294,45 @@ class Worker:
                 continue
             # Of a committed checkpoint only the manifest in its record counts: the others were
             # written by tries whose answer was lost.
-            if blob in records.committed:
+            if blob in records.committed and key not in surplus:
                 continue
             _ask(partial(store.delete, key), idempotent=True)
             deleted += 1
         for token in uploads:
-            if not any(_names(token, of) for of in records.named | records.committed):
+            # What a committed one names is complete: what is unfinished beside it was cut off and repeated.
+            if not any(_names(token, of) for of in records.named):
                 _ask(partial(store.discard_unfinished, token), idempotent=True)
                 deleted += 1
         return Swept(work, deleted)
+
+    def _surplus(self, store: BlobStore, root: str, keys: Iterable[str], records: "Records") -> set[str]:
+        """Files in the folders of committed checkpoints that their manifests do not name.
+
+        A transfer process that died before its report uploads the rank's part again: nobody
+        will ever name the first one, and its folder stays for as long as the checkpoint does.
+        """
+        folders: dict[_Triple, list[str]] = {}
+        for key in keys:
+            of = _triple(_BLOB, root, key)
+            if of in records.commits:
+                folders.setdefault(of, []).append(key)
+        found: set[str] = set()
+        for of, listed in folders.items():
+            commit = records.commits[of]
+            # A blob and a manifest of each rank: then there is nothing to look for.
+            if len(listed) <= 2 * commit.world_size:
+                continue
+            try:
+                data = _ask(partial(store.get, commit.manifest))
+            except NotFound:
+                continue
+            if hashlib.sha256(data).hexdigest() != commit.digest:
+                continue  # damaged: whoever reads it says so, and nothing is deleted by it
+            manifest = codec.decode(Manifest, unpack(data), bytes_max=MANIFEST_BYTES_UNPACKED_MAX)
+            named = {blob.key for blob in manifest.blobs}
+            named |= {_RANK_BLOB.sub(r"\1-\2.json.gz", key) for key in named}
+            found |= {key for key in listed if key not in named and _RANK_FILE.search(key)}
+        return found
 
     # Probe.
 
@@ -322,6 +355,7 @@ class Records:
         self.unknown_from = self.unknown_to = 0
         self.named: set[_Triple] = set()
         self.committed: set[_Triple] = set()
+        self.commits: dict[_Triple, CommitRecord] = {}
         self.manifests: set[str] = set()
         for kv in items:
             parsed = keys.parse(kv.key)
@@ -339,6 +373,7 @@ class Records:
                 case "checkpoint":
                     commit = codec.decode(CommitRecord, kv.value)
                     self.committed.add((commit.seq, commit.attempt, commit.nonce))
+                    self.commits[commit.seq, commit.attempt, commit.nonce] = commit
                     self.manifests.add(commit.manifest)
                 case "garbage":
                     garbage = codec.decode(Garbage, kv.value)
