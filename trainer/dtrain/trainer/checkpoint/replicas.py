@@ -108,7 +108,11 @@ class Replicas:
         piece = regions.held(leaf.spread, leaf.shape, self._rank)
         if piece is None or len(piece.ranks) == 1:
             return None
-        return leaf.name if piece.number == 0 and len(piece.ranks) == self._world else f"{leaf.name}#{piece.number}"
+        return (
+            leaf.name
+            if piece.number == 0 and len(piece.ranks) == self._world
+            else f"{leaf.name}#{piece.number}"
+        )
 
     def _target(self, item: _Item, tensor: Any) -> Any:
         flat = self._scratch[item.start : item.stop].view(tensor.dtype)

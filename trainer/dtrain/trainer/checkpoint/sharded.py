@@ -8,7 +8,6 @@ import functools
 import sys
 from typing import Any
 
-from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.trainer.checkpoint import regions
 from dtrain.trainer.checkpoint.regions import Cut, Piece, Spread
 
@@ -27,19 +26,15 @@ def part(value: Any) -> Any:
         return value.to_local().detach()
 
 
-def spread(value: Any, path: str, rank: int) -> Spread:
+def spread(value: Any, rank: int) -> Spread:
     """How a DTensor lies on the ranks of the job.
 
     Raises:
-        Refused: STATE_NOT_SAVABLE; its values are not settled (Partial), its
-            placement is of a kind unknown here, or its part on this rank is not
-            what its placements say.
+        ValueError: its values are not settled (Partial), its placement is of a kind
+            unknown here, or its part on this rank is not what its placements say.
     """
     local = tuple(part(value).shape)
-    try:
-        return _checked(value.device_mesh, tuple(value.placements), tuple(value.shape), local, rank)
-    except ValueError as error:
-        raise Refused(ErrorCode.STATE_NOT_SAVABLE, f"cannot save {path}: {error}") from error
+    return _checked(value.device_mesh, tuple(value.placements), tuple(value.shape), local, rank)
 
 
 def empty_like(value: Any, dtype: Any) -> Any:
@@ -86,7 +81,9 @@ def _spread(mesh: Any, placements: tuple[Any, ...], rank: int) -> Spread:
     found = Spread(tuple(mesh.mesh.shape), groups if own in groups else (own,), cuts)
     coordinate = mesh.get_coordinate()
     if (coordinate is not None) != (rank in own):
-        raise ValueError(f"its mesh of ranks {own} does not count ranks as the job does (this is rank {rank})")
+        raise ValueError(
+            f"its mesh of ranks {own} does not count ranks as the job does (this is rank {rank})"
+        )
     if coordinate is not None and own[_flat(tuple(coordinate), found.mesh)] != rank:
         raise ValueError(f"its mesh does not count ranks as the job does (this is rank {rank})")
     return found
@@ -125,9 +122,7 @@ def _local_shape(piece: Piece | None) -> tuple[int, ...] | None:
     """None: the rank has no element of it."""
     if piece is None or not piece.boxes:
         return None
-    ends = [
-        [at + size for at, size in zip(box.local, box.shape, strict=True)] for box in piece.boxes
-    ]
+    ends = [[at + size for at, size in zip(box.local, box.shape, strict=True)] for box in piece.boxes]
     return tuple(max(column) for column in zip(*ends, strict=True))
 
 

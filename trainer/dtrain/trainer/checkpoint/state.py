@@ -110,7 +110,7 @@ def apply(name: str, tracked: Any, value: Any) -> None:
     """Put a decoded value back into a tracked object."""
     inner = unwrap(tracked)
     if _is_stateful(inner):
-        if _is_module(inner):
+        if is_module(inner):
             # Modules read the versions of their parts from this attribute.
             metadata = getattr(inner.state_dict(), "_metadata", None)
             value = OrderedDict(value)
@@ -138,12 +138,6 @@ def apply(name: str, tracked: Any, value: Any) -> None:
         )
 
 
-def keeps_tensors(tracked: Any) -> bool:
-    """True if loading may keep the given tensors instead of copying out of them."""
-    inner = unwrap(tracked)
-    return not (_is_module(inner) or is_tensor(inner))
-
-
 def is_tensor(value: Any) -> bool:
     """True for torch tensors; does not import torch."""
     return hasattr(value, "dtype") and hasattr(value, "data_ptr") and hasattr(value, "layout")
@@ -155,36 +149,41 @@ def decode(encoded: Any, tensor: Callable[[str], Any]) -> Any:
     Raises:
         Refused: RESTORE_FAILED; a form that this release does not know.
     """
+    return decode_nodes(
+        encoded, lambda node: dtypes.from_stored(tensor(node["$tensor"]), node.get("dtype", ""))
+    )
+
+
+def decode_nodes(encoded: Any, tensor: Callable[[dict[str, Any]], Any]) -> Any:
+    """Like ``decode``; ``tensor`` gets all that was written of a tensor and returns it in its own dtype."""
     if isinstance(encoded, list):
-        return [decode(part, tensor) for part in encoded]
+        return [decode_nodes(part, tensor) for part in encoded]
     if not isinstance(encoded, dict):
         return encoded
     form = next((key for key in encoded if key.startswith("$")), None)
     if form is None:
-        return {key: decode(part, tensor) for key, part in encoded.items()}
+        return {key: decode_nodes(part, tensor) for key, part in encoded.items()}
     body = encoded[form]
     if form == "$value":
-        return decode(body, tensor)
+        return decode_nodes(body, tensor)
     if form == "$tensor":
-        return _decode_tensor(encoded, tensor(body))
+        return _as_numpy(tensor(encoded), encoded.get("numpy", ""))
     if form == "$float":
         return float(body)
     if form == "$tuple":
-        return tuple(decode(part, tensor) for part in body)
+        return tuple(decode_nodes(part, tensor) for part in body)
     if form == "$bytes":
         return base64.b64decode(body, validate=True)
     if form in _Dict:
         made = _Dict[form]()
         for key, part in zip(body[::2], body[1::2], strict=True):
-            made[decode(key, tensor)] = decode(part, tensor)
+            made[decode_nodes(key, tensor)] = decode_nodes(part, tensor)
         return made
     raise Refused(ErrorCode.RESTORE_FAILED, f"the checkpoint uses the form {form!r}, unknown to this release")
 
 
-def _decode_tensor(encoded: dict[str, Any], stored: Any) -> Any:
-    value = dtypes.from_stored(stored, encoded.get("dtype", ""))
-    form = encoded.get("numpy", "")
-    if not form:
+def _as_numpy(value: Any, form: str) -> Any:
+    if not form or value is None:  # None: only the structure is asked for
         return value
     array = value.numpy()
     return array[()] if form == "scalar" else array
@@ -260,7 +259,10 @@ class _Encoder:
         spread = None
         held, shape = value, tuple(value.shape)
         if sharded.is_sharded(value):
-            spread = sharded.spread(value, path, self._rank)
+            try:
+                spread = sharded.spread(value, self._rank)
+            except ValueError as error:
+                raise Refused(ErrorCode.STATE_NOT_SAVABLE, f"cannot save {path}: {error}") from error
             held = sharded.part(value)
         _check_tensor(held, path)
         try:
@@ -269,9 +271,11 @@ class _Encoder:
             raise Refused(error.code, f"cannot save {path}: {error.message}") from error
         # A complex number is stored as two: its tensor has one dimension more.
         shape += tuple(stored.shape[held.dim() :])
-        extra = {"dtype": original} if original else {}
+        extra: dict[str, Any] = {"dtype": original} if original else {}
         if numpy:
             extra["numpy"] = numpy
+        if spread is not None:
+            extra["sharded"] = True
         # Tied weights: one memory under several names is stored once.
         same = _memory(stored, spread, shape)
         if math.prod(shape) and same in self._seen and not numpy:
@@ -337,12 +341,13 @@ def _buffers(name: str, tracked: Any) -> frozenset[str]:
     """
     return (
         frozenset(f"{name}.{key}" for key, _ in tracked.named_buffers())
-        if _is_module(tracked)
+        if is_module(tracked)
         else frozenset()
     )
 
 
-def _is_module(tracked: Any) -> bool:
+def is_module(tracked: Any) -> bool:
+    """True for torch modules; does not import torch."""
     return hasattr(tracked, "named_buffers") and hasattr(tracked, "load_state_dict")
 
 
