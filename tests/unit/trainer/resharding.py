@@ -160,7 +160,8 @@ class Training:
         """Everything, gathered."""
         with torch.no_grad():
             return {
-                name: value.full_tensor() if isinstance(value, DTensor) else value.clone()
+                # Cloned: of a mesh of one the full tensor is the part itself, which trains on.
+                name: (value.full_tensor() if isinstance(value, DTensor) else value).clone()
                 for name, value in self._all()
             }
 
@@ -182,7 +183,9 @@ class Training:
                 key = name.partition(".")[2]
                 wanted = self._cut(key if name.startswith("net.") else key.rpartition(".")[0], wanted)
             assert local(value).dtype == wanted.dtype, f"{what}: {name}"
-            assert torch.equal(local(value), wanted), f"{what}: {name} came back as other values"
+            assert torch.equal(local(value), wanted), (
+                f"{what}: {name} came back as {local(value)}, not as {wanted}"
+            )
 
     def _cut(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         return whole.flatten()[self._places[name]]
@@ -234,7 +237,7 @@ def rank_manifest(sealed: Sealed, memory: bytes, rank: int, world: int) -> RankM
     )  # fmt: skip
 
 
-    def matrix(rank: int, every: list[Way]) -> int:
+def matrix(rank: int, every: list[Way]) -> int:
     pairs = 0
     forgetful = {way.name: Training(way, 99) for way in every if rank < way.ranks}
     for saved in every:

@@ -10,10 +10,10 @@ import pytest
 import torch.distributed as dist
 from tests.unit.trainer import resharding
 
-LIMIT_S = 240.0
+LIMIT_S = 500.0
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_every_way_to_shard_restores_as_every_other(tmp_path: Path) -> None:
     store = dist.TCPStore("127.0.0.1", 0, resharding.WORLD, is_master=True, wait_for_workers=False)
     reports = [tmp_path / f"{rank}.json" for rank in range(resharding.WORLD)]
