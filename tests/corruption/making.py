@@ -33,6 +33,7 @@ from dtrain.trainer import Sampler
 from dtrain.trainer.checkpoint import restore as restoring
 from dtrain.trainer.checkpoint.arena import Arena
 from dtrain.trainer.checkpoint.saver import Saver
+from dtrain.trainer.checkpoint.source import PlanSource
 
 CLUSTER, JOB, UID = ClusterName("c1"), JobName("j1"), Uid("u1")
 
@@ -248,7 +249,7 @@ def fetched(store: BlobStore, order: Fetch) -> Iterator[Fetched | FetchFailed]:
 
 def load(plan: RestorePlan, state: Mapping[str, Any], rank: int, world: int) -> None:
     """What a rank does with the plan of its agent."""
-    restoring.load(plan, state, rank, world)
+    restoring.load(PlanSource(plan), state, rank, world)
 
 
 def wrong_ranks(plan: RestorePlan, uploads: Uploads) -> Sequence[int]:

@@ -280,6 +280,11 @@ class TheatreMachine(StageMachine):
             self.agent.transfers = Transfers(self.agent)
             _mortal(self.agent.process, self.crash_agent)
 
+    def power_off(self) -> None:
+        if self.agent is not None:
+            self.end_agent()
+        Machine.power_off(self)
+
     def crash_agent(self) -> None:
         if self.agent is not None:
             self.end_agent()

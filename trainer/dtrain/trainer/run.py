@@ -16,11 +16,12 @@ from dtrain.protocol.ids import Seq
 from dtrain.protocol.ranklink import Begin
 from dtrain.trainer import process_group
 from dtrain.trainer.checkpoint import restore as restoring
-from dtrain.trainer.checkpoint import state
+from dtrain.trainer.checkpoint import rng, state
 from dtrain.trainer.checkpoint.arena import Arena
 from dtrain.trainer.checkpoint.saver import Saver
 from dtrain.trainer.checkpoint.source import PlanSource
 from dtrain.trainer.link import EXIT_ATTEMPT_OVER, AgentLink, connect_from_env
+from dtrain.trainer.stateful import check_loader
 
 log = logging.getLogger("dtrain.trainer")
 
@@ -86,7 +87,8 @@ class Run:
 
         Modules (also wrapped in DDP), optimizers, schedulers and anything else
         with ``state_dict`` and ``load_state_dict``; tensors; dicts and lists of JSON
-        values that are changed in place. Random number generators need no mention.
+        values that are changed in place; generators of numpy, torch and ``random``.
+        The process's own random numbers need no mention.
 
         Raises:
             Refused: STATE_NOT_SAVABLE; an object of none of these kinds.
@@ -95,8 +97,10 @@ class Run:
         if self._restored:
             raise Refused(ErrorCode.USAGE, "track() comes before steps() and restore()")
         for name, thing in objects.items():
-            state.check_trackable(name, thing)
-            self._tracked[name] = thing
+            check_loader(name, thing)
+            found = rng.adopt(name, thing, self.rank, self.world_size)
+            state.check_trackable(name, found)
+            self._tracked[f"{name}/{self.rank}" if state.is_per_rank(found) else name] = found
 
     def steps(self, total: int) -> Iterator[int]:
         """Restore, then yield the index of each step still to do, and see the job to its end.

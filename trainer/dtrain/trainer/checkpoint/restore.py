@@ -9,6 +9,7 @@ from dtrain.protocol.errors import DtrainError, ErrorCode, Refused
 from dtrain.trainer.checkpoint import destinations, rng
 from dtrain.trainer.checkpoint.filling import Filling
 from dtrain.trainer.checkpoint.source import Source
+from dtrain.trainer.checkpoint.state import is_per_rank
 
 log = logging.getLogger("dtrain.trainer")
 
@@ -28,7 +29,9 @@ def load(source: Source, tracked: Mapping[str, Any], rank: int, world: int) -> M
         # First where everything goes, then all bytes at once, then what objects make of them.
         finishers = [_prepare(name, thing, filling) for name, thing in tracked.items()]
         finishers.append(_prepare_rng(filling, world))
-        unused = [n for n in manifest.objects if n not in tracked and not n.startswith("rng/")]
+        known = {"rng", *(name.partition("/")[0] for name in tracked)}
+        # Behind a slash: what ranks saved under names of their own.
+        unused = [n for n in manifest.objects if n not in tracked and n.partition("/")[0] not in known]
         if unused:
             log.warning("checkpoint %d also holds %s, which is not tracked", manifest.seq, ", ".join(unused))
         filling.fill()
@@ -48,6 +51,8 @@ def load(source: Source, tracked: Mapping[str, Any], rank: int, world: int) -> M
 
 def _prepare(name: str, thing: Any, filling: Filling) -> Callable[[], None]:
     manifest = filling.manifest
+    if is_per_rank(thing):
+        return _prepare_parts(name.partition("/")[0], thing, filling)
     entry = manifest.objects.get(name)
     if entry is None:
         raise Refused(
@@ -56,6 +61,22 @@ def _prepare(name: str, thing: Any, filling: Filling) -> Callable[[], None]:
             fix="track the same names as when it was saved",
         )
     return destinations.prepare(name, thing, entry.value, filling)
+
+
+def _prepare_parts(name: str, thing: Any, filling: Filling) -> Callable[[], None]:
+    """Every rank's part: the object knows what to do with those of another number of ranks."""
+    parts = {
+        int(key.rpartition("/")[2]): destinations.prepare_plain(key, entry.value, filling)
+        for key, entry in filling.manifest.objects.items()
+        if key.startswith(f"{name}/")
+    }
+    if not parts:
+        raise Refused(
+            ErrorCode.RESTORE_FAILED,
+            f"checkpoint {filling.manifest.seq} has no state of ranks named {name}",
+            fix="track the same names as when it was saved",
+        )
+    return lambda: thing.load_parts({rank: value() for rank, value in parts.items()})
 
 
 def _prepare_rng(filling: Filling, world: int) -> Callable[[], None]:
