@@ -27,7 +27,7 @@ from dtrain.agent.transferring import (
     UploadFailed,
 )
 from dtrain.protocol import codec
-from dtrain.protocol.checkpoint import CommitRecord
+from dtrain.protocol.checkpoint import CommitRecord, OpenRecord
 from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.ids import JobName, Seq
 from dtrain.protocol.job import JobPhase
@@ -48,9 +48,9 @@ SUBMIT = f"submit {JOB} nnodes=2 nproc=1 every_steps=10 steps=35 keep={KEEP} res
 STORIES: dict[str, tuple[str, ...]] = {
     "train": (),
     # The first open checkpoint is settled and the next attempt restores.
-    "rank lost": ("until open 2", "wait all-durable 2", "crash rank 1"),
+    "rank lost": ("until open 2", "until durable 2", "crash rank 1"),
     # One rank's part is durable, the other's never: aborted, and the sweep takes the first.
-    "machine lost": ("until open 2", "wait one-durable 2", "power off a2"),
+    "machine lost": ("until open 2", "wait for a part of 2", "power off a2"),
 }
 """What happens to the job besides the death at a call."""
 
@@ -376,6 +376,8 @@ class Outcome:
     died: Call | None
     commits: int
     problems: tuple[str, ...]
+    opened: tuple[OpenRecord, ...] = ()
+    """Every intent that there was, in order."""
 
 
 def run(root: Path, at: int | None = None, *, after: bool = False, story: str = "train") -> Outcome:
@@ -398,16 +400,23 @@ def run(root: Path, at: int | None = None, *, after: bool = False, story: str = 
         problems.append(f"the simulation's checks: {error}")
     problems += _at_rest(stage)
     commits = len(stage.checks.history(JOB).commits)
-    return Outcome(tuple(edges.calls), edges.died, commits, tuple(problems))
+    opened = {record.seq: record for record in _intents(stage)}
+    return Outcome(tuple(edges.calls), edges.died, commits, tuple(problems), tuple(opened.values()))
+
+
+def _intents(stage: Theatre) -> Iterator[OpenRecord]:
+    for _, events in stage.etcd.log_from(1):
+        for event in events:
+            place = stage.keys.parse(event.kv.key)
+            if place is not None and place.kind == "open" and event.kind != "delete":
+                yield codec.decode(OpenRecord, event.kv.value)
 
 
 def _perturb(stage: Theatre, script: Script, line: str) -> None:
     """One line of a story; a death may have made it pointless."""
-    if line.startswith("wait"):
-        _, what, seq = line.split()
-        folder, wanted = f"/blobs/{int(seq):020d}/", 2 if what == "all-durable" else 1
-        own = re.compile(rf"{folder}\d+-[0-9a-f]+/(\d+)-[0-9a-f]+\.json\.gz")
-        stage.run(5.0, lambda: len({m[1] for key in stage.store._blobs if (m := own.search(key))}) >= wanted)
+    if line.startswith("wait for a part"):
+        folder = f"/blobs/{int(line.rsplit(maxsplit=1)[-1]):020d}/"
+        stage.run(5.0, lambda: any(folder in key and key.endswith(".gz") for key in stage.store._blobs))
         return
     with contextlib.suppress(ScriptError):
         script.run(line)

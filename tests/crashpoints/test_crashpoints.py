@@ -5,6 +5,7 @@
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,34 @@ def test_sigkill_at_a_system_call_loses_nothing_and_leaves_nothing(folder: Path,
     tally = files.play(files.PIECES[name], folder, every=EVERY[name])
     assert list(tally.problems) == []
     assert tally.deaths >= 10
+
+
+def test_no_blob_is_written_before_its_intent(folder: Path) -> None:
+    outcome = ports.run(folder / "stage", story="machine lost")
+    calls = [str(call) for call in outcome.calls]
+    for seq in (1, 2, 3, 4):
+        opened = next(i for i, call in enumerate(calls) if f"put jobs/digits/open/*{seq:04d}" in call)
+        written = [i for i, call in enumerate(calls) if f": put stage/digits/u1/blobs/*{seq:04d}/" in call]
+        assert written
+        assert opened < min(written)
+
+
+def test_training_that_returns_to_a_step_takes_another_number_for_it(folder: Path) -> None:
+    outcome = ports.run(folder / "stage", story="machine lost")
+    aborted = outcome.opened[1]
+    first, again = (one for one in outcome.opened if one.step == aborted.step)
+    assert (again.seq, again.attempt) == (first.seq + 1, first.attempt + 1)
+    assert first.nonce != again.nonce
+    assert [one.seq for one in outcome.opened] == sorted({one.seq for one in outcome.opened})
+
+
+def test_no_file_of_the_store_is_ever_renamed_or_written_over(folder: Path) -> None:
+    for name in ("upload", "merge", "collect", "sweep"):
+        site = files.Site(folder / name)
+        context = files.PIECES[name].prepare(site)
+        calls = files.in_a_process(partial(files.PIECES[name].work, site, context))
+        assert calls
+        assert not [call for call in calls if call.startswith(("rename", "replace"))]
 
 
 def test_a_store_that_loses_a_committed_blob_is_noticed(folder: Path) -> None:
