@@ -16,7 +16,7 @@ from dtrain.protocol.ids import Seq
 from dtrain.protocol.ranklink import Begin
 from dtrain.trainer import process_group
 from dtrain.trainer.checkpoint import restore as restoring
-from dtrain.trainer.checkpoint import rng, state
+from dtrain.trainer.checkpoint import plain, rng, state
 from dtrain.trainer.checkpoint.arena import Arena
 from dtrain.trainer.checkpoint.saver import Saver
 from dtrain.trainer.checkpoint.source import PlanSource
@@ -100,7 +100,7 @@ class Run:
             check_loader(name, thing)
             found = rng.adopt(name, thing, self.rank, self.world_size)
             state.check_trackable(name, found)
-            self._tracked[f"{name}/{self.rank}" if state.is_per_rank(found) else name] = found
+            self._tracked[f"{name}/{self.rank}" if plain.is_per_rank(found) else name] = found
 
     def steps(self, total: int) -> Iterator[int]:
         """Restore, then yield the index of each step still to do, and see the job to its end.

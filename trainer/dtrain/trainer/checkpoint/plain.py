@@ -13,6 +13,15 @@ from dtrain.protocol.errors import ErrorCode, Refused
 _TENSOR, _ARRAY = "__tensor__", "__array__"
 
 
+def is_per_rank(tracked: Any) -> bool:
+    """True for objects of which each rank saves its own part, under a name of its own.
+
+    They are tracked as ``name/rank`` and have ``load_parts`` beside ``state_dict``,
+    which must hold JSON values only: tensors would be taken for replicated ones.
+    """
+    return callable(getattr(tracked, "load_parts", None))
+
+
 def encode(value: Any, path: str) -> Any:
     """Return ``value`` with tensors and arrays as base64; ``path`` names it in errors.
 

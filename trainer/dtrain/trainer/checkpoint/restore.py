@@ -6,10 +6,9 @@ from typing import Any
 
 from dtrain.protocol.checkpoint import Manifest
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused
-from dtrain.trainer.checkpoint import destinations, rng
+from dtrain.trainer.checkpoint import destinations, plain, rng
 from dtrain.trainer.checkpoint.filling import Filling
 from dtrain.trainer.checkpoint.source import Source
-from dtrain.trainer.checkpoint.state import is_per_rank
 
 log = logging.getLogger("dtrain.trainer")
 
@@ -51,7 +50,7 @@ def load(source: Source, tracked: Mapping[str, Any], rank: int, world: int) -> M
 
 def _prepare(name: str, thing: Any, filling: Filling) -> Callable[[], None]:
     manifest = filling.manifest
-    if is_per_rank(thing):
+    if plain.is_per_rank(thing):
         return _prepare_parts(name.partition("/")[0], thing, filling)
     entry = manifest.objects.get(name)
     if entry is None:

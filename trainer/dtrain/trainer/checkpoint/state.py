@@ -88,15 +88,6 @@ def check_trackable(name: str, tracked: Any) -> None:
     )
 
 
-def is_per_rank(tracked: Any) -> bool:
-    """True for objects of which each rank saves its own part, under a name of its own.
-
-    They are tracked as ``name/rank`` and have ``load_parts`` beside ``state_dict``,
-    which must hold JSON values only: tensors would be taken for replicated ones.
-    """
-    return callable(getattr(tracked, "load_parts", None))
-
-
 def capture(tracked: Mapping[str, Any], local: Mapping[str, Any], rank: int) -> Captured:
     """Flatten tracked objects; ``local`` holds plain values that are this rank's own.
 
