@@ -578,7 +578,11 @@ def _tell(draft: Draft, agent: AgentName, seq: Seq, *, committed: bool) -> None:
     last = final_commit(draft)
     if committed:
         final = last is not None and last.seq == seq
-        draft.command(agent, ConfirmCheckpoint(draft.header(f"confirm.{seq}"), seq, final))
+        found = [*(stored.value for stored in draft.job.commits), *draft.committed]
+        record = next((one for one in found if one.seq == seq), None)
+        manifest, digest = (record.manifest, record.digest) if record else ("", "")
+        header = draft.header(f"confirm.{seq}")
+        draft.command(agent, ConfirmCheckpoint(header, seq, final, manifest, digest))
     else:
         why = f"checkpoint {seq} was aborted"
         draft.command(agent, AbortCheckpoint(draft.header(f"abort.{seq}"), seq, why))
