@@ -53,6 +53,7 @@ class Index:
     tensors: Mapping[str, TensorEntry]
     objects: Mapping[str, ObjectEntry]
     layout: str = ""
+    same: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -165,6 +166,7 @@ class Uploader:
             tensors=index.tensors,
             objects=index.objects,
             layout=index.layout,
+            same=index.same,
         )
         # Without a time in it: the same manifest is always the same bytes.
         data = gzip.compress(codec.canonical(codec.to_json(manifest)), mtime=0)

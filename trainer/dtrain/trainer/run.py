@@ -25,7 +25,6 @@ from dtrain.trainer.link import EXIT_ATTEMPT_OVER, AgentLink, connect_from_env
 log = logging.getLogger("dtrain.trainer")
 
 METRICS_MAX = 64
-LOADS_MAX = 3
 _CLOSE_S = 2.0
 
 
@@ -243,18 +242,8 @@ class Run:
 
     def _load(self, plan: RestorePlan) -> None:
         assert self._session is not None
-        if not plan.on_demand:
-            restoring.load(PlanSource(plan), self._tracked, self.rank, self.world_size)
-            return
-        source = DemandSource(plan, self._session)
-        for _ in range(LOADS_MAX):
-            restoring.load(source, self._tracked, self.rank, self.world_size)
-            if source.is_still_good():
-                return
-            log.warning("checkpoint %d changed while it was read; loading it anew", plan.seq)
-        raise Refused(
-            ErrorCode.RESTORE_FAILED, f"checkpoint {plan.seq} changed {LOADS_MAX} times while it was read"
-        )
+        source = DemandSource(plan, self._session) if plan.on_demand else PlanSource(plan)
+        restoring.load(source, self._tracked, self.rank, self.world_size)
 
     def _prepare(self) -> None:
         self._prepared = True
