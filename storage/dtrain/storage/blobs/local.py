@@ -17,6 +17,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Iterator, Sequence
+from mmap import mmap
 from pathlib import Path
 
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused, Unavailable
@@ -72,6 +73,15 @@ class LocalBlobs:
                 if wanted < 0 or offset + wanted > size:
                     raise outcomes.short(key, offset=offset, wanted=length, found=max(0, size - offset))
                 return _read(file.fileno(), key, offset, wanted)
+        except OSError as error:
+            raise self._translate(error, key) from error
+
+    def get_into(self, key: str, offset: int, buffer: bytearray | memoryview | mmap) -> None:
+        view = outcomes.target(buffer)
+        outcomes.check_range(offset, len(view))
+        try:
+            with self._path(key).open("rb", buffering=0) as file:
+                _read_into(file.fileno(), key, offset, view)
         except OSError as error:
             raise self._translate(error, key) from error
 
@@ -289,3 +299,12 @@ def _read(fd: int, key: str, offset: int, length: int) -> bytes:
         pieces.append(piece)
         left -= len(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _read_into(fd: int, key: str, offset: int, view: memoryview) -> None:
+    found = 0
+    while found < len(view):
+        count = os.preadv(fd, [view[found:]], offset + found)
+        if not count:
+            raise outcomes.short(key, offset=offset, wanted=len(view), found=found)
+        found += count

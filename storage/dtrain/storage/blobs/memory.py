@@ -11,6 +11,7 @@ a real store can fail, and may raise what the real store would:
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from mmap import mmap
 
 from dtrain.storage.blobs import digest, outcomes
 from dtrain.storage.blobs.port import PART_BYTES, BlobInfo, check_key, check_prefix
@@ -64,6 +65,10 @@ class MemoryBlobs:
         if offset > len(data) or (length is not None and len(found) < length):
             raise outcomes.short(key, offset=offset, wanted=length, found=len(found))
         return found
+
+    def get_into(self, key: str, offset: int, buffer: bytearray | memoryview | mmap) -> None:
+        view = outcomes.target(buffer)
+        view[:] = self.get(key, offset=offset, length=len(view))
 
     def head(self, key: str) -> BlobInfo:
         self.fault("head", key)

@@ -1,6 +1,7 @@
 """What all backends check and say alike: the shape of a put, and the common refusals."""
 
 from collections.abc import Sequence
+from mmap import mmap
 
 from dtrain.protocol.errors import ErrorCode, NotFound, Refused
 from dtrain.storage.blobs import digest
@@ -70,6 +71,18 @@ def abandoned(key: str) -> Refused:
         ErrorCode.STORE_REFUSED,
         f"the upload of {key} was discarded while it ran, as its checkpoint can no longer be committed",
     )
+
+
+def target(buffer: bytearray | memoryview | mmap) -> memoryview:
+    """Return the buffer of a ``get_into`` as a flat, writable view of bytes.
+
+    Raises:
+        ValueError: it is read-only, or not contiguous: a bug.
+    """
+    view = memoryview(buffer)
+    if view.readonly or not view.c_contiguous:
+        raise ValueError("bytes can be read only into a writable, contiguous buffer")
+    return view.cast("B")
 
 
 def check_range(offset: int, length: int | None) -> None:

@@ -17,6 +17,7 @@ Outcomes: ``Unavailable`` (try again), ``OutcomeUnknown`` (a write may be there)
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from mmap import mmap
 from typing import Protocol
 
 PART_BYTES = 16 * 1024 * 1024
@@ -63,6 +64,15 @@ class BlobStore(Protocol):
 
         Raises:
             NotFound: ``BLOB_NOT_FOUND``.
+        """
+        ...
+
+    def get_into(self, key: str, offset: int, buffer: bytearray | memoryview | mmap) -> None:
+        """Fill ``buffer`` with the bytes from ``offset`` on, without a copy in between where possible.
+
+        For ranges that have a place already: the destination of a restore. What
+        was written to the buffer when this raises is undefined. Errors are those
+        of ``get``; a blob that ends before the buffer is full is Refused(BLOB_CORRUPT).
         """
         ...
 

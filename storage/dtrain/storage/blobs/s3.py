@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from mmap import mmap
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -120,6 +121,10 @@ class S3Blobs:
         if length is not None and len(data) != length:
             raise outcomes.short(key, offset=offset, wanted=length, found=len(data))
         return data
+
+    def get_into(self, key: str, offset: int, buffer: bytearray | memoryview | mmap) -> None:
+        view = outcomes.target(buffer)
+        view[:] = self.get(key, offset=offset, length=len(view))
 
     def head(self, key: str) -> BlobInfo:
         full = self._full(key)
