@@ -46,7 +46,8 @@ class Transfer:
 
     def __init__(self, emit: Callable[[TransferReport], None], stores: Callable[[str], BlobStore]) -> None:
         self._emit = emit
-        self._uploader = Uploader(stores, emit)
+        self._cleanups = ThreadPoolExecutor(1, thread_name_prefix="upload-cleanup")
+        self._uploader = Uploader(stores, emit, later=self._cleanups.submit)
         self._fetcher = Fetcher(stores, emit)
         self._uploads = ThreadPoolExecutor(UPLOADS_AT_ONCE, thread_name_prefix="upload")
         self._fetches = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch")

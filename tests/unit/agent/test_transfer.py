@@ -34,6 +34,7 @@ from dtrain.protocol.checkpoint import CHUNK_BYTES
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Unavailable
 from dtrain.protocol.ids import Attempt, ClusterName, JobName, Rank, Seq, Step, Uid
 from dtrain.protocol.ranklink import Sealed
+from dtrain.storage.blobs.flow import Flow
 from dtrain.storage.blobs.local import LocalBlobs
 from dtrain.storage.blobs.memory import MemoryBlobs
 from dtrain.storage.blobs.port import BlobInfo, BlobStore
@@ -71,10 +72,17 @@ class Flaky(MemoryBlobs):
         super().__init__("flaky")
         self.failures = list(failures)
 
-    def put(self, key: str, parts: Sequence[bytes | memoryview], *, chunk_crcs: Sequence[int]) -> BlobInfo:
+    def put(
+        self,
+        key: str,
+        parts: Sequence[bytes | memoryview],
+        *,
+        chunk_crcs: Sequence[int],
+        flow: Flow | None = None,
+    ) -> BlobInfo:
         if self.failures:
             raise self.failures.pop(0)
-        return super().put(key, parts, chunk_crcs=chunk_crcs)
+        return super().put(key, parts, chunk_crcs=chunk_crcs, flow=flow)
 
     def get(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
         if self.failures:
@@ -132,7 +140,7 @@ def test_an_upload_survives_a_store_that_fails_for_a_while(sealed: Sealed) -> No
 def test_an_upload_that_fails_leaves_nothing(sealed: Sealed) -> None:
     store = Flaky(*[Unavailable(ErrorCode.STORE_UNAVAILABLE, "down")] * 1000)
     with pytest.raises(Unavailable):
-        Uploader(lambda _uri: store, pytest.fail, deadline_s=0.2).run(upload(sealed))
+        Uploader(lambda _uri: store, pytest.fail, patience_s=0.2).run(upload(sealed))
     assert keys(store) == []
 
 
@@ -149,9 +157,14 @@ def test_a_cancelled_upload_deletes_what_it_wrote(sealed: Sealed) -> None:
 
     class Cancelling(MemoryBlobs):
         def put(
-            self, key: str, parts: Sequence[bytes | memoryview], *, chunk_crcs: Sequence[int]
+            self,
+            key: str,
+            parts: Sequence[bytes | memoryview],
+            *,
+            chunk_crcs: Sequence[int],
+            flow: Flow | None = None,
         ) -> BlobInfo:
-            info = super().put(key, parts, chunk_crcs=chunk_crcs)
+            info = super().put(key, parts, chunk_crcs=chunk_crcs, flow=flow)
             uploader.cancel(cancel)  # between blob and manifest
             return info
 

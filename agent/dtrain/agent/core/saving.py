@@ -7,6 +7,7 @@ from dtrain.agent.core.state import AgentState, JobState, LocalRank, Saving, Upl
 from dtrain.agent.transferring import CancelUpload, Upload
 from dtrain.protocol.commands import BeginCheckpoint
 from dtrain.protocol.ids import Rank, Seq
+from dtrain.protocol.job import CheckpointPolicy
 from dtrain.protocol.ranklink import Begin, Outcome, Report, StopRank
 from dtrain.protocol.snapshot import DurablePart, SaveProblem
 
@@ -85,6 +86,7 @@ def order_uploads(state: AgentState, job: JobState, out: list[Action]) -> JobSta
         rest = tuple(t for t in job.uploads if (t.seq, t.rank) != (sealed.seq, rank.rank))
         job = dataclasses.replace(job, uploads=(*rest, UploadTry(sealed.seq, rank.rank, count)))
         world = job.prepare.world_size if job.prepare else 0
+        policy = job.prepare.spec.checkpoint if job.prepare else CheckpointPolicy()
         out.append(
             TransferOrder(
                 Upload(
@@ -97,6 +99,9 @@ def order_uploads(state: AgentState, job: JobState, out: list[Action]) -> JobSta
                     world=world,
                     step=sealed.step,
                     sealed=sealed,
+                    bandwidth_mb_s=policy.bandwidth_mb_s,
+                    # The leader aborts it then, and cancels this upload: trying until then wastes nothing.
+                    patience_s=policy.timeout_s,
                 )
             )
         )

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused, Unavailable
 from dtrain.storage.blobs import digest, outcomes
+from dtrain.storage.blobs.flow import PIECE_BYTES, Flow
 from dtrain.storage.blobs.port import PART_BYTES, BlobInfo, check_key, check_prefix
 
 INCOMING = ".incoming"
@@ -41,8 +42,16 @@ class LocalBlobs:
     def uri(self) -> str:
         return self._root.as_uri()
 
-    def put(self, key: str, parts: Sequence[bytes | memoryview], *, chunk_crcs: Sequence[int]) -> BlobInfo:
+    def put(
+        self,
+        key: str,
+        parts: Sequence[bytes | memoryview],
+        *,
+        chunk_crcs: Sequence[int],
+        flow: Flow | None = None,
+    ) -> BlobInfo:
         path = self._path(key)
+        flow = flow or Flow()
         chunks = outcomes.views(parts, chunk_crcs)
         size = sum(len(chunk) for chunk in chunks)
         upload = self._root / INCOMING / secrets.token_hex(8)
@@ -50,7 +59,7 @@ class LocalBlobs:
         try:
             (self._root / INCOMING).mkdir(exist_ok=True)
             incoming.parent.mkdir(parents=True)
-            _write(incoming, key, chunks, chunk_crcs)
+            _write(incoming, key, chunks, chunk_crcs, flow)
             linked = self._link(incoming, path, key)
         except OSError as error:
             raise self._translate(error, key, writing=True) from error
@@ -62,6 +71,7 @@ class LocalBlobs:
             self._sync_folder(path.parent)
         except OSError as error:
             raise self._translate(error, key, writing=True, named=True) from error
+        flow.confirmed(size)
         return BlobInfo(key, size, digest.to_hex(digest.full_crc(chunk_crcs, size, PART_BYTES)))
 
     def get(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
@@ -245,7 +255,7 @@ class LocalBlobs:
             return outcomes.missing(key, self.uri) if self._root.is_dir() else missing_root(self._root)
         if code in (errno.ENOSPC, errno.EDQUOT):
             return Refused(
-                ErrorCode.STORE_REFUSED,
+                ErrorCode.STORE_FULL,
                 f"no space left for {what}",
                 fix="free space there, keep fewer checkpoints (keep_last), or use a larger store",
             )
@@ -275,15 +285,19 @@ def missing_root(root: Path) -> Refused:
     )
 
 
-def _write(path: Path, key: str, chunks: Sequence[memoryview], chunk_crcs: Sequence[int]) -> None:
+def _write(path: Path, key: str, chunks: Sequence[memoryview], chunk_crcs: Sequence[int], flow: Flow) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        for index, (chunk, crc) in enumerate(zip(chunks, chunk_crcs, strict=True)):
-            outcomes.check_chunk(key, index, chunk, crc)
+        for index, chunk in enumerate(chunks):
+            outcomes.check_or_hash(key, index, chunk, chunk_crcs)
             written = 0
             while written < len(chunk):
-                written += os.write(fd, chunk[written:])
+                piece = chunk[written : written + PIECE_BYTES]
+                flow.admit(len(piece))
+                written += os.write(fd, piece)
         os.fsync(fd)
+        # A frozen disk may have held this up for long: an end that was asked for meanwhile still counts.
+        flow.wait(0)
     finally:
         os.close(fd)
 

@@ -31,6 +31,14 @@ def check_chunk(key: str, index: int, chunk: bytes | memoryview, expected: int) 
         raise chunk_corrupt(key, index, expected, digest.to_hex(found))
 
 
+def check_or_hash(key: str, index: int, chunk: bytes | memoryview, crcs: Sequence[int]) -> None:
+    """Check a chunk against its CRC, or compute that now if nobody has: then it cannot differ."""
+    if isinstance(crcs, digest.ChunkCrcs) and not crcs.is_known(index):
+        _ = crcs[index]
+    else:
+        check_chunk(key, index, chunk, crcs[index])
+
+
 def chunk_corrupt(key: str, index: int, expected: int, found: str = "") -> Refused:
     """Return the refusal of a chunk, numbered from 0, whose bytes do not fit its CRC."""
     return Refused(
