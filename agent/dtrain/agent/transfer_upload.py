@@ -8,6 +8,7 @@ that is away is waited for, as long as the checkpoint has time.
 import contextlib
 import gzip
 import hashlib
+import math
 import mmap
 import os
 import secrets
@@ -69,7 +70,26 @@ class _Job:
 
     store: BlobStore
     flow: Flow
+    trouble: "_Trouble"
     keys: list[str] = field(default_factory=list)
+
+
+class _Trouble:
+    """What keeps an upload from going on: in the log now and then, and in the reason if it fails."""
+
+    def __init__(self, order: Upload, now: Callable[[], float]) -> None:
+        self.last = ""
+        self._order = order
+        self._now = now
+        self._told_at = -math.inf
+
+    def note(self, why: str) -> None:
+        """Take note of one failure, on any thread."""
+        self.last = why
+        if self._now() - self._told_at >= TELL_S:
+            self._told_at = self._now()
+            sealed = self._order.sealed
+            _log.warning("upload_waits", job=self._order.job, seq=sealed.seq, rank=self._order.rank, why=why)
 
 
 class Bandwidth:
@@ -126,8 +146,14 @@ class Uploader:
                 as far as the store lets it.
         """
         patience_s = order.patience_s if self._patience_s is None else self._patience_s
-        job = _Job(self._stores(order.store), Flow(self._pace(order), patience_s=patience_s))
+        trouble = _Trouble(order, self._now)
+        flow = Flow(self._pace(order), patience_s=patience_s, on_trouble=trouble.note)
+        job = _Job(self._stores(order.store), flow, trouble)
         began = self._now()
+        # Also where a connection hangs: the reason must be with the leader before its deadline is.
+        alarm = threading.Timer(patience_s, flow.stop)
+        alarm.daemon = True
+        alarm.start()
         try:
             with self._cancellable(order, job.flow):
                 part = self._write(order, job)
@@ -137,14 +163,12 @@ class Uploader:
                 self._emit(Uploaded(order.job, part))
         except Stopped:
             self._later(lambda: self._discard(job))
-            raise Refused(
-                ErrorCode.CONFLICT,
-                f"checkpoint {order.sealed.seq} was aborted during the upload, "
-                f"{job.flow.durable_bytes} of {order.sealed.size_bytes} bytes were durable",
-            ) from None
+            raise self._stopped(order, job, patience_s) from None
         except Exception:
             self._discard(job)
             raise
+        finally:
+            alarm.cancel()
         _log.info(
             "uploaded",
             job=order.job,
@@ -171,6 +195,18 @@ class Uploader:
     def _check(self, order: Upload) -> None:
         if (order.uid, order.sealed.seq) in self._cancelled:
             raise Stopped
+
+    def _stopped(self, order: Upload, job: _Job, patience_s: float) -> DtrainError:
+        so_far = f"{job.flow.durable_bytes} of {order.sealed.size_bytes} bytes were durable"
+        with self._lock:
+            cancelled = (order.uid, order.sealed.seq) in self._cancelled
+        if cancelled:
+            why = f"checkpoint {order.sealed.seq} was aborted during the upload, {so_far}"
+            return Refused(ErrorCode.CONFLICT, why)
+        cap = f", at {order.bandwidth_mb_s:g} MB/s at most" if order.bandwidth_mb_s else ""
+        what = f"{so_far} after {patience_s:g} s{cap}"
+        trouble = f": {job.trouble.last}" if job.trouble.last else ""
+        return Unavailable(ErrorCode.STORE_UNAVAILABLE, what + trouble)
 
     @contextlib.contextmanager
     def _cancellable(self, order: Upload, flow: Flow) -> Iterator[None]:
@@ -262,17 +298,12 @@ class Uploader:
         )
 
     def _put(self, job: _Job, key: str, parts: list[bytes] | list[memoryview], crcs: Sequence[int]) -> None:
-        told_at = -TELL_S
-
         def attempt() -> None:
-            nonlocal told_at
             job.flow.wait(0)
             try:
                 job.store.put(key, parts, chunk_crcs=crcs, flow=job.flow)
             except (Unavailable, OutcomeUnknown) as error:
-                if self._now() - told_at >= TELL_S:
-                    told_at = self._now()
-                    _log.warning("upload_waits_for_the_store", key=key, error=str(error))
+                job.trouble.note(error.message)
                 raise
 
         job.keys.append(key)

@@ -17,6 +17,9 @@ UPLOAD_TRIES_MAX = 3
 
 PROBLEM_CHARS_MAX = 500
 
+REASON_LEAD_S, REASON_LEAD_SHARE = 10.0, 0.25
+"""An upload that cannot end in time says why so much before its checkpoint's time is over."""
+
 
 def begin(job: JobState, command: BeginCheckpoint, out: list[Action]) -> JobState:
     """Take a checkpoint on and tell the ranks; those that cannot take part say so at once."""
@@ -100,8 +103,7 @@ def order_uploads(state: AgentState, job: JobState, out: list[Action]) -> JobSta
                     step=sealed.step,
                     sealed=sealed,
                     bandwidth_mb_s=policy.bandwidth_mb_s,
-                    # The leader aborts it then, and cancels this upload: trying until then wastes nothing.
-                    patience_s=policy.timeout_s,
+                    patience_s=_patience_s(policy.timeout_s),
                 )
             )
         )
@@ -178,6 +180,11 @@ def tell_all(job: JobState, message: Outcome | StopRank, out: list[Action]) -> N
 def replace_rank(job: JobState, rank: LocalRank) -> JobState:
     """The job with this rank replaced."""
     return dataclasses.replace(job, ranks=tuple(rank if one.rank == rank.rank else one for one in job.ranks))
+
+
+def _patience_s(timeout_s: float) -> float:
+    """How long an upload may wait for the store: nearly to the leader's deadline, which knows no reason."""
+    return timeout_s - min(REASON_LEAD_S, timeout_s * REASON_LEAD_SHARE)
 
 
 def _order(saving: Saving) -> Begin:

@@ -26,12 +26,18 @@ class Flow:
             they have to wait.
         patience_s: how long one part of a blob is sent again and again while the
             store does not answer, before the write fails as a whole.
+        on_trouble: told, on some thread, why something has to be sent again.
     """
 
     def __init__(
-        self, pace: Callable[[int], float] = lambda _size: 0.0, *, patience_s: float = PATIENCE_S
+        self,
+        pace: Callable[[int], float] = lambda _size: 0.0,
+        *,
+        patience_s: float = PATIENCE_S,
+        on_trouble: Callable[[str], None] = lambda _why: None,
     ) -> None:
         self.patience_s = patience_s
+        self.troubled = on_trouble
         self._pace = pace
         self._stop = threading.Event()
         self._lock = threading.Lock()

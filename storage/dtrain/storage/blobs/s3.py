@@ -322,7 +322,7 @@ class S3Blobs:
 
             try:
                 answer = retry.call(
-                    once,
+                    partial(_telling, flow, once),
                     attempts=_ATTEMPTS_MAX,
                     wait_s_max=_PART_WAIT_S_MAX,
                     deadline_s=flow.patience_s,
@@ -376,7 +376,7 @@ class S3Blobs:
         try:
             return _confirmed(
                 retry.call(
-                    once,
+                    partial(_telling, flow, once),
                     attempts=_ATTEMPTS_MAX,
                     wait_s_max=_PART_WAIT_S_MAX,
                     deadline_s=flow.patience_s,
@@ -457,6 +457,15 @@ class S3Blobs:
 
     def _full(self, key: str) -> str:
         return self._prefix + check_key(key)
+
+
+def _telling(flow: Flow, request: Callable[[], Any]) -> Any:
+    """Make a request that will be made again, and tell the flow what was in the way."""
+    try:
+        return request()
+    except (Unavailable, OutcomeUnknown) as error:
+        flow.troubled(error.message)
+        raise
 
 
 def _list_objects(client: Any, page: dict[str, Any]) -> Any:
