@@ -1,4 +1,4 @@
-"""The store is gone in the middle of a save, for as long as asked: ``python -m tests.e2e.outage --seconds 600``.
+"""The store is gone in the middle of a save: ``python -m tests.e2e.outage --seconds 600``.
 
 Two jobs save as their S3 server is killed. The patient one has time until after
 its return: it commits that very checkpoint. The hasty one has not: its checkpoint is
@@ -70,7 +70,8 @@ def run(harness: Harness, seconds: float) -> None:
     during = {job: step_s(harness, job, -seconds / 2) for job in jobs.values()}
     for job in jobs.values():
         say(
-            f"{job}: a step took {before[job] * 1e3:.0f} ms before, {during[job] * 1e3:.0f} ms without a store"
+            f"{job}: a step took {before[job] * 1e3:.0f} ms before, "
+            f"{during[job] * 1e3:.0f} ms without a store"
         )
         assert before[job] / during[job] >= RATE_MIN
     assert not [record for record in harness.commits(patient) if record.seq >= seqs[patient]]
