@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from dtrain.local import ports
 from dtrain.local.weed import WeedServer
 from dtrain.protocol.errors import ErrorCode, OutcomeUnknown, Refused, Unavailable
 from dtrain.storage.blobs import digest
+from dtrain.storage.blobs.flow import Flow
 from dtrain.storage.blobs.open import open_store
 from dtrain.storage.blobs.port import PART_BYTES
 from dtrain.storage.blobs.probe import probe
@@ -247,9 +249,24 @@ def test_its_uri_opens_it_again_with_credentials_from_the_environment(
     probe(open_store(weed.store_uri("some/prefix")))
 
 
+def test_a_write_takes_no_memory_beside_its_parts(s3: S3Blobs, big: bytes) -> None:
+    def anonymous_kb() -> int:
+        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in line]
+        return int(line.split()[1])
+
+    put(s3, "first", b"x" * PART_BYTES)  # connections, libraries
+    before, most = anonymous_kb(), []
+    flow = Flow(lambda _size: most.append(anonymous_kb()) or 0.0)  # type: ignore[func-returns-value]
+    parts = [memoryview(big)[at : at + PART_BYTES] for at in range(0, len(big), PART_BYTES)] * 4
+    parts = [part for part in parts if len(part) == PART_BYTES]
+    s3.put("big", parts, chunk_crcs=digest.ChunkCrcs(parts), flow=flow)
+    assert max(most) - before < PART_BYTES // 1024
+
+
 def test_opening_a_bucket_does_not_load_boto3() -> None:
     script = (
-        "import sys; from dtrain.storage.blobs.open import open_store; open_store('s3://bucket/x');"
+        "import sys; from dtrain.storage.blobs.flow import Flow
+from dtrain.storage.blobs.open import open_store; open_store('s3://bucket/x');"
         "print(sorted(m for m in ('boto3', 'botocore') if m in sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

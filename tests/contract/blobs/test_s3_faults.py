@@ -290,6 +290,22 @@ def test_keys_that_were_replaced_in_their_file_are_found(
     store.delete("a")
 
 
+@pytest.mark.parametrize("status", [400, 403])
+def test_keys_that_ended_are_renewed_even_if_a_head_cannot_say_so(
+    weed: WeedServer, faulty: FaultyS3, own_files: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr(s3_client, "RENEW_S", 0.0)
+    write_keys(own_files, "default", *weed.env.values())
+    store = open_store(f"s3://dtrain/renewed?endpoint={faulty.endpoint}&region=us-east-1")
+    put(store, "a", b"x")
+    faulty.fail("HeadObject", answer(status))
+    assert store.head("a").size_bytes == 1
+    monkeypatch.setattr(s3_client, "RENEW_S", 60.0)
+    faulty.fail("HeadObject", answer(status))
+    assert refusal(lambda: store.head("a")).code in (ErrorCode.STORE_CREDENTIALS, ErrorCode.STORE_DENIED)
+    store.delete("a")
+
+
 def test_a_profile_that_is_not_there_is_refused(weed: WeedServer, own_files: Path) -> None:
     store = open_store(weed.store_uri("x") + "&profile=nobody")
     error = refusal(lambda: probe(store))

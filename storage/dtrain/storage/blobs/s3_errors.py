@@ -190,6 +190,12 @@ class Translated:
             return Stale(
                 ErrorCode.STORE_CREDENTIALS, f"{self._what}: the credentials have expired", fix=_EXPIRED
             )
+        if code == "400" and operation.startswith("Head"):
+            return Stale(
+                ErrorCode.STORE_CREDENTIALS,
+                f"{self._what}: 400, without a reason, as answers to HEAD have none",
+                fix=_EXPIRED + "; check the region in the store's URI too",
+            )
         if code in _UNKNOWN_KEY:
             return Stale(
                 ErrorCode.STORE_CREDENTIALS,
@@ -242,7 +248,8 @@ class Translated:
         if code in ("403", "Forbidden"):
             # An answer to HEAD has no body: the keys may as well be wrong.
             fix += f"; or {_CREDENTIALS}"
-        return Refused(ErrorCode.STORE_DENIED, f"{self._what}: {missing} ({code})", fix=fix)
+        kind = Stale if operation.startswith("Head") and code in ("403", "Forbidden") else Refused
+        return kind(ErrorCode.STORE_DENIED, f"{self._what}: {missing} ({code})", fix=fix)
 
     def _elsewhere(self, headers: Mapping[str, str]) -> Refused:
         region = headers.get("x-amz-bucket-region", "")
