@@ -265,8 +265,7 @@ def test_a_write_takes_no_memory_beside_its_parts(s3: S3Blobs, big: bytes) -> No
 
 def test_opening_a_bucket_does_not_load_boto3() -> None:
     script = (
-        "import sys; from dtrain.storage.blobs.flow import Flow
-from dtrain.storage.blobs.open import open_store; open_store('s3://bucket/x');"
+        "import sys; from dtrain.storage.blobs.open import open_store; open_store('s3://bucket/x');"
         "print(sorted(m for m in ('boto3', 'botocore') if m in sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

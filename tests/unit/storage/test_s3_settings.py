@@ -1,6 +1,8 @@
 """What the query of a store's URI may say."""
 
+import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,8 @@ from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.storage.blobs.open import open_store
 from dtrain.storage.blobs.s3 import S3Blobs
 from dtrain.storage.blobs.s3_client import _is_aws
+from dtrain.storage.blobs.s3_errors import ACTIONS
+from dtrain.storage.blobs.s3_settings import ACCEPTED, S3Settings
 
 
 @pytest.mark.parametrize(
@@ -93,3 +97,12 @@ def test_only_aws_is_aws() -> None:
     assert _is_aws("https://s3.eu-west-1.amazonaws.com")
     assert _is_aws("https://s3.cn-north-1.amazonaws.com.cn")
     assert not _is_aws("https://amazonaws.com.example.org")
+
+
+def test_the_docs_know_every_setting_and_every_permission() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "stores.md").read_text()
+    for field in dataclasses.fields(S3Settings):
+        assert f"`{field.name}`" in text
+        assert field.name in ACCEPTED
+    for action in ACTIONS.values():
+        assert f'"{action}"' in text
