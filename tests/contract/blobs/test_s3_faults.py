@@ -3,6 +3,7 @@
 A proxy that fails on cue stands before a real SeaweedFS.
 """
 
+import datetime
 import email.utils
 import ssl
 import threading
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import botocore.auth
 import pytest
 import trustme
 from tests.contract.blobs.conftest import client_of, put, s3_store
@@ -109,6 +111,21 @@ def test_a_clock_that_is_off_is_told_by_how_much(store: S3Blobs, faulty: FaultyS
     assert error.code == ErrorCode.STORE_CLOCK
     assert "this machine's clock is 20 minutes behind the store's" in error.message
     assert "clock" in error.fix
+
+
+@pytest.mark.parametrize(("minutes", "side"), [(40, "ahead of"), (-40, "behind")])
+def test_a_real_server_refuses_a_clock_that_is_off(
+    weed: WeedServer, monkeypatch: pytest.MonkeyPatch, minutes: int, side: str
+) -> None:
+    store = s3_store(weed)
+    client_of(store)
+    signed_at, told_at = botocore.auth.get_current_datetime, time.time
+    off = datetime.timedelta(minutes=minutes)
+    monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda *args: signed_at(*args) + off)
+    monkeypatch.setattr(time, "time", lambda: told_at() + off.total_seconds())
+    error = refusal(lambda: put(store, "a", b"x"))
+    assert error.code == ErrorCode.STORE_CLOCK
+    assert f"this machine's clock is 40 minutes {side} the store's" in error.message
 
 
 @pytest.mark.parametrize("code", ["InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"])

@@ -7,7 +7,7 @@ module needs no boto3 to be imported.
 import re
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any
@@ -115,7 +115,6 @@ class Translated:
     Args:
         doing: completes "cannot ... in <uri>".
         writing: a lost answer may hide a change.
-        wall: the machine's clock, which a refusal of it is compared with.
     """
 
     def __init__(
@@ -126,14 +125,12 @@ class Translated:
         *,
         writing: bool,
         key: str,
-        wall: Callable[[], float] = time.time,
     ) -> None:
         self._uri = uri
         self._bucket = bucket
         self._what = f"cannot {doing} in {uri}"
         self._writing = writing
         self._key = key
-        self._wall = wall
 
     def __enter__(self) -> None:
         pass
@@ -215,13 +212,13 @@ class Translated:
             fix="nothing if it passes: requests are slowed down. If it stays, take checkpoints less often, "
             "lower lanes in the store's URI, or ask whoever runs the store for more",
         )
-        busy.hint_s = _seconds(headers.get("retry-after", ""), self._wall())
+        busy.hint_s = _seconds(headers.get("retry-after", ""), time.time())
         return busy
 
     def _skewed(self, headers: Mapping[str, str]) -> Refused:
         how = "the clocks of this machine and of the store differ too much"
         try:
-            ahead_s = self._wall() - parsedate_to_datetime(headers["date"]).timestamp()
+            ahead_s = time.time() - parsedate_to_datetime(headers["date"]).timestamp()
         except (KeyError, ValueError, TypeError):
             pass
         else:
