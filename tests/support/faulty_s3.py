@@ -80,6 +80,13 @@ class FaultyS3:
         """Return how many such requests came."""
         return sum(one.operation == operation for one in self.seen)
 
+    def await_request(self, operation: str, count: int = 1) -> None:
+        """Return once so many such requests have come."""
+        deadline = time.monotonic() + 30.0
+        while self.count(operation) < count:
+            assert time.monotonic() < deadline, f"no {operation} came"
+            time.sleep(0.01)
+
     def close(self) -> None:
         self.released.set()
         self._server.shutdown()

@@ -255,8 +255,7 @@ def test_a_write_ends_at_once_when_it_is_stopped(store: S3Blobs, faulty: FaultyS
 
     writer = threading.Thread(target=write)
     writer.start()
-    while faulty.count("UploadPart") < 3:
-        time.sleep(0.01)
+    faulty.await_request("UploadPart", 3)
     began = time.monotonic()
     flow.stop()
     writer.join(10.0)
@@ -265,6 +264,23 @@ def test_a_write_ends_at_once_when_it_is_stopped(store: S3Blobs, faulty: FaultyS
     faulty.released.set()
     (token,) = store.list_unfinished("")
     store.discard_unfinished(token)
+
+
+@pytest.mark.parametrize("operation", ["HeadObject", "CreateMultipartUpload", "CompleteMultipartUpload"])
+def test_a_write_ends_at_once_in_every_request_of_it(
+    store: S3Blobs, faulty: FaultyS3, big: bytes, operation: str
+) -> None:
+    faulty.fail(operation, faulty_s3.stall)
+    flow = Flow()
+    parts = [memoryview(big)[at : at + PART_BYTES] for at in range(0, len(big), PART_BYTES)]
+    alarm = threading.Thread(target=lambda: (faulty.await_request(operation), flow.stop()))
+    alarm.start()
+    began = time.monotonic()
+    with pytest.raises(Stopped):
+        store.put("big", parts, chunk_crcs=digest.ChunkCrcs(parts), flow=flow)
+    alarm.join()
+    assert time.monotonic() - began < 15.0
+    faulty.released.set()
 
 
 def test_what_the_store_has_confirmed_is_counted(store: S3Blobs, big: bytes) -> None:

@@ -158,13 +158,7 @@ class S3Blobs:
             raise outcomes.short(key, offset=offset, wanted=len(view), found=received)
 
     def head(self, key: str) -> BlobInfo:
-        full = self._full(key)
-        answer = self._access.call(
-            f"look at {key}",
-            lambda client: client.head_object(Bucket=self._bucket, Key=full, ChecksumMode="ENABLED"),
-            key=key,
-        )
-        return BlobInfo(key, answer["ContentLength"], _confirmed(answer) or "")
+        return self._head(key, None)
 
     def list(self, prefix: str) -> Iterator[BlobInfo]:
         page = self._page(prefix)
@@ -224,6 +218,16 @@ class S3Blobs:
     def close(self) -> None:
         self._access.close()
 
+    def _head(self, key: str, flow: Flow | None) -> BlobInfo:
+        full = self._full(key)
+        answer = self._access.call(
+            f"look at {key}",
+            lambda client: client.head_object(Bucket=self._bucket, Key=full, ChecksumMode="ENABLED"),
+            key=key,
+            flow=flow,
+        )
+        return BlobInfo(key, answer["ContentLength"], _confirmed(answer) or "")
+
     def _put_whole(self, info: BlobInfo, data: memoryview, flow: Flow) -> str | None:
         def send(client: Any) -> Any:
             body = Body(data, flow)
@@ -252,12 +256,12 @@ class S3Blobs:
         # One look spares a repeated put its upload, and protects the key where a store ignores
         # If-None-Match on completion.
         try:
-            self.head(key)
+            self._head(key, flow)
         except NotFound:
             pass
         else:
             raise s3_errors.Taken(ErrorCode.BLOB_EXISTS, f"{key} exists")
-        upload_id = self._begin(key)
+        upload_id = self._begin(key, flow)
         try:
             done = self._send_parts(key, upload_id, chunks, chunk_crcs, flow)
             return self._complete(info(), upload_id, done, flow)
@@ -268,7 +272,7 @@ class S3Blobs:
             self._abort_quietly(key, upload_id)
             raise
 
-    def _begin(self, key: str) -> str:
+    def _begin(self, key: str, flow: Flow | None = None) -> str:
         wish: dict[str, Any] = {"ChecksumType": "FULL_OBJECT"} if self._full_object else {}
         try:
             answer = self._access.call(
@@ -281,12 +285,13 @@ class S3Blobs:
                     **self._encryption,
                 ),
                 key=key,
+                flow=flow,
             )
         except s3_errors.Unsupported:
             if not self._full_object:
                 raise
             self._full_object = False
-            return self._begin(key)
+            return self._begin(key, flow)
         return str(answer["UploadId"])
 
     def _send_parts(
@@ -386,7 +391,7 @@ class S3Blobs:
             )
         except NotFound as error:
             try:
-                return self.head(info.key).crc32c or None
+                return self._head(info.key, flow).crc32c or None
             except NotFound:
                 raise outcomes.abandoned(info.key) from error
 

@@ -23,7 +23,7 @@ from dtrain.storage.blobs import s3_errors
 from dtrain.storage.blobs.flow import Flow
 from dtrain.storage.blobs.pace import AdaptiveRate
 from dtrain.storage.blobs.s3_settings import S3Settings
-from dtrain.storage.blobs.s3_wire import Body, Target, Wire
+from dtrain.storage.blobs.s3_wire import Body, Plain, Target, Wire
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -32,8 +32,6 @@ T = TypeVar("T")
 
 RENEW_S = 10.0
 """Credentials younger than this are not looked up again: the store means these."""
-
-_CARRIED = ("PutObject", "UploadPart", "GetObject")
 
 _log = log.get("store.s3")
 
@@ -84,7 +82,10 @@ class S3Access:
             self._admit(flow or Flow())
             connected = self._connect()
             try:
-                with s3_errors.Translated(self._uri, self._bucket, doing, writing=writing, key=key):
+                with (
+                    s3_errors.Translated(self._uri, self._bucket, doing, writing=writing, key=key),
+                    connected.wire.carrying(Plain(flow) if flow is not None else None),
+                ):
                     return request(connected.client)
             except s3_errors.Busy as busy:
                 self._slow_down(busy)
@@ -179,8 +180,7 @@ class S3Access:
             connect_timeout_s=settings.connect_timeout_s,
             timeout_s=settings.timeout_s,
         )
-        for operation in _CARRIED:
-            client.meta.events.register(f"before-send.s3.{operation}", wire.before_send)
+        client.meta.events.register("before-send.s3", wire.before_send)
         return _Connected(client, wire)
 
     def _client(self, session: Any, config: Any, addressing: str) -> "S3Client":

@@ -1,9 +1,9 @@
 """The bytes of blobs between memory and socket, past what boto3 would do with them.
 
 boto3 builds, signs and parses; its ``before-send`` event lets this module send
-the three requests that carry a blob's bytes. What that saves is the copy of the
-body, its reading in small pieces and the copies of an answer: most of the
-client's CPU. What it adds is a pace, and an end that needs no timeout.
+the requests that carry a blob's bytes, and those around them. What that saves is the
+copy of the body, its reading in small pieces and the copies of an answer: most of
+the client's CPU. What it adds is a pace, and an end that needs no timeout.
 
 Only the standard library is used. A request that a proxy must carry is left to
 boto3's own connections.
@@ -34,14 +34,16 @@ class Prepared(Protocol):
     method: str
     url: str
     headers: Mapping[str, str | bytes]
+    body: Any
 
 
 class Body:
     """A request's body for boto3: its length, and, should boto3 have to send it after all, its bytes."""
 
-    def __init__(self, view: memoryview, flow: Flow) -> None:
+    def __init__(self, view: memoryview, flow: Flow, *, paced: bool = True) -> None:
         self.view = view
         self.flow = flow
+        self.paced = paced
         self._at = 0
 
     def __len__(self) -> int:
@@ -60,6 +62,13 @@ class Body:
 
     def tell(self) -> int:
         return self._at
+
+
+class Plain:
+    """A request that belongs to a write without carrying its bytes: it ends when the write does."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
 
 
 class Target:
@@ -111,19 +120,22 @@ class Wire:
         self._local = threading.local()
 
     @contextlib.contextmanager
-    def carrying(self, load: Body | Target) -> Iterator[None]:
-        """Let the request that this thread makes in the block send or fill ``load``."""
+    def carrying(self, load: Body | Plain | Target | None) -> Iterator[None]:
+        """Let the request that this thread makes in the block send or fill ``load``; None: leave it alone."""
+        before = getattr(self._local, "load", None)
         self._local.load = load
         try:
             yield
         finally:
-            self._local.load = None
+            self._local.load = before
 
     def before_send(self, request: Prepared, **_: object) -> Any:
         """Carry the request out, if it is one of ours; None leaves it to boto3."""
-        load: Body | Target | None = getattr(self._local, "load", None)
+        load: Body | Plain | Target | None = getattr(self._local, "load", None)
         if load is None:
             return None
+        if isinstance(load, Plain):
+            load = Body(memoryview(request.body or b""), load.flow, paced=False)
         url = urlsplit(request.url)
         place = (url.scheme, url.netloc)
         with self._lock:
@@ -172,7 +184,8 @@ class Wire:
             try:
                 for start in range(0, len(body.view), PIECE_BYTES):
                     piece = body.view[start : start + PIECE_BYTES]
-                    body.flow.admit(len(piece))
+                    if body.paced:
+                        body.flow.admit(len(piece))
                     connection.sock.sendall(piece)
             except (BrokenPipeError, ConnectionResetError):
                 # A server that refuses does not wait for the body, and its reason may have arrived.
