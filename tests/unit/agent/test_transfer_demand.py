@@ -41,6 +41,7 @@ from dtrain.trainer.checkpoint.source import DemandSource, Range
 JOB, UID = JobName("j1"), Uid("u1")
 SIZE = CHUNK_BYTES * 5 // 2
 WHOLE = (ChunkSpan(0, 0, 3),)
+VALUES = (random.Random(1).randbytes(1 << 20) * 41)[: SIZE - 128]
 
 
 class Counting(MemoryBlobs):
@@ -63,7 +64,7 @@ class Machine:
         self.cache = cache or Cache()
         self.arena = os.memfd_create("dtrain-arena-0")
         self.reports: list[TransferReport] = []
-        values = random.Random(1).randbytes(SIZE - 128)
+        values = VALUES
         entry = {"dtype": "U8", "shape": [len(values)], "chunks": [
             {"o": [0], "s": [len(values)], "b": 0, "off": 128, "len": len(values)}]}  # fmt: skip
         header = json.dumps({"x": {"dtype": "U8", "shape": [len(values)], "data_offsets": [0, len(values)]}})
