@@ -111,6 +111,7 @@ MEANINGS = {
     "CheckpointPolicy.every_steps": "interval in steps; 0: not by steps",
     "CheckpointPolicy.keep_last": "committed checkpoints that retention keeps",
     "CheckpointPolicy.store": "URI; empty: the cluster's default store",
+    "CheckpointPolicy.bandwidth_mb_s": "MB (10^6) a second that an agent sends for the job at most; 0: no cap",
     "CheckpointPolicy.timeout_s": "seconds from intent to commit, then it is aborted",
     "ChunkEntry.b": "index of the blob",
     "ChunkEntry.len": "bytes",

@@ -68,7 +68,9 @@ class CheckpointPolicy:
     ``store`` "": the cluster's default store. ``every_steps`` and
     ``every_seconds`` 0: not by steps, not by time; a final checkpoint is always
     taken. ``keep_last`` committed ones are kept. ``timeout_s`` is the time from
-    opening one to its commit, after which it is aborted.
+    opening one to its commit, after which it is aborted. ``bandwidth_mb_s`` bounds
+    what each agent sends to the store for this job, in megabytes (10^6) a second; 0:
+    not at all.
     """
 
     store: str = ""
@@ -76,6 +78,7 @@ class CheckpointPolicy:
     every_seconds: float = 0.0
     keep_last: int = 3
     timeout_s: float = 300.0
+    bandwidth_mb_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

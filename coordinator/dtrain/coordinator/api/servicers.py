@@ -26,7 +26,7 @@ from dtrain.protocol.pb import coordinator_pb2 as pb
 from dtrain.protocol.snapshot import NodeRecord
 from dtrain.runtime import grpc_tls, log, redact
 from dtrain.runtime.tls import Role
-from dtrain.storage.blobs.probe import probe
+from dtrain.storage.blobs.probe import probe, probe_soon
 from dtrain.storage.etcd.mirror import Mirror
 from dtrain.storage.etcd.port import KeyValue
 
@@ -99,10 +99,14 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
     ) -> pb.SubmitReply:
         spec = self._operators.prepare(request.spec, request.request_id)
         warnings = self._warnings(spec)
+        store = spec.checkpoint.store or self._default_store
         if request.dry_run:
-            if store := spec.checkpoint.store or self._default_store:
+            if store:
                 probe(self._stores.get(store))
             return pb.SubmitReply(spec=codec.encode(spec), created=False, warnings=warnings)
+        # A store that refuses would refuse every checkpoint; one that is away may be back when it is needed.
+        if store and (why := probe_soon(self._stores.get(store))):
+            warnings.append(f"{why}: the job waits until its store can be used")
         done = self._operators.submit(spec)
         self._log.info("job submitted", job=done.spec.name, uid=done.spec.uid, created=done.created)
         return pb.SubmitReply(

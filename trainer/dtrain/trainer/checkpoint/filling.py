@@ -1,8 +1,10 @@
 """Stored chunks into memory: the bytes this rank needs, asked for once, each copied straight to its place."""
 
 import math
+import os
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,12 @@ from dtrain.trainer.checkpoint import regions
 from dtrain.trainer.checkpoint.dtypes import ITEM_BYTES, stored_dtype
 from dtrain.trainer.checkpoint.regions import Box, Run
 from dtrain.trainer.checkpoint.source import Range, Source
+
+FILLS_MAX = 3
+"""Bytes may lie where others can write to: what was copied while they changed is copied once more."""
+
+COPY_LANES = min(4, os.cpu_count() or 1)
+LANES_FROM_BYTES = 64 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,20 +101,46 @@ class Filling:
         Raises:
             Refused: RESTORE_FAILED.
         """
+        for _ in range(FILLS_MAX):
+            self._source.want(merged(Range(read.blob, read.offset, read.length) for read in self._reads))
+            self._copy()
+            if self._source.is_still_good():
+                self._reads = []
+                return
+        raise Refused(
+            ErrorCode.RESTORE_FAILED,
+            f"checkpoint {self._manifest.seq} changed {FILLS_MAX} times while it was read",
+        )
+
+    def _copy(self) -> None:
         import torch
 
-        self._source.want(merged(Range(read.blob, read.offset, read.length) for read in self._reads))
-        with torch.no_grad(), warnings.catch_warnings():
+        size_bytes = sum(read.length for read in self._reads)
+        on_cpu = all(read.tensor.device.type == "cpu" for read in self._reads)
+        # Ranks are given one thread for torch's own parallelism, and cores have nothing else to do here.
+        several = on_cpu and size_bytes >= LANES_FROM_BYTES and torch.get_num_threads() == 1
+        lanes = COPY_LANES if several else 1
+        with warnings.catch_warnings():
             # Read-only memory: torch cannot know that nothing here writes to it.
             warnings.simplefilter("ignore", UserWarning)
-            for read in self._reads:
-                stored = self._stored(read)
-                place = read.tensor
-                if tuple(place.shape) != read.box.shape:
-                    spans = zip(read.box.local, read.box.shape, strict=True)
-                    place = place[tuple(slice(at, at + size) for at, size in spans)]
-                place.copy_(stored)
-        self._reads = []
+            if lanes == 1:
+                for read in self._reads:
+                    self._copy_one(read)
+                return
+            with ThreadPoolExecutor(lanes, thread_name_prefix="fill") as pool:
+                for done in [pool.submit(self._copy_one, read) for read in self._reads]:
+                    done.result()
+
+    def _copy_one(self, read: _Read) -> None:
+        import torch
+
+        with torch.no_grad():  # of this thread
+            stored = self._stored(read)
+            place = read.tensor
+            if tuple(place.shape) != read.box.shape:
+                spans = zip(read.box.local, read.box.shape, strict=True)
+                place = place[tuple(slice(at, at + size) for at, size in spans)]
+            place.copy_(stored)
 
     def _covering(self, target: Target, box: Box, entry: TensorEntry) -> Iterator[_Read]:
         item = ITEM_BYTES[entry.dtype]
