@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dtrain.coordinator import config
+from dtrain.coordinator.api.checkpoints import CheckpointDesk
 from dtrain.coordinator.api.records import Operators
 from dtrain.coordinator.api.server import Server, waiting_slots
 from dtrain.coordinator.api.servicers import CoordinatorServicer, Identity
@@ -197,6 +198,7 @@ class Coordinator:
             Operators(etcd, settings.cluster, clock),
             self._channels,
             self._stores,
+            checkpoints=CheckpointDesk(etcd, settings.cluster, clock, self._worker.find_orphans),
             term=self._acting_term,
             waiting=waiting_slots(),
             default_store=settings.default_store,
