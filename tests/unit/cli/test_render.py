@@ -86,11 +86,11 @@ def test_get_coordinators() -> None:
 def test_get_checkpoints_combines_every_kind_of_record() -> None:
     job = records.group(reading(*running_job())).jobs["digits"]
     assert render.checkpoints(job, NOW).lines() == [
-        "SEQ   STEP   ATTEMPT   WORLD   SIZE     STATE       PINNED   AGE",
-        "2     –      –         –       –        Deleting             –",
-        "3     30     2         4       1.2 GB   Bad                  41s",
-        "4*    40     2         4       1.2 GB   Committed   yes      41s",
-        "5     50     3         4       –        Open                 2s",
+        "SEQ   STEP   ATTEMPT   WORLD   SIZE     STATE       PINNED   VERIFIED   AGE",
+        "2     –      –         –       –        Deleting                        –",
+        "3     30     2         4       1.2 GB   Bad                             41s",
+        "4*    40     2         4       1.2 GB   Committed   yes      7s         41s",
+        "5     50     3         4       –        Open                            2s",
     ]
 
 
