@@ -181,7 +181,20 @@ def test_json_has_the_fields_of_the_records() -> None:
     job = records.group(reading(*running_job())).jobs["digits"].as_json()
     assert (job["v"], job["kind"], job["name"]) == (1, "Job", "digits")
     assert set(job) == {
-        *("v", "kind", "name", "spec", "status", "latest", "checkpoints", "open", "bad", "garbage", "pins"),
+        *(
+            "v",
+            "kind",
+            "name",
+            "spec",
+            "status",
+            "latest",
+            "checkpoints",
+            "open",
+            "bad",
+            "garbage",
+            "pins",
+            "verified",
+        ),
         *("events", "workers"),
     }
     assert job["status"]["phase"] == "RUNNING"

@@ -130,7 +130,7 @@ def shelf(draft: Draft) -> Shelf:
 
 def surplus(draft: Draft) -> list[Stored[CommitRecord]]:
     """Commits that retention no longer keeps, oldest first."""
-    kept = why_kept(shelf(draft)).keys() | draft.job.pinned
+    kept = why_kept(shelf(draft))
     stale = [c for c in draft.job.commits if c.value.uid != draft.status.uid]
     return [c for c in stale + draft.commits() if c.value.seq not in kept]
 
