@@ -192,6 +192,7 @@ class CheckpointSection(_Strict):
     every_steps: Annotated[int, _integer(0)] = _CHECKPOINT.every_steps
     every_seconds: Annotated[float, _seconds()] = _CHECKPOINT.every_seconds
     keep_last: Annotated[int, _integer(1)] = _CHECKPOINT.keep_last
+    keep_every_steps: Annotated[int, _integer(0)] = _CHECKPOINT.keep_every_steps
     timeout: Annotated[float, _seconds(above_zero=True)] = _CHECKPOINT.timeout_s
     bandwidth_mb_s: Annotated[float, _megabytes()] = _CHECKPOINT.bandwidth_mb_s
 
@@ -254,6 +255,7 @@ def to_spec(model: JobModel, folder: Path) -> JobSpec:
             every_steps=model.checkpoint.every_steps,
             every_seconds=model.checkpoint.every_seconds,
             keep_last=model.checkpoint.keep_last,
+            keep_every_steps=model.checkpoint.keep_every_steps,
             timeout_s=model.checkpoint.timeout,
             bandwidth_mb_s=model.checkpoint.bandwidth_mb_s,
         ),
