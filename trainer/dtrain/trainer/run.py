@@ -13,13 +13,15 @@ from typing import Any
 from dtrain.protocol import ranklink
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused
 from dtrain.protocol.ids import Seq
-from dtrain.protocol.ranklink import Begin
+from dtrain.protocol.ranklink import Begin, RestorePlan
 from dtrain.trainer import process_group
 from dtrain.trainer.checkpoint import restore as restoring
-from dtrain.trainer.checkpoint import state
+from dtrain.trainer.checkpoint import plain, rng, state
 from dtrain.trainer.checkpoint.arena import Arena
 from dtrain.trainer.checkpoint.saver import Saver
+from dtrain.trainer.checkpoint.source import DemandSource, PlanSource
 from dtrain.trainer.link import EXIT_ATTEMPT_OVER, AgentLink, connect_from_env
+from dtrain.trainer.stateful import check_loader
 
 log = logging.getLogger("dtrain.trainer")
 
@@ -85,7 +87,8 @@ class Run:
 
         Modules (also wrapped in DDP), optimizers, schedulers and anything else
         with ``state_dict`` and ``load_state_dict``; tensors; dicts and lists of JSON
-        values that are changed in place. Random number generators need no mention.
+        values that are changed in place; generators of numpy, torch and ``random``.
+        The process's own random numbers need no mention.
 
         Raises:
             Refused: STATE_NOT_SAVABLE; an object of none of these kinds.
@@ -94,8 +97,10 @@ class Run:
         if self._restored:
             raise Refused(ErrorCode.USAGE, "track() comes before steps() and restore()")
         for name, thing in objects.items():
-            state.check_trackable(name, thing)
-            self._tracked[name] = thing
+            check_loader(name, thing)
+            found = rng.adopt(name, thing, self.rank, self.world_size)
+            state.check_trackable(name, found)
+            self._tracked[f"{name}/{self.rank}" if plain.is_per_rank(found) else name] = found
 
     def steps(self, total: int) -> Iterator[int]:
         """Restore, then yield the index of each step still to do, and see the job to its end.
@@ -227,8 +232,9 @@ class Run:
         self._leave_if_stopped()
         if plan is not None and plan.seq is not None:
             try:
-                restoring.load(plan, self._tracked, self.rank, self.world_size)
+                self._load(plan)
             except DtrainError as error:
+                self._leave_if_stopped()
                 log.error("%s", error)
                 self._session.restore_failed(Seq(plan.seq), str(error))
                 self._session.await_stop()
@@ -237,6 +243,11 @@ class Run:
         session = self._session
         process_group.meet(self.world_size, lambda: session.stop_reason is not None)
         self._leave_if_stopped()
+
+    def _load(self, plan: RestorePlan) -> None:
+        assert self._session is not None
+        source = DemandSource(plan, self._session) if plan.on_demand else PlanSource(plan)
+        restoring.load(source, self._tracked, self.rank, self.world_size)
 
     def _prepare(self) -> None:
         self._prepared = True

@@ -38,6 +38,9 @@ def connected(state: AgentState, event: RankConnected, out: list[Action]) -> Age
         sdk=True,
         plan_sent=False,
         wants_restore=False,
+        demands=hello.demands,
+        need=None,
+        have_sent=False,
     )
     out.append(RankMessage(event.connection, Welcome(True, bool(job.store))))
     saving.remind(job, rank, out)
@@ -64,6 +67,8 @@ def reported(
         restored=rank.restored or report.phase is not WorkerPhase.RESTORING,
         wants_restore=report.wants_restore,
         plan_sent=rank.plan_sent and report.wants_restore,
+        need=report.need,
+        have_sent=rank.have_sent and report.need == rank.need,
     )
     job = saving.heard(replace_rank(job, rank), rank, report, out)
     if report.restore_failed is not None:

@@ -4,9 +4,10 @@ import dataclasses
 
 from dtrain.agent.core.decisions import Action, RankMessage, TransferOrder
 from dtrain.agent.core.state import AgentState, JobState, LocalRank, Saving, UploadTry
-from dtrain.agent.transferring import CancelUpload, Upload
-from dtrain.protocol.commands import BeginCheckpoint
+from dtrain.agent.transferring import CancelUpload, KeepManifest, KeptBlob, Upload
+from dtrain.protocol.commands import BeginCheckpoint, ConfirmCheckpoint
 from dtrain.protocol.ids import Rank, Seq
+from dtrain.protocol.job import CheckpointPolicy
 from dtrain.protocol.ranklink import Begin, Outcome, Report, StopRank
 from dtrain.protocol.snapshot import DurablePart, SaveProblem
 
@@ -15,6 +16,9 @@ UPLOAD_TRIES_MAX = 3
 """Lives of the transfer process that one upload may outlast: it could be what kills it."""
 
 PROBLEM_CHARS_MAX = 500
+
+REASON_LEAD_S, REASON_LEAD_SHARE = 10.0, 0.25
+"""An upload that cannot end in time says why so much before its checkpoint's time is over."""
 
 
 def begin(job: JobState, command: BeginCheckpoint, out: list[Action]) -> JobState:
@@ -85,6 +89,7 @@ def order_uploads(state: AgentState, job: JobState, out: list[Action]) -> JobSta
         rest = tuple(t for t in job.uploads if (t.seq, t.rank) != (sealed.seq, rank.rank))
         job = dataclasses.replace(job, uploads=(*rest, UploadTry(sealed.seq, rank.rank, count)))
         world = job.prepare.world_size if job.prepare else 0
+        policy = job.prepare.spec.checkpoint if job.prepare else CheckpointPolicy()
         out.append(
             TransferOrder(
                 Upload(
@@ -97,18 +102,32 @@ def order_uploads(state: AgentState, job: JobState, out: list[Action]) -> JobSta
                     world=world,
                     step=sealed.step,
                     sealed=sealed,
+                    bandwidth_mb_s=policy.bandwidth_mb_s,
+                    patience_s=_patience_s(policy.timeout_s),
                 )
             )
         )
     return job
 
 
-def uploaded(job: JobState, part: DurablePart) -> JobState:
+def uploaded(job: JobState, part: DurablePart, kept: tuple[KeptBlob, ...] = ()) -> JobState:
     """A part is durable: report it, if it still belongs to a checkpoint in flight."""
+    if kept:
+        # What lay there before was written over by this snapshot.
+        others = (one for one in job.kept if not any(_overlap(one, new) for new in kept))
+        job = dataclasses.replace(job, kept=(*others, *kept))
     known = any(one.seq == part.seq and one.nonce == part.nonce for one in job.saving)
     if not known or part.attempt != job.attempt or _part(job, part.seq, part.rank):
         return job
     return dataclasses.replace(job, durable=(*job.durable, part))
+
+
+def _overlap(one: KeptBlob, other: KeptBlob) -> bool:
+    return (
+        one.path == other.path
+        and one.offset < other.offset + other.size_bytes
+        and other.offset < one.offset + one.size_bytes
+    )
 
 
 def upload_failed(job: JobState, seq: Seq, rank: Rank, message: str) -> JobState:
@@ -139,6 +158,13 @@ def settle(job: JobState, outcome: Outcome, out: list[Action]) -> JobState:
         outcomes=(*others, outcome)[-OUTCOMES_KEPT:],
         seq_over=max(job.seq_over, seq),
     )
+
+
+def keep_manifest(job: JobState, command: ConfirmCheckpoint, out: list[Action]) -> None:
+    """Have the committed manifest here: a restart on this machine then needs nothing of the store."""
+    held = any(one.seq == command.seq for one in job.saving)
+    if held and job.store and command.manifest and command.digest:
+        out.append(TransferOrder(KeepManifest(job.store, command.manifest, command.digest)))
 
 
 def drop(job: JobState, out: list[Action]) -> JobState:
@@ -173,6 +199,11 @@ def tell_all(job: JobState, message: Outcome | StopRank, out: list[Action]) -> N
 def replace_rank(job: JobState, rank: LocalRank) -> JobState:
     """The job with this rank replaced."""
     return dataclasses.replace(job, ranks=tuple(rank if one.rank == rank.rank else one for one in job.ranks))
+
+
+def _patience_s(timeout_s: float) -> float:
+    """How long an upload may wait for the store: nearly to the leader's deadline, which knows no reason."""
+    return timeout_s - min(REASON_LEAD_S, timeout_s * REASON_LEAD_SHARE)
 
 
 def _order(saving: Saving) -> Begin:

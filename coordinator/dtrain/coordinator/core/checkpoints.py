@@ -343,7 +343,8 @@ def _follow(draft: Draft, members: Sequence[Seat], stored: Stored[OpenRecord]) -
     elif draft.now >= deadline:
         missing = [rank for rank in range(record.world_size) if rank not in parts]
         late = f"ranks {_some(missing)} are not durable" if missing else "it could not be verified"
-        abort(draft, stored, f"{late} within {record.timeout_s:g} s")
+        why = f": {verdict.problem}" if verdict is not None and verdict.problem else ""
+        abort(draft, stored, f"{late} within {record.timeout_s:g} s{why}")
     else:
         draft.wake(deadline)
         if is_complete(parts, record):
@@ -578,7 +579,11 @@ def _tell(draft: Draft, agent: AgentName, seq: Seq, *, committed: bool) -> None:
     last = final_commit(draft)
     if committed:
         final = last is not None and last.seq == seq
-        draft.command(agent, ConfirmCheckpoint(draft.header(f"confirm.{seq}"), seq, final))
+        found = [*(stored.value for stored in draft.job.commits), *draft.committed]
+        record = next((one for one in found if one.seq == seq), None)
+        manifest, digest = (record.manifest, record.digest) if record else ("", "")
+        header = draft.header(f"confirm.{seq}")
+        draft.command(agent, ConfirmCheckpoint(header, seq, final, manifest, digest))
     else:
         why = f"checkpoint {seq} was aborted"
         draft.command(agent, AbortCheckpoint(draft.header(f"abort.{seq}"), seq, why))
