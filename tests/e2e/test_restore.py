@@ -6,12 +6,12 @@ import signal
 from collections.abc import Callable
 
 import pytest
-from tests.support.harness import Harness
+from tests.support.harness import LIMIT_S, Harness
 
 from dtrain.protocol.checkpoint import CommitRecord
 from dtrain.protocol.ids import JobName
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 def ask_for_checkpoint(harness: Harness, job: JobName, token: str) -> CommitRecord:
@@ -28,7 +28,7 @@ def test_restarts_on_the_same_machine_read_nothing_from_the_store(
     with Harness(tmp_path_factory.mktemp("s3"), store="s3", agents=1, agent_flags=flags) as harness:
         harness.await_ready()
         (agent,) = harness.cluster.agents
-        args = f"--steps 1000000 --pause-ms 10 --size 2500 --stop-file {harness.stop_file('near')}"
+        args = f"--steps 1000000 --pause-ms 10 --size 2100 --stop-file {harness.stop_file('near')}"
         job = harness.start("near", args, nnodes=1, every_steps=0)
         record = ask_for_checkpoint(harness, job, "one")
         folder = harness.cluster.folder
@@ -65,7 +65,7 @@ def test_restarts_on_the_same_machine_read_nothing_from_the_store(
         harness.stop_file(job).touch()
         harness.await_end(job)
         steps = int(harness.commits(job)[-1].step)
-        calm = harness.submit("calm", f"--steps {steps} --size 2500", nnodes=1, every_steps=0)
+        calm = harness.submit("calm", f"--steps {steps} --size 2100", nnodes=1, every_steps=0)
         harness.await_end(calm)
         assert harness.digests(calm) == harness.digests(job) != {}
         harness.assert_clean()
@@ -77,7 +77,7 @@ def crash(
     """Strike; the job must train again from the checkpoint, with all of it from one place."""
     attempt = harness.status(job).attempt
     strike()
-    status = harness.await_training(job, after_attempt=attempt)
+    status = harness.await_training(job, after_attempt=attempt, limit_s=2 * LIMIT_S)
     assert status.restore is not None
     assert (status.restore.seq, status.restore.step) == (record.seq, record.step)
     (snapshot,) = harness.snapshots(job).values()

@@ -294,7 +294,7 @@ class Harness:
             assert time.monotonic() < deadline, f"not in {limit_s:g} s: {what}{problem}\n{self._story()}"
             time.sleep(0.03)
 
-    def await_training(self, job: JobName, *, after_attempt: int = 0) -> JobStatus:
+    def await_training(self, job: JobName, *, after_attempt: int = 0, limit_s: float = LIMIT_S) -> JobStatus:
         """Wait until all ranks of an attempt after ``after_attempt`` have done a step."""
 
         def trains() -> JobStatus | None:
@@ -306,7 +306,8 @@ class Harness:
             moved = full and all(state.step > base for state in ranks.values())
             return status if status.attempt > after_attempt and moved else None
 
-        return self.until(f"{job} trains in an attempt after {after_attempt}", trains)  # type: ignore[return-value]
+        what = f"{job} trains in an attempt after {after_attempt}"
+        return self.until(what, trains, limit_s)  # type: ignore[return-value]
 
     def await_steps(self, job: JobName, more: int = 3) -> int:
         """Wait until the ranks have completed ``more`` steps from now."""

@@ -41,7 +41,8 @@ from dtrain.trainer.checkpoint.source import DemandSource, Range
 JOB, UID = JobName("j1"), Uid("u1")
 SIZE = CHUNK_BYTES * 5 // 2
 WHOLE = (ChunkSpan(0, 0, 3),)
-VALUES = (random.Random(1).randbytes(1 << 20) * 41)[: SIZE - 128]
+_MIB = random.Random(1).randbytes((1 << 20) - 8)
+VALUES = b"".join(struct.pack("<Q", number) + _MIB for number in range(SIZE >> 20))[: SIZE - 128]
 
 
 class Counting(MemoryBlobs):
