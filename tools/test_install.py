@@ -103,7 +103,7 @@ def sdk(place: Place, _version: str) -> None:
 
 def agent(place: Place, _version: str) -> None:
     """An agent's machine: torch for its ranks, S3 for its uploads."""
-    assert "--data-dir" in place.run("dtrain", "agent", "--help")
+    assert "--data-dir" in place.run("dtrain", "agent", "--help-settings")
     place.python("import torch, boto3, dtrain.agent.main, dtrain.agent.launcher")
     sdk(place, _version)
 

@@ -30,7 +30,7 @@ JOBS = Metric("dtrain_jobs", "gauge", "Jobs by phase, as this replica's copy of 
 AGENTS = Metric(
     "dtrain_agents",
     "gauge",
-    "Registered agents by state: ready, cordoned, or blocked by a problem. A lost one is not counted.",
+    "Registered agents by state: ready, cordoned, draining, blocked by a problem. Lost ones are not counted.",
     ("state",),
 )
 

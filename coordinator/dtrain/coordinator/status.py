@@ -30,6 +30,8 @@ from dtrain.storage.etcd.port import KeyValue
 COUNT_AGAIN_S = 5.0
 """However often somebody scrapes, records are counted no more often than this."""
 
+AGENT_STATES = ("ready", "cordoned", "draining", "blocked")
+
 
 class Status:
     """Reads one replica. ``loop_at`` and ``monotonic`` are of one clock; ``serves``: the API is open."""
@@ -140,7 +142,7 @@ class Status:
         return counts
 
     def _count_agents(self) -> dict[tuple[str, ...], float]:
-        counts: dict[tuple[str, ...], float] = {("ready",): 0.0, ("cordoned",): 0.0, ("blocked",): 0.0}
+        counts: dict[tuple[str, ...], float] = {(state,): 0.0 for state in AGENT_STATES}
         cordoned = {
             parsed.agent
             for kv in self._mirror.prefix(f"{self._keys.root}cordons/")
@@ -150,8 +152,7 @@ class Status:
             parsed = self._keys.parse(kv.key)
             if parsed is None or parsed.kind != "node":
                 continue
-            state = "cordoned" if parsed.agent in cordoned else "blocked" if _problem(kv) else "ready"
-            counts[state,] += 1
+            counts["cordoned" if parsed.agent in cordoned else _agent_state(kv),] += 1
         return counts
 
 
@@ -169,9 +170,12 @@ def _phase(kv: KeyValue) -> str:
         return ""
 
 
-def _problem(kv: KeyValue) -> str:
+def _agent_state(kv: KeyValue) -> str:
     try:
-        return codec.decode(NodeRecord, kv.value).problem
+        node = codec.decode(NodeRecord, kv.value)
     except DtrainError:
         # Of another version, perhaps: nothing is placed there.
-        return "unreadable"
+        return "blocked"
+    if node.draining is not None:
+        return "draining"
+    return "blocked" if node.problem else "ready"

@@ -6,7 +6,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 from tests.contract.etcd.support import eventually
 
@@ -17,7 +19,7 @@ from dtrain.runtime.clock import SystemClock
 from dtrain.storage.etcd.endpoints import parse_endpoint
 from dtrain.storage.etcd.lease_client import new_lease_id
 from dtrain.storage.etcd.port import Get, Put, Txn, put_if_absent
-from dtrain.storage.etcd.transport import OLDER_TERM_S, GatewayEtcd
+from dtrain.storage.etcd.transport import IDLE_S, OLDER_TERM_S, GatewayEtcd
 
 
 @contextlib.contextmanager
@@ -346,3 +348,37 @@ def test_the_environment_s_proxy_is_ignored(fresh_etcd: EtcdCluster, monkeypatch
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     with closing(*fresh_etcd.endpoints) as etcd:
         assert etcd.txn(PUT).succeeded
+
+
+def test_connections_to_members_that_nobody_turns_to_any_more_are_closed(three_members: EtcdCluster) -> None:
+    clock = Later()
+    members = {parse_endpoint(url).port: index for index, url in enumerate(three_members.endpoints)}
+
+    def connections() -> dict[object, int]:
+        found = psutil.Process().net_connections("tcp")
+        return {
+            one.laddr: members[one.raddr.port] for one in found if one.raddr and one.raddr.port in members
+        }
+
+    others = connections().keys()
+
+    def connected() -> list[int]:
+        return [member for own, member in connections().items() if own not in others]
+
+    etcd = GatewayEtcd(three_members.endpoints, clock=clock)
+    with ThreadPoolExecutor(1) as another_thread:
+        try:
+            another_thread.submit(etcd.range, "/x").result()
+            (first,) = connected()
+            three_members.freeze(first)
+            etcd.range("/x", deadline_s=5.0)
+            three_members.thaw(first)
+            another_thread.submit(etcd.range, "/x").result()
+            assert sorted(connected()).count(first) == 1, "a moment's trouble is no reason"
+            clock.ahead_s += IDLE_S + 1
+            another_thread.submit(etcd.range, "/x").result()
+            assert len(connected()) == 2
+            assert first not in connected()
+        finally:
+            three_members.thaw(first)
+            etcd.close()

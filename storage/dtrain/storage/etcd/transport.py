@@ -43,6 +43,9 @@ CONNECT_S = 0.5
 TRY_S_MIN = 1.0
 """A member gets at least this long to answer while others are left to ask."""
 
+IDLE_S = 30.0
+"""A connection that its thread has not used for so long is closed when it turns to another member."""
+
 RECHECK_S_MIN, RECHECK_S_MAX = 300.0, 600.0
 """With users, a watch is opened anew after so long: etcd checks permissions only then."""
 
@@ -376,8 +379,12 @@ class GatewayEtcd:
     def _client(self, endpoint: Endpoint) -> tuple[etcd3gw.Etcd3Client, Exchange]:
         clients: dict[Endpoint, tuple[_Session, etcd3gw.Etcd3Client, Exchange]]
         clients = self._local.__dict__.setdefault("clients", {})
+        now = self._clock.monotonic()
         for known in [known for known, (session, _, _) in clients.items() if session.retired]:
             del clients[known]
+        for known in [known for known in clients if known != endpoint]:
+            if now - clients[known][0].used_at > IDLE_S:
+                clients.pop(known)[0].close()
         if endpoint not in clients:
             _, tls_version = self._context(endpoint)
             exchange = Exchange(self._clock)
@@ -387,6 +394,7 @@ class GatewayEtcd:
                 endpoint.host, endpoint.port, endpoint.scheme, api_path="/v3/", session=session
             )
             clients[endpoint] = session, client, exchange
+        clients[endpoint][0].used_at = now
         return clients[endpoint][1:]
 
     def look_at_files(self) -> None:
@@ -521,6 +529,7 @@ class _Session(HttpSession):
         self.endpoint = endpoint
         self.tls_version = tls_version
         self.retired = False
+        self.used_at = 0.0
 
     def retire(self) -> None:
         """Close it, when a call that is under way has ended."""
