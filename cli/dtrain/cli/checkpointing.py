@@ -134,6 +134,14 @@ def verify(
         with opened(store_uri or pinned.store) as store, Progress(f"checkpoint {record.seq}") as progress:
             found = verifying.verify(store, record.manifest, record.digest, on_progress=progress)
         told = ""
+        if found.damages and record.seq not in reading.one(client, name)[0].commits:
+            # The pin was lost, to an etcd that was away for long, say, and retention went on.
+            raise Conflict(
+                ErrorCode.CONFLICT,
+                f"checkpoint {record.seq} of {name} was deleted while it was read",
+                cause=hold.lost,
+                fix=f"dtrain checkpoints list {name}",
+            )
         if found.damages and report:
             damage = found.damages[0]
             order = client.report_damage(

@@ -6,11 +6,28 @@ from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.support.builders import CLUSTER, JOB, Stage, check_decision, make_node, make_spec
+from tests.support.builders import CLUSTER, JOB, KEYS, Stage, check_decision, make_node, make_spec
 
 from dtrain.coordinator.core.plan import plan
-from dtrain.coordinator.core.views import AgentView, FleetView, JobView, Moment, Stored, Verdict
-from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord, Quarantine
+from dtrain.coordinator.core.views import (
+    AgentView,
+    Damage,
+    FleetView,
+    Inspection,
+    JobView,
+    Moment,
+    Stored,
+    Verdict,
+)
+from dtrain.protocol.checkpoint import (
+    CommitRecord,
+    Garbage,
+    Latest,
+    OpenRecord,
+    Order,
+    OrderKind,
+    Quarantine,
+)
 from dtrain.protocol.commands import Prepare, Start, Stop
 from dtrain.protocol.ids import (
     AgentName,
@@ -123,6 +140,22 @@ def verify(stage: Stage, ok: bool) -> None:
         stage.verify(ok=ok)
 
 
+def chosen_commit(stage: Stage, name: str) -> CommitRecord | None:
+    commits = stage.commits
+    return commits[AGENTS.index(name) % len(commits)] if commits else None
+
+
+def ask_to_delete(stage: Stage, name: str) -> None:
+    if commit := chosen_commit(stage, name):
+        order = Order(stage.spec.uid, OrderKind.DELETE, commit.seq)
+        stage.write(KEYS.order(JOB, f"o{stage.revision}"), order)
+
+
+def read_whole(stage: Stage, name: str, damage: Damage | None = None) -> None:
+    if commit := chosen_commit(stage, name):
+        stage.inspections[commit.seq, "all", "", 0] = Inspection(stage.now, damage)
+
+
 ACTIONS: dict[str, Callable[[Stage, str], Any]] = {
     "advance": advance,
     "advance more": advance,
@@ -145,6 +178,9 @@ ACTIONS: dict[str, Callable[[Stage, str], Any]] = {
     "cancel": lambda stage, name: stage.want(Wanted.CANCEL) if name == "c" else None,
     "brake on": lambda stage, _name: setattr(stage, "brake", "many agents vanished"),
     "brake off": lambda stage, _name: setattr(stage, "brake", ""),
+    "ask to delete": ask_to_delete,
+    "read whole": read_whole,
+    "rot": lambda stage, name: read_whole(stage, name, Damage("b", 0, "x", "y")),
     "free slots": lambda stage, _name: stage.forget_outcomes(),
     "unreachable": lambda stage, name: stage.unreachable.__setitem__(AgentName(name), stage.now),
     "cordon": lambda stage, name: stage.cordoned.symmetric_difference_update({AgentName(name)}),
