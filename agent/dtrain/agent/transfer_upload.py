@@ -4,25 +4,23 @@ Each chunk is hashed once, from the arena; the store confirms that hash, and the
 manifest carries it to every later reader.
 """
 
-import gzip
 import hashlib
 import mmap
 import os
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from dtrain.agent import rank_manifest
 from dtrain.agent.transferring import CancelUpload, TransferReport, Upload, Uploaded
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import (
     CHUNK_BYTES,
     MANIFEST_BYTES_MAX,
     BlobEntry,
-    ObjectEntry,
     RankManifest,
-    TensorEntry,
     blob_key,
     blob_prefix,
     job_root,
@@ -38,20 +36,10 @@ from dtrain.storage.blobs.port import BlobStore
 UPLOAD_DEADLINE_S = 60.0
 """How long one write to the store is retried: the leader's own deadline ends it anyway."""
 
-INDEX_BYTES_MAX = 128 * 1024 * 1024
 _CANCELLED_MAX = 1024
 _ATTEMPTS_MAX = 1000  # the deadline is the bound
 
 _log = log.get("transfer.upload")
-
-
-@dataclass(frozen=True, slots=True)
-class Index:
-    """The JSON behind a sealed blob, as ``ranklink.Sealed`` describes it."""
-
-    tensors: Mapping[str, TensorEntry]
-    objects: Mapping[str, ObjectEntry]
-    layout: str = ""
 
 
 @dataclass(slots=True)
@@ -127,7 +115,8 @@ class Uploader:
         )
         nonce = secrets.token_hex(8)
         with _Arena(order) as arena:
-            index = _read_index(arena.slice(sealed.index_offset, sealed.index_bytes))
+            with arena.slice(sealed.index_offset, sealed.index_bytes) as view:
+                index = bytes(view)
             blob = arena.slice(sealed.offset, sealed.size_bytes)
             parts = [blob[at : at + CHUNK_BYTES] for at in range(0, len(blob), CHUNK_BYTES)]
             try:
@@ -146,7 +135,7 @@ class Uploader:
             finally:
                 for view in (*parts, blob):
                     view.release()
-        manifest = RankManifest(
+        head = RankManifest(
             v=codec.VERSION,
             cluster=order.cluster,
             job=order.job,
@@ -158,12 +147,10 @@ class Uploader:
             rank=order.rank,
             world=order.world,
             blobs=(entry,),
-            tensors=index.tensors,
-            objects=index.objects,
-            layout=index.layout,
+            tensors={},
+            objects={},
         )
-        # Without a time in it: the same manifest is always the same bytes.
-        data = gzip.compress(codec.canonical(codec.to_json(manifest)), mtime=0)
+        data = rank_manifest.encode(head, index)
         if len(data) > MANIFEST_BYTES_MAX:
             raise Refused(
                 ErrorCode.STATE_NOT_SAVABLE,
@@ -237,8 +224,3 @@ class _Arena:
     def __exit__(self, *exc: object) -> None:
         # A view that an exception's traceback still holds only delays this.
         self._map = None
-
-
-def _read_index(view: memoryview) -> Index:
-    with view:
-        return codec.from_json(Index, codec.loads(bytes(view), bytes_max=INDEX_BYTES_MAX))
