@@ -253,7 +253,7 @@ class Run:
             log.warning("this state cannot be saved: %s", error)
 
     def _seal(self, begin: Begin, *, behind: bool = True) -> None:
-        """Take the snapshot; ``behind``: its bytes may be copied while training goes on, if that is set up."""
+        """Take the snapshot; ``behind``: its bytes may be copied while training goes on."""
         session = self._session
         assert session is not None
         began = time.perf_counter()

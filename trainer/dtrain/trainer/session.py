@@ -90,7 +90,7 @@ class Session:
         self._metrics = metrics
 
     def taking(self, begin: Begin) -> None:
-        """The snapshot is copied while training goes on: ``keep`` or ``give_up`` comes later, on any thread."""
+        """The snapshot is copied while training goes on; ``keep`` or ``give_up`` follows, on any thread."""
         with self._changed:
             if self._begin is not None and self._begin.seq == begin.seq:
                 self._begin = None

@@ -106,7 +106,9 @@ class Overlap:
             log.warning("snapshots are not copied under training: %s", error)
             return False
         guarded = self._hook(tracked)
-        now, first, later = [], [], []
+        now: list[tuple[Any, Any]] = []
+        first: list[tuple[Any, Any]] = []
+        later: list[tuple[Any, Any]] = []
         for target, source, on_device in zip(targets, sources, here, strict=True):
             group = now if not on_device else later if _memory_of(source) in guarded else first
             group.append((target, source))
