@@ -168,6 +168,9 @@ class RankManifest:
     objects: Mapping[str, ObjectEntry]
     layout: str = ""
     """Hash over names, dtypes, shapes and owners of the whole state: equal on all ranks."""
+    same: Mapping[str, str] = field(default_factory=dict)
+    """Digests by name of what this rank and others hold alike: of a replicated tensor,
+    or (``name#n``) of part ``n`` of a sharded one. Equal on all ranks that have it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from dtrain.trainer.checkpoint import restore as restoring
 from dtrain.trainer.checkpoint import state
 from dtrain.trainer.checkpoint.arena import Arena
 from dtrain.trainer.checkpoint.saver import Saver
+from dtrain.trainer.checkpoint.source import PlanSource
 from dtrain.trainer.link import EXIT_ATTEMPT_OVER, AgentLink, connect_from_env
 
 log = logging.getLogger("dtrain.trainer")
@@ -231,7 +232,7 @@ class Run:
         self._leave_if_stopped()
         if plan is not None and plan.seq is not None:
             try:
-                restoring.load(plan, self._tracked, self.rank, self.world_size)
+                restoring.load(PlanSource(plan), self._tracked, self.rank, self.world_size)
             except DtrainError as error:
                 log.error("%s", error)
                 self._session.restore_failed(Seq(plan.seq), str(error))

@@ -6,7 +6,7 @@ from typing import Any
 from dtrain.protocol import codec
 from dtrain.protocol.ids import Step
 from dtrain.protocol.ranklink import Begin, Sealed
-from dtrain.trainer.checkpoint import cuda, rng
+from dtrain.trainer.checkpoint import cuda, replicas, rng
 from dtrain.trainer.checkpoint.arena import Arena
 from dtrain.trainer.checkpoint.layout import Layout, Placed, Spec, plan
 from dtrain.trainer.checkpoint.walk import Shot, Walk
@@ -32,6 +32,7 @@ class Saver:
         self._walk = Walk(tracked, rank)
         self._specs: list[Spec] | None = None
         self._layout: Layout | None = None
+        self._replicas = replicas.Replicas(rank, world)
         self._entries = b""
         self._placed: list[tuple[int, Placed]] = []
         self._views: list[Any] = []
@@ -123,6 +124,8 @@ class Saver:
                     if item.block.size_bytes
                 ]
                 self._views = []
+                compared = replicas.wanted()
+                self._replicas.plan(shot.specs if compared else [], shot.tensors if compared else [])
                 self._entries = codec.canonical(
                     {name: codec.to_json(entry) for name, entry in self._layout.entries().items()}
                 )
@@ -133,9 +136,10 @@ class Saver:
         """The JSON behind the blob. Its parts are JSON already: a large state is not written out again."""
         names = sorted(shot.objects)
         objects = b",".join(b"%b:%b" % (codec.canonical(name), shot.objects[name]) for name in names)
-        return b'{"layout":%b,"objects":{%b},"tensors":%b}' % (
+        return b'{"layout":%b,"objects":{%b},"same":%b,"tensors":%b}' % (
             codec.canonical(layout.hash),
             objects,
+            codec.canonical(self._replicas.digests(shot.tensors)),
             self._entries,
         )
 
@@ -164,7 +168,4 @@ class Saver:
     def _sources(self, shot: Shot) -> list[Any]:
         """What goes into each view."""
         tensors = shot.tensors
-        return [
-            tensors[index] if item.block.whole else tensors[index][item.block.start : item.block.stop]
-            for index, item in self._placed
-        ]
+        return [item.block.of(tensors[index]) for index, item in self._placed]

@@ -12,12 +12,12 @@ import re
 import secrets
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dtrain.protocol import codec
-from dtrain.trainer.checkpoint import dtypes, state
+from dtrain.trainer.checkpoint import dtypes, sharded, state
 from dtrain.trainer.checkpoint.layout import Spec
 
 _MARK = f"hole-{secrets.token_hex(8)}-"
@@ -59,20 +59,23 @@ class Walk:
         parts: list[list[Spec]] = []
         tensors: list[Any] = []
         objects: dict[str, bytes] = {}
+        renamed = False
         for name, thing in self._tracked.items():
             # Once a capture: a state_dict may be a collective, or may have effects.
             value = state.value_of(thing)
             known = self._known.get(name)
-            found = known.again(value) if known is not None else None
+            # Names given out earlier decide over later ones, and all ranks must give out the same.
+            found = known.again(value) if known is not None and not renamed else None
             if known is None or found is None:
-                misses = known.misses + 1 if known is not None else 0
-                known = self._known[name] = _Known(misses)
-                found = known.encode(name, thing, value, self._rank)
+                before = known.specs if known is not None else None
+                known = self._known[name] = _Known(known.misses + 1 if known is not None else 0)
+                found = known.encode(name, thing, value, self._rank, _names(parts))
+                renamed = renamed or known.specs != before
             parts.append(known.specs)
             tensors += found
             objects[name] = known.text
         captured = state.capture({}, local, self._rank)
-        parts.append([_spec(leaf) for leaf in captured.leaves])
+        parts.append([leaf.spec for leaf in captured.leaves])
         tensors += [leaf.tensor for leaf in captured.leaves]
         objects |= {name: _entry(codec.canonical(value)) for name, value in captured.objects.items()}
         if not _same(parts, self._parts):
@@ -97,10 +100,10 @@ class _Known:
         self._holes: list[tuple[Any, Any]] = []
         self._pieces: list[bytes] = []
 
-    def encode(self, name: str, thing: Any, value: Any, rank: int) -> list[Any]:
+    def encode(self, name: str, thing: Any, value: Any, rank: int, names: Iterable[str]) -> list[Any]:
         """Take on the form of ``value``; return its tensors in the order of ``specs``."""
-        captured = state.capture({name: thing}, {}, rank, values={name: value})
-        self.specs = [_spec(leaf) for leaf in captured.leaves]
+        captured = state.capture({name: thing}, {}, rank, values={name: value}, names=names)
+        self.specs = [leaf.spec for leaf in captured.leaves]
         self._top = {"value": captured.objects[name]}
         self.text = _entry(codec.canonical(self._top["value"]))
         if self.misses < _PATIENCE:
@@ -245,19 +248,21 @@ class _Compiler:
         index = self._index.get(encoded.get("$tensor", ""))
         if index is None or "numpy" in encoded:
             raise _Unknown
-        if type(value) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        split = sharded.is_sharded(value)
+        held = value._local_tensor if split else value
+        if type(held) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
             raise _Unknown
         stored = self._leaves[index].tensor
         plain = set(encoded) == {"$tensor"}
         if plain and (stored.data_ptr(), stored.dtype, stored.shape) != (
-            value.data_ptr(),
-            value.dtype,
-            value.shape,
+            held.data_ptr(),
+            held.dtype,
+            held.shape,
         ):
             raise _Unknown
         self._picked.setdefault(index, (self._count, plain))
         self._count += 1
-        return _tensor(value)
+        return _shard(value) if split else _tensor(value)
 
 
 def _scalar(known: Any, container: Any, key: Any) -> _Check:
@@ -324,8 +329,29 @@ def _tensor(known: Any) -> _Check:
     return check
 
 
-def _spec(leaf: state.Leaf) -> Spec:
-    return Spec(leaf.name, leaf.dtype, tuple(leaf.tensor.shape), leaf.owner, leaf.local)
+def _shard(known: Any) -> _Check:
+    kind, mesh, placements, whole = type(known), known.device_mesh, known.placements, known.shape
+    part = _tensor(known._local_tensor)
+    # Empty parts have no address: what ties them is their storage.
+    storage = None if known._local_tensor.numel() else known._local_tensor.untyped_storage()._cdata
+
+    def check(value: Any, seen: _Seen) -> None:
+        if (
+            type(value) is not kind
+            or value.shape != whole
+            or value.placements != placements
+            or (value.device_mesh is not mesh and value.device_mesh != mesh)
+        ):
+            raise _Changed
+        part(value._local_tensor, seen)
+        if storage is not None and value._local_tensor.untyped_storage()._cdata != storage:
+            raise _Changed
+
+    return check
+
+
+def _names(parts: list[list[Spec]]) -> Iterable[str]:
+    return (spec.name for part in parts for spec in part)
 
 
 def _same(parts: list[list[Spec]], before: list[list[Spec]]) -> bool:
