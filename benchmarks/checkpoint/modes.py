@@ -111,9 +111,7 @@ class DcpAsyncReused(DcpAsync):
 
     def save(self, number: int) -> None:
         self._started(
-            dcp.async_save(
-                self._state, checkpoint_id=self._folder / str(number), async_stager=self._stager
-            )
+            dcp.async_save(self._state, checkpoint_id=self._folder / str(number), async_stager=self._stager)
         )
 
     def close(self) -> None:

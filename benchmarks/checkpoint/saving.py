@@ -105,7 +105,7 @@ class _Worker:
         return [own, *own.children()]
 
     def peak_bytes(self) -> int:
-        """One more save, watched: the most that it and its children have of their own, and what they share."""
+        """One more save, watched: the most that it and its children have as their own and share."""
         family = self.family()
         done = threading.Event()
         seen = [_own_bytes(family)]
