@@ -45,7 +45,7 @@ def _ours(steps: int, out: Path) -> None:
 
     run = trainer.join()
     run.track(state=_state())
-    session: Any = run._session  # noqa: SLF001 - the SDK has no need to tell a script
+    session: Any = run._session  # the SDK has no need to tell a script
     _train(run.steps(steps), lambda: session.report().sealed is not None, out)
 
 
