@@ -19,7 +19,7 @@ Node = dict[str, Any]
 """An encoded tensor: ``{"$tensor": name, ...}``."""
 
 
-def prepare(name: str, tracked: Any, encoded: Any, filling: Filling, rank: int) -> Callable[[], None]:
+def prepare(name: str, tracked: Any, encoded: Any, filling: Filling) -> Callable[[], None]:
     """Give every stored tensor of ``encoded`` its place; call the result once they are filled.
 
     Raises:
@@ -27,21 +27,21 @@ def prepare(name: str, tracked: Any, encoded: Any, filling: Filling, rank: int) 
     """
     inner = state.unwrap(tracked)
     if state.is_tensor(inner):
-        _in_place(inner, _node_of(name, encoded), name, filling, rank, must_fit=True)
+        _in_place(inner, _node_of(name, encoded), name, filling, must_fit=True)
         return lambda: None
     live: Any = None
     if state.is_module(inner):
         live = inner.state_dict()
-        if _fills_in_place(name, inner, live, encoded, filling, rank):
+        if _fills_in_place(name, inner, live, encoded, filling):
             return lambda: _tell_loaded(inner)
-    places = _Places(name, filling, rank)
+    places = _Places(name, filling)
     places.add_all(encoded, _like(inner, live, encoded))
     return lambda: state.apply(name, tracked, state.decode_nodes(encoded, places.filled))
 
 
-def prepare_plain(name: str, encoded: Any, filling: Filling, rank: int) -> Callable[[], Any]:
+def prepare_plain(name: str, encoded: Any, filling: Filling) -> Callable[[], Any]:
     """Like ``prepare`` for a value without an object; the result returns it."""
-    places = _Places(name, filling, rank)
+    places = _Places(name, filling)
     places.add_all(encoded, lambda _path: None)
     return lambda: state.decode_nodes(encoded, places.filled)
 
@@ -49,10 +49,9 @@ def prepare_plain(name: str, encoded: Any, filling: Filling, rank: int) -> Calla
 class _Places:
     """New memory for the tensors of one value."""
 
-    def __init__(self, name: str, filling: Filling, rank: int) -> None:
+    def __init__(self, name: str, filling: Filling) -> None:
         self._name = name
         self._filling = filling
-        self._rank = rank
         self._made: dict[int, Any] = {}
 
     def add_all(self, encoded: Any, like: Callable[[tuple[Any, ...]], Any]) -> None:
@@ -73,7 +72,7 @@ class _Places:
         if sharded.is_sharded(like) and _global_shape(entry, original) == tuple(like.shape):
             dtype = getattr(torch, original) if original else dtypes.stored_dtype(entry.dtype)
             made = sharded.empty_like(like, dtype)
-            _in_place(made, node, path, self._filling, self._rank, must_fit=True)
+            _in_place(made, node, path, self._filling, must_fit=True)
             return made
         fresh = torch.empty(entry.shape, dtype=dtypes.stored_dtype(entry.dtype))
         boxes = (regions.whole(entry.shape),) if fresh.numel() else ()
@@ -121,7 +120,7 @@ def _global_shape(entry: TensorEntry, original: str) -> tuple[int, ...]:
 
 
 def _in_place(
-    live: Any, node: Node, path: str, filling: Filling, rank: int, *, must_fit: bool, only_ask: bool = False
+    live: Any, node: Node, path: str, filling: Filling, *, must_fit: bool, only_ask: bool = False
 ) -> bool:
     """Fill ``live`` itself; False if it is not made for that, which ``must_fit`` forbids."""
     entry = filling.entry(node["$tensor"])
@@ -150,7 +149,7 @@ def _in_place(
         return True
     if spread:
         try:
-            piece = regions.held(sharded.spread(live, rank), entry.shape, rank)
+            piece = regions.held(sharded.spread(live, filling.rank), entry.shape, filling.rank)
         except ValueError as error:
             raise Refused(ErrorCode.RESTORE_FAILED, f"{path}: {error}") from error
         boxes = piece.boxes if piece is not None else ()
@@ -169,8 +168,8 @@ def _unfit(path: str, must_fit: bool) -> bool:
 # Modules ---------------------------------------------------------------------------
 
 
-def _fills_in_place(name: str, module: Any, live: Any, encoded: Any, filling: Filling, rank: int) -> bool:
-    """Fill the module through its state_dict; False, and nothing asked for, if load_state_dict has to do it."""
+def _fills_in_place(name: str, module: Any, live: Any, encoded: Any, filling: Filling) -> bool:
+    """Fill the module through its state_dict; False, and nothing done, if load_state_dict has to do it."""
     nodes = {path[0]: node for path, node in tensors(encoded) if len(path) == 1}
     if not _loads_plainly(module) or set(nodes) != set(live) or len(nodes) != _size(encoded):
         return False
@@ -179,7 +178,7 @@ def _fills_in_place(name: str, module: Any, live: Any, encoded: Any, filling: Fi
             if not state.is_tensor(live[key]):
                 return False
             path = f"{name}.{key}"
-            if not _in_place(live[key], node, path, filling, rank, must_fit=False, only_ask=only_ask):
+            if not _in_place(live[key], node, path, filling, must_fit=False, only_ask=only_ask):
                 return False
     return True
 
@@ -248,7 +247,7 @@ def _like(inner: Any, live: Any, encoded: Any) -> Callable[[tuple[Any, ...]], An
 
 
 def _by_parameter(optimizer: Any, encoded: Any) -> Callable[[tuple[Any, ...]], Any]:
-    """State of an optimizer is spread like the parameter it is of: before its first step it has none itself."""
+    """State of an optimizer is spread like its parameter: before the first step there is none to look at."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     # The optimizer's own numbering of parameters need not be that of the checkpoint.
     value = state.decode_nodes(encoded, lambda _node: None)

@@ -1,4 +1,4 @@
-"""Stored chunks into memory: which bytes this rank needs, asked for once, each copied straight to its place."""
+"""Stored chunks into memory: the bytes this rank needs, asked for once, each copied straight to its place."""
 
 import math
 import warnings
@@ -39,7 +39,8 @@ class _Read:
 class Filling:
     """Collects targets; ``fill`` reads for all of them."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, rank: int) -> None:
+        self.rank = rank
         self._source = source
         self._manifest: Manifest = source.manifest
         self._reads: list[_Read] = []

@@ -27,7 +27,7 @@ BLOCK_BYTES_MIN = 256 * 1024
 """Smaller parts are not cut to even out what the ranks write."""
 
 BLOCKS_PER_RANK = 32
-"""Into so many blocks the common state is cut at least: none weighs more than a few per cent of a rank's share."""
+"""Blocks that a rank gets at least of a state worth cutting: one weighs a few per cent of its share."""
 
 RULE = 2
 """How blocks are cut and given out. Part of the hash: ranks that follow another rule do not fit together."""
@@ -118,13 +118,13 @@ class Layout:
 
 
 def plan(specs: Sequence[Spec], rank: int, world: int, *, block_bytes: int | None = None) -> Layout:
-    """Lay out the state for ``rank`` of ``world``. ``block_bytes`` None: as the size of the state asks for."""
+    """Lay out the state for ``rank`` of ``world``; ``block_bytes`` None: as its size asks for."""
     if block_bytes is None:
         block_bytes = _block_bytes(specs, world)
-    mine = [
-        block for spec in specs if spec.local and spec.owner == rank for block in _blocks(spec, block_bytes)
-    ]
-    mine += _assigned([spec for spec in specs if not spec.local], rank, world, block_bytes)
+    shares = _Shares(rank, world, block_bytes)
+    for spec in specs:
+        shares.add(spec)
+    mine = shares.assigned()
     mine.sort(key=_place)
     header, data_bytes = _header(mine)
     placed = []
@@ -144,68 +144,68 @@ def _block_bytes(specs: Sequence[Spec], world: int) -> int:
     return min(BLOCK_BYTES_MAX, max(BLOCK_BYTES_MIN, total // (world * BLOCKS_PER_RANK)))
 
 
-def _assigned(specs: Sequence[Spec], rank: int, world: int, block_bytes: int) -> list[Block]:
-    """Blocks for ``rank``: what only it may write, and of the others those that fall to it.
+class _Shares:
+    """Gives blocks out: what only one rank has to that rank, the rest evenly."""
 
-    The longest first, to whoever has least of those that hold it.
-    """
-    loads = [0] * world
-    mine: list[Block] = []
-    free: list[tuple[Block, tuple[int, ...]]] = []
-    """With the ranks that hold it; none: all do."""
-    for spec in specs:
-        if spec.owner is not None and spec.spread is None:
-            loads[spec.owner % world] += spec.size_bytes
-            if spec.owner == rank:
-                mine.extend(_blocks(spec, block_bytes))
-        elif spec.spread is None:
-            free.extend((block, ()) for block in _blocks(spec, block_bytes))
-        else:
-            _sharded(spec, spec.spread, rank, block_bytes, loads, mine, free)
-    free.sort(key=lambda item: (-item[0].size_bytes, item[0].key))
-    queue = [(load, candidate) for candidate, load in enumerate(loads)]
-    heapq.heapify(queue)
-    for block, holders in free:
-        if holders:
-            chosen = min(holders, key=lambda candidate: (loads[candidate], candidate))
-        else:
-            while queue[0][0] != loads[queue[0][1]]:
-                heapq.heappop(queue)  # it has got more since
-            chosen = queue[0][1]
-        # Empty tensors count a little, or all of them would go to one rank.
-        loads[chosen] += max(1, block.size_bytes)
-        heapq.heappush(queue, (loads[chosen], chosen))
-        if chosen == rank:
-            mine.append(block)
-    return mine
+    def __init__(self, rank: int, world: int, block_bytes: int) -> None:
+        self._rank = rank
+        self._block_bytes = block_bytes
+        self._loads = [0] * world
+        self._mine: list[Block] = []
+        self._free: list[tuple[Block, tuple[int, ...]]] = []
+        """With the ranks that hold it; none: all do."""
 
-
-def _sharded(
-    spec: Spec,
-    spread: Spread,
-    rank: int,
-    block_bytes: int,
-    loads: list[int],
-    mine: list[Block],
-    free: list[tuple[Block, tuple[int, ...]]],
-) -> None:
-    """Sort the parts of a sharded tensor: held by one rank, or by several."""
-    if spec.size_bytes == 0:
-        # No rank has an element of it; one of them has to say that it exists.
-        first = min(min(group) for group in spread.groups)
-        if rank == first:
-            mine.append(Block(spec, spec.name, regions.whole(spec.shape), whole=True))
-        return
-    for piece in regions.pieces(spread, spec.shape):
-        if not piece.boxes or not piece.ranks:
-            continue
-        if len(piece.ranks) == 1:
-            (only,) = piece.ranks
-            loads[only] += piece.elements * ITEM_BYTES[spec.dtype]
-            if only == rank:
-                mine.extend(_of_piece(spec, piece, block_bytes))
+    def add(self, spec: Spec) -> None:
+        if spec.local:
+            # Of no weight: other ranks do not know of it and must come to the same result.
+            if spec.owner == self._rank:
+                self._mine.extend(_blocks(spec, self._block_bytes))
+        elif spec.spread is not None:
+            self._add_sharded(spec, spec.spread)
+        elif spec.owner is None:
+            self._free.extend((block, ()) for block in _blocks(spec, self._block_bytes))
         else:
-            free.extend((block, piece.ranks) for block in _of_piece(spec, piece, block_bytes))
+            self._loads[spec.owner % len(self._loads)] += spec.size_bytes
+            if spec.owner == self._rank:
+                self._mine.extend(_blocks(spec, self._block_bytes))
+
+    def _add_sharded(self, spec: Spec, spread: Spread) -> None:
+        if spec.size_bytes == 0:
+            # No rank has an element of it; one of them has to say that it exists.
+            if self._rank == min(min(group) for group in spread.groups):
+                self._mine.append(Block(spec, spec.name, regions.whole(spec.shape), whole=True))
+            return
+        for piece in regions.pieces(spread, spec.shape):
+            if not piece.boxes or not piece.ranks:
+                continue
+            # Of a buffer the first replica counts, as rank 0's does of one that is not sharded.
+            holders = piece.ranks if spec.owner is None else piece.ranks[:1]
+            if len(holders) > 1:
+                self._free.extend((block, holders) for block in _of_piece(spec, piece, self._block_bytes))
+                continue
+            self._loads[holders[0]] += piece.elements * ITEM_BYTES[spec.dtype]
+            if holders[0] == self._rank:
+                self._mine.extend(_of_piece(spec, piece, self._block_bytes))
+
+    def assigned(self) -> list[Block]:
+        """This rank's blocks. The longest go first, to whoever has least of those that hold it."""
+        loads, mine = self._loads, self._mine
+        self._free.sort(key=lambda item: (-item[0].size_bytes, item[0].key))
+        queue = [(load, candidate) for candidate, load in enumerate(loads)]
+        heapq.heapify(queue)
+        for block, holders in self._free:
+            if holders:
+                chosen = min(holders, key=lambda candidate: (loads[candidate], candidate))
+            else:
+                while queue[0][0] != loads[queue[0][1]]:
+                    heapq.heappop(queue)  # it has got more since
+                chosen = queue[0][1]
+            # Empty tensors count a little, or all of them would go to one rank.
+            loads[chosen] += max(1, block.size_bytes)
+            heapq.heappush(queue, (loads[chosen], chosen))
+            if chosen == self._rank:
+                mine.append(block)
+        return mine
 
 
 def _of_piece(spec: Spec, piece: regions.Piece, block_bytes: int) -> Iterator[Block]:

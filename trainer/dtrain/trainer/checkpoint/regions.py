@@ -28,7 +28,7 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What ``ranks`` hold alike: boxes without a common element. ``number`` tells pieces of a tensor apart."""
+    """What ``ranks`` hold alike, in boxes without a common element; piece ``number`` of its tensor."""
 
     number: int
     ranks: tuple[int, ...]

@@ -34,7 +34,7 @@ def wanted() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """Leaf ``index``, known to the leader as ``key``, whose sample lies at ``start`` of the scratch memory."""
+    """Leaf ``index``, called ``key`` in the index, whose sample lies at ``start`` of the scratch memory."""
 
     index: int
     key: str

@@ -24,10 +24,10 @@ def load(source: Source, tracked: Mapping[str, Any], rank: int, world: int) -> M
     """
     manifest = source.manifest
     try:
-        filling = Filling(source)
+        filling = Filling(source, rank)
         # First where everything goes, then all bytes at once, then what objects make of them.
-        finishers = [_prepare(name, thing, filling, rank) for name, thing in tracked.items()]
-        finishers.append(_prepare_rng(filling, rank, world))
+        finishers = [_prepare(name, thing, filling) for name, thing in tracked.items()]
+        finishers.append(_prepare_rng(filling, world))
         unused = [n for n in manifest.objects if n not in tracked and not n.startswith("rng/")]
         if unused:
             log.warning("checkpoint %d also holds %s, which is not tracked", manifest.seq, ", ".join(unused))
@@ -46,7 +46,7 @@ def load(source: Source, tracked: Mapping[str, Any], rank: int, world: int) -> M
     return manifest
 
 
-def _prepare(name: str, thing: Any, filling: Filling, rank: int) -> Callable[[], None]:
+def _prepare(name: str, thing: Any, filling: Filling) -> Callable[[], None]:
     manifest = filling.manifest
     entry = manifest.objects.get(name)
     if entry is None:
@@ -55,15 +55,15 @@ def _prepare(name: str, thing: Any, filling: Filling, rank: int) -> Callable[[],
             f"checkpoint {manifest.seq} has no state named {name}",
             fix="track the same names as when it was saved",
         )
-    return destinations.prepare(name, thing, entry.value, filling, rank)
+    return destinations.prepare(name, thing, entry.value, filling)
 
 
-def _prepare_rng(filling: Filling, rank: int, world: int) -> Callable[[], None]:
-    manifest = filling.manifest
+def _prepare_rng(filling: Filling, world: int) -> Callable[[], None]:
+    manifest, rank = filling.manifest, filling.rank
     if manifest.world != world:
         return lambda: rng.derive(rank, manifest.step, manifest.uid)
     own = {
-        name: destinations.prepare_plain(name, entry.value, filling, rank)
+        name: destinations.prepare_plain(name, entry.value, filling)
         for name, entry in manifest.objects.items()
         if name.startswith(rng.prefix(rank))
     }
