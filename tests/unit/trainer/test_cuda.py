@@ -271,8 +271,10 @@ def test_a_real_optimizer_joins_before_it_steps(monkeypatch: pytest.MonkeyPatch)
 
 def test_without_a_gpu_or_without_being_asked_there_is_no_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.overlap_for(None) is None
-    assert cuda.overlap_for(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     assert cuda.overlap_for(torch.device("cuda", 0)) is None
     monkeypatch.setenv(cuda.ENV_OVERLAP, "1")
-    assert cuda.overlap_for(torch.device("cpu")) is None
     assert cuda.overlap_for(torch.device("cuda", 0)) is not None
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert cuda.overlap_for(torch.device("cuda", 0)) is None

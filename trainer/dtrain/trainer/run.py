@@ -204,7 +204,9 @@ class Run:
         self._closed = True
         atexit.unregister(self.close)
         if self._saver is not None:
-            self._saver.close()
+            # A GPU that failed must not keep the last report from leaving.
+            with contextlib.suppress(Exception):
+                self._saver.close()
         if self._link is not None:
             self._link.close(_CLOSE_S)
         if self._owns_group:

@@ -67,15 +67,23 @@ def copy_and_wait(targets: Sequence[Any], sources: Sequence[Any]) -> None:
     """Copy every source into its target; all bytes are there when this returns."""
     import torch
 
-    _copy(targets, sources)
-    if any(source.is_cuda for source in sources):
+    if _copy(targets, sources):
         torch.cuda.synchronize()
 
 
 def overlap_for(device: Any) -> "Overlap | None":
-    """The means to copy under training; None where there is no GPU or nobody asked for it."""
-    if getattr(device, "type", "cpu") != "cuda" or os.environ.get(ENV_OVERLAP, "") != "1":
+    """The means to copy under training; None where no GPU is in use or nobody asked for it.
+
+    ``device``: of the rank; if it is no GPU, the current one of CUDA.
+    """
+    if os.environ.get(ENV_OVERLAP, "") != "1":
         return None
+    import torch
+
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):  # type: ignore[no-untyped-call]
+        return None
+    if getattr(device, "type", "cpu") != "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
     return Overlap(TorchStreams(device))
 
 
@@ -222,11 +230,18 @@ def _copy_pairs(pairs: Sequence[tuple[Any, Any]]) -> None:
         _copy([target for target, _ in pairs], [source for _, source in pairs])
 
 
-def _copy(targets: Sequence[Any], sources: Sequence[Any]) -> None:
+def _copy(targets: Sequence[Any], sources: Sequence[Any]) -> bool:
+    """Copy, or queue copies from a GPU; True if there was any of those."""
     import torch
 
     if not targets:
-        return
+        return False
+    on_gpu = any(source.is_cuda for source in sources)
     with torch.no_grad():
-        # One call: for small tensors the loop in Python costs more than their bytes.
-        torch._foreach_copy_(list(targets), list(sources), non_blocking=True)
+        if on_gpu:
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking=True)
+        else:
+            # One call: for small tensors the loop in Python costs more than their bytes.
+            torch._foreach_copy_(list(targets), list(sources))
+    return on_gpu
