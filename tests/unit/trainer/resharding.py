@@ -6,6 +6,7 @@ a full gather of the saved state gave. Nothing but the transport is missing: byt
 go from the arena through the leader's merge into a ``Source`` without agents.
 """
 
+import gzip
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from dtrain.agent.transfer_upload import Index
+from dtrain.agent import rank_manifest as rank_manifests
 from dtrain.coordinator.core.manifest import merge
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import CHUNK_BYTES, BlobEntry, Manifest, OpenRecord, RankManifest
@@ -236,13 +237,14 @@ def seal_and_merge(tracked: Mapping[str, Any], rank: int, world: int) -> tuple[M
 
 def rank_manifest(sealed: Sealed, memory: bytes, rank: int, world: int) -> RankManifest:
     text = memory[sealed.index_offset : sealed.index_offset + sealed.index_bytes]
-    index = codec.from_json(Index, codec.loads(text, bytes_max=1 << 28))
     digests = ("00",) * -(-sealed.size_bytes // CHUNK_BYTES)
     blob = BlobEntry(f"{rank}.st", Rank(rank), sealed.size_bytes, "00", digests)
-    return RankManifest(
+    head = RankManifest(
         1, pipeline.CLUSTER, pipeline.JOB, pipeline.UID, sealed.seq, Attempt(1), sealed.nonce, sealed.step,
-        Rank(rank), world, (blob,), index.tensors, index.objects, index.layout, index.same,
+        Rank(rank), world, (blob,), {}, {},
     )  # fmt: skip
+    data = gzip.decompress(rank_manifests.encode(head, bytes(text)))
+    return codec.decode(RankManifest, data, bytes_max=1 << 28)
 
 
 def matrix(rank: int, every: list[Way]) -> int:

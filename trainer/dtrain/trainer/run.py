@@ -13,10 +13,10 @@ from typing import Any
 from dtrain.protocol import ranklink
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused
 from dtrain.protocol.ids import Seq
-from dtrain.protocol.ranklink import Begin, RestorePlan
+from dtrain.protocol.ranklink import Begin, RestorePlan, Sealed
 from dtrain.trainer import process_group
-from dtrain.trainer.checkpoint import restore as restoring
 from dtrain.trainer.checkpoint import plain, rng, state
+from dtrain.trainer.checkpoint import restore as restoring
 from dtrain.trainer.checkpoint.arena import Arena
 from dtrain.trainer.checkpoint.saver import Saver
 from dtrain.trainer.checkpoint.source import DemandSource, PlanSource
@@ -170,7 +170,7 @@ class Run:
             begin = self._session.await_end(self._step)
             if begin is None:
                 break
-            self._seal(begin)
+            self._seal(begin, behind=False)
         self._leave_if_stopped()
 
     def report(self, **metrics: float) -> None:
@@ -207,6 +207,10 @@ class Run:
             return  # a forked worker leaves to the rank what is the rank's
         self._closed = True
         atexit.unregister(self.close)
+        if self._saver is not None:
+            # A GPU that failed must not keep the last report from leaving.
+            with contextlib.suppress(Exception):
+                self._saver.close()
         if self._link is not None:
             self._link.close(_CLOSE_S)
         if self._owns_group:
@@ -223,6 +227,8 @@ class Run:
         if not self._prepared:
             # After the first step, as optimizers have no state before it.
             self._prepare()
+        elif self._saver is not None:
+            self._saver.join()
         if begin is not None:
             self._seal(begin)
 
@@ -259,32 +265,50 @@ class Run:
             # Training goes on; each checkpoint that is asked for will say the same.
             log.warning("this state cannot be saved: %s", error)
 
-    def _seal(self, begin: Begin) -> None:
-        assert self._session is not None
+    def _seal(self, begin: Begin, *, behind: bool = True) -> None:
+        """Take the snapshot; ``behind``: its bytes may be copied while training goes on."""
+        session = self._session
+        assert session is not None
         began = time.perf_counter()
         try:
             saver = self._make_saver()
             if saver is None:
-                self._session.give_up(begin, "this rank has no memory for snapshots (DTRAIN_ARENA_FD)")
+                session.give_up(begin, "this rank has no memory for snapshots (DTRAIN_ARENA_FD)")
                 return
-            sealed = saver.seal(begin)
+            # Where the rank stays at this step anyway there is nothing to copy behind.
+            if not (behind and begin.hold_s == 0 and self._seal_behind(saver, begin)):
+                session.keep(saver.seal(begin))
         except Exception as error:  # noqa: BLE001
             # A failed save never stops training, whatever a state_dict of the script raised.
             log.warning("no snapshot at step %d: %s", begin.step, error)
-            self._session.give_up(begin, f"{type(error).__name__}: {error}"[:500])
+            session.give_up(begin, _said(error))
             return
         self._metrics["checkpoint_stall_s"] = time.perf_counter() - began
-        self._session.set_metrics(dict(self._metrics))
-        self._session.keep(sealed)
+        session.set_metrics(dict(self._metrics))
         if begin.hold_s > 0:
-            self._session.await_outcome(begin.seq, begin.hold_s)
+            session.await_outcome(begin.seq, begin.hold_s)
+
+    def _seal_behind(self, saver: Saver, begin: Begin) -> bool:
+        session = self._session
+        assert session is not None
+
+        def done(sealed: Sealed, error: Exception | None) -> None:
+            # Not before: a snapshot that is announced may be uploaded at once, and outlive this process.
+            if error is None:
+                session.keep(sealed)
+            else:
+                log.warning("no snapshot at step %d: %s", begin.step, error)
+                session.give_up(begin, _said(error))
+
+        return saver.seal_behind(begin, done, lambda: session.taking(begin))
 
     def _make_saver(self) -> Saver | None:
         if self._saver is None:
             fd = os.environ.get(ranklink.ENV_ARENA_FD)
             if not fd:
                 return None
-            self._saver = Saver(self._tracked, self.rank, self.world_size, Arena(int(fd)))
+            arena = Arena(int(fd))
+            self._saver = Saver(self._tracked, self.rank, self.world_size, arena, self._device)
         return self._saver
 
     def _leave_if_stopped(self) -> None:
@@ -292,3 +316,7 @@ class Run:
             assert self._session is not None
             sys.stderr.write(f"dtrain: {self._session.stop_reason}; the rank leaves at step {self._step}\n")
             raise SystemExit(EXIT_ATTEMPT_OVER)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]

@@ -50,6 +50,7 @@ class Session:
         self._asked = 0
         self._have: Have | None = None
         self._begin: Begin | None = None
+        self._taking: Begin | None = None
         self._settled_seq = -1
         self._final: Outcome | None = None
         self._checkpoints: bool | None = None
@@ -82,8 +83,10 @@ class Session:
                 return None
             if begin.step < step:
                 self._refuse(begin, late=True, message=f"step {step} is completed already")
-            elif self._sealed is not None:
-                self._refuse(begin, late=False, message=f"checkpoint {self._sealed.seq} is still being saved")
+            elif self._sealed is not None or self._taking is not None:
+                held = self._sealed or self._taking
+                assert held is not None
+                self._refuse(begin, late=False, message=f"checkpoint {held.seq} is still being saved")
             else:
                 return begin
         self._wake()
@@ -92,10 +95,17 @@ class Session:
     def set_metrics(self, metrics: Mapping[str, float]) -> None:
         self._metrics = metrics
 
+    def taking(self, begin: Begin) -> None:
+        """The snapshot is copied while training goes on; ``keep`` or ``give_up`` follows, on any thread."""
+        with self._changed:
+            if self._begin is not None and self._begin.seq == begin.seq:
+                self._begin = None
+            self._taking = begin
+
     def keep(self, sealed: Sealed) -> None:
         """The snapshot is frozen: it stays so until its outcome is known."""
         with self._changed:
-            self._begin = None
+            self._end_taking(sealed.seq)
             if sealed.seq > self._settled_seq:
                 self._sealed = sealed
                 if self._problem is not None and self._problem.seq <= sealed.seq:
@@ -105,7 +115,9 @@ class Session:
     def give_up(self, begin: Begin, message: str) -> None:
         """The snapshot could not be taken; training goes on."""
         with self._changed:
-            self._refuse(begin, late=False, message=message)
+            self._end_taking(begin.seq)
+            if begin.seq > self._settled_seq:
+                self._refuse(begin, late=False, message=message)
         self._wake()
 
     def is_held(self, seq: Seq) -> bool:
@@ -189,7 +201,7 @@ class Session:
                 self._refuse(begin, late=False, message=f"training ended at step {step}")
             while self._final is None and self._checkpoints is not False and self._stop is None:
                 # With the slot still held, the outcome of what is in it comes first.
-                if self._begin is not None and self._sealed is None:
+                if self._begin is not None and self._sealed is None and self._taking is None:
                     return self._begin
                 self._changed.wait(_WAIT_S)
             if self._stop is None:
@@ -238,6 +250,7 @@ class Session:
         if (
             begin.seq <= self._settled_seq
             or (self._begin is not None and self._begin.seq == begin.seq)
+            or (self._taking is not None and self._taking.seq == begin.seq)
             or (self._sealed is not None and self._sealed.seq == begin.seq)
             or (self._problem is not None and self._problem.seq == begin.seq)
         ):
@@ -262,6 +275,13 @@ class Session:
             self._problem = None
         if outcome.final:
             self._final = outcome
+
+    def _end_taking(self, seq: Seq) -> None:
+        if self._taking is not None and self._taking.seq == seq:
+            self._taking = None
+        if self._begin is not None and self._begin.seq <= seq:
+            self._begin = None
+        self._changed.notify_all()
 
     def _refuse(self, begin: Begin, *, late: bool, message: str) -> None:
         self._begin = None
