@@ -162,7 +162,7 @@ class Site:
     def upload(self, seq: int) -> list[DurablePart]:
         """What the transfer processes of both ranks do."""
         reports: list[TransferReport] = []
-        uploader = Uploader(lambda _uri: LocalBlobs(self.root), reports.append, deadline_s=5.0)
+        uploader = Uploader(lambda _uri: LocalBlobs(self.root), reports.append)
         for rank in range(WORLD):
             fd = os.memfd_create("sealed")
             try:

@@ -15,8 +15,8 @@ from dtrain.protocol.errors import DtrainError, ErrorCode, Refused
 from dtrain.protocol.ids import Seq
 from dtrain.protocol.ranklink import Begin, RestorePlan
 from dtrain.trainer import process_group
-from dtrain.trainer.checkpoint import restore as restoring
 from dtrain.trainer.checkpoint import plain, rng, state
+from dtrain.trainer.checkpoint import restore as restoring
 from dtrain.trainer.checkpoint.arena import Arena
 from dtrain.trainer.checkpoint.saver import Saver
 from dtrain.trainer.checkpoint.source import DemandSource, PlanSource
