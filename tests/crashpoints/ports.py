@@ -197,7 +197,8 @@ class EdgeEtcd:
         return result
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+        """Whatever else the port has, from the model itself."""
+        return getattr(self._inner._reach(), name)
 
 
 def _verb(one: Put | Delete) -> str:
