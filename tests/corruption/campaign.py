@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from dtrain.agent.transferring import Fetched, FetchFailed
 from dtrain.protocol.errors import DtrainError
@@ -256,11 +257,17 @@ class FlipsArena:
     def uri(self) -> str:
         return self._inner.uri
 
-    def put(self, key: str, parts: Sequence[bytes | memoryview], *, chunk_crcs: Sequence[int]) -> BlobInfo:
+    def put(
+        self, key: str, parts: Sequence[bytes | memoryview], *, chunk_crcs: Sequence[int], **more: Any
+    ) -> BlobInfo:
         if self._flip is not None:
+            tuple(chunk_crcs)  # computed when first looked at: now
             flip, self._flip = self._flip, None
             _flip_at(*flip)
-        return self._inner.put(key, parts, chunk_crcs=chunk_crcs)
+        return self._inner.put(key, parts, chunk_crcs=chunk_crcs, **more)
+
+    def get_into(self, key: str, offset: int, buffer: Any) -> None:
+        self._inner.get_into(key, offset, buffer)
 
     def get(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
         return self._inner.get(key, offset=offset, length=length)

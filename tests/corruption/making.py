@@ -174,7 +174,7 @@ def upload(store: BlobStore, order: Upload) -> DurablePart:
         DtrainError: it did not become so.
     """
     reports: list[TransferReport] = []
-    Uploader(lambda _uri: store, reports.append, deadline_s=10.0).run(order)
+    Uploader(lambda _uri: store, reports.append).run(order)
     (report,) = reports
     assert isinstance(report, Uploaded), report
     return report.part

@@ -118,9 +118,11 @@ class EdgeStore:
     def uri(self) -> str:
         return self._inner.uri
 
-    def put(self, key: str, parts: Sequence[bytes | memoryview], *, chunk_crcs: Sequence[int]) -> BlobInfo:
+    def put(
+        self, key: str, parts: Sequence[bytes | memoryview], *, chunk_crcs: Sequence[int], **more: Any
+    ) -> BlobInfo:
         def call() -> BlobInfo:
-            return self._inner.put(key, parts, chunk_crcs=chunk_crcs)
+            return self._inner.put(key, parts, chunk_crcs=chunk_crcs, **more)
 
         info: BlobInfo = self._edges.cross(self._owner, "put", key, call)
         return info
@@ -195,7 +197,8 @@ class EdgeEtcd:
         return result
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+        """Whatever else the port has, from the model itself."""
+        return getattr(self._inner._reach(), name)
 
 
 def _verb(one: Put | Delete) -> str:
@@ -310,7 +313,7 @@ class Transfer(SimTransfer):
         cluster: Any = machine.cluster
         self.store: Any = EdgeStore(cluster.edges, "transfer", cluster.store)
         self._end = end
-        self._uploader = Uploader(lambda _uri: self.store, self._report, deadline_s=5.0)
+        self._uploader = Uploader(lambda _uri: self.store, self._report)
 
     def order(self, order: TransferOrder) -> None:
         if isinstance(order, CancelUpload):
