@@ -8,8 +8,9 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 
-PIECE_BYTES = 256 * 1024
-"""What leaves between two looks at the pace: small enough for a smooth cap, and for a slow line's timeout."""
+PIECE_BYTES = 1024 * 1024
+"""What leaves between two looks at the pace: small enough for a smooth cap and for a slow line's timeout,
+large enough that lanes do not spend their time on taking turns."""
 
 PATIENCE_S = 60.0
 
