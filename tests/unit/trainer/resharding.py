@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from tests.unit.trainer import pipeline
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from dtrain.agent.transfer_upload import Index
@@ -31,7 +32,7 @@ from dtrain.protocol.checkpoint import CHUNK_BYTES, BlobEntry, Manifest, OpenRec
 from dtrain.protocol.errors import Refused
 from dtrain.protocol.ids import Attempt, Rank, Seq, Step, Term
 from dtrain.protocol.ranklink import Begin, Sealed
-from dtrain.trainer.checkpoint import restore
+from dtrain.trainer.checkpoint import restore, state
 from dtrain.trainer.checkpoint.arena import Arena
 from dtrain.trainer.checkpoint.saver import Saver
 from dtrain.trainer.checkpoint.source import Range, chunks_of
@@ -207,20 +208,24 @@ def local(value: torch.Tensor) -> torch.Tensor:
 
 
 def save(way: Way, training: Training, rank: int) -> tuple[Manifest, list[memoryview]]:
-    """What agents and the leader would make of it; everyone gets the result."""
+    return seal_and_merge(training.tracked(), rank, way.ranks)
+
+
+def seal_and_merge(tracked: Mapping[str, Any], rank: int, world: int) -> tuple[Manifest, list[memoryview]]:
+    """What agents and the leader would make of the state of the first ranks; everyone gets the result."""
     mine: list[Any] = [None]
-    if rank < way.ranks:
+    if rank < world:
         arena = Arena(os.memfd_create("arena"))
-        sealed = Saver(training.tracked(), rank, way.ranks, arena).seal(Begin(Seq(1), "n", Step(7)))
+        sealed = Saver(tracked, rank, world, arena).seal(Begin(Seq(1), "n", Step(7)))
         memory = bytes(memoryview(arena.memory)[: sealed.index_offset + sealed.index_bytes])
         mine = [(sealed, memory)]
     every: list[Any] = [None] * WORLD
     dist.all_gather_object(every, mine[0])
     parts, blobs = [], []
-    for number, (sealed, memory) in enumerate(every[: way.ranks]):
-        parts.append(rank_manifest(sealed, memory, number, way.ranks))
+    for number, (sealed, memory) in enumerate(every[:world]):
+        parts.append(rank_manifest(sealed, memory, number, world))
         blobs.append(memoryview(memory)[: sealed.size_bytes])
-    record = OpenRecord(Term(1), pipeline.UID, Seq(1), Attempt(1), Step(7), "n", way.ranks, 60.0)
+    record = OpenRecord(Term(1), pipeline.UID, Seq(1), Attempt(1), Step(7), "n", world, 60.0)
     manifest = merge(
         cluster=pipeline.CLUSTER, job=pipeline.JOB, uid=pipeline.UID, record=record, parts=parts, parent=None,
         created="",
@@ -300,6 +305,83 @@ def differing(rank: int, every: Mapping[str, Way]) -> None:
         assert told in refused, f"{name}: rank 2 holds other values, and it was said: {refused!r}"
 
 
+class Average:
+    """An object of a user's own whose state is made of DTensors, as averaged weights are."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def state_dict(self) -> Any:
+        return {"list": [self.value], "n": 1}
+
+    def load_state_dict(self, state: Any) -> None:
+        (self.value,) = state["list"]
+
+
+ODD = {
+    "zero": torch.tensor(3.5),
+    "nothing": torch.empty(0, 4),
+    "columns": torch.arange(21, dtype=torch.float32).view(3, 7),
+    "complex": torch.complex(torch.arange(10.0).view(5, 2), -torch.arange(10.0).view(5, 2)),
+    "bf16": torch.arange(33, dtype=torch.bfloat16).view(11, 3),
+    "bool": torch.tensor([True, False, True]),
+}
+
+
+def odd_ones(rank: int, meshes: Mapping[str, DeviceMesh]) -> None:
+    """Any dtype and placement, tracked by itself, in a dict and in a user's object; on to another mesh."""
+
+    def spread(mesh: str, placements: list[Any]) -> dict[str, Any]:
+        def one(tensor: torch.Tensor) -> Any:
+            # Dimensions that a tensor lacks cannot be cut.
+            able = [
+                p if isinstance(p, Replicate) or p.dim < tensor.dim() else Replicate() for p in placements
+            ]
+            return distribute_tensor(tensor.clone(), meshes[mesh], able)
+
+        made: dict[str, Any] = {name: one(tensor) for name, tensor in ODD.items()}
+        return {**made, "dict": {"in": [one(ODD["columns"])]}, "user": Average(one(ODD["columns"]))}
+
+    def values(tracked: dict[str, Any]) -> dict[str, torch.Tensor]:
+        plain = {name: tracked[name].full_tensor() for name in ODD}
+        inner = {"dict": tracked["dict"]["in"][0], "user": tracked["user"].value}
+        assert all(isinstance(value, DTensor) for value in inner.values())
+        return {**plain, **{name: value.full_tensor() for name, value in inner.items()}}
+
+    layouts: list[tuple[str, list[Any]]] = [
+        ("2x2", [Shard(0), Shard(1)]),
+        ("2x2", [Shard(1), Shard(1)]),
+        ("4", [Shard(0)]),
+        ("2x2", [Replicate(), Shard(0)]),
+    ]
+    for mesh, placements in layouts:
+        manifest, blobs = seal_and_merge(spread(mesh, placements), rank, WORLD)
+        for other, other_placements in layouts:
+            blank = spread(other, other_placements)
+            with torch.no_grad():
+                for tensor in (*(blank[name] for name in ODD), blank["dict"]["in"][0], blank["user"].value):
+                    local(tensor).zero_()
+            restore.load(BytesSource(manifest, blobs), blank, rank, WORLD)
+            expected = {**ODD, "dict": ODD["columns"], "user": ODD["columns"]}
+            for name, tensor in values(blank).items():
+                assert tensor.dtype == expected[name].dtype
+                assert torch.equal(tensor, expected[name]), f"{name}: {mesh} -> {other}"
+
+
+def refusals(rank: int, meshes: Mapping[str, DeviceMesh]) -> None:
+    """What cannot be saved is refused with its path."""
+    mesh = meshes["4"]
+    partial = DTensor.from_local(torch.ones(2), mesh, [Partial()], run_check=False)
+    # Torch would cut ten rows into 3, 3, 3 and 1.
+    strange = DTensor.from_local(
+        torch.ones((2, 2, 2, 4)[rank], 2), mesh, [Shard(0)], run_check=False, shape=torch.Size((10, 2)),
+        stride=(2, 1),
+    )  # fmt: skip
+    for value, told in ((partial, "cannot save x.sum: it is P"), (strange, "cannot save x.sum: its part on")):
+        with pytest.raises(Refused, match=told):
+            state.capture({"x": {"sum": value}}, {}, rank)
+
+
 def stored_bytes(manifest: Manifest) -> int:
     """Of the module and its optimizer."""
     entries = [e for name, e in manifest.tensors.items() if name.startswith(("net.", "optimizer."))]
@@ -332,6 +414,8 @@ def main(rank: int, port: int, report: Path) -> None:
     named = {way.name: way for way in every}
     done: dict[str, Any] = {}
     try:
+        odd_ones(rank, meshes)
+        refusals(rank, meshes)
         differing(rank, named)
         reads_only_its_part(rank, named)
         done["pairs"] = matrix(rank, every)

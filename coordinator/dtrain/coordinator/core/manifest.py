@@ -131,8 +131,8 @@ def _refusal(record: OpenRecord, problems: Sequence[str]) -> Refused:
     return Refused(
         ErrorCode.RANKS_DISAGREE,
         f"checkpoint {record.seq}: {told}" + (f"; and {more} more problems" if more > 0 else ""),
-        fix="state under one name must be equal on all ranks; give per-rank state a per-rank name; where ranks "
-        "do not compute bit for bit alike, set DTRAIN_CHECK_REPLICAS=off in the job's env",
+        fix="state under one name must be equal on all ranks; give per-rank state a per-rank name; "
+        "where ranks do not compute bit for bit alike, set DTRAIN_CHECK_REPLICAS=off in the job's env",
     )
 
 

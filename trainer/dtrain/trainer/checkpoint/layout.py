@@ -10,6 +10,7 @@ aligned to its own size.
 import hashlib
 import heapq
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -154,6 +155,8 @@ class _Shares:
         self._mine: list[Block] = []
         self._free: list[tuple[Block, tuple[int, ...]]] = []
         """With the ranks that hold it; none: all do."""
+        self._alike: Counter[tuple[Spread, tuple[int, ...], int]] = Counter()
+        """How many tensors of one form are cut into parts of one rank each: they weigh the same."""
 
     def add(self, spec: Spec) -> None:
         if spec.local:
@@ -175,6 +178,13 @@ class _Shares:
             if self._rank == min(min(group) for group in spread.groups):
                 self._mine.append(Block(spec, spec.name, regions.whole(spec.shape), whole=True))
             return
+        if regions.is_partition(spread, spec.shape):
+            # What most tensors of a large job are: looking at all ranks' parts of each would take seconds.
+            self._alike[spread, spec.shape, ITEM_BYTES[spec.dtype]] += 1
+            own = regions.held(spread, spec.shape, self._rank)
+            if own is not None:
+                self._mine.extend(_of_piece(spec, own, self._block_bytes))
+            return
         for piece in regions.pieces(spread, spec.shape):
             if not piece.boxes or not piece.ranks:
                 continue
@@ -190,6 +200,10 @@ class _Shares:
     def assigned(self) -> list[Block]:
         """This rank's blocks. The longest go first, to whoever has least of those that hold it."""
         loads, mine = self._loads, self._mine
+        for (spread, shape, item_bytes), count in self._alike.items():
+            for piece in regions.pieces(spread, shape):
+                if piece.ranks:
+                    loads[piece.ranks[0]] += piece.elements * item_bytes * count
         self._free.sort(key=lambda item: (-item[0].size_bytes, item[0].key))
         queue = [(load, candidate) for candidate, load in enumerate(loads)]
         heapq.heapify(queue)

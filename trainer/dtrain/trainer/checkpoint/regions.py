@@ -97,6 +97,12 @@ def pieces(spread: Spread, shape: Shape) -> tuple[Piece, ...]:
     return tuple(found)
 
 
+@functools.lru_cache(maxsize=4096)
+def is_partition(spread: Spread, shape: Shape) -> bool:
+    """True if no element is held by two ranks."""
+    return all(len(piece.ranks) <= 1 for piece in pieces(spread, shape))
+
+
 def held(spread: Spread, shape: Shape, rank: int) -> Piece | None:
     """The piece that ``rank`` holds; None if it has no part in the mesh."""
     return _by_rank(spread, shape).get(rank)
