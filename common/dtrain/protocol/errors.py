@@ -69,6 +69,7 @@ class ErrorCode(StrEnum):
     RESTORE_FAILED = "DT-6001"
     STATE_NOT_SAVABLE = "DT-6002"
     RANKS_DISAGREE = "DT-6003"
+    CHECKPOINT_ABORTED = "DT-6004"
 
     BUG = "DT-9000"
 

@@ -6,24 +6,33 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dtrain.protocol import ranklink
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused
 from dtrain.protocol.ids import Seq
-from dtrain.protocol.ranklink import Begin
+from dtrain.protocol.ranklink import Begin, Sealed
 from dtrain.trainer import process_group
 from dtrain.trainer.checkpoint import restore as restoring
 from dtrain.trainer.checkpoint import state
 from dtrain.trainer.checkpoint.arena import Arena
 from dtrain.trainer.checkpoint.saver import Saver
 from dtrain.trainer.link import EXIT_ATTEMPT_OVER, AgentLink, connect_from_env
+from dtrain.trainer.session import Session
+
+if TYPE_CHECKING:
+    from dtrain.trainer.dcp.reader import Reader
+    from dtrain.trainer.dcp.writer import Writer
+
+Wait = Literal["snapshotted", "durable", "committed"]
 
 log = logging.getLogger("dtrain.trainer")
 
 METRICS_MAX = 64
+_NO_ARENA = "this rank has no memory for snapshots (DTRAIN_ARENA_FD)"
 _CLOSE_S = 2.0
 
 
@@ -57,6 +66,10 @@ class Run:
         self._owns_group = False
         self._tracked: dict[str, Any] = {}
         self._saver: Saver | None = None
+        self._arena: Arena | None = None
+        self._arena_lock = threading.Lock()
+        """Held while a snapshot is copied: a save that is over may still be copying when the next begins."""
+        self._through_dcp = False
         self._step = 0
         self._restored = False
         self._prepared = False
@@ -93,6 +106,8 @@ class Run:
         """
         if self._restored:
             raise Refused(ErrorCode.USAGE, "track() comes before steps() and restore()")
+        if self._through_dcp:
+            raise _mixed()
         for name, thing in objects.items():
             state.check_trackable(name, thing)
             self._tracked[name] = thing
@@ -136,22 +151,88 @@ class Run:
         self._due = self._session.complete(step) if self._session is not None else None
         return self._due is not None
 
-    def save(self, step: int) -> None:
-        """Take the snapshot that ``should_checkpoint(step)`` asked for. A failure is reported, not raised.
+    def save(self, step: int, wait: Wait | None = None) -> int | None:
+        """Take a snapshot of the state after ``step`` steps; all ranks call it for the same step.
+
+        After ``should_checkpoint(step)`` was true, without ``wait``, it answers that: it returns
+        None, and a failure is reported, not raised. Otherwise the script itself asks for a
+        checkpoint, and the number of it is returned
+
+        * ``"snapshotted"``: as soon as the state is copied; what becomes of it is among the job's events,
+        * ``"durable"``: once this rank's part is in the store,
+        * ``"committed"`` (the default): once the checkpoint exists.
+
+        It waits for the other ranks, and for an earlier checkpoint that is still being saved,
+        as long as one checkpoint may take at most. In the body of ``steps`` it is
+        ``save(step)`` before the step is done, ``save(step + 1)`` after.
 
         Raises:
-            Refused: USAGE; no snapshot is wanted at this step. The coordinator
-                chooses one step for all ranks; ask it with ``dtrain checkpoint JOB``.
+            Refused: CHECKPOINT_ABORTED; it was aborted, with the reason, or the job has no
+                store. Training may go on.
+                STATE_NOT_SAVABLE; the state has a part that cannot be saved.
+                USAGE; there is no job, or the step is behind.
+            TimedOut: WAIT_TIMED_OUT; it may still be committed.
         """
         begin = self._due
-        if begin is None or begin.step != step:
-            raise Refused(
-                ErrorCode.USAGE,
-                f"no checkpoint is wanted at step {step}",
-                fix="call it only if should_checkpoint(step) is true; `dtrain checkpoint JOB` asks for one",
-            )
+        if begin is not None and begin.step == step and wait is None:
+            self._due = None
+            self._seal(begin)
+            return None
+        if wait not in (None, "snapshotted", "durable", "committed"):
+            raise Refused(ErrorCode.USAGE, f"wait is {wait!r}, not snapshotted, durable or committed")
+        if self._through_dcp:
+            raise _mixed()
+        session = self._begin_save(step)
         self._due = None
-        self._seal(begin)
+        ask, begin = session.ask(step)
+        try:
+            session.keep(self._snapshot(begin))
+        except Exception as error:
+            session.give_up(begin, _sentence(error))
+            if isinstance(error, DtrainError):
+                raise
+            message = f"no snapshot at step {step}: {_sentence(error)}"
+            raise Refused(ErrorCode.STATE_NOT_SAVABLE, message) from error
+        if wait != "snapshotted":
+            session.await_answer(ask, durable=wait == "durable")
+        return begin.seq
+
+    def dcp_writer(self, step: int, wait: Wait = "committed") -> "Writer":
+        """The ``storage_writer`` of one ``dcp.save`` or ``dcp.async_save``: it makes a checkpoint of dtrain.
+
+        ``step``: steps completed in the state that is given to it. ``wait``: when ``dcp.save``
+        returns, or the future of ``async_save`` is done; as in ``save``.
+
+        Raises:
+            Refused: USAGE; there is no job, the step is behind, or state is tracked as well.
+        """
+        from dtrain.trainer.dcp.writer import Writer
+
+        if self._tracked:
+            raise _mixed()
+        self._through_dcp = True
+        return Writer(self._begin_save(step), self.rank, self.world_size, step, wait, self._lock_arena)
+
+    def dcp_reader(self) -> "Reader":
+        """The ``storage_reader`` for ``dcp.load``: the checkpoint that this attempt starts from, verified.
+
+        Load before ``steps`` or ``restore``, which let go of what was fetched. ``exists`` is
+        false where there is none yet.
+
+        Raises:
+            Refused: USAGE; there is no job, or it comes too late.
+        """
+        from dtrain.trainer.dcp.reader import Reader
+
+        if self._session is None:
+            raise _no_job("nothing can be loaded")
+        if self._restored:
+            raise Refused(ErrorCode.USAGE, "dcp_reader() comes before steps(), restore() and saves")
+        if not self._tracked:
+            self._through_dcp = True
+        plan = self._session.await_plan()
+        self._leave_if_stopped()
+        return Reader(plan)
 
     def finish(self) -> None:
         """Announce that training has ended here, and wait for its last checkpoint.
@@ -160,6 +241,10 @@ class Run:
         there is no agent or the job keeps no checkpoints.
         """
         if self._session is None:
+            return
+        if self._through_dcp:
+            # What is saved, the script has saved; a checkpoint of nothing must not become the newest.
+            self._leave_if_stopped()
             return
         while True:
             begin = self._session.await_end(self._step)
@@ -215,7 +300,7 @@ class Run:
         if self._session is None:
             return
         begin = self._session.complete(step)
-        if not self._prepared:
+        if not self._prepared and not self._through_dcp:
             # After the first step, as optimizers have no state before it.
             self._prepare()
         if begin is not None:
@@ -250,30 +335,63 @@ class Run:
 
     def _seal(self, begin: Begin) -> None:
         assert self._session is not None
-        began = time.perf_counter()
         try:
-            saver = self._make_saver()
-            if saver is None:
-                self._session.give_up(begin, "this rank has no memory for snapshots (DTRAIN_ARENA_FD)")
-                return
-            sealed = saver.seal(begin)
+            if self._through_dcp:
+                raise _mixed()
+            sealed = self._snapshot(begin)
         except Exception as error:  # noqa: BLE001
             # A failed save never stops training, whatever a state_dict of the script raised.
             log.warning("no snapshot at step %d: %s", begin.step, error)
-            self._session.give_up(begin, f"{type(error).__name__}: {error}"[:500])
+            self._session.give_up(begin, _sentence(error))
             return
-        self._metrics["checkpoint_stall_s"] = time.perf_counter() - began
-        self._session.set_metrics(dict(self._metrics))
         self._session.keep(sealed)
         if begin.hold_s > 0:
             self._session.await_outcome(begin.seq, begin.hold_s)
 
+    def _begin_save(self, step: int) -> Session:
+        """Check that the script may save this step, and count it."""
+        if self._session is None:
+            raise _no_job(f"no checkpoint is wanted at step {step}")
+        if step < self._step:
+            raise Refused(ErrorCode.USAGE, f"step {step} is behind: {self._step} steps are completed")
+        self.restore()
+        self._step = step
+        # A snapshot that is due here of itself gives way to the one that the script asks for.
+        self._session.complete(step)
+        return self._session
+
+    def _snapshot(self, begin: Begin) -> Sealed:
+        began = time.perf_counter()
+        saver = self._make_saver()
+        if saver is None:
+            raise Refused(ErrorCode.STATE_NOT_SAVABLE, _NO_ARENA)
+        with self._arena_lock:
+            sealed = saver.seal(begin)
+        self._metrics["checkpoint_stall_s"] = time.perf_counter() - began
+        assert self._session is not None
+        self._session.set_metrics(dict(self._metrics))
+        return sealed
+
+    @contextlib.contextmanager
+    def _lock_arena(self) -> Iterator[Arena]:
+        arena = self._open_arena()
+        if arena is None:
+            raise Refused(ErrorCode.STATE_NOT_SAVABLE, _NO_ARENA)
+        with self._arena_lock:
+            yield arena
+
+    def _open_arena(self) -> Arena | None:
+        fd = os.environ.get(ranklink.ENV_ARENA_FD)
+        if self._arena is None and fd:
+            self._arena = Arena(int(fd))
+        return self._arena
+
     def _make_saver(self) -> Saver | None:
         if self._saver is None:
-            fd = os.environ.get(ranklink.ENV_ARENA_FD)
-            if not fd:
+            arena = self._open_arena()
+            if arena is None:
                 return None
-            self._saver = Saver(self._tracked, self.rank, self.world_size, Arena(int(fd)))
+            self._saver = Saver(self._tracked, self.rank, self.world_size, arena)
         return self._saver
 
     def _leave_if_stopped(self) -> None:
@@ -281,3 +399,24 @@ class Run:
             assert self._session is not None
             sys.stderr.write(f"dtrain: {self._session.stop_reason}; the rank leaves at step {self._step}\n")
             raise SystemExit(EXIT_ATTEMPT_OVER)
+
+
+def _sentence(error: Exception) -> str:
+    return (error.message if isinstance(error, DtrainError) else f"{type(error).__name__}: {error}")[:500]
+
+
+def _no_job(what: str) -> Refused:
+    return Refused(
+        ErrorCode.USAGE,
+        f"{what}: this script was not started by dtrain",
+        fix="start it with `dtrain run` or `dtrain submit`",
+    )
+
+
+def _mixed() -> Refused:
+    return Refused(
+        ErrorCode.USAGE,
+        "a script either tracks state or saves it through torch.distributed.checkpoint, at its own steps",
+        fix="one checkpoint holds everything: put what is tracked into the state given to dcp.save, "
+        "and set every_steps and every_seconds to 0",
+    )
