@@ -11,7 +11,7 @@ from pathlib import Path
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.ids import AgentName, ClusterName, parse_name
 from dtrain.runtime.addresses import bracketed, is_wildcard, towards
-from dtrain.runtime.config import ETCD, EtcdOptions, Setting, etcd_options, parse, switch
+from dtrain.runtime.config import ETCD, EtcdOptions, Setting, etcd_options, parse, size, switch
 from dtrain.runtime.serving import check_listen
 from dtrain.runtime.tls import TLS, TlsFiles, tls_files
 
@@ -26,6 +26,12 @@ SETTINGS = (
     Setting("health-listen", "address for probes and metrics, plain HTTP: host:port (default: none)", ""),
     Setting("slots", "ranks this machine can run at once (default: its GPUs, else 1)", None, int),
     Setting("data-dir", "journal, sockets and logs (default: ~/.local/state/dtrain/<cluster>/<name>)", ""),
+    Setting(
+        "cache-size",
+        "room for copies of checkpoints in the data directory, such as 200GB; 0: none are kept",
+        0,
+        size,
+    ),
     Setting("ttl", "seconds that a silent agent is trusted; 5 is the fast profile", 10, int),
     Setting("allow-short-ttl", "tests only: a TTL below 5 seconds", False, switch),
     Setting("orphan-grace", "seconds that ranks live on without an agent", 600.0, float),
@@ -77,6 +83,8 @@ class Config:
     tls: TlsFiles | None = None
     health_listen: str = ""
     accept_restored_etcd: bool = False
+    cache_bytes: int = 0
+    """Copies of checkpoints kept here, so that a restart need not read the store: at most so much."""
 
     def __post_init__(self) -> None:
         least = TTL_S_MIN_SHORT if self.allow_short_ttl else TTL_S_MIN
@@ -143,6 +151,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         tls=tls_files(values),
         health_listen=values["health-listen"],
         accept_restored_etcd=values["accept-restored-etcd"],
+        cache_bytes=values["cache-size"],
     )
 
 

@@ -127,7 +127,10 @@ class Agent:
         self._server = AgentServer(settings.listen, self._tls)
         self.address = settings.advertised(self._server.port)
         self._launchers = Launchers(self._post)
-        self._transfers = Transfers(self._post)
+        self._transfers = Transfers(
+            self._post,
+            ("--cache-dir", str(data_dir / "checkpoints"), "--cache-bytes", str(settings.cache_bytes)),
+        )
         life = secrets.token_hex(8)
         self._reporter = Reporter(
             etcd,

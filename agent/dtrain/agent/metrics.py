@@ -18,5 +18,11 @@ SLOTS = Metric("dtrain_agent_slots", "gauge", "Ranks that this machine can run a
 RANKS = Metric(
     "dtrain_agent_ranks", "gauge", "Ranks on this machine by state, living or not yet let go.", ("state",)
 )
+RESTORED = Metric(
+    "dtrain_agent_restored_bytes_total",
+    "counter",
+    "Bytes of checkpoints verified for restarts, by source: snapshots in memory here, the cache, the store.",
+    ("source",),
+)
 
-METRICS = (REGISTERED, LINK, LOOP_AGE, SLOTS, RANKS)
+METRICS = (REGISTERED, LINK, LOOP_AGE, SLOTS, RANKS, RESTORED)

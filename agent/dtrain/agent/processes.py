@@ -7,7 +7,7 @@ events, tagged with the job and submission it is about.
 import contextlib
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from dtrain.agent.core.events import Event, LauncherReported, TransferReported
 from dtrain.agent.launch import processes as proc
@@ -79,8 +79,8 @@ class Launchers:
 class Transfers:
     """``driver.TransferPort`` on ``TransferClient``. Used by the driver's thread."""
 
-    def __init__(self, post: Post) -> None:
-        self._client = TransferClient(lambda report: post(TransferReported(report)))
+    def __init__(self, post: Post, arguments: Sequence[str] = ()) -> None:
+        self._client = TransferClient(lambda report: post(TransferReported(report)), arguments)
         self._running = False
 
     def send(self, order: TransferOrder) -> None:

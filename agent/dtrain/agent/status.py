@@ -10,6 +10,7 @@ The thread of the port calls these; all that they read is published by others.
 from collections.abc import Callable
 
 from dtrain.agent import metrics
+from dtrain.agent.core import transfers
 from dtrain.agent.core.state import AgentState, LinkState
 from dtrain.protocol.snapshot import WorkerPhase
 from dtrain.runtime.metrics import Samples, exposition
@@ -78,4 +79,5 @@ class Status:
             metrics.LOOP_AGE: {(): max(0.0, self._monotonic() - self._loop_at())},
             metrics.SLOTS: {(): float(self._slots)},
             metrics.RANKS: ranks,
+            metrics.RESTORED: {(name,): float(state.restored.get(name, 0)) for name, _ in transfers.TIERS},
         }

@@ -6,6 +6,7 @@ doing. Everything it leaves behind then is an unfinished blob without a commit
 record, which the collector takes away.
 """
 
+import argparse
 import ctypes
 import os
 import signal
@@ -13,16 +14,20 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import IO
 
 from dtrain.agent import lines
+from dtrain.agent.transfer_cache import Cache
 from dtrain.agent.transfer_fetch import Fetcher
 from dtrain.agent.transfer_upload import Uploader
 from dtrain.agent.transferring import (
     ORDERS,
     CancelUpload,
+    Demand,
     Fetch,
     FetchFailed,
+    KeepManifest,
     ReleaseFetch,
     TransferOrder,
     TransferReport,
@@ -36,6 +41,9 @@ from dtrain.storage.blobs.port import BlobStore
 
 UPLOADS_AT_ONCE = 4
 FETCHES_AT_ONCE = 2
+DEMANDS_AT_ONCE = 64
+"""Each of a rank of this machine that waits; the work itself is bounded by checkpoint."""
+
 _PR_SET_PDEATHSIG = 1
 
 _log = log.get("transfer")
@@ -44,10 +52,17 @@ _log = log.get("transfer")
 class Transfer:
     """Runs orders on a few threads; reports through ``emit``, which must be thread-safe."""
 
-    def __init__(self, emit: Callable[[TransferReport], None], stores: Callable[[str], BlobStore]) -> None:
+    def __init__(
+        self,
+        emit: Callable[[TransferReport], None],
+        stores: Callable[[str], BlobStore],
+        cache: Cache | None = None,
+    ) -> None:
         self._emit = emit
-        self._uploader = Uploader(stores, emit)
-        self._fetcher = Fetcher(stores, emit)
+        self._cache = cache or Cache()
+        self._uploader = Uploader(stores, emit, cache=self._cache)
+        self._fetcher = Fetcher(stores, emit, cache=self._cache)
+        self._demands = ThreadPoolExecutor(DEMANDS_AT_ONCE, thread_name_prefix="demand")
         self._uploads = ThreadPoolExecutor(UPLOADS_AT_ONCE, thread_name_prefix="upload")
         self._fetches = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch")
 
@@ -57,10 +72,15 @@ class Transfer:
             self._uploads.submit(self._upload, order)
         elif isinstance(order, CancelUpload):
             self._uploader.cancel(order)
+            self._uploads.submit(self._aside, self._cache.forget, order.uid, order.seq)
         elif isinstance(order, Fetch):
             self._fetches.submit(self._fetch, order)
+        elif isinstance(order, Demand):
+            self._demands.submit(self._demand, order)
+        elif isinstance(order, KeepManifest):
+            self._uploads.submit(self._aside, self._fetcher.keep_manifest, order)
         elif isinstance(order, ReleaseFetch):
-            self._fetcher.release(order.id)
+            self._demands.submit(self._aside, self._fetcher.release(order.id))
 
     def _upload(self, order: Upload) -> None:
         try:
@@ -77,6 +97,23 @@ class Transfer:
             if not isinstance(error, DtrainError):
                 _log.exception("fetch_failed", job=order.job, seq=order.seq)
             self._emit(FetchFailed(order.id, _sentence(error)))
+
+    def _demand(self, order: Demand) -> None:
+        try:
+            self._fetcher.demand(order)
+        except Exception as error:  # noqa: BLE001 - every order gets an answer, bugs included
+            if not isinstance(error, DtrainError):
+                _log.exception("demand_failed", fetch=order.id, rank=order.rank)
+            self._emit(FetchFailed(order.id, _sentence(error)))
+
+    def _aside(self, work: Callable[..., None], *arguments: object) -> None:
+        """What nobody waits for an answer to."""
+        try:
+            work(*arguments)
+        except DtrainError as error:
+            _log.info("left_undone", work=work.__name__, error=_sentence(error))
+        except Exception:  # noqa: BLE001 - the thread is needed for the next order
+            _log.exception("left_undone", work=work.__name__)
 
 
 class Stores:
@@ -104,7 +141,7 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def serve(orders: IO[bytes], reports: IO[bytes]) -> None:
+def serve(orders: IO[bytes], reports: IO[bytes], cache: Cache | None = None) -> None:
     """Work until ``orders`` ends."""
     lock = threading.Lock()
 
@@ -116,13 +153,17 @@ def serve(orders: IO[bytes], reports: IO[bytes]) -> None:
             except OSError:
                 os._exit(0)  # nobody reads any more
 
-    transfer = Transfer(emit, Stores())
+    transfer = Transfer(emit, Stores(), cache)
     for line in orders:
         transfer.handle(lines.decode(ORDERS, line))
 
 
 def main() -> None:
     """Run the process; never returns normally."""
+    parser = argparse.ArgumentParser(prog="python -m dtrain.agent.transfer")
+    parser.add_argument("--cache-dir", type=Path)
+    parser.add_argument("--cache-bytes", type=int, default=0)
+    arguments = parser.parse_args()
     _die_with_parent()
     log.configure(component="transfer")
     # Whatever a library prints must not end up among the reports.
@@ -130,7 +171,7 @@ def main() -> None:
     os.dup2(2, 1)
     code = 0
     try:
-        serve(sys.stdin.buffer, reports)
+        serve(sys.stdin.buffer, reports, Cache(arguments.cache_dir, arguments.cache_bytes))
     except KeyboardInterrupt:
         pass
     except Exception:  # noqa: BLE001 - said, and the exit status tells the agent

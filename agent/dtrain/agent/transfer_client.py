@@ -5,7 +5,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import IO
 
 from dtrain.agent import lines
@@ -26,8 +26,9 @@ class TransferClient:
     until ``start`` is called again.
     """
 
-    def __init__(self, on_report: Callable[[TransferReport], None]) -> None:
+    def __init__(self, on_report: Callable[[TransferReport], None], arguments: Sequence[str] = ()) -> None:
         self._on_report = on_report
+        self._arguments = arguments
         self._lock = threading.Lock()
         self._orders: queue.SimpleQueue[bytes | None] | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -78,7 +79,7 @@ class TransferClient:
         try:
             try:
                 process = self._process = subprocess.Popen(
-                    [sys.executable, "-m", "dtrain.agent.transfer"],
+                    [sys.executable, "-m", "dtrain.agent.transfer", *self._arguments],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                 )

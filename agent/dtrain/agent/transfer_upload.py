@@ -14,7 +14,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from dtrain.agent.transferring import CancelUpload, TransferReport, Upload, Uploaded
+from dtrain.agent.transfer_cache import Cache
+from dtrain.agent.transferring import CancelUpload, KeptBlob, TransferReport, Upload, Uploaded
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import (
     CHUNK_BYTES,
@@ -74,8 +75,10 @@ class Uploader:
         stores: Callable[[str], BlobStore],
         emit: Callable[[TransferReport], None],
         *,
+        cache: Cache | None = None,
         deadline_s: float = UPLOAD_DEADLINE_S,
     ) -> None:
+        self._cache = cache or Cache()
         self._stores = stores
         self._emit = emit
         self._deadline_s = deadline_s
@@ -91,11 +94,11 @@ class Uploader:
         """
         job = _Job(self._stores(order.store))
         try:
-            part = self._write(order, job)
+            part, kept = self._write(order, job)
             with self._lock:
                 self._check(order)
                 # From here on the leader may commit it: only the collector deletes it now.
-                self._emit(Uploaded(order.job, part))
+                self._emit(Uploaded(order.job, part, kept))
         except Cancelled:
             self._discard(job)
             raise Refused(
@@ -120,7 +123,7 @@ class Uploader:
         if (order.uid, order.sealed.seq) in self._cancelled:
             raise Cancelled
 
-    def _write(self, order: Upload, job: _Job) -> DurablePart:
+    def _write(self, order: Upload, job: _Job) -> tuple[DurablePart, tuple[KeptBlob, ...]]:
         sealed = order.sealed
         prefix = blob_prefix(
             job_root(order.cluster, order.job, order.uid), sealed.seq, order.attempt, sealed.nonce
@@ -143,6 +146,7 @@ class Uploader:
                     chunks=tuple(digest.to_hex(crc) for crc in crcs),
                 )
                 self._put(order, job, entry.key, parts, crcs)
+                self._cache.keep(entry.key, parts, entry.bytes)
             finally:
                 for view in (*parts, blob):
                     view.release()
@@ -172,7 +176,8 @@ class Uploader:
             )
         key = rank_manifest_key(prefix, order.rank, nonce)
         self._put(order, job, key, [data], [digest.crc32c(data)])
-        return DurablePart(
+        kept = KeptBlob(entry.key, sealed.path, sealed.offset, sealed.size_bytes)
+        durable = DurablePart(
             seq=sealed.seq,
             attempt=order.attempt,
             step=sealed.step,
@@ -182,6 +187,7 @@ class Uploader:
             digest=hashlib.sha256(data).hexdigest(),
             size_bytes=sealed.size_bytes,
         )
+        return durable, (kept,)
 
     def _put(
         self, order: Upload, job: _Job, key: str, parts: list[bytes] | list[memoryview], crcs: list[int]

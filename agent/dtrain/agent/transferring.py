@@ -6,10 +6,10 @@ that renews the lease. Orders arrive on its stdin, reports leave on its stdout.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dtrain.protocol.ids import Attempt, ClusterName, JobName, Rank, Seq, Step, Uid
-from dtrain.protocol.ranklink import RestorePlan, Sealed
+from dtrain.protocol.ranklink import Have, Need, RestorePlan, Sealed
 from dtrain.protocol.snapshot import BadBlob, DurablePart
 
 
@@ -38,8 +38,37 @@ class CancelUpload:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptBlob:
+    """A blob whose bytes lie in an arena of this machine since they were uploaded, or did once.
+
+    A rank may have written over them since: they count only where they fit their digests.
+    """
+
+    key: str
+    path: str
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeepManifest:
+    """A checkpoint of ranks of this machine is committed: have its manifest here. No answer.
+
+    It is what a restart reads first; with it here, one on the same machine needs no store.
+    """
+
+    store: str
+    manifest: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class Fetch:
-    """Bring a committed checkpoint into memory, verified; answer ``Fetched`` or ``FetchFailed``."""
+    """Open a committed checkpoint; answer ``Fetched`` or ``FetchFailed``.
+
+    Not ``on_demand``: with every byte of it in memory, verified. Else what is
+    needed is said with ``Demand``; what surely will be, is fetched meanwhile.
+    """
 
     id: str
     job: JobName
@@ -49,6 +78,24 @@ class Fetch:
     step: Step
     manifest: str
     digest: str
+    on_demand: bool = False
+    kept: tuple[KeptBlob, ...] = ()
+    ranks: tuple[Rank, ...] = ()
+    """Those of this machine."""
+    world: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """A rank needs these chunks; answer ``Supplied`` or ``FetchFailed``. Unknown fetches are ignored.
+
+    ``private``: only copies that nobody else writes to will do.
+    """
+
+    id: str
+    rank: Rank
+    need: Need
+    private: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +105,7 @@ class ReleaseFetch:
     id: str
 
 
-TransferOrder = Upload | CancelUpload | Fetch | ReleaseFetch
+TransferOrder = Upload | CancelUpload | KeepManifest | Fetch | Demand | ReleaseFetch
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +114,8 @@ class Uploaded:
 
     job: JobName
     part: DurablePart
+    kept: tuple[KeptBlob, ...] = ()
+    """Where its bytes lie on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +130,23 @@ class UploadFailed:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """All bytes are verified and in memory."""
+    """The manifest is there, and with a plan that is not ``on_demand`` everything else."""
 
     id: str
     plan: RestorePlan
+    tiers: Mapping[str, int] = field(default_factory=dict)
+    """Bytes verified so far, by where they lay: see ``transfer_tiers.Tier``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Supplied:
+    """What a rank had demanded is there."""
+
+    id: str
+    rank: Rank
+    have: Have
+    tiers: Mapping[str, int] = field(default_factory=dict)
+    """As in ``Fetched``, of the whole fetch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +165,11 @@ class TransferEnded:
     exit_code: int | None
 
 
-TransferReport = Uploaded | UploadFailed | Fetched | FetchFailed | TransferEnded
+TransferReport = Uploaded | UploadFailed | Fetched | Supplied | FetchFailed | TransferEnded
 
-ORDERS: Mapping[str, type] = {kind.__name__: kind for kind in (Upload, CancelUpload, Fetch, ReleaseFetch)}
+ORDERS: Mapping[str, type] = {
+    kind.__name__: kind for kind in (Upload, CancelUpload, KeepManifest, Fetch, Demand, ReleaseFetch)
+}
 REPORTS: Mapping[str, type] = {
-    kind.__name__: kind for kind in (Uploaded, UploadFailed, Fetched, FetchFailed, TransferEnded)
+    kind.__name__: kind for kind in (Uploaded, UploadFailed, Fetched, Supplied, FetchFailed, TransferEnded)
 }

@@ -93,6 +93,9 @@ class ConfirmCheckpoint:
     header: Header
     seq: Seq
     final: bool = False
+    manifest: str = ""
+    """Its key in the store, for agents that will restore from what they still hold; "": not known."""
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)

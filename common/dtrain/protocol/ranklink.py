@@ -70,6 +70,34 @@ class Hello:
     rank: Rank
     local_rank: int
     pid: int
+    demands: bool = False
+    """It says which bytes of a checkpoint it needs; one that does not gets all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSpan:
+    """``count`` chunks from number ``first`` of blob ``blob`` of the manifest."""
+
+    blob: int
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a rank needs of the checkpoint behind plan ``plan``: always all of it, so saying it twice is fine.
+
+    Answered by ``Have`` with the same ``plan`` and ``number``. ``again``: it has
+    copied what it needed out of places that others can write to; were the bytes
+    there the right ones all the time?
+    """
+
+    plan: str
+    number: int
+    chunks: tuple[ChunkSpan, ...] = ()
+    whole: bool = False
+    """All chunks of all blobs."""
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +125,8 @@ class Report:
     What was said before an outcome may be about the very checkpoint that it ended."""
     wants_durable: Seq | None = None
     """The script waits for ``Durable`` of what is sealed for this checkpoint."""
+    need: Need | None = None
+    """Set from a plan ``on_demand`` until the state is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +147,7 @@ class RestorePlan:
 
     ``seq`` None: there is no checkpoint, start from scratch. ``manifest_path``
     holds the decompressed manifest's JSON (``manifest_bytes`` long);
-    ``blobs[i]`` is where blob ``i`` of it lies.
+    ``blobs[i]`` is where blob ``i`` of it lies, unless ``on_demand``.
     """
 
     seq: Seq | None
@@ -126,6 +156,11 @@ class RestorePlan:
     manifest_offset: int = 0
     manifest_bytes: int = 0
     blobs: tuple["BlobPlace", ...] = ()
+    on_demand: bool = False
+    """Blobs come with ``Have``, once the rank has said in its reports what it needs."""
+    token: str = ""
+    """Names this plan in ``Need`` and ``Have``. A plan with another token replaces it: what was
+    fetched for the former one, and not opened yet, is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +170,30 @@ class BlobPlace:
     path: str
     offset: int
     size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Where the wanted chunks of one blob lie. ``shared``: not in a copy made for this restore.
+
+    Others can write to a shared place, so what was read there counts only once
+    ``Need.again`` has been answered with ``good``.
+    """
+
+    blob: int
+    place: BlobPlace
+    shared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Have:
+    """All chunks of a ``Need`` are there and verified; ``blobs`` names each blob of it once."""
+
+    plan: str
+    number: int
+    blobs: tuple[Held, ...] = ()
+    good: bool = True
+    """To ``again``. False: some bytes have changed, everything must be loaded anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +238,10 @@ class StopRank:
     why: str
 
 
-Message = Hello | Report | Welcome | RestorePlan | Begin | Durable | Outcome | StopRank
+Message = Hello | Report | Welcome | RestorePlan | Have | Begin | Durable | Outcome | StopRank
 _TYPES: dict[str, type] = {
-    kind.__name__: kind for kind in (Hello, Report, Welcome, RestorePlan, Begin, Durable, Outcome, StopRank)
+    kind.__name__: kind
+    for kind in (Hello, Report, Welcome, RestorePlan, Have, Begin, Durable, Outcome, StopRank)
 }
 
 

@@ -77,7 +77,11 @@ def command_to_pb(command: Command) -> pb.Command:
                 pb.AbortCheckpoint(seq=command.seq, why=command.why, final=command.final)
             )
         case ConfirmCheckpoint():
-            message.confirm_checkpoint.CopyFrom(pb.ConfirmCheckpoint(seq=command.seq, final=command.final))
+            message.confirm_checkpoint.CopyFrom(
+                pb.ConfirmCheckpoint(
+                    seq=command.seq, final=command.final, manifest=command.manifest, digest=command.digest
+                )
+            )
         case Stop():
             message.stop.CopyFrom(pb.Stop(grace_s=command.grace_s, release=command.release, why=command.why))
         case _:
@@ -130,7 +134,7 @@ def command_from_pb(message: pb.Command) -> Command:
             return AbortCheckpoint(head, Seq(abort.seq), abort.why, abort.final)
         case "confirm_checkpoint":
             confirm = message.confirm_checkpoint
-            return ConfirmCheckpoint(head, Seq(confirm.seq), confirm.final)
+            return ConfirmCheckpoint(head, Seq(confirm.seq), confirm.final, confirm.manifest, confirm.digest)
         case "stop":
             return Stop(head, message.stop.grace_s, message.stop.release, message.stop.why)
         case other:

@@ -7,6 +7,7 @@ Secrets come from files or the environment, never from flags.
 
 import argparse
 import difflib
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,18 @@ class Setting:
 def words(text: str) -> tuple[str, ...]:
     """Parse a comma-separated list."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def size(text: str) -> int:
+    """Parse a number of bytes: ``1500``, ``200GB`` or ``1.5TiB``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]I?B)?", text.strip().upper())
+    if match is None:
+        raise ValueError("use a number of bytes such as 1500, 200GB or 1.5TiB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
 def switch(text: str) -> bool:

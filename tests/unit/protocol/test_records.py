@@ -140,6 +140,8 @@ EXAMPLES = {
     "nonce": "n",
     "why": "because",
     "store": "file:///s",
+    "manifest": "m",
+    "digest": "d",
 }
 
 

@@ -22,6 +22,7 @@ from dtrain.storage.blobs.port import BlobStore
 from dtrain.trainer.checkpoint import restore as restoring
 from dtrain.trainer.checkpoint.arena import Arena
 from dtrain.trainer.checkpoint.saver import Saver
+from dtrain.trainer.checkpoint.source import PlanSource
 
 CLUSTER, JOB, UID = ClusterName("c1"), JobName("j1"), Uid("u1")
 NONCE = "n1"
@@ -90,4 +91,4 @@ def fetched(root: Path, order: Fetch) -> RestorePlan:
 
 
 def load(root: Path, order: Fetch, tracked: Mapping[str, Any], rank: int = 0, world: int = 1) -> None:
-    restoring.load(fetched(root, order), tracked, rank, world)
+    restoring.load(PlanSource(fetched(root, order)), tracked, rank, world)

@@ -146,7 +146,7 @@ def test_model_optimizer_and_scheduler_survive_a_change_of_world_size(
     for rank in range(loaded_world):
         other, other_optimizer, other_scheduler = make_training(2 + rank)
         again = {"model": other, "optimizer": other_optimizer, "scheduler": other_scheduler}
-        pipeline.restoring.load(plan, again, rank, loaded_world)
+        pipeline.restoring.load(pipeline.PlanSource(plan), again, rank, loaded_world)
         for name, tensor in model.state_dict().items():
             assert same_bits(tensor, other.state_dict()[name]), name
         assert str(optimizer.state_dict()) == str(other_optimizer.state_dict())

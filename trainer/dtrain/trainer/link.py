@@ -160,6 +160,7 @@ def connect_from_env(rank: int, local_rank: int) -> AgentLink | None:
             "rank": rank,
             "local_rank": local_rank,
             "pid": os.getpid(),
+            "demands": True,
         },
     )
     link = AgentLink(path, hello)

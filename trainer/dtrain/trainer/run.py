@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from dtrain.protocol import ranklink
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused
 from dtrain.protocol.ids import Seq
-from dtrain.protocol.ranklink import Begin, Sealed
+from dtrain.protocol.ranklink import Begin, RestorePlan, Sealed
 from dtrain.trainer import process_group
 from dtrain.trainer.checkpoint import restore as restoring
 from dtrain.trainer.checkpoint import state
 from dtrain.trainer.checkpoint.arena import Arena
 from dtrain.trainer.checkpoint.saver import Saver
+from dtrain.trainer.checkpoint.source import DemandSource, PlanSource
 from dtrain.trainer.link import EXIT_ATTEMPT_OVER, AgentLink, connect_from_env
 from dtrain.trainer.session import Session
 
@@ -33,6 +34,7 @@ log = logging.getLogger("dtrain.trainer")
 
 METRICS_MAX = 64
 _NO_ARENA = "this rank has no memory for snapshots (DTRAIN_ARENA_FD)"
+LOADS_MAX = 3
 _CLOSE_S = 2.0
 
 
@@ -312,8 +314,9 @@ class Run:
         self._leave_if_stopped()
         if plan is not None and plan.seq is not None:
             try:
-                restoring.load(plan, self._tracked, self.rank, self.world_size)
+                self._load(plan)
             except DtrainError as error:
+                self._leave_if_stopped()
                 log.error("%s", error)
                 self._session.restore_failed(Seq(plan.seq), str(error))
                 self._session.await_stop()
@@ -322,6 +325,21 @@ class Run:
         session = self._session
         process_group.meet(self.world_size, lambda: session.stop_reason is not None)
         self._leave_if_stopped()
+
+    def _load(self, plan: RestorePlan) -> None:
+        assert self._session is not None
+        if not plan.on_demand:
+            restoring.load(PlanSource(plan), self._tracked, self.rank, self.world_size)
+            return
+        source = DemandSource(plan, self._session)
+        for _ in range(LOADS_MAX):
+            restoring.load(source, self._tracked, self.rank, self.world_size)
+            if source.is_still_good():
+                return
+            log.warning("checkpoint %d changed while it was read; loading it anew", plan.seq)
+        raise Refused(
+            ErrorCode.RESTORE_FAILED, f"checkpoint {plan.seq} changed {LOADS_MAX} times while it was read"
+        )
 
     def _prepare(self) -> None:
         self._prepared = True

@@ -10,15 +10,18 @@ state of that step is at hand, wherever training is by then.
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dtrain.protocol.errors import ErrorCode, Refused, TimedOut
 from dtrain.protocol.ids import Rank, Seq, Step
 from dtrain.protocol.ranklink import (
     Begin,
+    ChunkSpan,
     Durable,
+    Have,
     Message,
+    Need,
     Outcome,
     Report,
     RestoreFailed,
@@ -66,6 +69,9 @@ class Session:
         self._restore_failed: RestoreFailed | None = None
         self._wants_restore = False
         self._plan: RestorePlan | None = None
+        self._need: Need | None = None
+        self._asked = 0
+        self._have: Have | None = None
         self._begin: Begin | None = None
         self._settled_seq = -1
         self._final: Outcome | None = None
@@ -161,10 +167,39 @@ class Session:
                 self._changed.wait(_WAIT_S)
             return self._plan
 
+    def await_other_plan(self, token: str, at_most_s: float) -> RestorePlan | None:
+        """Wait for a plan that replaces the one with this token, for so long; None: none came."""
+        deadline = time.monotonic() + at_most_s
+        with self._changed:
+            while self._stop is None and (left_s := deadline - time.monotonic()) > 0:
+                if self._plan is not None and self._plan.token != token:
+                    return self._plan
+                self._changed.wait(min(_WAIT_S, left_s))
+        return None
+
+    def ask(
+        self, token: str, chunks: Sequence[ChunkSpan], *, whole: bool = False, again: bool = False
+    ) -> Have | None:
+        """Say what this rank needs of the plan with this token, and wait for the answer.
+
+        None: the attempt is over, or another plan has come in place of it.
+        """
+        with self._changed:
+            self._asked += 1
+            need = self._need = Need(token, self._asked, tuple(chunks), whole, again)
+            self._wake()
+            while self._stop is None and self._plan is not None and self._plan.token == token:
+                have = self._have
+                if have is not None and (have.plan, have.number) == (token, need.number):
+                    return have
+                self._changed.wait(_WAIT_S)
+        return None
+
     def restored(self, step: int) -> None:
         """Every rank has its state: training begins."""
         with self._changed:
             self._wants_restore = False
+            self._need = None
             self._step = step
             self._phase = WorkerPhase.TRAINING
         self._wake()
@@ -347,6 +382,7 @@ class Session:
                 save_at=None if ask is None else Step(ask.step),
                 settled=Seq(0 if ask is None else max(0, self._settled_seq)),
                 wants_durable=None if ask is None or not ask.wants_durable else ask.seq,
+                need=self._need,
             )
 
     def handle(self, message: Message) -> None:
@@ -356,7 +392,12 @@ class Session:
                 self._checkpoints = message.checkpoints
                 self._save_timeout_s = message.save_timeout_s
             elif isinstance(message, RestorePlan):
-                self._plan = self._plan or message
+                # What lay behind the plan before ended with the process that held it.
+                before = self._plan
+                replaces = before is None or before.on_demand or message.on_demand
+                self._plan = message if replaces else before
+            elif isinstance(message, Have):
+                self._have = message
             elif isinstance(message, Begin):
                 if self._is_answered(message):
                     pass

@@ -158,6 +158,7 @@ def _apply(state: AgentState, command: Command, now: float, out: list[Action]) -
             return saving.settle(job, outcome, out)
         case ConfirmCheckpoint():
             assert job is not None
+            saving.keep_manifest(job, command, out)
             return saving.settle(job, Outcome(command.seq, committed=True, final=command.final), out)
         case _:
             assert_never(command)

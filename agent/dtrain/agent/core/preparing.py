@@ -50,6 +50,7 @@ def prepare(
         held=job.held,
         sdk=job.sdk,
         seq_over=job.seq_over,
+        kept=job.kept,
     )
     if fresh.launcher.status is LauncherStatus.GONE or fresh.launcher.quitting:
         return fresh

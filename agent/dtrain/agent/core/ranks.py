@@ -39,6 +39,9 @@ def connected(state: AgentState, event: RankConnected, out: list[Action]) -> Age
         plan_sent=False,
         wants_restore=False,
         durable_told=None,
+        demands=hello.demands,
+        need=None,
+        have_sent=False,
     )
     timeout_s = job.prepare.spec.checkpoint.timeout_s if job.prepare else 0.0
     out.append(RankMessage(event.connection, Welcome(True, bool(job.store), save_timeout_s=timeout_s)))
@@ -69,6 +72,8 @@ def reported(
         save_at=saving.wish(job, report),
         settled=report.settled,
         wants_durable=report.wants_durable,
+        need=report.need,
+        have_sent=rank.have_sent and report.need == rank.need,
     )
     job = saving.heard(replace_rank(job, rank), rank, report, out)
     if report.restore_failed is not None:

@@ -4,8 +4,8 @@ import dataclasses
 
 from dtrain.agent.core.decisions import Action, RankMessage, TransferOrder
 from dtrain.agent.core.state import AgentState, JobState, LocalRank, Saving, UploadTry
-from dtrain.agent.transferring import CancelUpload, Upload
-from dtrain.protocol.commands import BeginCheckpoint
+from dtrain.agent.transferring import CancelUpload, KeepManifest, KeptBlob, Upload
+from dtrain.protocol.commands import BeginCheckpoint, ConfirmCheckpoint
 from dtrain.protocol.ids import Rank, Seq, Step
 from dtrain.protocol.ranklink import Begin, Durable, Outcome, Report, StopRank
 from dtrain.protocol.snapshot import DurablePart, SaveProblem
@@ -125,12 +125,24 @@ def order_uploads(state: AgentState, job: JobState, out: list[Action]) -> JobSta
     return job
 
 
-def uploaded(job: JobState, part: DurablePart) -> JobState:
+def uploaded(job: JobState, part: DurablePart, kept: tuple[KeptBlob, ...] = ()) -> JobState:
     """A part is durable: report it, if it still belongs to a checkpoint in flight."""
+    if kept:
+        # What lay there before was written over by this snapshot.
+        others = (one for one in job.kept if not any(_overlap(one, new) for new in kept))
+        job = dataclasses.replace(job, kept=(*others, *kept))
     known = any(one.seq == part.seq and one.nonce == part.nonce for one in job.saving)
     if not known or part.attempt != job.attempt or _part(job, part.seq, part.rank):
         return job
     return dataclasses.replace(job, durable=(*job.durable, part))
+
+
+def _overlap(one: KeptBlob, other: KeptBlob) -> bool:
+    return (
+        one.path == other.path
+        and one.offset < other.offset + other.size_bytes
+        and other.offset < one.offset + one.size_bytes
+    )
 
 
 def upload_failed(job: JobState, seq: Seq, rank: Rank, message: str) -> JobState:
@@ -168,6 +180,13 @@ def settle(job: JobState, outcome: Outcome, out: list[Action]) -> JobState:
         outcomes=(*others, outcome)[-OUTCOMES_KEPT:],
         seq_over=max(job.seq_over, seq),
     )
+
+
+def keep_manifest(job: JobState, command: ConfirmCheckpoint, out: list[Action]) -> None:
+    """Have the committed manifest here: a restart on this machine then needs nothing of the store."""
+    held = any(one.seq == command.seq for one in job.saving)
+    if held and job.store and command.manifest and command.digest:
+        out.append(TransferOrder(KeepManifest(job.store, command.manifest, command.digest)))
 
 
 def drop(job: JobState, out: list[Action]) -> JobState:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from dtrain.agent.launching import ProcessId
+from dtrain.agent.transferring import KeptBlob
 from dtrain.protocol.commands import Prepare, Start
 from dtrain.protocol.ids import (
     AgentName,
@@ -22,7 +23,7 @@ from dtrain.protocol.ids import (
     Term,
     Uid,
 )
-from dtrain.protocol.ranklink import Outcome, RestorePlan, Sealed
+from dtrain.protocol.ranklink import Have, Need, Outcome, RestorePlan, Sealed
 from dtrain.protocol.snapshot import (
     BadBlob,
     CommandOutcome,
@@ -101,6 +102,8 @@ class Restore:
     ordered: bool = False
     """The transfer process that runs now was told."""
     released: bool = False
+    tiers: Mapping[str, int] = field(default_factory=dict)
+    """Bytes verified by that process, by where they lay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +150,14 @@ class LocalRank:
     """Monotonic; None: not forked yet, or forked in an earlier life of the agent."""
     wants_restore: bool = False
     plan_sent: bool = False
+    demands: bool = False
+    """It says what it needs; else it gets a plan with everything."""
+    need: Need | None = None
+    asked: Need | None = None
+    """What the transfer process that runs now was asked for on its behalf."""
+    have: Have | None = None
+    """The answer to ``asked``."""
+    have_sent: bool = False
     sealed: Sealed | None = None
     save_at: Step | None = None
     """Its script saves this step and waits for a checkpoint of exactly it."""
@@ -239,6 +250,8 @@ class JobState:
     saving: tuple[Saving, ...] = ()
     uploads: tuple[UploadTry, ...] = ()
     durable: tuple[DurablePart, ...] = ()
+    kept: tuple[KeptBlob, ...] = ()
+    """Uploaded blobs whose bytes still lie in arenas here, as far as is known."""
     problems: tuple[SaveProblem, ...] = ()
     seq_over: Seq = Seq(0)
     """The highest checkpoint number of this submission that is over here, over all attempts."""
@@ -335,6 +348,8 @@ class AgentState:
     seen: Mapping[JobName, tuple[str, ...]] = field(default_factory=dict)
     generation: int = 0
     over: Mapping[Uid, Attempt] = field(default_factory=dict)
+    restored: Mapping[str, int] = field(default_factory=dict)
+    """Bytes that restores of this life of the agent used, by where they lay."""
     link: EtcdLink = EtcdLink()
     coordinators: tuple[str, ...] = ()
     """Addresses of all replicas when etcd was last read: whom to ask when it cannot be."""
@@ -379,7 +394,7 @@ def durable_view(job: JobState) -> JobState:
         ranks=ranks,
         launcher=dataclasses.replace(job.launcher, asked_at=0.0),
         departing=tuple(dataclasses.replace(one, asked_at=0.0) for one in job.departing),
-        restore=dataclasses.replace(job.restore, plan=None, tries=0, ordered=False),
+        restore=dataclasses.replace(job.restore, plan=None, tries=0, ordered=False, tiers={}),
         uploads=(),
         pace=Pace(),
         held=(),

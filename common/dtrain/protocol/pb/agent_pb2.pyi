@@ -226,16 +226,23 @@ class ConfirmCheckpoint(google.protobuf.message.Message):
 
     SEQ_FIELD_NUMBER: builtins.int
     FINAL_FIELD_NUMBER: builtins.int
+    MANIFEST_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
     seq: builtins.int
     final: builtins.bool
     """It was the one at the end of training: ranks may exit."""
+    manifest: builtins.str
+    """Key and SHA-256 of its manifest: what an agent that still holds its bytes needs to restore without the store."""
+    digest: builtins.str
     def __init__(
         self,
         *,
         seq: builtins.int = ...,
         final: builtins.bool = ...,
+        manifest: builtins.str = ...,
+        digest: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["final", b"final", "seq", b"seq"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest", "final", b"final", "manifest", b"manifest", "seq", b"seq"]) -> None: ...
 
 Global___ConfirmCheckpoint: typing_extensions.TypeAlias = ConfirmCheckpoint
 

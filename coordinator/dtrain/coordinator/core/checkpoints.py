@@ -629,7 +629,11 @@ def _tell(draft: Draft, agent: AgentName, seq: Seq, *, committed: bool) -> None:
     last = final_commit(draft)
     if committed:
         final = last is not None and last.seq == seq
-        draft.command(agent, ConfirmCheckpoint(draft.header(f"confirm.{seq}"), seq, final))
+        found = [*(stored.value for stored in draft.job.commits), *draft.committed]
+        record = next((one for one in found if one.seq == seq), None)
+        manifest, digest = (record.manifest, record.digest) if record else ("", "")
+        header = draft.header(f"confirm.{seq}")
+        draft.command(agent, ConfirmCheckpoint(header, seq, final, manifest, digest))
     else:
         # Told again by a later decision, it is known no more: the event keeps it.
         why = draft.aborted.get(seq) or f"checkpoint {seq} was aborted"

@@ -136,6 +136,10 @@ class LocalBlobs:
     def close(self) -> None:
         """Do nothing: no file stays open between calls."""
 
+    def file_of(self, key: str) -> Path:
+        """The file that holds this blob, if there is one: to read it without a copy."""
+        return self._path(key)
+
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
 

@@ -3,34 +3,31 @@
 import functools
 import logging
 import math
-import mmap
-import os
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import Manifest
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused
-from dtrain.protocol.ranklink import RestorePlan
 from dtrain.trainer.checkpoint import rng, state
 from dtrain.trainer.checkpoint.dtypes import ITEM_BYTES, stored_dtype
+from dtrain.trainer.checkpoint.source import Range, Source
 
 log = logging.getLogger("dtrain.trainer")
 
 
-def load(plan: RestorePlan, tracked: Mapping[str, Any], rank: int, world: int) -> Manifest:
-    """Load every tracked object and the generators from the checkpoint of ``plan``.
+def load(source: Source, tracked: Mapping[str, Any], rank: int, world: int) -> Manifest:
+    """Load every tracked object and the generators from the checkpoint behind ``source``.
 
     After an error the tracked objects are in no defined state: the rank must not train.
 
     Raises:
         Refused: RESTORE_FAILED.
     """
+    manifest = source.manifest
     try:
-        with _Bytes(plan.manifest_path, plan.manifest_offset, plan.manifest_bytes) as view:
-            manifest = codec.decode(Manifest, bytes(view), bytes_max=max(1, plan.manifest_bytes))
-        reader = TensorReader(manifest, plan)
+        source.want([Range(number, 0, blob.bytes) for number, blob in enumerate(manifest.blobs)])
+        reader = TensorReader(source)
         for name, thing in tracked.items():
             entry = manifest.objects.get(name)
             if entry is None:
@@ -49,9 +46,11 @@ def load(plan: RestorePlan, tracked: Mapping[str, Any], rank: int, world: int) -
     except DtrainError as error:
         if error.code is ErrorCode.RESTORE_FAILED:
             raise
-        raise Refused(ErrorCode.RESTORE_FAILED, f"checkpoint {plan.seq}: {error}", fix=error.fix) from error
+        raise Refused(
+            ErrorCode.RESTORE_FAILED, f"checkpoint {manifest.seq}: {error}", fix=error.fix
+        ) from error
     except Exception as error:  # whatever load_state_dict of a user's object raises
-        message = f"checkpoint {plan.seq} cannot be loaded: {type(error).__name__}: {error}"
+        message = f"checkpoint {manifest.seq} cannot be loaded: {type(error).__name__}: {error}"
         raise Refused(ErrorCode.RESTORE_FAILED, message) from error
     return manifest
 
@@ -71,17 +70,11 @@ def _restore_rng(manifest: Manifest, reader: "TensorReader", rank: int, world: i
 
 
 class TensorReader:
-    """Tensors of a checkpoint whose blobs lie in memory."""
+    """Tensors of a checkpoint whose bytes are there."""
 
-    def __init__(self, manifest: Manifest, plan: RestorePlan) -> None:
-        if len(plan.blobs) != len(manifest.blobs):
-            raise Refused(
-                ErrorCode.RESTORE_FAILED,
-                f"{len(plan.blobs)} blobs came for the manifest's {len(manifest.blobs)}",
-            )
-        self._manifest = manifest
-        self._blobs = [_Bytes(place.path, place.offset, place.size_bytes) for place in plan.blobs]
-        self._views: dict[int, memoryview] = {}
+    def __init__(self, source: Source) -> None:
+        self._manifest = source.manifest
+        self._source = source
 
     def tensor(self, name: str, *, own: bool) -> Any:
         """The whole tensor. Not ``own``: it may lie in the shared bytes, and is good for copying from only.
@@ -112,53 +105,11 @@ class TensorReader:
     def _chunk(self, blob: int, offset: int, shape: tuple[int, ...], dtype: Any, item_bytes: int) -> Any:
         import torch
 
-        view = self._views.get(blob)
-        if view is None:
-            view = self._views[blob] = self._blobs[blob].open()
-        size = math.prod(shape) * item_bytes
-        if offset < 0 or offset + size > len(view):
-            raise Refused(ErrorCode.RESTORE_FAILED, f"a chunk reaches beyond blob {blob}")
+        view = self._source.view(blob, offset, math.prod(shape) * item_bytes)
         with warnings.catch_warnings():
             # Read-only memory: torch cannot know that nothing here writes to it.
             warnings.simplefilter("ignore", UserWarning)
-            flat = torch.frombuffer(view, dtype=torch.uint8, count=size, offset=offset)
+            flat = torch.frombuffer(view, dtype=torch.uint8)
         if offset % item_bytes:
             flat = flat.clone()
         return flat.view(dtype).view(shape)
-
-
-class _Bytes:
-    """A range of a file or memfd, mapped for reading."""
-
-    def __init__(self, path: str, offset: int, size_bytes: int) -> None:
-        self._path = path
-        self._offset = offset
-        self._size = size_bytes
-        self._map: mmap.mmap | None = None
-
-    def open(self) -> memoryview:
-        if self._size == 0:
-            return memoryview(b"")
-        start = self._offset - self._offset % mmap.ALLOCATIONGRANULARITY
-        try:
-            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                if os.fstat(fd).st_size < self._offset + self._size:
-                    raise Refused(ErrorCode.RESTORE_FAILED, f"{self._path} is shorter than announced")
-                # Mapped, not read: ranks of one machine share the pages.
-                length = self._offset - start + self._size
-                self._map = mmap.mmap(fd, length, offset=start, access=mmap.ACCESS_READ)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise Refused(
-                ErrorCode.RESTORE_FAILED, f"cannot open the fetched bytes at {self._path}: {error.strerror}"
-            ) from error
-        skip = self._offset - start
-        return memoryview(self._map)[skip : skip + self._size]
-
-    def __enter__(self) -> memoryview:
-        return self.open()
-
-    def __exit__(self, *exc: object) -> None:
-        """The mapping goes with the last view of it."""

@@ -1,0 +1,300 @@
+"""The chunks of one checkpoint on their way to the ranks of this machine.
+
+A chunk is wanted by any number of ranks and brought once. If the whole blob
+lies in a file or arena here, its chunks are verified where they are and ranks
+read them there: no copy is made. Such a place is shared, others can write to it;
+so a rank copies what it needs and then has the same chunks verified *again*:
+bytes that were right before and after were right in between.
+
+Where nothing lies here, or something of it is wrong, the blob's chunks come
+into a memfd that nobody else writes to, each verified there or on its way, from
+the nearest tier whose bytes fit.
+"""
+
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+
+from dtrain.agent.transfer_tiers import Standing, Tier
+from dtrain.protocol.checkpoint import CHUNK_BYTES, BlobEntry, Manifest
+from dtrain.protocol.errors import ErrorCode, Refused
+from dtrain.protocol.ranklink import BlobPlace, Held, Need
+from dtrain.storage.blobs import digest
+
+LANES = min(8, max(4, os.cpu_count() or 1))
+"""Chunks under way at once for one checkpoint: what bounds the memory beside the memfd, at one chunk each."""
+
+Read = Callable[[BlobEntry, int], bytes]
+"""Reads one chunk from the store, verified; raises what ends the restore."""
+
+
+class _Blob:
+    """One blob. Guarded by the lock of its ``Chunks``."""
+
+    def __init__(self, entry: BlobEntry, target: int) -> None:
+        self.entry = entry
+        self.target = target
+        """Offset in the memfd."""
+        self.places: list[Standing] | None = None
+        """Where it lies here; None: nobody has looked yet."""
+        self.shared: Standing | None = None
+        """The place where ranks read it; None: the memfd."""
+        self.version = 0
+        """Raised whenever ``shared`` changes: what was verified in the former place counts no more."""
+        self.tasks: dict[int, Future[None]] = {}
+        """By chunk, of this version."""
+        self.checks: dict[int, Future[bool]] = {}
+        """Second looks that have not begun: whoever asks meanwhile shares them."""
+
+    def numbers(self) -> range:
+        return range(len(self.entry.chunks))
+
+    def length(self, number: int) -> int:
+        return min(CHUNK_BYTES, self.entry.bytes - number * CHUNK_BYTES)
+
+
+class Chunks:
+    """Brings chunks; safe to use from several threads.
+
+    ``fd`` is the memfd, in which blobs begin at ``targets``. Not ``in_place``:
+    nothing is read from shared places, all comes into the memfd.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        fd: int,
+        targets: Sequence[int],
+        *,
+        look: Callable[[BlobEntry], list[Standing]],
+        read: Read,
+        in_place: bool,
+    ) -> None:
+        self._manifest = manifest
+        self._fd = fd
+        self._path = f"/proc/{os.getpid()}/fd/{fd}"
+        self._blobs = [_Blob(entry, at) for entry, at in zip(manifest.blobs, targets, strict=True)]
+        self._look = look
+        self._read = read
+        self._in_place = in_place
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(LANES, thread_name_prefix="lane")
+        self._counted: dict[tuple[int, int], Tier] = {}
+        self._closed = False
+
+    @property
+    def tiers(self) -> dict[str, int]:
+        """Bytes verified for the ranks so far, by the tier they came from."""
+        with self._lock:
+            found = dict.fromkeys((str(tier) for tier in Tier), 0)
+            for (blob, number), tier in self._counted.items():
+                found[tier] += self._blobs[blob].length(number)
+        return found
+
+    def bring(self, blobs: Iterable[int]) -> None:
+        """Begin with all chunks of these blobs, without waiting: a failure comes up when they are needed."""
+        for blob in blobs:
+            self._begin(blob, self._blobs[blob].numbers())
+
+    def supply(self, need: Need, *, private: bool = False) -> tuple[Held, ...]:
+        """Return where the wanted chunks are once all of them are verified.
+
+        Raises:
+            Refused: BAD_RECORD; there is no such chunk.
+            Exception: what the ``read`` of the store raised.
+        """
+        wanted = self._chunks(need)
+        if private:
+            for blob in wanted:
+                self._turn_private(blob)
+        while True:
+            tasks = [task for blob, numbers in wanted.items() for task in self._begin(blob, numbers)]
+            wait(tasks, return_when=FIRST_EXCEPTION)
+            for task in tasks:
+                if task.done():
+                    task.result()
+            with self._lock:
+                # A bad chunk moves its whole blob to another place, and then nothing before counts.
+                if all(self._is_there(blob, numbers) for blob, numbers in wanted.items()):
+                    return tuple(self._held(blob) for blob in wanted)
+
+    def check_again(self, need: Need, given: Sequence[Held]) -> bool:
+        """Verify once more what a rank has read in shared places. False: it may have read something else.
+
+        ``given`` is what ``supply`` had answered it.
+        """
+        wanted = self._chunks(need)
+        checks: list[Future[bool]] = []
+        with self._lock:
+            for held in given:
+                blob = self._blobs[held.blob]
+                if not held.shared:
+                    continue
+                if blob.shared is None or blob.shared.path != held.place.path:
+                    return False
+                checks += [self._check(held.blob, number) for number in wanted.get(held.blob, ())]
+        return all(check.result() for check in checks)
+
+    def copies(self) -> list[tuple[BlobEntry, int]]:
+        """Blobs that lie whole in the memfd and came from the store, with their offsets there."""
+        with self._lock:
+            return [
+                (blob.entry, blob.target)
+                for index, blob in enumerate(self._blobs)
+                if blob.shared is None
+                and blob.tasks
+                and self._is_there(index, blob.numbers())
+                and all(self._counted.get((index, number)) is Tier.STORE for number in blob.numbers())
+            ]
+
+    def close(self) -> None:
+        """Stop. What ranks have mapped stays valid."""
+        with self._lock:
+            self._closed = True
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for blob in self._blobs:
+            for place in blob.places or ():
+                place.close()
+
+    # All below under the lock, or on a lane.
+
+    def _chunks(self, need: Need) -> dict[int, range | list[int]]:
+        if need.whole:
+            return {index: blob.numbers() for index, blob in enumerate(self._blobs)}
+        found: dict[int, set[int]] = {}
+        for span in need.chunks:
+            if not 0 <= span.blob < len(self._blobs):
+                raise Refused(ErrorCode.BAD_RECORD, f"a rank asks for blob {span.blob}, which is not there")
+            numbers = range(span.first, span.first + span.count)
+            if numbers and not set(numbers) <= set(self._blobs[span.blob].numbers()):
+                raise Refused(ErrorCode.BAD_RECORD, f"a rank asks for chunks beyond blob {span.blob}")
+            found.setdefault(span.blob, set()).update(numbers)
+        return {index: sorted(numbers) for index, numbers in sorted(found.items())}
+
+    def _begin(self, index: int, numbers: Iterable[int]) -> list[Future[None]]:
+        blob = self._blobs[index]
+        with self._lock:
+            self._find(blob)
+            tasks = []
+            for number in numbers:
+                task = blob.tasks.get(number)
+                if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+                    task = blob.tasks[number] = self._pool.submit(self._bring, index, number, blob.version)
+                tasks.append(task)
+        return tasks
+
+    def _find(self, blob: _Blob) -> None:
+        if blob.places is None:
+            blob.places = self._look(blob.entry)
+            if self._in_place and blob.places:
+                blob.shared = blob.places[0]
+
+    def _turn_private(self, index: int) -> None:
+        blob = self._blobs[index]
+        with self._lock:
+            self._find(blob)
+            if blob.shared is not None:
+                self._move(blob, None)
+
+    def _move(self, blob: _Blob, to: Standing | None) -> None:
+        blob.shared = to
+        blob.version += 1
+        blob.tasks = {}
+        blob.checks = {}
+
+    def _is_there(self, index: int, numbers: Iterable[int]) -> bool:
+        tasks = self._blobs[index].tasks
+        return all(
+            number in tasks and tasks[number].done() and tasks[number].exception() is None
+            for number in numbers
+        )
+
+    def _held(self, index: int) -> Held:
+        blob = self._blobs[index]
+        if blob.shared is not None:
+            place = BlobPlace(blob.shared.path, blob.shared.offset, blob.entry.bytes)
+            return Held(index, place, shared=True)
+        return Held(index, BlobPlace(self._path, blob.target, blob.entry.bytes))
+
+    def _bring(self, index: int, number: int, version: int) -> None:
+        """On a lane: have one chunk verified where the blob is read."""
+        blob = self._blobs[index]
+        with self._lock:
+            shared, places = blob.shared, list(blob.places or ())
+            if blob.version != version:
+                return  # nobody counts this task any more
+        if shared is not None:
+            if self._fits(blob, number, shared):
+                self._count(index, number, shared.tier)
+            else:
+                with self._lock:
+                    if blob.version == version:
+                        after = places.index(shared) + 1
+                        self._move(blob, places[after] if after < len(places) else None)
+            return
+        for place in places:
+            # A copy first, and then its digest: the place itself may change in between.
+            data = bytes(self._slice(blob, number, place))
+            if digest.to_hex(digest.crc32c(data)) == blob.entry.chunks[number]:
+                self._put(blob, number, data)
+                self._count(index, number, place.tier)
+                return
+        self._put(blob, number, self._read(blob.entry, number))
+        self._count(index, number, Tier.STORE)
+
+    def _check(self, index: int, number: int) -> Future[bool]:
+        blob = self._blobs[index]
+        check = blob.checks.get(number)
+        if check is None:
+            check = self._pool.submit(self._look_again, index, number, blob.version)
+            blob.checks[number] = check
+        return check
+
+    def _look_again(self, index: int, number: int, version: int) -> bool:
+        blob = self._blobs[index]
+        with self._lock:
+            if blob.version != version or blob.shared is None:
+                return False
+            # From here on it is too early for whoever asks now.
+            blob.checks.pop(number, None)
+            shared = blob.shared
+        if self._fits(blob, number, shared):
+            return True
+        with self._lock:
+            if blob.version == version:
+                self._move(blob, None)
+        return False
+
+    def _slice(self, blob: _Blob, number: int, place: Standing) -> memoryview:
+        return place.bytes_at(number * CHUNK_BYTES, blob.length(number))
+
+    def _fits(self, blob: _Blob, number: int, place: Standing) -> bool:
+        return digest.to_hex(digest.crc32c(self._slice(blob, number, place))) == blob.entry.chunks[number]
+
+    def _put(self, blob: _Blob, number: int, data: bytes) -> None:
+        write_all(self._fd, data, blob.target + number * CHUNK_BYTES)
+
+    def _count(self, index: int, number: int, tier: Tier) -> None:
+        with self._lock:
+            self._counted[index, number] = tier
+
+
+def laid_out(manifest: Manifest, first: int) -> tuple[list[int], int]:
+    """Return where each blob begins from ``first`` on, and where the last one ends.
+
+    Blobs begin on pages, so that ranks can map each by itself.
+    """
+    targets, offset = [], -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+    for blob in manifest.blobs:
+        targets.append(offset)
+        offset += -(-blob.bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    return targets, offset
+
+
+def write_all(fd: int, data: bytes, offset: int) -> None:
+    """Write at an offset, however many calls it takes."""
+    written = 0
+    while written < len(data):
+        written += os.pwrite(fd, memoryview(data)[written:], offset + written)
