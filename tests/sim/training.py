@@ -334,7 +334,7 @@ class SimRank:
             self._end()
 
     def _try_save(self) -> None:
-        """Go on with the script's own save, as ``Session.ask`` and ``await_answer`` do."""
+        """Go on with the script's own save, as ``Session.ask_save`` and ``await_answer`` do."""
         if self._saving is None or not self.alive:
             return
         ask, until = self._saving

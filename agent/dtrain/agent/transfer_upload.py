@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from dtrain.agent.transfer_cache import Cache
 from dtrain.agent.transferring import CancelUpload, KeptBlob, TransferReport, Upload, Uploaded
@@ -53,6 +54,7 @@ class Index:
     tensors: Mapping[str, TensorEntry]
     objects: Mapping[str, ObjectEntry]
     layout: str = ""
+    paths: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -165,6 +167,7 @@ class Uploader:
             tensors=index.tensors,
             objects=index.objects,
             layout=index.layout,
+            paths=index.paths,
         )
         # Without a time in it: the same manifest is always the same bytes.
         data = gzip.compress(codec.canonical(codec.to_json(manifest)), mtime=0)

@@ -84,6 +84,14 @@ class DtrainError(Exception):
         self.cause = cause
         self.fix = fix
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # torch.distributed pickles errors to tell other ranks; the message alone would not rebuild one.
+        return _rebuilt, (type(self), self.code, self.message, self.cause, self.fix)
+
+
+def _rebuilt(kind: type["DtrainError"], code: ErrorCode, message: str, cause: str, fix: str) -> "DtrainError":
+    return kind(code, message, cause=cause, fix=fix)
+
 
 class Refused(DtrainError):
     """The request is wrong and would be wrong again."""

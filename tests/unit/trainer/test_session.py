@@ -316,15 +316,15 @@ def test_the_end_of_training_refuses_what_others_save(asking: Session) -> None:
 
 def test_without_a_store_or_with_an_older_agent_a_save_is_refused(session: Session) -> None:
     with pytest.raises(Refused, match="older release"):
-        session.ask(10)
+        session.ask_save(10)
     session.handle(Welcome(True, checkpoints=False, save_timeout_s=60.0))
     with pytest.raises(Refused, match="no checkpoint store"):
-        session.ask(10)
+        session.ask_save(10)
 
 
 def test_no_leader_ends_the_wait_in_bounded_time(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dtrain.trainer.session.ANSWER_SLACK_S", 0.0)
     session.handle(Welcome(True, True, save_timeout_s=0.05))
     with pytest.raises(TimedOut, match="no coordinator opened a checkpoint of step 10"):
-        session.ask(10)
+        session.ask_save(10)
     assert session.report().save_at is None

@@ -186,7 +186,7 @@ class Run:
             raise _mixed()
         session = self._begin_save(step)
         self._due = None
-        ask, begin = session.ask(step)
+        ask, begin = session.ask_save(step)
         try:
             session.keep(self._snapshot(begin))
         except Exception as error:
@@ -199,7 +199,7 @@ class Run:
             session.await_answer(ask, durable=wait == "durable")
         return begin.seq
 
-    def dcp_writer(self, step: int, wait: Wait = "committed") -> "Writer":
+    def dcp_writer(self, step: int, wait: Literal["snapshotted", "committed"] = "committed") -> "Writer":
         """The ``storage_writer`` of one ``dcp.save`` or ``dcp.async_save``: it makes a checkpoint of dtrain.
 
         ``step``: steps completed in the state that is given to it. ``wait``: when ``dcp.save``
@@ -213,7 +213,14 @@ class Run:
         if self._tracked:
             raise _mixed()
         self._through_dcp = True
-        return Writer(self._begin_save(step), self.rank, self.world_size, step, wait, self._lock_arena)
+        return Writer(
+            self._begin_save(step),
+            rank=self.rank,
+            world_size=self.world_size,
+            step=step,
+            wait=wait,
+            lock_arena=self._lock_arena,
+        )
 
     def dcp_reader(self) -> "Reader":
         """The ``storage_reader`` for ``dcp.load``: the checkpoint that this attempt starts from, verified.
@@ -232,9 +239,20 @@ class Run:
             raise Refused(ErrorCode.USAGE, "dcp_reader() comes before steps(), restore() and saves")
         if not self._tracked:
             self._through_dcp = True
-        plan = self._session.await_plan()
+        session = self._session
+        plan = session.await_plan()
         self._leave_if_stopped()
-        return Reader(plan)
+        if plan is None or plan.seq is None:
+            return Reader(None, 0)
+        seq = Seq(plan.seq)
+
+        def failed(why: str) -> None:
+            session.restore_failed(seq, why)
+
+        if not plan.on_demand:
+            return Reader(PlanSource(plan), plan.step, on_failure=failed)
+        source = DemandSource(plan, session)
+        return Reader(source, plan.step, good=source.is_still_good, on_failure=failed)
 
     def finish(self) -> None:
         """Announce that training has ended here, and wait for its last checkpoint.

@@ -4,7 +4,7 @@ Two threads meet here: the training thread counts steps, seals and waits; the
 link thread hands in messages and takes the newest report. Everything under one
 lock that is held for microseconds; the training thread takes it once per step.
 
-A script may also save a step of its own choice (``ask``), from any thread: the
+A script may also save a step of its own choice (``ask_save``), from any thread: the
 state of that step is at hand, wherever training is by then.
 """
 
@@ -43,7 +43,7 @@ _INTENDED_MAX = 16
 
 @dataclass(slots=True)
 class Ask:
-    """One save that the script asked for, from ``Session.ask`` to its outcome."""
+    """One save that the script asked for, from ``Session.ask_save`` to its outcome."""
 
     step: int
     seq: Seq | None = None
@@ -80,7 +80,7 @@ class Session:
         self._save_timeout_s = 0.0
         self._intended: list[int] = []
         self._ask: Ask | None = None
-        self._asked: Begin | None = None
+        self._wanted: Begin | None = None
         """The order for a checkpoint that scripts ask for, this one or another rank's."""
 
     def _reset_lock(self) -> None:
@@ -105,9 +105,9 @@ class Session:
         """Count ``step`` as completed; return the order to seal a snapshot of it now, if there is one."""
         with self._changed:
             self._step = step
-            if self._asked is not None and self._asked.step < step and not self._will_save(self._asked):
+            if self._wanted is not None and self._wanted.step < step and not self._will_save(self._wanted):
                 self._refuse(
-                    self._asked, late=True, message=f"its script did not save step {self._asked.step}"
+                    self._wanted, late=True, message=f"its script did not save step {self._wanted.step}"
                 )
                 self._wake()
             begin = self._begin
@@ -128,8 +128,8 @@ class Session:
     def keep(self, sealed: Sealed) -> None:
         """The snapshot is frozen: it stays so until its outcome is known."""
         with self._changed:
-            if self._asked is not None and self._asked.seq == sealed.seq:
-                self._asked = None
+            if self._wanted is not None and self._wanted.seq == sealed.seq:
+                self._wanted = None
             if self._begin is not None and self._begin.seq == sealed.seq:
                 self._begin = None
             if sealed.seq > self._settled_seq:
@@ -223,8 +223,8 @@ class Session:
             begin = self._begin
             if begin is not None and begin.step > step:
                 self._refuse(begin, late=False, message=f"training ended at step {step}")
-            if self._asked is not None and not self._will_save(self._asked):
-                self._refuse(self._asked, late=True, message=f"training ended at step {step}")
+            if self._wanted is not None and not self._will_save(self._wanted):
+                self._refuse(self._wanted, late=True, message=f"training ended at step {step}")
             while self._final is None and self._checkpoints is not False and self._stop is None:
                 # With the slot still held, the outcome of what is in it comes first.
                 if self._begin is not None and self._sealed is None:
@@ -238,11 +238,11 @@ class Session:
     # A save that the script asks for -------------------------------------------
 
     def intend(self, step: int) -> None:
-        """Say that ``ask(step)`` will come, however far training is by then."""
+        """Say that ``ask_save(step)`` will come, however far training is by then."""
         with self._changed:
             self._intended = [*self._intended[1 - _INTENDED_MAX :], step]
 
-    def ask(self, step: int) -> tuple[Ask, Begin]:
+    def ask_save(self, step: int) -> tuple[Ask, Begin]:
         """Ask for a checkpoint of ``step``; return the order to seal it, once the slot is free.
 
         Answer the order with ``keep`` or ``give_up``; ``await_answer`` tells what became of it.
@@ -267,13 +267,13 @@ class Session:
             return ask, begin
 
     def request(self, step: int) -> Ask:
-        """The first half of ``ask``, which does not wait."""
+        """The first half of ``ask_save``, which does not wait."""
         with self._changed:
             ask = self._ask = Ask(step)
             if step in self._intended:
                 self._intended.remove(step)
-            if self._asked is not None:
-                self._on_asked(self._asked)
+            if self._wanted is not None:
+                self._on_asked(self._wanted)
         self._wake()
         return ask
 
@@ -285,7 +285,7 @@ class Session:
         """
         with self._changed:
             _raise_aborted(ask)
-            begin = self._asked
+            begin = self._wanted
             # With the slot still held, the outcome of what is in it comes first.
             return begin if begin is not None and begin.seq == ask.seq and self._sealed is None else None
 
@@ -294,8 +294,8 @@ class Session:
         with self._changed:
             if self._ask is ask:
                 self._ask = None
-                if self._asked is not None and self._asked.seq == ask.seq:
-                    self._refuse(self._asked, late=True, message=f"its script gave step {ask.step} up")
+                if self._wanted is not None and self._wanted.seq == ask.seq:
+                    self._refuse(self._wanted, late=True, message=f"its script gave step {ask.step} up")
         self._wake()
 
     def await_answer(self, ask: Ask, *, durable: bool) -> None:
@@ -354,7 +354,7 @@ class Session:
             # Its outcome is the answer to what this rank asked for, whether or not it has a part in it.
             self._ask.seq = begin.seq
             if self._ask.step == begin.step:
-                self._asked = begin
+                self._wanted = begin
             else:
                 self._refuse(begin, late=True, message=f"its script saves step {self._ask.step}")
         elif self._last_step is not None:
@@ -362,7 +362,7 @@ class Session:
         elif begin.step < self._step and not self._will_save(begin):
             self._refuse(begin, late=True, message=f"its script did not save step {begin.step}")
         else:
-            self._asked = begin  # its script may still come to it
+            self._wanted = begin  # its script may still come to it
 
     # The link thread ----------------------------------------------------------
 
@@ -430,7 +430,7 @@ class Session:
         return (
             begin.seq <= self._settled_seq
             or (self._begin is not None and self._begin.seq == begin.seq)
-            or (self._asked is not None and self._asked.seq == begin.seq)
+            or (self._wanted is not None and self._wanted.seq == begin.seq)
             or (self._sealed is not None and self._sealed.seq == begin.seq)
             or (self._problem is not None and self._problem.seq == begin.seq)
         )
@@ -443,8 +443,8 @@ class Session:
             self._begin = None
         if self._problem is not None and self._problem.seq <= outcome.seq:
             self._problem = None
-        if self._asked is not None and self._asked.seq <= outcome.seq:
-            self._asked = None
+        if self._wanted is not None and self._wanted.seq <= outcome.seq:
+            self._wanted = None
         if self._ask is not None:
             ask = self._ask
             if ask.seq is not None and ask.seq <= outcome.seq:
@@ -458,7 +458,7 @@ class Session:
 
     def _refuse(self, begin: Begin, *, late: bool, message: str) -> None:
         if begin.asked:
-            self._asked = None
+            self._wanted = None
         else:
             self._begin = None
         self._problem = SaveProblem(begin.seq, self._rank, late=late, step=Step(self._step), message=message)

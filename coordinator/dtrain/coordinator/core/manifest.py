@@ -100,6 +100,7 @@ def merge(
     objects, object_problems = _objects(manifests)
     problems += object_problems
     problems += _same_key_twice(blobs)
+    paths = {name: path for manifest in manifests for name, path in manifest.paths.items()}
     if problems:
         raise _refusal(record, problems)
     return Manifest(
@@ -121,6 +122,7 @@ def merge(
         objects=objects,
         parent=parent,
         created=created,
+        paths=paths,
     )
 
 
