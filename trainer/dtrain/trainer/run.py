@@ -125,8 +125,10 @@ class Run:
         self.restore()
         while self._step < total:
             self._leave_if_stopped()
-            yield self._step
-            self._complete(self._step + 1)
+            step = self._step
+            yield step
+            # Not from ``_step`` again: a save in the body has counted this step already.
+            self._complete(step + 1)
         self.finish()
 
     def restore(self) -> int:
@@ -212,9 +214,10 @@ class Run:
 
         if self._tracked:
             raise _mixed()
+        session = self._begin_save(step)
         self._through_dcp = True
         return Writer(
-            self._begin_save(step),
+            session,
             rank=self.rank,
             world_size=self.world_size,
             step=step,
