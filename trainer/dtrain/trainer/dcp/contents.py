@@ -129,4 +129,4 @@ def digest(tensor: torch.Tensor) -> str:
         step = (flat.numel() - length) // (_PLACES - 1)
         flat = flat.as_strided((_PLACES, length), (step, 1), flat.storage_offset())
     data = flat.contiguous().cpu().reshape(-1).view(torch.uint8)
-    return f"{zlib.crc32(memoryview(data.numpy())):08x}"
+    return f"{zlib.crc32(data.numpy().tobytes()):08x}"
