@@ -50,6 +50,13 @@ class Writer(StorageWriter):
         self._used = False
         session.intend(step)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        raise Refused(
+            ErrorCode.USAGE,
+            "a writer cannot leave its rank: another process has no part in the job",
+            fix="use async_save with its thread executor, or dcp.save with run.dcp_writer(step, wait='snapshotted')",
+        )
+
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Does nothing: the step and the job say where it goes."""
 
