@@ -7,9 +7,10 @@ SEED ?=
 SEEDS ?= 200
 FIRST ?= 1
 MINUTES ?= 60
+CASES ?= 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast sim sim-nightly mutants lint format bench chaos soak proto check clean up-docker down-docker images images-local test-containers dist sbom test-install
+.PHONY: help setup demo test test-fast sim sim-nightly corruption crashpoints mutants lint format bench chaos soak proto check clean up-docker down-docker images images-local test-containers dist sbom test-install
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -31,6 +32,12 @@ sim: setup ## run the simulation: SEED=n replays one, SEEDS=n runs that many
 
 mutants: setup ## apply each deliberate bug and see a test catch it: ONLY="id ..." picks some
 	@$(BIN)/python -m tests.mutants $(if $(ONLY),--only $(ONLY),)
+
+corruption: setup ## damage committed checkpoints in CASES=1000 ways; SEED=n draws others
+	@$(BIN)/python -m tests.corruption --cases $(CASES) $(if $(SEED),--seed $(SEED),)
+
+crashpoints: setup ## die at every call by which a checkpoint is saved, committed, retired and collected
+	@$(BIN)/python -m tests.crashpoints --all
 
 sim-nightly: setup ## simulate many seeds on all cores: SEEDS=20000 FIRST=1; failures are shrunk into .cache/sim
 	@$(BIN)/python -m tests.sim --seeds $(SEEDS) --first $(FIRST) --jobs $$(nproc) --folder .cache/sim --failures 20

@@ -3,8 +3,14 @@
 import argparse
 
 from benchmarks import failover, overhead, recovery, report
+from benchmarks.store import client_cpu
 
-MEASURES = {"failover": failover.measure, "recovery": recovery.measure, "overhead": overhead.measure}
+MEASURES = {
+    "failover": failover.measure,
+    "recovery": recovery.measure,
+    "overhead": overhead.measure,
+    "store": client_cpu.measure,
+}
 
 
 def main() -> None:

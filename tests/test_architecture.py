@@ -163,6 +163,19 @@ def test_every_fault_has_a_row_and_every_test_named_there_exists():
             assert f"def {test}(" in path.read_text(), f"docs/faults.md names {file}::{test}"
 
 
+def test_every_invariant_of_checkpoints_has_a_row_and_every_test_named_there_exists():
+    text = (ROOT / "docs" / "checkpoint-invariants.md").read_text()
+    rows = re.findall(r"^\| (\d+) \|.*$", text, re.MULTILINE)
+    assert [int(number) for number in rows] == list(range(1, 18))
+    for row in re.findall(r"^\| \d+ \|.*$", text, re.MULTILINE):
+        named = re.findall(r"`(tests/[\w/]+\.(?:py|txt))(?:::(\w+))?`", row)
+        assert named, f"no test shows this: {row}"
+        for file, test in named:
+            path = ROOT / file
+            assert path.exists(), f"docs/checkpoint-invariants.md names {file}"
+            assert not test or f"def {test}(" in path.read_text(), f"it names {file}::{test}"
+
+
 def test_every_event_reason_is_documented():
     text = (ROOT / "docs" / "protocol.md").read_text()
     for reason in events.EventReason:

@@ -16,6 +16,7 @@ import pytest
 
 from dtrain.storage.blobs import digest
 from dtrain.storage.blobs.s3 import S3Blobs
+from dtrain.storage.blobs.s3_settings import S3Settings
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ("COORDINATOR", "AGENT", "ETCD", "STORE")
@@ -194,7 +195,9 @@ def test_a_job_outlives_the_leader_of_a_cluster_made_with_compose(compose: Compo
         ports = [binding["HostIp"] for bound in (made["PortBindings"] or {}).values() for binding in bound]
         assert set(ports) <= {"127.0.0.1"}
     anonymous = S3Blobs(
-        "dtrain", endpoint=f"http://127.0.0.1:{compose.ports['STORE']}", credentials=("dtrain", "a-guess")
+        "dtrain",
+        settings=S3Settings(endpoint=f"http://127.0.0.1:{compose.ports['STORE']}"),
+        credentials=("dtrain", "a-guess"),
     )
     with pytest.raises(Exception, match=r"refused|denied|credentials|403|SignatureDoesNotMatch"):
         anonymous.put("x", [b"x"], chunk_crcs=[digest.crc32c(b"x")])

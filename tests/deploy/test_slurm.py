@@ -58,6 +58,7 @@ TRAIN = """
     import torch
     from dtrain import trainer
     run = trainer.join()
+    torch.manual_seed(7)
     model = torch.nn.Linear(4, 4)
     run.track(model=model)
     for step in run.steps(100_000):

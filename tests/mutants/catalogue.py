@@ -870,16 +870,16 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "quarantine-not-written",
         "G6: a damaged checkpoint is restored from again and again.",
-        f"{CORE}/phases.py",
-        ("    draft.put(draft.keys.bad(draft.job.name, bad.seq), record, 0)\n", ""),
+        f"{CORE}/quarantine.py",
+        ("    draft.put(draft.keys.bad(draft.job.name, seq), record, 0)\n", ""),
         f"{ON_COORDINATOR}/test_plan_failures.py::"
         "test_damaged_checkpoint_sends_all_ranks_to_the_one_before_without_budget",
     ),
     _mutant(
         "damaged-checkpoint-chosen-again",
         "G6: the checkpoint that has just been found damaged is the next restore point.",
-        f"{CORE}/phases.py",
-        ("    draft.quarantined.add(bad.seq)\n", ""),
+        f"{CORE}/quarantine.py",
+        ("    draft.quarantined.add(seq)\n", ""),
         f"{ON_COORDINATOR}/test_plan_failures.py::"
         "test_damaged_checkpoint_sends_all_ranks_to_the_one_before_without_budget",
     ),
@@ -889,8 +889,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "G3: the only good checkpoint is retired.",
         f"{CORE}/retention.py",
         (
-            "    return [c for c in stale + mine if c.value.seq not in kept]\n",
-            "    return [c for c in stale + mine if c.value.seq not in kept] or mine[-1:]\n",
+            "    return [c for c in stale + draft.commits() if c.value.seq not in kept]\n",
+            "    return [c for c in stale + draft.commits() if c.value.seq not in kept] or draft.commits()[-1:]\n",
         ),
         f"{ON_COORDINATOR}/test_plan_retention.py::test_the_last_few_are_kept",
     ),
@@ -899,7 +899,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "G3: the checkpoint that ranks are restoring from is retired under them.",
         f"{CORE}/retention.py",
         (
-            "        kept.add(draft.status.restore.seq)\n",
+            '        found[shelf.restore] = "what the current attempt started from"\n',
             "        pass\n",
         ),
         f"{ON_COORDINATOR}/test_plan_retention.py::test_pinned_and_restored_ones_stay",
@@ -908,7 +908,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "retention-takes-what-is-read",
         "G3: a checkpoint that somebody reads is retired.",
         f"{CORE}/retention.py",
-        ("    kept |= draft.job.pinned\n", ""),
+        ('        found[seq] = "pinned"\n', "        pass\n"),
         f"{ON_COORDINATOR}/test_plan_retention.py::test_pinned_and_restored_ones_stay",
     ),
     _mutant(
@@ -942,16 +942,18 @@ MUTANTS: tuple[Mutant, ...] = (
         "G3: blobs of a checkpoint that is opened meanwhile look like nobody's.",
         f"{COORDINATOR}/work.py",
         (
-            '        keys = _ask(lambda: [info.key for info in store.list(f"{root}/")])\n'
+            '        sizes = _ask(lambda: {info.key: info.size_bytes for info in store.list(f"{root}/")})\n'
+            "        keys = list(sizes)\n"
             '        uploads = _ask(lambda: list(store.list_unfinished(f"{root}/")))\n'
             "        if not keys and not uploads:\n"
-            "            return Swept(work)\n"
+            "            return Orphans()\n"
             "        records = read_records(self._etcd, work.cluster, work.job)\n",
             "        records = read_records(self._etcd, work.cluster, work.job)\n"
-            '        keys = _ask(lambda: [info.key for info in store.list(f"{root}/")])\n'
+            '        sizes = _ask(lambda: {info.key: info.size_bytes for info in store.list(f"{root}/")})\n'
+            "        keys = list(sizes)\n"
             '        uploads = _ask(lambda: list(store.list_unfinished(f"{root}/")))\n'
             "        if not keys and not uploads:\n"
-            "            return Swept(work)\n",
+            "            return Orphans()\n",
         ),
         f"{ON_COORDINATOR}/test_work.py::test_what_is_opened_while_the_store_is_listed_stays[before_list]",
     ),
@@ -959,7 +961,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "sweep-trusts-an-etcd-that-went-back",
         "G3: after a restore of etcd from a backup the newer checkpoints are deleted as orphans.",
         f"{COORDINATOR}/work.py",
-        ("        if newest > max(records.latest, records.seq_last):\n", "        if False:\n"),
+        ("        if newest > records.newest:\n", "        if False:\n"),
         f"{ON_COORDINATOR}/test_work.py::test_an_etcd_that_went_back_deletes_nothing",
     ),
     _mutant(
@@ -968,6 +970,34 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{COORDINATOR}/work.py",
         ("        if hashlib.sha256(data).hexdigest() != garbage.digest:\n", "        if False:\n"),
         f"{ON_COORDINATOR}/test_work.py::test_collecting_goes_by_the_tombstones_digest",
+    ),
+    _mutant(
+        "store-of-another-etcd-swept",
+        "G3: of two clusters with one name each deletes the other's checkpoints.",
+        f"{COORDINATOR}/work.py",
+        ("        if foreign:\n", "        if False:\n"),
+        f"{ON_COORDINATOR}/test_work.py::test_a_store_marked_as_another_etcds_is_left_alone",
+    ),
+    _mutant(
+        "delete-takes-what-must-stay",
+        "G3: an operator deletes the checkpoint that the next restart needs.",
+        f"{CORE}/orders.py",
+        ("    kept = retention.untouchable(retention.shelf(draft)).get(seq)\n", '    kept = ""\n'),
+        f"{ON_COORDINATOR}/test_plan_orders.py::test_what_must_stay_is_refused_with_the_reason[the newest]",
+    ),
+    _mutant(
+        "pin-not-guarded-by-the-record",
+        "G3: a reader is told that a checkpoint stays which is being deleted.",
+        f"{COORDINATOR}/api/checkpoints.py",
+        ("self._etcd.txn(Txn((guard,), (put,)))", "self._etcd.txn(Txn((), (put,)))"),
+        f"{ON_COORDINATOR}/test_api_checkpoints.py::test_a_checkpoint_that_is_retired_meanwhile_is_not_pinned",
+    ),
+    _mutant(
+        "verify-believes-the-store",
+        "G2: verify and export pass on whatever the store returns.",
+        "storage/dtrain/storage/checkpoints/reading.py",
+        ("        if found == expected:\n", '        if found != "short":\n'),
+        "tests/unit/storage/test_checkpoints.py::test_a_flipped_bit_is_named_with_tensors_rank_blob_and_chunk",
     ),
     # Cut off from etcd ----------------------------------------------------------------------
     _mutant(

@@ -5,11 +5,12 @@ from pathlib import Path
 from dtrain.agent.core.decisions import Answer
 from dtrain.agent.link import AgentServer, AgentServicer
 from dtrain.agent.logs import RankLogs
+from dtrain.coordinator.api.checkpoints import CheckpointDesk
 from dtrain.coordinator.api.records import Operators
 from dtrain.coordinator.api.server import Server, waiting_slots
 from dtrain.coordinator.api.servicers import CoordinatorServicer, Identity
 from dtrain.coordinator.dispatch import Channels
-from dtrain.coordinator.work import Stores
+from dtrain.coordinator.work import Orphans, Stores
 from dtrain.protocol.commands import Command, Header, Stop
 from dtrain.protocol.ids import Attempt, ClusterName, JobName, ReplicaId, Term, Uid
 from dtrain.protocol.keys import Keys
@@ -38,6 +39,7 @@ class Replica:
             Operators(self.etcd, CLUSTER, SystemClock()),
             self.channels,
             Stores(),
+            checkpoints=CheckpointDesk(self.etcd, CLUSTER, SystemClock(), lambda _work: Orphans()),
             term=lambda: None,
             waiting=waiting_slots(),
             problems=tls.problems if tls else tuple,

@@ -1,9 +1,11 @@
 """The object store as one node reaches it: failing, slow, cut off, or silent after the deed."""
 
 from collections.abc import Callable, Iterator, Sequence
+from mmap import mmap
 from typing import TYPE_CHECKING, TypeVar
 
 from dtrain.protocol.errors import ErrorCode, OutcomeUnknown, Unavailable
+from dtrain.storage.blobs.flow import Flow
 from dtrain.storage.blobs.port import BlobInfo
 from tests.sim.link import Link
 
@@ -32,11 +34,21 @@ class NodeStore:
     def uri(self) -> str:
         return self._inner.uri
 
-    def put(self, key: str, parts: Sequence[bytes | memoryview], *, chunk_crcs: Sequence[int]) -> BlobInfo:
+    def put(
+        self,
+        key: str,
+        parts: Sequence[bytes | memoryview],
+        *,
+        chunk_crcs: Sequence[int],
+        flow: Flow | None = None,
+    ) -> BlobInfo:
         return self._call("put", key, lambda: self._inner.put(key, parts, chunk_crcs=chunk_crcs), write=True)
 
     def get(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
         return self._call("get", key, lambda: self._inner.get(key, offset=offset, length=length))
+
+    def get_into(self, key: str, offset: int, buffer: bytearray | memoryview | mmap) -> None:
+        self._call("get", key, lambda: self._inner.get_into(key, offset, buffer))
 
     def head(self, key: str) -> BlobInfo:
         return self._call("head", key, lambda: self._inner.head(key))

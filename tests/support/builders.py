@@ -7,7 +7,16 @@ from typing import Any
 from dtrain.coordinator.core import invariants
 from dtrain.coordinator.core.decisions import Decision, Directed, PutRecord, Work
 from dtrain.coordinator.core.plan import plan
-from dtrain.coordinator.core.views import AgentView, FleetView, JobView, Moment, Stored, Verdict
+from dtrain.coordinator.core.views import (
+    AgentView,
+    FleetView,
+    Inspection,
+    JobView,
+    Moment,
+    Stored,
+    SweepFound,
+    Verdict,
+)
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import CommitRecord, OpenRecord
 from dtrain.protocol.events import EventReason, EventRecord
@@ -65,6 +74,7 @@ def make_spec(
     every_steps: int = 0,
     every_seconds: float = 0.0,
     keep_last: int = 3,
+    keep_every_steps: int = 0,
     max_restarts: int = 3,
     window_s: float = 3600.0,
     reschedule_grace_s: float = 0.0,
@@ -77,7 +87,9 @@ def make_spec(
         nodes[0],
         nodes[1],
         nproc,
-        checkpoint=CheckpointPolicy(store, every_steps, every_seconds, keep_last),
+        checkpoint=CheckpointPolicy(
+            store, every_steps, every_seconds, keep_last, keep_every_steps=keep_every_steps
+        ),
         restarts=RestartPolicy(max_restarts, window_s),
         reschedule_grace_s=reschedule_grace_s,
     )
@@ -149,6 +161,9 @@ class Stage:
     verdicts: dict[tuple[Seq, str], Verdict] = field(default_factory=dict)
     collected: set[Seq] = field(default_factory=set)
     pinned: set[Seq] = field(default_factory=set)
+    inspections: dict[tuple[Seq, str, str, int], Inspection] = field(default_factory=dict)
+    scrub_interval_s: float = 0.0
+    swept_found: SweepFound = SweepFound()
     store_ok: bool | None = True
     store_problem: str = ""
     swept_at: float | None = None
@@ -188,6 +203,15 @@ class Stage:
             if parsed is not None and parsed.kind == kind:
                 cell = self.cells[key]
                 found[int(parsed.seq)] = Stored(cell.value, cell.mod, cell.create, cell.seen_at)
+        return found
+
+    def orders(self) -> dict[str, Stored[Any]]:
+        """Requests of operators by id."""
+        found = {}
+        for key, cell in self.cells.items():
+            parsed = KEYS.parse(key)
+            if parsed is not None and parsed.kind == "order":
+                found[parsed.name] = Stored(cell.value, cell.mod, cell.create, cell.seen_at)
         return found
 
     @property
@@ -235,6 +259,10 @@ class Stage:
             bad={Seq(seq): stored.value for seq, stored in self.of("bad").items()},
             garbage=tuple(self.of("garbage").values()),
             pinned=frozenset(self.pinned),
+            verified={Seq(seq): stored for seq, stored in self.of("verified").items()},
+            orders=self.orders(),
+            inspections=dict(self.inspections),
+            swept_found=self.swept_found,
             events=tuple(sorted(self.of("event"))),
             workers=dict(self.workers),
             departed=dict(self.departed),
@@ -264,6 +292,7 @@ class Stage:
             self.default_store,
             self.losses_settle_at,
             frozenset(self.left),
+            self.scrub_interval_s,
         )
 
     # Deciding.

@@ -44,6 +44,9 @@ FETCHES_AT_ONCE = 2
 DEMANDS_AT_ONCE = 64
 """Each of a rank of this machine that waits; the work itself is bounded by checkpoint."""
 
+ASIDES_AT_ONCE = 4
+"""What nobody waits for. It may hang with a store that is away, and must not take an upload's thread."""
+
 _PR_SET_PDEATHSIG = 1
 
 _log = log.get("transfer")
@@ -60,9 +63,11 @@ class Transfer:
     ) -> None:
         self._emit = emit
         self._cache = cache or Cache()
-        self._uploader = Uploader(stores, emit, cache=self._cache)
+        self._cleanups = ThreadPoolExecutor(1, thread_name_prefix="upload-cleanup")
+        self._uploader = Uploader(stores, emit, cache=self._cache, later=self._cleanups.submit)
         self._fetcher = Fetcher(stores, emit, cache=self._cache)
         self._demands = ThreadPoolExecutor(DEMANDS_AT_ONCE, thread_name_prefix="demand")
+        self._asides = ThreadPoolExecutor(ASIDES_AT_ONCE, thread_name_prefix="aside")
         self._uploads = ThreadPoolExecutor(UPLOADS_AT_ONCE, thread_name_prefix="upload")
         self._fetches = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch")
 
@@ -72,15 +77,15 @@ class Transfer:
             self._uploads.submit(self._upload, order)
         elif isinstance(order, CancelUpload):
             self._uploader.cancel(order)
-            self._uploads.submit(self._aside, self._cache.forget, order.uid, order.seq)
+            self._asides.submit(self._aside, self._cache.forget, order.uid, order.seq)
         elif isinstance(order, Fetch):
             self._fetches.submit(self._fetch, order)
         elif isinstance(order, Demand):
             self._demands.submit(self._demand, order)
         elif isinstance(order, KeepManifest):
-            self._uploads.submit(self._aside, self._fetcher.keep_manifest, order)
+            self._asides.submit(self._aside, self._fetcher.keep_manifest, order)
         elif isinstance(order, ReleaseFetch):
-            self._demands.submit(self._aside, self._fetcher.release(order.id))
+            self._asides.submit(self._aside, self._fetcher.release(order.id))
 
     def _upload(self, order: Upload) -> None:
         try:

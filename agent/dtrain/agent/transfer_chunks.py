@@ -26,8 +26,8 @@ from dtrain.storage.blobs import digest
 LANES = min(8, max(4, os.cpu_count() or 1))
 """Chunks under way at once for one checkpoint: what bounds the memory beside the memfd, at one chunk each."""
 
-Read = Callable[[BlobEntry, int], bytes]
-"""Reads one chunk from the store, verified; raises what ends the restore."""
+Read = Callable[[BlobEntry, int, memoryview], None]
+"""Fills the buffer with one chunk from the store, verified there; raises what ends the restore."""
 
 
 class _Blob:
@@ -238,10 +238,10 @@ class Chunks:
             # A copy first, and then its digest: the place itself may change in between.
             data = bytes(self._slice(blob, number, place))
             if digest.to_hex(digest.crc32c(data)) == blob.entry.chunks[number]:
-                self._put(blob, number, data)
+                write_all(self._fd, data, blob.target + number * CHUNK_BYTES)
                 self._count(index, number, place.tier)
                 return
-        self._put(blob, number, self._read(blob.entry, number))
+        self._read(blob.entry, number, self._private(blob, number))
         self._count(index, number, Tier.STORE)
 
     def _check(self, index: int, number: int) -> Future[bool]:
@@ -273,8 +273,13 @@ class Chunks:
     def _fits(self, blob: _Blob, number: int, place: Standing) -> bool:
         return digest.to_hex(digest.crc32c(self._slice(blob, number, place))) == blob.entry.chunks[number]
 
-    def _put(self, blob: _Blob, number: int, data: bytes) -> None:
-        write_all(self._fd, data, blob.target + number * CHUNK_BYTES)
+    def _private(self, blob: _Blob, number: int) -> memoryview:
+        """The chunk's own place in the memfd: nobody looks there before the chunk is announced.
+
+        It is unmapped with the last view of it.
+        """
+        mapping = mmap.mmap(self._fd, blob.length(number), offset=blob.target + number * CHUNK_BYTES)
+        return memoryview(mapping)
 
     def _count(self, index: int, number: int, tier: Tier) -> None:
         with self._lock:

@@ -69,7 +69,11 @@ class _Held:
 
     chunks: Chunks
 
-    def __init__(self, fd: int, manifest: Manifest, plan: RestorePlan) -> None:
+    def __init__(
+        self, order: Fetch, store: BlobStore, fd: int, manifest: Manifest, plan: RestorePlan
+    ) -> None:
+        self.order = order
+        self.store = store
         self.fd = fd
         self.manifest = manifest
         self.plan = plan
@@ -227,13 +231,13 @@ class Fetcher:
             known = [kept[blob.key]] if blob.key in kept else []
             return transfer_tiers.find(blob, known, cached(blob.key), store)
 
-        held = _Held(fd, manifest, plan)
+        held = _Held(order, store, fd, manifest, plan)
         held.chunks = Chunks(
             manifest,
             fd,
             targets,
             look=look,
-            read=lambda blob, number: self._chunk(order, held, store, blob, number),
+            read=lambda blob, number, buffer: self._chunk(held, blob, number, buffer),
             in_place=order.on_demand,
         )
         return held
@@ -274,15 +278,19 @@ class Fetcher:
 
         return retry.call(attempt, attempts=_ATTEMPTS_MAX, deadline_s=self._deadline_s, idempotent=True)
 
-    def _chunk(self, order: Fetch, held: "_Held", store: BlobStore, blob: BlobEntry, number: int) -> bytes:
-        """Read a chunk from the store, verified."""
+    def _chunk(self, held: "_Held", blob: BlobEntry, number: int, buffer: memoryview) -> None:
+        """Read a chunk from the store into ``buffer``, verified there."""
         expected, found = blob.chunks[number], ""
-        length = min(CHUNK_BYTES, blob.bytes - number * CHUNK_BYTES)
-        for _ in range(2):  # twice, as for the manifest
+
+        def attempt() -> None:
+            self._check(held.order)
             if held.released:
                 raise Abandoned
+            held.store.get_into(blob.key, number * CHUNK_BYTES, buffer)
+
+        for _ in range(2):  # twice, as for the manifest
             try:
-                data = self._read(order, store, blob.key, number * CHUNK_BYTES, length)
+                retry.call(attempt, attempts=_ATTEMPTS_MAX, deadline_s=self._deadline_s, idempotent=True)
             except NotFound:
                 found = "missing"
                 break
@@ -291,12 +299,12 @@ class Fetcher:
                     raise
                 found = "short"
                 break
-            found = "short" if len(data) != length else digest.to_hex(digest.crc32c(data))
+            found = digest.to_hex(digest.crc32c(buffer))
             if found == expected:
-                return data
+                return
         raise Damaged(
             BadBlob(
-                seq=order.seq,
+                seq=held.order.seq,
                 blob=blob.key,
                 chunk=number,
                 expected=expected,

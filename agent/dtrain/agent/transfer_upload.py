@@ -1,17 +1,21 @@
 """Makes sealed snapshots durable: the arena's bytes to a blob, then the rank's manifest.
 
-Each chunk is hashed once, from the arena; the store confirms that hash, and the
-manifest carries it to every later reader.
+Each chunk is hashed once, from the arena, while others are on the wire; the store
+confirms that hash, and the manifest carries it to every later reader. A store
+that is away is waited for, as long as the checkpoint has time.
 """
 
+import contextlib
 import gzip
 import hashlib
+import math
 import mmap
 import os
 import secrets
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,19 +34,25 @@ from dtrain.protocol.checkpoint import (
     job_root,
     rank_manifest_key,
 )
-from dtrain.protocol.errors import DtrainError, ErrorCode, Refused
+from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused, Unavailable
 from dtrain.protocol.ids import Seq, Uid
 from dtrain.protocol.snapshot import DurablePart
 from dtrain.runtime import log, retry
 from dtrain.storage.blobs import digest
+from dtrain.storage.blobs.flow import Flow, Stopped
+from dtrain.storage.blobs.pace import TokenBucket
 from dtrain.storage.blobs.port import BlobStore
 
-UPLOAD_DEADLINE_S = 60.0
-"""How long one write to the store is retried: the leader's own deadline ends it anyway."""
+TELL_S = 10.0
+"""How often the log says that an upload still waits for the store."""
+
+RETRY_WAIT_S_MAX = 5.0
+"""A store that comes back is noticed after so long, at most."""
 
 INDEX_BYTES_MAX = 128 * 1024 * 1024
 _CANCELLED_MAX = 1024
-_ATTEMPTS_MAX = 1000  # the deadline is the bound
+_CAPS_MAX = 256
+_ATTEMPTS_MAX = 100_000  # the patience is the bound
 
 _log = log.get("transfer.upload")
 
@@ -55,6 +65,7 @@ class Index:
     objects: Mapping[str, ObjectEntry]
     layout: str = ""
     paths: Mapping[str, Any] = field(default_factory=dict)
+    same: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -62,15 +73,55 @@ class _Job:
     """One upload in progress and the keys it has tried to write."""
 
     store: BlobStore
+    flow: Flow
+    trouble: "_Trouble"
     keys: list[str] = field(default_factory=list)
 
 
-class Cancelled(Exception):
-    """The checkpoint was aborted while this upload ran."""
+class _Trouble:
+    """What keeps an upload from going on: in the log now and then, and in the reason if it fails."""
+
+    def __init__(self, order: Upload, now: Callable[[], float]) -> None:
+        self.last = ""
+        self._order = order
+        self._now = now
+        self._told_at = -math.inf
+
+    def note(self, why: str) -> None:
+        """Take note of one failure, on any thread."""
+        self.last = why
+        if self._now() - self._told_at >= TELL_S:
+            self._told_at = self._now()
+            sealed = self._order.sealed
+            _log.warning("upload_waits", job=self._order.job, seq=sealed.seq, rank=self._order.rank, why=why)
+
+
+class Bandwidth:
+    """The cap of one job on this machine, shared by its uploads. Thread-safe."""
+
+    def __init__(self, bytes_per_s: float, now: Callable[[], float]) -> None:
+        self.bytes_per_s = bytes_per_s
+        self._bucket = TokenBucket(bytes_per_s)
+        self._now = now
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> float:
+        """Take ``size`` bytes; return in how many seconds they may leave."""
+        with self._lock:
+            return self._bucket.take(size, self._now())
 
 
 class Uploader:
-    """Runs uploads, each on the thread that calls ``run``."""
+    """Runs uploads, each on the thread that calls ``run``.
+
+    Memory: none beside the snapshot itself. A store's lanes send from the mapped
+    arena, each chunk hashed by its lane just before it leaves.
+
+    Args:
+        patience_s: overrides the orders' own.
+        later: runs what an upload that was cancelled leaves to clean up; a store that hangs must
+            not keep the next upload from its thread.
+    """
 
     def __init__(
         self,
@@ -78,14 +129,20 @@ class Uploader:
         emit: Callable[[TransferReport], None],
         *,
         cache: Cache | None = None,
-        deadline_s: float = UPLOAD_DEADLINE_S,
+        patience_s: float | None = None,
+        now: Callable[[], float] = time.monotonic,
+        later: Callable[[Callable[[], None]], object] = lambda work: work(),
     ) -> None:
         self._cache = cache or Cache()
         self._stores = stores
         self._emit = emit
-        self._deadline_s = deadline_s
+        self._patience_s = patience_s
+        self._now = now
+        self._later = later
         self._lock = threading.Lock()
         self._cancelled: OrderedDict[tuple[Uid, Seq], None] = OrderedDict()
+        self._running: dict[tuple[Uid, Seq], list[Flow]] = {}
+        self._caps: OrderedDict[Uid, Bandwidth] = OrderedDict()
 
     def run(self, order: Upload) -> None:
         """Upload and report ``Uploaded``.
@@ -94,21 +151,38 @@ class Uploader:
             DtrainError: it did not become durable; what was written is deleted,
                 as far as the store lets it.
         """
-        job = _Job(self._stores(order.store))
+        patience_s = order.patience_s if self._patience_s is None else self._patience_s
+        trouble = _Trouble(order, self._now)
+        flow = Flow(self._pace(order), patience_s=patience_s, on_trouble=trouble.note)
+        job = _Job(self._stores(order.store), flow, trouble)
+        began = self._now()
+        # Also where a connection hangs: the reason must be with the leader before its deadline is.
+        alarm = threading.Timer(patience_s, flow.stop)
+        alarm.daemon = True
+        alarm.start()
         try:
-            part, kept = self._write(order, job)
+            with self._cancellable(order, job.flow):
+                part, kept = self._write(order, job)
             with self._lock:
                 self._check(order)
                 # From here on the leader may commit it: only the collector deletes it now.
                 self._emit(Uploaded(order.job, part, kept))
-        except Cancelled:
-            self._discard(job)
-            raise Refused(
-                ErrorCode.CONFLICT, f"checkpoint {order.sealed.seq} was aborted during the upload"
-            ) from None
+        except Stopped:
+            self._later(lambda: self._discard(job))
+            raise self._stopped(order, job, patience_s) from None
         except Exception:
             self._discard(job)
             raise
+        finally:
+            alarm.cancel()
+        _log.info(
+            "uploaded",
+            job=order.job,
+            seq=order.sealed.seq,
+            rank=order.rank,
+            bytes=order.sealed.size_bytes,
+            seconds=round(self._now() - began, 3),
+        )
 
     def cancel(self, order: CancelUpload) -> None:
         """Make uploads of this checkpoint stop, running or still to come.
@@ -120,10 +194,52 @@ class Uploader:
             self._cancelled[order.uid, order.seq] = None
             while len(self._cancelled) > _CANCELLED_MAX:
                 self._cancelled.popitem(last=False)
+            running = list(self._running.get((order.uid, order.seq), ()))
+        for flow in running:
+            flow.stop()
 
     def _check(self, order: Upload) -> None:
         if (order.uid, order.sealed.seq) in self._cancelled:
-            raise Cancelled
+            raise Stopped
+
+    def _stopped(self, order: Upload, job: _Job, patience_s: float) -> DtrainError:
+        so_far = f"{job.flow.durable_bytes} of {order.sealed.size_bytes} bytes were durable"
+        with self._lock:
+            cancelled = (order.uid, order.sealed.seq) in self._cancelled
+        if cancelled:
+            why = f"checkpoint {order.sealed.seq} was aborted during the upload, {so_far}"
+            return Refused(ErrorCode.CONFLICT, why)
+        cap = f", at {order.bandwidth_mb_s:g} MB/s at most" if order.bandwidth_mb_s else ""
+        what = f"{so_far} after {patience_s:g} s{cap}"
+        trouble = f": {job.trouble.last}" if job.trouble.last else ""
+        return Unavailable(ErrorCode.STORE_UNAVAILABLE, what + trouble)
+
+    @contextlib.contextmanager
+    def _cancellable(self, order: Upload, flow: Flow) -> Iterator[None]:
+        key = (order.uid, order.sealed.seq)
+        with self._lock:
+            self._check(order)
+            self._running.setdefault(key, []).append(flow)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running[key].remove(flow)
+                if not self._running[key]:
+                    del self._running[key]
+
+    def _pace(self, order: Upload) -> Callable[[int], float]:
+        rate = order.bandwidth_mb_s * 1e6
+        if rate <= 0:
+            return lambda _size: 0.0
+        with self._lock:
+            cap = self._caps.pop(order.uid, None)
+            if cap is None or cap.bytes_per_s != rate:
+                cap = Bandwidth(rate, self._now)
+            self._caps[order.uid] = cap
+            while len(self._caps) > _CAPS_MAX:
+                self._caps.popitem(last=False)
+        return cap.take
 
     def _write(self, order: Upload, job: _Job) -> tuple[DurablePart, tuple[KeptBlob, ...]]:
         sealed = order.sealed
@@ -136,18 +252,17 @@ class Uploader:
             blob = arena.slice(sealed.offset, sealed.size_bytes)
             parts = [blob[at : at + CHUNK_BYTES] for at in range(0, len(blob), CHUNK_BYTES)]
             try:
-                crcs = []
-                for part in parts:
-                    self._check(order)
-                    crcs.append(digest.crc32c(part))
+                key = blob_key(prefix, order.rank, 0, nonce)
+                # Computed by the lanes that send them, or, where nothing is sent, just below.
+                crcs = digest.ChunkCrcs(parts)
+                self._put(job, key, parts, crcs)
                 entry = BlobEntry(
-                    key=blob_key(prefix, order.rank, 0, nonce),
+                    key=key,
                     rank=order.rank,
                     bytes=sealed.size_bytes,
                     crc=digest.to_hex(digest.full_crc(crcs, sealed.size_bytes, CHUNK_BYTES)),
                     chunks=tuple(digest.to_hex(crc) for crc in crcs),
                 )
-                self._put(order, job, entry.key, parts, crcs)
                 self._cache.keep(entry.key, parts, entry.bytes)
             finally:
                 for view in (*parts, blob):
@@ -168,6 +283,7 @@ class Uploader:
             objects=index.objects,
             layout=index.layout,
             paths=index.paths,
+            same=index.same,
         )
         # Without a time in it: the same manifest is always the same bytes.
         data = gzip.compress(codec.canonical(codec.to_json(manifest)), mtime=0)
@@ -178,7 +294,7 @@ class Uploader:
                 fix="track fewer or larger tensors, and no large JSON values",
             )
         key = rank_manifest_key(prefix, order.rank, nonce)
-        self._put(order, job, key, [data], [digest.crc32c(data)])
+        self._put(job, key, [data], [digest.crc32c(data)])
         kept = KeptBlob(entry.key, sealed.path, sealed.offset, sealed.size_bytes)
         durable = DurablePart(
             seq=sealed.seq,
@@ -192,21 +308,32 @@ class Uploader:
         )
         return durable, (kept,)
 
-    def _put(
-        self, order: Upload, job: _Job, key: str, parts: list[bytes] | list[memoryview], crcs: list[int]
-    ) -> None:
+    def _put(self, job: _Job, key: str, parts: list[bytes] | list[memoryview], crcs: Sequence[int]) -> None:
         def attempt() -> None:
-            self._check(order)
-            job.store.put(key, parts, chunk_crcs=crcs)
+            job.flow.wait(0)
+            try:
+                job.store.put(key, parts, chunk_crcs=crcs, flow=job.flow)
+            except (Unavailable, OutcomeUnknown) as error:
+                job.trouble.note(error.message)
+                raise
 
         job.keys.append(key)
         # The same bytes under the same key: a repetition after a lost answer is harmless.
-        retry.call(attempt, attempts=_ATTEMPTS_MAX, deadline_s=self._deadline_s, idempotent=True)
+        retry.call(
+            attempt,
+            attempts=_ATTEMPTS_MAX,
+            wait_s_max=RETRY_WAIT_S_MAX,
+            deadline_s=job.flow.patience_s,
+            idempotent=True,
+            sleep=job.flow.wait,
+        )
 
     def _discard(self, job: _Job) -> None:
         """Best effort: the collector takes what stays."""
         for key in job.keys:
             try:
+                for token in job.store.list_unfinished(key):
+                    job.store.discard_unfinished(token)
                 job.store.delete(key)
             except DtrainError as error:
                 _log.info("upload_left_behind", key=key, error=str(error))

@@ -26,6 +26,10 @@ class Upload:
     world: int
     step: Step
     sealed: Sealed
+    bandwidth_mb_s: float = 0.0
+    """All uploads of this job together, in megabytes (10^6) a second; 0: as fast as it goes."""
+    patience_s: float = 60.0
+    """How long a store that does not answer is asked again."""
 
 
 @dataclass(frozen=True, slots=True)

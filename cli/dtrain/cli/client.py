@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 import grpc
 
-from dtrain.protocol import errors
+from dtrain.protocol import codec, errors
+from dtrain.protocol.checkpoint import CommitRecord
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, TimedOut, Unavailable
 from dtrain.protocol.pb import coordinator_pb2 as pb
 from dtrain.protocol.pb.coordinator_pb2_grpc import CoordinatorStub
@@ -111,6 +112,55 @@ class ReplicaInfo:
     problems: tuple[str, ...] = ()
     """What is wrong now, in sentences for people."""
     etcd_version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """A checkpoint that stays while it is pinned; ``lease`` renews the pin, 0 for one without an end."""
+
+    record: CommitRecord
+    store: str
+    lease: int
+    revision: int
+
+    @property
+    def seq(self) -> int:
+        return int(self.record.seq)
+
+
+@dataclass(frozen=True, slots=True)
+class GarbageItem:
+    """Something in a job's store, whether it would go, and why."""
+
+    kind: str
+    seq: int
+    what: str
+    deleted: bool
+    why: str
+    bytes: int
+
+    def as_json(self, job: str) -> dict[str, Any]:
+        """The same for programs."""
+        return {
+            "v": 1,
+            "kind": "Garbage",
+            "job": job,
+            "what": self.kind,
+            "seq": self.seq,
+            "name": self.what,
+            "deleted": self.deleted,
+            "why": self.why,
+            "bytes": self.bytes,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Review:
+    """What would be deleted now; ``problem``: why orphans would not."""
+
+    items: tuple[GarbageItem, ...]
+    revision: int
+    problem: str
 
 
 class _Silent:
@@ -253,6 +303,71 @@ class Client:
             lambda stub, timeout: stub.ReadLog(request, timeout=timeout + wait_s), wait_s=wait_s
         )
         return LogChunk(reply.data, reply.next_offset, reply.attempt, reply.agent, reply.eof)
+
+    def pin_checkpoint(
+        self, job: str, seq: int, *, holder: str, ttl_s: int, why: str = "", by: str = "", lease: int = 0
+    ) -> Pinned:
+        """Pin a checkpoint (0: the newest good one), or renew the pin of ``lease``.
+
+        Raises:
+            NotFound: there is none.
+            Refused: too many pins, or no such holder can be.
+        """
+        request = pb.PinCheckpointRequest(
+            job=job, seq=seq, holder=holder, ttl_s=ttl_s, lease=lease, why=why, by=by
+        )
+        reply = self._call(lambda stub, timeout: stub.PinCheckpoint(request, timeout=timeout))
+        return Pinned(codec.decode(CommitRecord, reply.record), reply.store, reply.lease, reply.revision)
+
+    def unpin_checkpoint(self, job: str, seq: int, *, holder: str, lease: int = 0) -> bool:
+        """Take a pin off ("*": all); False: there was none."""
+        request = pb.UnpinCheckpointRequest(job=job, seq=seq, holder=holder, lease=lease)
+        reply = self._call(lambda stub, timeout: stub.UnpinCheckpoint(request, timeout=timeout))
+        return bool(reply.removed)
+
+    def delete_checkpoint(self, job: str, seq: int, *, request_id: str, by: str) -> str:
+        """Ask the leader to delete a checkpoint; return the id of the request.
+
+        Raises:
+            NotFound: there is none.
+            Conflict: it must stay.
+        """
+        request = pb.DeleteCheckpointRequest(job=job, seq=seq, request_id=request_id, by=by)
+        return self._ordered(lambda stub, timeout: stub.DeleteCheckpoint(request, timeout=timeout))
+
+    def report_damage(self, job: str, seq: int, blob: str, chunk: int, *, request_id: str, by: str) -> str:
+        """Ask the leader to look at a damaged chunk itself; return the id of the request."""
+        request = pb.ReportDamageRequest(
+            job=job, seq=seq, blob=blob, chunk=chunk, request_id=request_id, by=by
+        )
+        return self._ordered(lambda stub, timeout: stub.ReportDamage(request, timeout=timeout))
+
+    def collect_garbage(self, job: str, *, request_id: str, by: str) -> str:
+        """Ask the leader to search the store for orphans now; return the id of the request."""
+        request = pb.CollectGarbageRequest(job=job, request_id=request_id, by=by)
+        return self._ordered(lambda stub, timeout: stub.CollectGarbage(request, timeout=timeout))
+
+    def review_garbage(self, job: str, *, timeout_s: float = 60.0) -> Review:
+        """What would be deleted now, and why; a large store takes a while to list.
+
+        Raises:
+            NotFound: there is no such job.
+        """
+        request = pb.ReviewGarbageRequest(job=job)
+        reply = self._call(
+            lambda stub, timeout: stub.ReviewGarbage(request, timeout=timeout + timeout_s), wait_s=timeout_s
+        )
+        items = tuple(
+            GarbageItem(item.kind, item.seq, item.what, item.deleted, item.why, item.bytes)
+            for item in reply.items
+        )
+        return Review(items, reply.revision, reply.problem)
+
+    def _ordered(self, call: Callable[[Any, float], Any]) -> str:
+        reply = self._call(call)
+        # What is waited for is at this revision: no replica that lags behind may be asked for it.
+        self._seen_revision = max(self._seen_revision, int(reply.revision))
+        return str(reply.order)
 
     def info(self) -> ReplicaInfo:
         """What the replica that answers says about itself."""

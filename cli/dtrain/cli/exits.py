@@ -60,6 +60,7 @@ _BY_CODE = {
     ErrorCode.PORT_IN_USE: CONFLICT,
     ErrorCode.CONFLICT: CONFLICT,
     ErrorCode.NOT_FOUND: NOT_FOUND,
+    ErrorCode.BLOB_CORRUPT: CHECK_FAILED,
     ErrorCode.BUG: BUG,
 }
 _BY_CLASS: tuple[tuple[type[DtrainError], int], ...] = (

@@ -24,6 +24,9 @@ NPROC_WORDS = ("auto", "cpu", "gpu")
 _CHECKPOINT, _RESTARTS = CheckpointPolicy(), RestartPolicy()
 
 
+BANDWIDTH_MB_S_MIN, BANDWIDTH_MB_S_MAX = 0.1, 1_000_000.0
+
+
 def _integer(low: int, high: int = 1_000_000_000) -> BeforeValidator:
     def check(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
@@ -155,6 +158,19 @@ def _seconds(*, above_zero: bool = False) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _megabytes() -> BeforeValidator:
+    def check(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{_show(value)} is not a number of megabytes a second")
+        if value and not BANDWIDTH_MB_S_MIN <= value <= BANDWIDTH_MB_S_MAX:
+            raise ValueError(
+                f"{value} is out of range: {BANDWIDTH_MB_S_MIN} to {BANDWIDTH_MB_S_MAX}, or 0 for no cap"
+            )
+        return float(value)
+
+    return BeforeValidator(check)
+
+
 def _show(value: Any) -> str:
     if value is None:
         return "nothing"
@@ -176,7 +192,9 @@ class CheckpointSection(_Strict):
     every_steps: Annotated[int, _integer(0)] = _CHECKPOINT.every_steps
     every_seconds: Annotated[float, _seconds()] = _CHECKPOINT.every_seconds
     keep_last: Annotated[int, _integer(1)] = _CHECKPOINT.keep_last
+    keep_every_steps: Annotated[int, _integer(0)] = _CHECKPOINT.keep_every_steps
     timeout: Annotated[float, _seconds(above_zero=True)] = _CHECKPOINT.timeout_s
+    bandwidth_mb_s: Annotated[float, _megabytes()] = _CHECKPOINT.bandwidth_mb_s
 
 
 class RestartsSection(_Strict):
@@ -237,7 +255,9 @@ def to_spec(model: JobModel, folder: Path) -> JobSpec:
             every_steps=model.checkpoint.every_steps,
             every_seconds=model.checkpoint.every_seconds,
             keep_last=model.checkpoint.keep_last,
+            keep_every_steps=model.checkpoint.keep_every_steps,
             timeout_s=model.checkpoint.timeout,
+            bandwidth_mb_s=model.checkpoint.bandwidth_mb_s,
         ),
         restarts=RestartPolicy(max_restarts=model.restarts.max, window_s=model.restarts.window),
         shutdown_grace_s=model.shutdown_grace,

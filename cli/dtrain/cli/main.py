@@ -22,7 +22,6 @@ MEANT = {
     "agents": "get agents",
     "workers": "get agents",
     "events": "get events",
-    "checkpoints": "get checkpoints",
     "coordinators": "get coordinators",
     "leader": "get coordinators",
     "status": "describe",
@@ -37,6 +36,10 @@ MEANT = {
     "create": "submit",
     "start": "up",
     "save": "checkpoint",
+    "verify": "checkpoints verify",
+    "export": "checkpoints export",
+    "pin": "checkpoints pin",
+    "gc": "checkpoints gc",
     "tail": "logs -f",
     "log": "logs",
 }

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from dtrain.cli import exits
 from dtrain.cli.client import Item, Reading
 from dtrain.protocol import codec
-from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord, Quarantine
+from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord, Quarantine, Verification
 from dtrain.protocol.cluster import Cordon, LeaderRecord, ReplicaRecord
 from dtrain.protocol.errors import ErrorCode, NotFound, Refused
 from dtrain.protocol.events import EventReason, EventRecord
@@ -43,6 +43,9 @@ class Job:
     garbage: dict[int, Garbage] = field(default_factory=dict)
     bad: dict[int, Quarantine] = field(default_factory=dict)
     pinned: set[int] = field(default_factory=set)
+    verified: dict[int, Verification] = field(default_factory=dict)
+    orders: set[str] = field(default_factory=set)
+    """Ids of requests about checkpoints that the leader has not answered yet."""
     events: dict[int, EventRecord] = field(default_factory=dict)
     workers: dict[str, WorkerSnapshot] = field(default_factory=dict)
     raw: Json = field(default_factory=dict)
@@ -268,13 +271,19 @@ def _place_in_job(job: Job, parsed: Parsed, item: Item, document: Any) -> None:
             _keep(job.events, seq, _decode(EventRecord, item.value))
         case "pin":
             job.pinned.add(seq)
+        case "verified":
+            _keep(job.verified, seq, _decode(Verification, item.value))
+        case "order":
+            job.orders.add(parsed.name)
         case _:
             return
     if parsed.kind in ("spec", "intent", "status", "latest"):
         job.raw[parsed.kind] = document
     else:
-        folder = {"checkpoint": "checkpoints", "event": "events", "pin": "pins"}.get(parsed.kind, parsed.kind)
-        name = f"{seq}/{parsed.name}" if parsed.kind == "pin" else str(seq)
+        folder = {"checkpoint": "checkpoints", "event": "events", "pin": "pins", "order": "orders"}.get(
+            parsed.kind, parsed.kind
+        )
+        name = {"pin": f"{seq}/{parsed.name}", "order": parsed.name}.get(parsed.kind, str(seq))
         job.raw.setdefault(folder, {})[name] = document
 
 

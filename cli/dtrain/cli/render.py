@@ -7,13 +7,18 @@ import datetime
 import signal as signals
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dtrain.cli import terminal
+from dtrain.cli.client import GarbageItem
 from dtrain.cli.durations import show_bytes, show_s
 from dtrain.cli.records import Agent, Cluster, Job, Replica
 from dtrain.protocol.events import EventRecord
 from dtrain.protocol.job import JobPhase
 from dtrain.protocol.snapshot import Failure, FailureKind
+
+if TYPE_CHECKING:
+    from dtrain.storage.checkpoints.reading import Damage
 
 UNKNOWN = "–"
 
@@ -181,7 +186,7 @@ def checkpoint_lines(job: Job) -> list[CheckpointLine]:
 
 
 def checkpoints(job: Job, now: float, *, wide: bool = False) -> Table:
-    """``get checkpoints``; ``*`` marks the newest committed one."""
+    """``get checkpoints``; ``*`` marks the newest committed one, VERIFIED is when one was last read whole."""
     rows = []
     for line in checkpoint_lines(job):
         row: tuple[str, ...] = (
@@ -192,11 +197,33 @@ def checkpoints(job: Job, now: float, *, wide: bool = False) -> Table:
             UNKNOWN if line.bytes is None else show_bytes(line.bytes),
             line.state,
             "yes" if line.pinned else "",
+            ago(job.verified[line.seq].at, now) if line.seq in job.verified else "",
             ago(line.since, now),
         )
         rows.append((*row, line.note) if wide else row)
-    headings = ("SEQ", "STEP", "ATTEMPT", "WORLD", "SIZE", "STATE", "PINNED", "AGE")
+    headings = ("SEQ", "STEP", "ATTEMPT", "WORLD", "SIZE", "STATE", "PINNED", "VERIFIED", "AGE")
     return Table((*headings, *(("NOTE",) if wide else ())), tuple(rows))
+
+
+def damage_line(damage: "Damage") -> str:
+    """One damaged chunk: what lies in it, and what was found instead."""
+    return terminal.text(f"  {damage.where} is {damage.found}, {damage.expected} was committed")
+
+
+def garbage(items: Sequence[GarbageItem], *, wide: bool = False) -> Table:
+    """``checkpoints gc --dry-run``; ``wide``: what stays, too."""
+    rows = []
+    for item in items:
+        row = (
+            item.kind,
+            str(item.seq) if item.seq else UNKNOWN,
+            show_bytes(item.bytes) if item.bytes else UNKNOWN,
+            *(("delete" if item.deleted else "keep",) if wide else ()),
+            item.why,
+            item.what,
+        )
+        rows.append(row)
+    return Table(("KIND", "SEQ", "SIZE", *(("DOES",) if wide else ()), "WHY", "WHAT"), tuple(rows))
 
 
 def events(found: Iterable[tuple[str, EventRecord]], now: float, *, wide: bool = False) -> Table:

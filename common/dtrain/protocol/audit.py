@@ -41,7 +41,7 @@ from typing import Protocol, TypeVar
 
 from dtrain.protocol import codec
 from dtrain.protocol.audit_agents import AgentAudit
-from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord, Quarantine
+from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord, Quarantine, Verification
 from dtrain.protocol.errors import Refused
 from dtrain.protocol.events import EventReason, EventRecord
 from dtrain.protocol.ids import RESTORE_BUMP_LEAST, ClusterName, JobName
@@ -90,6 +90,7 @@ _LEADERS_KINDS = {
     "latest": Latest,
     "garbage": Garbage,
     "bad": Quarantine,
+    "verified": Verification,
     "event": EventRecord,
 }
 _READ_KINDS = _LEADERS_KINDS | {"worker": WorkerSnapshot, "node": NodeRecord}

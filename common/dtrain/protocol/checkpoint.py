@@ -9,6 +9,7 @@ Stored manifests are gzipped canonical JSON; ``docs/protocol.md`` lists the fiel
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from dtrain.protocol.ids import Attempt, ClusterName, JobName, Rank, Seq, Step, Term, Uid
@@ -109,6 +110,62 @@ class Quarantine:
 
 
 @dataclass(frozen=True, slots=True)
+class Verification:
+    """A committed checkpoint of which every byte was read back and found right."""
+
+    term: Term
+    seq: Seq
+    at: str
+    bytes: int = 0
+    """What was read for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Somebody needs this checkpoint: retention and deletion leave it alone.
+
+    A reader's pin hangs on a lease of its own, so that a reader that was killed
+    pins nothing for long. An operator's has none and stays until it is taken off.
+    """
+
+    seq: Seq
+    holder: str
+    """Who it is told apart by: the last part of the key."""
+    ttl_s: int = 0
+    """Seconds that it outlives its last renewal; 0: for ever."""
+    why: str = ""
+    by: str = ""
+    at: str = ""
+
+
+class OrderKind(StrEnum):
+    """What an operator can ask the leader to do about a job's checkpoints."""
+
+    DELETE = "delete"
+    INSPECT = "inspect"
+    COLLECT = "collect"
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """An operator's request to the leader, which answers by deleting it, with an event.
+
+    ``inspect`` has one chunk read again by the leader, after somebody found it
+    damaged: only what the leader confirms is quarantined. ``collect`` has the
+    store searched for orphans now.
+    """
+
+    uid: Uid
+    kind: OrderKind
+    seq: Seq = Seq(0)
+    blob: str = ""
+    """Of ``inspect``: store key of the blob, or of the manifest."""
+    chunk: int = 0
+    by: str = ""
+    at: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class BlobEntry:
     """One blob: ``chunks`` holds the CRC32C of each CHUNK_BYTES of it, in hex."""
 
@@ -172,6 +229,9 @@ class RankManifest:
     """Hash over names, dtypes, shapes and owners of the whole state: equal on all ranks."""
     paths: Mapping[str, Any] = field(default_factory=dict)
     """Where a tensor or object belongs in a nested state: name -> list of str and int. Empty: not told."""
+    same: Mapping[str, str] = field(default_factory=dict)
+    """Digests by name of what this rank and others hold alike: of a replicated tensor,
+    or (``name#n``) of part ``n`` of a sharded one. Equal on all ranks that have it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +264,11 @@ class Manifest:
 def job_root(cluster: ClusterName, job: JobName, uid: Uid) -> str:
     """Folder of one submission in the store: a name used again shares nothing."""
     return f"{cluster}/{job}/{uid}"
+
+
+def owners_prefix(cluster: ClusterName) -> str:
+    """Folder of the marks that say which etcd decides about a cluster's blobs; no job can have this name."""
+    return f"{cluster}/_owners/"
 
 
 def blob_prefix(root: str, seq: Seq, attempt: Attempt, nonce: str) -> str:

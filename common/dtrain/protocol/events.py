@@ -30,6 +30,8 @@ class EventReason(StrEnum):
     CHECKPOINT_ABORTED = "CheckpointAborted"
     CHECKPOINT_SETTLED = "CheckpointSettled"
     CHECKPOINT_QUARANTINED = "CheckpointQuarantined"
+    CHECKPOINT_DELETED = "CheckpointDeleted"
+    GARBAGE_COLLECTED = "GarbageCollected"
     RANK_EXITED = "RankExited"
     RANK_SIGNALED = "RankSignaled"
     AGENT_LOST = "AgentLost"

@@ -67,8 +67,11 @@ class CheckpointPolicy:
 
     ``store`` "": the cluster's default store. ``every_steps`` and
     ``every_seconds`` 0: not by steps, not by time; a final checkpoint is always
-    taken. ``keep_last`` committed ones are kept. ``timeout_s`` is the time from
-    opening one to its commit, after which it is aborted.
+    taken. ``keep_last`` committed ones are kept, and beyond them the first one at
+    or after each multiple of ``keep_every_steps`` (0: no others). ``timeout_s`` is the time from
+    opening one to its commit, after which it is aborted. ``bandwidth_mb_s`` bounds
+    what each agent sends to the store for this job, in megabytes (10^6) a second; 0:
+    not at all.
     """
 
     store: str = ""
@@ -76,6 +79,8 @@ class CheckpointPolicy:
     every_seconds: float = 0.0
     keep_last: int = 3
     timeout_s: float = 300.0
+    bandwidth_mb_s: float = 0.0
+    keep_every_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)

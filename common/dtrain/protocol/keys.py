@@ -17,7 +17,7 @@ class Parsed:
     """One key taken apart: ``kind`` and the names in it.
 
     ``kind`` is one of: leader, coordinator, node, worker, cordon, spec, intent,
-    status, open, checkpoint, latest, pin, garbage, bad, event.
+    status, open, checkpoint, latest, pin, garbage, bad, verified, order, event.
     """
 
     kind: str
@@ -96,6 +96,19 @@ class Keys:
         """Prefix of all pins on one checkpoint."""
         return f"{self.job(job)}pins/{seq:0{SEQ_DIGITS}d}/"
 
+    def pin(self, job: JobName, seq: Seq, holder: str) -> str:
+        return f"{self.pins(job, seq)}{holder}"
+
+    def verified(self, job: JobName, seq: Seq) -> str:
+        return f"{self.job(job)}verified/{seq:0{SEQ_DIGITS}d}"
+
+    def orders(self, job: JobName) -> str:
+        """Prefix of what operators have asked the leader to do about checkpoints."""
+        return f"{self.job(job)}orders/"
+
+    def order(self, job: JobName, order_id: str) -> str:
+        return f"{self.orders(job)}{order_id}"
+
     def garbage(self, job: JobName, seq: Seq) -> str:
         return f"{self.job(job)}garbage/{seq:0{SEQ_DIGITS}d}"
 
@@ -128,6 +141,8 @@ class Keys:
                 return Parsed(_SEQ_FOLDERS[folder], job=JobName(job), seq=Seq(int(seq)))
             case ["jobs", job, "pins", seq, reader] if _is_seq(seq):
                 return Parsed("pin", job=JobName(job), seq=Seq(int(seq)), name=reader)
+            case ["jobs", job, "orders", order_id]:
+                return Parsed("order", job=JobName(job), name=order_id)
             case _:
                 return None
 
@@ -141,5 +156,6 @@ _SEQ_FOLDERS = {
     "checkpoints": "checkpoint",
     "garbage": "garbage",
     "bad": "bad",
+    "verified": "verified",
     "events": "event",
 }

@@ -38,7 +38,7 @@ class Sealed:
     ``path`` opens the arena in any process of the same user
     (``/proc/<launcher>/fd/<n>``). ``index`` is JSON: ``{"tensors": {name:
     TensorEntry with b=0 and off counted from the start of the blob}, "objects":
-    {name: ObjectEntry}, "layout": hash}``.
+    {name: ObjectEntry}, "layout": hash, "same": {name: digest}}``.
     """
 
     seq: Seq

@@ -5,6 +5,7 @@ that the operation is idempotent. Waits grow with full jitter, so that clients
 that failed together do not come back together.
 """
 
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -23,8 +24,11 @@ def call(
     wait_s_max: float = 2.0,
     deadline_s: float = 30.0,
     idempotent: bool = False,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> T:
     """Run ``operation`` until it answers, at most ``attempts`` times.
+
+    ``sleep`` waits between two of them; what it raises ends the call.
 
     Raises:
         Unavailable, OutcomeUnknown: the last one seen, once attempts or
@@ -36,5 +40,6 @@ def call(
         wait=tenacity.wait_random_exponential(multiplier=wait_s_first, max=wait_s_max),
         retry=tenacity.retry_if_exception_type(retryable),
         reraise=True,
+        sleep=sleep,
     )
     return retrying(operation)

@@ -23,6 +23,13 @@ SETTINGS = (
     Setting("ttl", "seconds that a silent leader is trusted; 5 is the fast profile", 10, int),
     Setting("allow-short-ttl", "tests only: a TTL below 5 seconds", False, switch),
     Setting("default-store", "where jobs that name no store keep their checkpoints", ""),
+    Setting(
+        "scrub-interval",
+        "seconds after which a committed checkpoint is read again in the background; 0: never",
+        86_400.0,
+        float,
+    ),
+    Setting("scrub-mb-s", "MB per second that this reads at most; 0: no bound", 50.0, float),
     Setting("log-json", "one JSON object per line (default: unless stderr is a terminal)", None, switch),
     *TLS,
     *ETCD,
@@ -47,6 +54,8 @@ class Config:
     etcd: EtcdOptions
     tls: TlsFiles | None = None
     health_listen: str = ""
+    scrub_interval_s: float = 0.0
+    scrub_mb_s: float = 0.0
     host: str = ""
     """What to advertise before the port where ``listen`` means every address; "": what ``listen`` says."""
 
@@ -71,6 +80,9 @@ class Config:
                     ErrorCode.BAD_SETTING, f"--{setting} cannot be {address!r}", fix="use host:port"
                 )
         check_listen(self.health_listen)
+        for setting, number in (("scrub-interval", self.scrub_interval_s), ("scrub-mb-s", self.scrub_mb_s)):
+            if not 0 <= number < 1e9:
+                raise Refused(ErrorCode.BAD_SETTING, f"--{setting} cannot be {number}", fix="use 0 or more")
 
     def advertised(self, bound: str) -> str:
         """Return the address for the records, given the host:port that was bound."""
@@ -100,6 +112,8 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         etcd,
         tls_files(values),
         values["health-listen"],
+        values["scrub-interval"],
+        values["scrub-mb-s"],
         # Nobody can call 0.0.0.0.
         towards(etcd.endpoints, "--advertise")
         if is_wildcard(values["listen"]) and values["listen"] and not values["advertise"]

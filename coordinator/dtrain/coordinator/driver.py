@@ -16,14 +16,15 @@ from typing import Any, Protocol
 from dtrain.coordinator.core.decisions import (
     Decision,
     Directed,
+    InspectCheckpoint,
     PutRecord,
     SweepOrphans,
     VerifyCheckpoint,
     Work,
 )
-from dtrain.coordinator.core.views import FleetView, JobView, Moment
+from dtrain.coordinator.core.views import FleetView, Inspection, JobView, Moment, SweepFound
 from dtrain.coordinator.persistence import Committed, Conflict, Deposed, NotWritten, Outcome, Unknown
-from dtrain.coordinator.results import Collected, Probed, Swept, Verified, WorkCrashed, WorkResult
+from dtrain.coordinator.results import Collected, Inspected, Probed, Swept, Verified, WorkCrashed, WorkResult
 from dtrain.coordinator.world import World, stamped
 from dtrain.protocol.ids import AgentName, JobName, Term
 from dtrain.protocol.job import JobStatus
@@ -246,11 +247,16 @@ class Driver:
                 self.world.record_unknown(job, unknown)
                 if not retry:
                     # When it began: what was written since, it may not have seen.
-                    self.world.record_swept(job, work.uid, began_at)
+                    self.world.record_swept(job, work.uid, began_at, SweepFound(deleted, problem))
                 if deleted:
                     self._ports.log("orphans deleted", job=job, blobs=deleted)
             case Probed(_, problem):
                 self.world.record_probe(job, problem, now)
+            case Inspected(inspected, damage, problem, read):
+                self.world.record_inspection(job, inspected, Inspection(began_at, damage, problem, read))
+            case WorkCrashed(InspectCheckpoint() as inspected, problem):
+                # Recorded, or it would be asked for again every second.
+                self.world.record_inspection(job, inspected, Inspection(began_at, None, problem))
             case WorkCrashed(_, problem):
                 pass
         if problem and isinstance(result, (Collected, Swept)):

@@ -1,8 +1,8 @@
 """The composition root: parse, build, start, end.
 
 Threads: the loop owns all state; the mirror's, the lease's, two that commit,
-two that work at the store, and those of grpc hand it values through one queue.
-One more looks at etcd's health and tells people only.
+two that work at the store and one that reads there at leisure, and those of
+grpc hand it values through one queue. One more looks at etcd's health and tells people only.
 A thread that dies takes the process with it: a replica that looks healthy and
 is not would be worse than none.
 """
@@ -24,11 +24,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dtrain.coordinator import config
+from dtrain.coordinator.api.checkpoints import CheckpointDesk
 from dtrain.coordinator.api.records import Operators
 from dtrain.coordinator.api.server import Server, waiting_slots
 from dtrain.coordinator.api.servicers import CoordinatorServicer, Identity
 from dtrain.coordinator.config import Config
-from dtrain.coordinator.core.decisions import Decision, Directed, Work
+from dtrain.coordinator.core.decisions import Decision, Directed, InspectCheckpoint, Work
 from dtrain.coordinator.core.manifest import merge
 from dtrain.coordinator.core.plan import plan
 from dtrain.coordinator.core.views import Moment
@@ -171,14 +172,24 @@ class Coordinator:
             on_no_space=self._etcd_health.refused_for_space,
             stored=self._mirror.get,
         )
-        self._worker = Worker(etcd, self._stores, merge_manifests, clock)
+        self._worker = Worker(
+            etcd,
+            self._stores,
+            merge_manifests,
+            clock,
+            scrub_bytes_per_s=settings.scrub_mb_s * 1e6,
+            stopped=self._stopping.is_set,
+        )
         self._commits = ThreadPoolExecutor(COMMIT_THREADS, "commit")
         self._works = ThreadPoolExecutor(WORK_THREADS, "work")
+        # Reading a checkpoint again takes hours: what training waits for must not stand behind it.
+        self._scrubs = ThreadPoolExecutor(1, "scrub")
         world = World(
             settings.cluster,
             settings.replica,
             agent_ttl_s=float(settings.ttl_s),
             default_store=settings.default_store,
+            scrub_interval_s=settings.scrub_interval_s,
         )
         self._driver = Driver(world, decide, self)
         self._servicer = CoordinatorServicer(
@@ -187,6 +198,7 @@ class Coordinator:
             Operators(etcd, settings.cluster, clock),
             self._channels,
             self._stores,
+            checkpoints=CheckpointDesk(etcd, settings.cluster, clock, self._worker.find_orphans),
             term=self._acting_term,
             waiting=waiting_slots(),
             default_store=settings.default_store,
@@ -235,6 +247,7 @@ class Coordinator:
             self._status.close()
         self._commits.shutdown(wait=True, cancel_futures=True)
         self._works.shutdown(wait=True, cancel_futures=True)
+        self._scrubs.shutdown(wait=True, cancel_futures=True)
         self._channels.close()
         self._stores.close()
 
@@ -249,7 +262,8 @@ class Coordinator:
             self._dispatcher.send(directed)
 
     def start_work(self, job: JobName, work: Work) -> None:
-        self._works.submit(self._guarded, lambda: self._work(job, work))
+        slow = isinstance(work, InspectCheckpoint) and work.depth != "chunk"
+        (self._scrubs if slow else self._works).submit(self._guarded, lambda: self._work(job, work))
 
     def log(self, event: str, **fields: Any) -> None:
         (self._log.warning if event in _WARNINGS else self._log.info)(event, **fields)

@@ -2,8 +2,15 @@
 
 from dataclasses import dataclass
 
-from dtrain.coordinator.core.decisions import CollectGarbage, ProbeStore, SweepOrphans, VerifyCheckpoint, Work
-from dtrain.coordinator.core.views import Verdict
+from dtrain.coordinator.core.decisions import (
+    CollectGarbage,
+    InspectCheckpoint,
+    ProbeStore,
+    SweepOrphans,
+    VerifyCheckpoint,
+    Work,
+)
+from dtrain.coordinator.core.views import Damage, Verdict
 from dtrain.protocol.ids import Seq
 
 
@@ -47,6 +54,16 @@ class Probed:
 
 
 @dataclass(frozen=True, slots=True)
+class Inspected:
+    """``damage`` None and ``problem`` "": what was read is what was committed."""
+
+    work: InspectCheckpoint
+    damage: Damage | None = None
+    problem: str = ""
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class WorkCrashed:
     """The work itself failed in a way that nobody foresaw."""
 
@@ -54,4 +71,4 @@ class WorkCrashed:
     problem: str
 
 
-WorkResult = Verified | Collected | Swept | Probed | WorkCrashed
+WorkResult = Verified | Collected | Swept | Probed | Inspected | WorkCrashed

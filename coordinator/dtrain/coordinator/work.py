@@ -10,13 +10,29 @@ import io
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, TypeVar, assert_never
 
-from dtrain.coordinator.core.decisions import CollectGarbage, ProbeStore, SweepOrphans, VerifyCheckpoint, Work
-from dtrain.coordinator.core.views import Verdict
-from dtrain.coordinator.results import Collected, Probed, Swept, Verified, WorkCrashed, WorkResult
+from dtrain.coordinator.core.decisions import (
+    CollectGarbage,
+    InspectCheckpoint,
+    ProbeStore,
+    SweepOrphans,
+    VerifyCheckpoint,
+    Work,
+)
+from dtrain.coordinator.core.views import Damage, Verdict
+from dtrain.coordinator.results import (
+    Collected,
+    Inspected,
+    Probed,
+    Swept,
+    Verified,
+    WorkCrashed,
+    WorkResult,
+)
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import (
     MANIFEST_BYTES_MAX,
@@ -29,6 +45,7 @@ from dtrain.protocol.checkpoint import (
     blob_prefix,
     job_root,
     manifest_key,
+    owners_prefix,
 )
 from dtrain.protocol.errors import (
     DtrainError,
@@ -48,6 +65,7 @@ from dtrain.storage.blobs import digest
 from dtrain.storage.blobs.open import open_store
 from dtrain.storage.blobs.port import BlobStore, check_key
 from dtrain.storage.blobs.probe import probe
+from dtrain.storage.checkpoints import reading, verifying
 from dtrain.storage.etcd.port import Etcd, Get, KeyValue, Txn, prefix_end
 
 T = TypeVar("T")
@@ -74,6 +92,8 @@ MANIFEST_BYTES_UNPACKED_MAX = 128 * 1024 * 1024
 
 _BLOB = re.compile(r"blobs/(\d{20})/(\d{6})-([0-9a-f]+)/")
 _MANIFEST = re.compile(r"manifests/(\d{20})-(\d{6})-([0-9a-f]+)-[0-9a-f]+\.json\.gz")
+_RANK_BLOB = re.compile(r"(/\d{5})-\d{2}-([0-9a-f]+)\.st$")
+_RANK_FILE = re.compile(r"/\d{5}(-\d{2})?-[0-9a-f]+\.(st|json\.gz)$")
 _Triple = tuple[int, int, str]
 
 
@@ -103,11 +123,27 @@ class Stores:
 class Worker:
     """Does work. Safe for several threads; every call ends in a result, never in an exception."""
 
-    def __init__(self, etcd: Etcd, stores: Stores, merge: Merge, clock: Clock) -> None:
+    def __init__(
+        self,
+        etcd: Etcd,
+        stores: Stores,
+        merge: Merge,
+        clock: Clock,
+        *,
+        scrub_bytes_per_s: float = 0.0,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Remember how to reach things.
+
+        ``scrub_bytes_per_s`` bounds the reading of whole checkpoints again (0: no
+        bound); ``stopped`` is asked between chunks whether the process is about to end.
+        """
         self._etcd = etcd
         self._stores = stores
         self._merge = merge
         self._clock = clock
+        self._scrub_bytes_per_s = scrub_bytes_per_s
+        self._stopped = stopped
 
     def run(self, work: Work) -> WorkResult:
         """Do one piece of work."""
@@ -121,6 +157,8 @@ class Worker:
                     return self._sweep(work)
                 case ProbeStore():
                     return self._probe(work)
+                case InspectCheckpoint():
+                    return self._inspect(work)
                 case _:
                     assert_never(work)
         except Exception as error:  # noqa: BLE001 - the pool's thread must live on
@@ -256,31 +294,54 @@ class Worker:
 
     def _delete_orphans(self, work: SweepOrphans) -> Swept:
         store = self._stores.get(work.store)
+        found = self.find_orphans(work, mark=True)
+        if found.problem:
+            return Swept(work, problem=found.problem, unknown=found.unknown)
+        for key in found.keys:
+            _ask(partial(store.delete, key), idempotent=True)
+        for token in found.uploads:
+            _ask(partial(store.discard_unfinished, token), idempotent=True)
+        return Swept(work, len(found.keys) + len(found.uploads))
+
+    def find_orphans(self, work: SweepOrphans, *, mark: bool = False) -> "Orphans":
+        """Find what no record names, in the one order that proves it; ``mark``: the store as ours, too.
+
+        Raises:
+            Unavailable, OutcomeUnknown, Refused: store or etcd did not answer, or refused.
+        """
+        store = self._stores.get(work.store)
         root = job_root(work.cluster, work.job, work.uid)
         # The store first, etcd after: blobs exist only after their open record, so what is
         # listed now and named by no record then can never be committed.
-        keys = _ask(lambda: [info.key for info in store.list(f"{root}/")])
+        sizes = _ask(lambda: {info.key: info.size_bytes for info in store.list(f"{root}/")})
+        keys = list(sizes)
         uploads = _ask(lambda: list(store.list_unfinished(f"{root}/")))
         if not keys and not uploads:
-            return Swept(work)
+            return Orphans()
         records = read_records(self._etcd, work.cluster, work.job)
-        newest = max((found[0] for key in keys if (found := _triple(_MANIFEST, root, key))), default=0)
-        if newest > max(records.latest, records.seq_last):
-            return Swept(
-                work,
+        # Blobs too: what carries a number that this etcd has not given out belongs to another
+        # history, and there it may be about to be committed.
+        seqs = [of[0] for key in keys if (of := _triple(_BLOB, root, key) or _triple(_MANIFEST, root, key))]
+        newest = max(seqs, default=0)
+        if newest > records.newest:
+            return Orphans(
                 problem=f"the store holds checkpoint {newest}, etcd knows none after {records.seq_last}: "
                 "etcd may have been restored from a backup; nothing was deleted",
                 unknown=_unknown(keys, root, records),
             )
         if work.uid != records.uid and work.uid not in records.unswept:
-            return Swept(work, problem="the job was submitted anew; nothing was deleted")
-        deleted = 0
+            return Orphans(problem="the job was submitted anew; nothing was deleted")
+        foreign = self._foreign_owner(store, work.cluster, mark)
+        if foreign:
+            return Orphans(problem=foreign)
         # Committed, for all that is known, in a time that etcd has forgotten: for a person to delete.
         forgotten = {
             of
             for key in keys
             if (of := _triple(_MANIFEST, root, key)) and records.unknown_from <= of[0] <= records.unknown_to
         }
+        surplus = self._surplus(store, root, keys, records)
+        orphans: dict[str, int] = {}
         for key in keys:
             blob, manifest = _triple(_BLOB, root, key), _triple(_MANIFEST, root, key)
             of = blob or manifest
@@ -291,15 +352,88 @@ class Worker:
                 continue
             # Of a committed checkpoint only the manifest in its record counts: the others were
             # written by tries whose answer was lost.
-            if blob in records.committed:
+            if blob in records.committed and key not in surplus:
                 continue
-            _ask(partial(store.delete, key), idempotent=True)
-            deleted += 1
-        for token in uploads:
-            if not any(_names(token, of) for of in records.named | records.committed):
-                _ask(partial(store.discard_unfinished, token), idempotent=True)
-                deleted += 1
-        return Swept(work, deleted)
+            orphans[key] = sizes[key]
+        # What a committed one names is complete: what is unfinished beside it was cut off and repeated.
+        abandoned = [token for token in uploads if not any(_names(token, of) for of in records.named)]
+        return Orphans(orphans, tuple(abandoned))
+
+    def _foreign_owner(self, store: BlobStore, cluster: ClusterName, mark: bool) -> str:
+        """Why another etcd may decide about these blobs; "" if this one does.
+
+        Two clusters of one name, or a copy of an etcd beside the original, would
+        each take the other's blobs for orphans.
+        """
+        own = f"{owners_prefix(cluster)}{self._etcd.status().cluster_id:016x}.json"
+        owners = _ask(lambda: [info.key for info in store.list(owners_prefix(cluster))])
+        if not owners and mark:
+            about = codec.canonical({"v": 1, "cluster": cluster, "etcd": own.rpartition("/")[2][:16]})
+            _ask(lambda: store.put(own, [about], chunk_crcs=[digest.crc32c(about)]), idempotent=True)
+            # Somebody else may have done the same meanwhile: whoever sees two stands still.
+            owners = _ask(lambda: [info.key for info in store.list(owners_prefix(cluster))])
+        others = [key for key in owners if key != own]
+        if not others:
+            return ""
+        return (
+            f"{store.uri} is marked as that of another etcd with the same cluster name"
+            f" ({', '.join(others[:2])}): nothing was deleted; delete the mark once no other uses this store"
+        )
+
+    # Inspect.
+
+    def _inspect(self, work: InspectCheckpoint) -> Inspected:
+        try:
+            store = self._stores.get(work.store)
+            if work.depth == "chunk":
+                return Inspected(
+                    work,
+                    _told(verifying.verify_chunk(store, work.manifest, work.digest, work.blob, work.chunk)),
+                )
+            if work.depth == "heads":
+                return Inspected(work, _told(verifying.verify_heads(store, work.manifest, work.digest)))
+            report = verifying.verify(
+                store,
+                work.manifest,
+                work.digest,
+                lanes=1,
+                pace=verifying.Pace(self._scrub_bytes_per_s, monotonic=self._clock.monotonic),
+                stopped=self._stopped,
+            )
+            return Inspected(work, _told(report.damages[0] if report.damages else None), bytes=report.bytes)
+        except verifying.Stopped:
+            return Inspected(work, problem="this replica stops")
+        except DtrainError as error:
+            return Inspected(work, problem=error.message)
+
+    def _surplus(self, store: BlobStore, root: str, keys: Iterable[str], records: "Records") -> set[str]:
+        """Files in the folders of committed checkpoints that their manifests do not name.
+
+        A transfer process that died before its report uploads the rank's part again: nobody
+        will ever name the first one, and its folder stays for as long as the checkpoint does.
+        """
+        folders: dict[_Triple, list[str]] = {}
+        for key in keys:
+            of = _triple(_BLOB, root, key)
+            if of in records.commits:
+                folders.setdefault(of, []).append(key)
+        found: set[str] = set()
+        for of, listed in folders.items():
+            commit = records.commits[of]
+            # A blob and a manifest of each rank: then there is nothing to look for.
+            if len(listed) <= 2 * commit.world_size:
+                continue
+            try:
+                data = _ask(partial(store.get, commit.manifest))
+            except NotFound:
+                continue
+            if hashlib.sha256(data).hexdigest() != commit.digest:
+                continue  # damaged: whoever reads it says so, and nothing is deleted by it
+            manifest = codec.decode(Manifest, unpack(data), bytes_max=MANIFEST_BYTES_UNPACKED_MAX)
+            named = {blob.key for blob in manifest.blobs}
+            named |= {_RANK_BLOB.sub(r"\1-\2.json.gz", key) for key in named}
+            found |= {key for key in listed if key not in named and _RANK_FILE.search(key)}
+        return found
 
     # Probe.
 
@@ -309,6 +443,17 @@ class Worker:
         except DtrainError as error:
             return Probed(work, error.message + (f" ({error.fix})" if error.fix else ""))
         return Probed(work)
+
+
+@dataclass(frozen=True, slots=True)
+class Orphans:
+    """What a store holds of a submission and no record names; ``problem``: why none of it may go."""
+
+    keys: Mapping[str, int] = field(default_factory=dict)
+    """With the size of each, bytes."""
+    uploads: tuple[str, ...] = ()
+    problem: str = ""
+    unknown: tuple[Seq, Seq] | None = None
 
 
 class Records:
@@ -322,6 +467,7 @@ class Records:
         self.unknown_from = self.unknown_to = 0
         self.named: set[_Triple] = set()
         self.committed: set[_Triple] = set()
+        self.commits: dict[_Triple, CommitRecord] = {}
         self.manifests: set[str] = set()
         for kv in items:
             parsed = keys.parse(kv.key)
@@ -339,11 +485,18 @@ class Records:
                 case "checkpoint":
                     commit = codec.decode(CommitRecord, kv.value)
                     self.committed.add((commit.seq, commit.attempt, commit.nonce))
+                    self.commits[commit.seq, commit.attempt, commit.nonce] = commit
                     self.manifests.add(commit.manifest)
                 case "garbage":
                     garbage = codec.decode(Garbage, kv.value)
                     self.manifests.add(garbage.manifest)
                     self.named |= _named_by(garbage.manifest)
+
+    @property
+    def newest(self) -> int:
+        """The highest checkpoint number that was given out, for all that etcd knows."""
+        numbers = [of[0] for of in self.named | self.committed]
+        return max([self.latest, self.seq_last, *numbers])
 
 
 def read_records(etcd: Etcd, cluster: ClusterName, job: JobName) -> Records:
@@ -381,14 +534,14 @@ def unpack(data: bytes) -> bytes:
 
 
 def _unknown(keys: Iterable[str], root: str, records: Records) -> tuple[Seq, Seq] | None:
-    """Lowest and highest number of the manifests that no record names."""
-    seqs = [
-        of[0]
-        for key in keys
-        if (of := _triple(_MANIFEST, root, key))
-        and of not in records.committed | records.named
-        and key not in records.manifests
-    ]
+    """Lowest and highest number of the manifests that no record names, and of blobs never heard of."""
+    seqs = []
+    for key in keys:
+        manifest, blob = _triple(_MANIFEST, root, key), _triple(_BLOB, root, key)
+        if manifest and manifest not in records.committed | records.named and key not in records.manifests:
+            seqs.append(manifest[0])
+        elif blob and blob[0] > records.newest:
+            seqs.append(blob[0])
     return (Seq(min(seqs)), Seq(max(seqs))) if seqs else None
 
 
@@ -418,6 +571,19 @@ def _names(token: str, of: _Triple) -> bool:
     """Whether an unfinished upload's token, whatever else is in it, belongs to a checkpoint."""
     seq, attempt, nonce = of
     return f"{seq:020d}/{attempt:06d}-{nonce}/" in token or f"{seq:020d}-{attempt:06d}-{nonce}-" in token
+
+
+def _told(damage: reading.Damage | None) -> Damage | None:
+    if damage is None:
+        return None
+    return Damage(
+        damage.blob,
+        damage.chunk,
+        damage.expected,
+        damage.found,
+        damage.rank,
+        reading.told(damage.tensors) if damage.tensors else "",
+    )
 
 
 def _unfit(what: str) -> Refused:

@@ -12,9 +12,26 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
-from dtrain.coordinator.core.views import AgentView, FleetView, JobView, Stored, Verdict
+from dtrain.coordinator.core.decisions import InspectCheckpoint
+from dtrain.coordinator.core.views import (
+    AgentView,
+    FleetView,
+    Inspection,
+    JobView,
+    Stored,
+    SweepFound,
+    Verdict,
+)
 from dtrain.protocol import codec
-from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord, Quarantine
+from dtrain.protocol.checkpoint import (
+    CommitRecord,
+    Garbage,
+    Latest,
+    OpenRecord,
+    Order,
+    Quarantine,
+    Verification,
+)
 from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId, Seq, Term, Uid, parse_name
 from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, Intent, JobPhase, JobSpec, JobStatus
@@ -42,6 +59,8 @@ ALONE_S = 0.25
 LOSS_SLACK_S = 1.0
 """etcd looks for expired leases twice a second."""
 
+NOTHING_SWEPT = SweepFound()
+
 _WAITING_PHASES = frozenset({JobPhase.QUEUED, JobPhase.STARTING, JobPhase.RECOVERING})
 
 
@@ -68,7 +87,9 @@ class _Job:
     single: dict[str, _Cell[Any]] = field(default_factory=dict)
     """spec, intent, status, latest."""
     numbered: dict[str, dict[Seq, _Cell[Any]]] = field(default_factory=dict)
-    """open, checkpoint, garbage, bad."""
+    """open, checkpoint, garbage, bad, verified."""
+    orders: dict[str, Stored[Order]] = field(default_factory=dict)
+    inspections: dict[tuple[Seq, str, str, int], Inspection] = field(default_factory=dict)
     pins: dict[Seq, set[str]] = field(default_factory=dict)
     events: set[int] = field(default_factory=set)
     workers: dict[AgentName, _Cell[WorkerSnapshot]] = field(default_factory=dict)
@@ -76,6 +97,7 @@ class _Job:
     verdicts: dict[tuple[Seq, str], Verdict] = field(default_factory=dict)
     collected: set[Seq] = field(default_factory=set)
     swept_at: float | None = None
+    swept_found: SweepFound = SweepFound()
     swept_former: set[Uid] = field(default_factory=set)
     unknown: tuple[Seq, Seq] | None = None
     store_ok: bool | None = None
@@ -95,6 +117,7 @@ class _Job:
             self.single
             or self.workers
             or self.pins
+            or self.orders
             or self.events
             or any(self.numbered.get(kind) for kind in self.numbered)
         )
@@ -106,6 +129,7 @@ _NUMBERED: dict[str, type] = {
     "checkpoint": CommitRecord,
     "garbage": Garbage,
     "bad": Quarantine,
+    "verified": Verification,
 }
 
 
@@ -119,10 +143,12 @@ class World:
         *,
         agent_ttl_s: float = 10.0,
         default_store: str = "",
+        scrub_interval_s: float = 0.0,
     ) -> None:
         self.cluster = cluster
         self.replica = replica
         self.default_store = default_store
+        self._scrub_interval_s = scrub_interval_s
         self._agent_ttl_s = agent_ttl_s
         self._keys = Keys(cluster)
         self._jobs: dict[JobName, _Job] = {}
@@ -184,11 +210,21 @@ class World:
             known.collected.add(seq)
             self._touched.add(job)
 
-    def record_swept(self, job: JobName, uid: Uid, began_at: float) -> None:
+    def record_inspection(self, job: JobName, work: InspectCheckpoint, found: Inspection) -> None:
+        """Remember what reading a committed checkpoint again found."""
+        known = self._jobs.get(job)
+        if known is not None and work.seq in known.numbered.get("checkpoint", {}):
+            known.inspections[work.seq, work.depth, work.blob, work.chunk] = found
+            self._touched.add(job)
+
+    def record_swept(
+        self, job: JobName, uid: Uid, began_at: float, found: SweepFound = NOTHING_SWEPT
+    ) -> None:
         """Remember that orphans of a submission were looked for, whatever came of it."""
         if (known := self._jobs.get(job)) is not None:
             if known.status is None or known.status.uid == uid:
                 known.swept_at = began_at
+                known.swept_found = found
             else:
                 known.swept_former.add(uid)
             self._touched.add(job)
@@ -274,12 +310,16 @@ class World:
             bad={stored.value.seq: stored.value for stored in self._records(job, "bad", Quarantine)},
             garbage=garbage,
             pinned=frozenset(job.pins),
+            verified={stored.value.seq: stored for stored in self._records(job, "verified", Verification)},
+            orders=dict(job.orders),
+            inspections=dict(job.inspections),
             events=tuple(sorted(job.events)),
             workers=workers,
             departed=dict(sorted(job.departed.items())),
             verdicts=dict(job.verdicts),
             collected=frozenset(job.collected),
             swept_at=job.swept_at,
+            swept_found=job.swept_found,
             swept_former=frozenset(job.swept_former),
             unknown=job.unknown,
             store_ok=job.store_ok,
@@ -320,6 +360,7 @@ class World:
             losses_settle_at=self.losses_settle_at(now),
             agent_ttl_s=self.agent_ttl_s,
             default_store=self.default_store,
+            scrub_interval_s=self._scrub_interval_s,
         )
 
     @property
@@ -443,6 +484,8 @@ class World:
                 (readers.discard if change.after is None else readers.add)(parsed.name)
                 if not readers:
                     del job.pins[parsed.seq]
+            case "order":
+                self._order_changed(job, parsed.name, change, now)
             case "event":
                 (job.events.discard if change.after is None else job.events.add)(parsed.seq)
             case kind if kind in _SINGLE:
@@ -463,6 +506,18 @@ class World:
             return False
         return True
 
+    def _order_changed(self, job: _Job, order_id: str, change: Change, now: float) -> None:
+        job.orders.pop(order_id, None)
+        if change.after is None:
+            return
+        try:
+            order = codec.decode(Order, change.after.value)
+        except DtrainError as error:
+            # Of a newer release, perhaps: no reason to leave the whole job alone.
+            self.problems.append(f"a request about {job.name} is left alone: {error.message}")
+            return
+        job.orders[order_id] = Stored(order, change.after.mod_revision, change.after.create_revision, now)
+
     def _single_changed(self, job: _Job, kind: str, change: Change, now: float) -> None:
         before = job.single.get(kind)
         job.broken.pop(change.key, None)
@@ -480,6 +535,7 @@ class World:
             # A name used again is another job: nothing found out about the old one holds.
             job.verdicts.clear()
             job.collected.clear()
+            job.inspections.clear()
             job.swept_at = job.store_ok = job.store_probed_at = job.unknown = None
             job.store_problem = ""
         self._note_waiting(job)
@@ -494,8 +550,15 @@ class World:
                 job.verdicts = {of: verdict for of, verdict in job.verdicts.items() if of[0] != seq}
             if kind == "garbage":
                 job.collected.discard(seq)
+            if kind == "checkpoint":
+                job.inspections = {of: seen for of, seen in job.inspections.items() if of[0] != seq}
             return
-        same = before is not None and before.kv.create_revision == change.after.create_revision
+        # When a checkpoint was last read whole is what its newest revision says.
+        same = (
+            kind != "verified"
+            and before is not None
+            and before.kv.create_revision == change.after.create_revision
+        )
         # A rewrite (another leader's term, a report copied in) does not restart the time allowed.
         cells[seq] = _Cell(change.after, before.seen_at if before is not None and same else now)
         _read(job, change.key, cells[seq], _NUMBERED[kind])

@@ -19,6 +19,7 @@ from dtrain.local import ports
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused, Unavailable
 from dtrain.storage.blobs import digest
 from dtrain.storage.blobs.s3 import S3Blobs
+from dtrain.storage.blobs.s3_settings import S3Settings
 
 BUCKET = "dtrain"
 _TWIN_OFFSET = 10_000
@@ -179,10 +180,8 @@ class WeedServer:
         """Wait for a real write: its ports open, and answer, before it can store anything."""
         store = S3Blobs(
             BUCKET,
-            endpoint=self.endpoint,
+            settings=S3Settings(endpoint=self.endpoint, connect_timeout_s=1.0, timeout_s=5.0),
             credentials=self._credentials,
-            connect_timeout_s=1.0,
-            timeout_s=5.0,
         )
         key = f"dtrain-probe/ready-{secrets.token_hex(4)}"
         data = b"ready"

@@ -28,6 +28,7 @@ from dtrain.local import ports
 from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, Refused, Unavailable
 from dtrain.storage.blobs import digest
 from dtrain.storage.blobs.s3 import S3Blobs
+from dtrain.storage.blobs.s3_settings import S3Settings
 from dtrain.testing import copying, joining, nodes, wires
 from dtrain.testing.cluster import LIMIT_S, READY_S, Cluster, not_ready
 from dtrain.testing.images import Images
@@ -487,10 +488,8 @@ class DtrainCluster(Cluster):
     def _store_answers(self) -> bool:
         store = S3Blobs(
             nodes.BUCKET,
-            endpoint=self.store_address,
+            settings=S3Settings(endpoint=self.store_address, connect_timeout_s=1.0, timeout_s=5.0),
             credentials=self._shape.credentials,
-            connect_timeout_s=1.0,
-            timeout_s=5.0,
         )
         key, data = f"dtrain-probe/ready-{secrets.token_hex(4)}", b"ready"
         try:

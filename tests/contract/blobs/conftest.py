@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from dtrain.storage.blobs.local import LocalBlobs
 from dtrain.storage.blobs.memory import MemoryBlobs
 from dtrain.storage.blobs.port import PART_BYTES, BlobInfo, BlobStore
 from dtrain.storage.blobs.s3 import S3Blobs
+from dtrain.storage.blobs.s3_settings import S3Settings
 
 _numbers = itertools.count()
 
@@ -58,15 +60,19 @@ def s3(weed: WeedServer) -> Iterator[S3Blobs]:
 
 
 def s3_store(weed: WeedServer, **changes: object) -> S3Blobs:
-    settings: dict[str, object] = {
-        "endpoint": weed.endpoint,
-        "region": "us-east-1",
-        "credentials": (weed.env["AWS_ACCESS_KEY_ID"], weed.env["AWS_SECRET_ACCESS_KEY"]),
-        "timeout_s": 20.0,
-    }
+    settings: dict[str, object] = {"endpoint": weed.endpoint, "region": "us-east-1", "timeout_s": 20.0}
     settings |= changes
     bucket = str(settings.pop("bucket", BUCKET))
-    return S3Blobs(bucket, f"test {secrets.token_hex(4)}/root", **settings)  # type: ignore[arg-type]
+    prefix = str(settings.pop("prefix", f"test {secrets.token_hex(4)}/root"))
+    own = (weed.env["AWS_ACCESS_KEY_ID"], weed.env["AWS_SECRET_ACCESS_KEY"])
+    credentials = settings.pop("credentials", own)
+    made = S3Settings(**settings)  # type: ignore[arg-type]
+    return S3Blobs(bucket, prefix, made, credentials=credentials)  # type: ignore[arg-type]
+
+
+def client_of(store: S3Blobs) -> Any:
+    """Return the boto3 client that the store uses, to fail or to count its requests."""
+    return store._access._connect().client
 
 
 @pytest.fixture
@@ -105,7 +111,7 @@ def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Backend:
 
     def leave_in_bucket(key: str) -> None:
         upload = s3._begin(key)
-        s3._client().upload_part(
+        client_of(s3).upload_part(
             Bucket=BUCKET, Key=s3._full(key), UploadId=upload, PartNumber=1, Body=b"half"
         )
 

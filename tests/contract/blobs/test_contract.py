@@ -1,5 +1,6 @@
 """What ``storage/blobs/port.py`` promises, of every backend."""
 
+import mmap
 import threading
 
 import pytest
@@ -101,6 +102,31 @@ def test_ranges_read_what_lies_there(store: BlobStore, big: bytes) -> None:
     assert store.get("a", offset=0, length=1000) == DATA
     assert store.get("a", offset=1000) == b""
     assert store.get("a", offset=1000, length=0) == b""
+
+
+def test_ranges_are_read_straight_into_a_buffer(store: BlobStore, big: bytes) -> None:
+    put(store, "big", big)
+    target = bytearray(len(big))
+    for index, part in enumerate(split(big)):
+        start = index * PART_BYTES
+        store.get_into("big", start, memoryview(target)[start : start + len(part)])
+    assert target == big
+    with mmap.mmap(-1, 8192) as memory:
+        store.get_into("big", 5, memory)
+        assert memory[:] == big[5 : 5 + 8192]
+    store.get_into("big", len(big), bytearray())
+
+
+@pytest.mark.parametrize(("offset", "size"), [(995, 6), (1000, 1), (2000, 10)])
+def test_a_buffer_that_cannot_be_filled_is_damage(store: BlobStore, offset: int, size: int) -> None:
+    put(store, "a", DATA)
+    with pytest.raises(Refused) as refusal:
+        store.get_into("a", offset, bytearray(size))
+    assert refusal.value.code == ErrorCode.BLOB_CORRUPT
+    with pytest.raises(NotFound):
+        store.get_into("b", 0, bytearray(size))
+    with pytest.raises(ValueError, match="writable"):
+        store.get_into("a", 0, memoryview(b"fixed"))
 
 
 @pytest.mark.parametrize(("offset", "length"), [(995, 6), (0, 1001), (1000, 1), (1001, None), (1001, 0)])

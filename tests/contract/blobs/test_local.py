@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from tests.contract.blobs.conftest import put
 
-from dtrain.protocol.errors import ErrorCode, OutcomeUnknown, Refused, Unavailable
+from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused, Unavailable
 from dtrain.storage.blobs import outcomes
+from dtrain.storage.blobs.flow import PIECE_BYTES
 from dtrain.storage.blobs.local import LocalBlobs
 from dtrain.storage.blobs.open import open_store
 
@@ -19,6 +20,7 @@ _DIES_HALF_WAY = """
 import sys, time
 from pathlib import Path
 from dtrain.storage.blobs import digest, outcomes
+from dtrain.storage.blobs.flow import PIECE_BYTES
 from dtrain.storage.blobs.local import LocalBlobs
 from dtrain.storage.blobs.port import PART_BYTES
 
@@ -165,6 +167,33 @@ def test_a_disk_that_refuses_says_what_to_do(
     assert words in error.value.fix
     assert "a/b" in error.value.message
     assert list(local.list("")) == list(local.list_unfinished("")) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_a_disk_that_fails_half_way_leaves_nothing_visible(
+    local: LocalBlobs, root: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    real, calls = getattr(os, call), []
+
+    def fail(fd: int, *data: bytes) -> int:
+        calls.append(fd)
+        regular = not Path(f"/proc/self/fd/{fd}").readlink().is_dir()
+        # The first pieces are on the disk by then.
+        if regular and (call == "fsync" or len(calls) == 3):
+            raise OSError(number, os.strerror(number))
+        return int(real(fd, *data) or 0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(DtrainError) as error:
+            put(local, "a/b", bytes(4 * PIECE_BYTES))
+    full = number == errno.ENOSPC
+    assert error.value.code == (ErrorCode.STORE_FULL if full else ErrorCode.STORE_UNAVAILABLE)
+    assert isinstance(error.value, Refused if full else Unavailable)
+    assert list(local.list("")) == list(local.list_unfinished("")) == []
+    assert not [path for path in root.rglob("*") if path.is_file()]
+    put(local, "a/b", b"x")
 
 
 def test_a_name_that_may_not_be_durable_is_an_unknown_outcome(

@@ -46,8 +46,21 @@ def test_slots_are_the_gpus_that_can_be_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [("0", 0), ("1500", 1500), ("200GB", 200 * 10**9), ("1.5 TiB", 3 * 2**39), ("8mb", 8 * 10**6)],
+)
+def test_the_cache_has_a_size_and_by_default_none(text: str, size_bytes: int) -> None:
+    assert _load().cache_bytes == 0
+    assert _load("--cache-size", text).cache_bytes == size_bytes
+    assert _load(DTRAIN_CACHE_SIZE=text).cache_bytes == size_bytes
+
+
+@pytest.mark.parametrize(
     "argv",
     [
+        ("--cache-size", "much"),
+        ("--cache-size", "-1"),
+        ("--cache-size", "1PB"),
         ("--slots", "0"),
         ("--ttl", "3"),
         ("--orphan-grace", "1"),

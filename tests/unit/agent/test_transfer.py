@@ -34,6 +34,8 @@ from dtrain.protocol.checkpoint import CHUNK_BYTES
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Unavailable
 from dtrain.protocol.ids import Attempt, ClusterName, JobName, Rank, Seq, Step, Uid
 from dtrain.protocol.ranklink import Sealed
+from dtrain.storage.blobs import digest
+from dtrain.storage.blobs.flow import Flow
 from dtrain.storage.blobs.local import LocalBlobs
 from dtrain.storage.blobs.memory import MemoryBlobs
 from dtrain.storage.blobs.port import BlobInfo, BlobStore
@@ -71,10 +73,17 @@ class Flaky(MemoryBlobs):
         super().__init__("flaky")
         self.failures = list(failures)
 
-    def put(self, key: str, parts: Sequence[bytes | memoryview], *, chunk_crcs: Sequence[int]) -> BlobInfo:
+    def put(
+        self,
+        key: str,
+        parts: Sequence[bytes | memoryview],
+        *,
+        chunk_crcs: Sequence[int],
+        flow: Flow | None = None,
+    ) -> BlobInfo:
         if self.failures:
             raise self.failures.pop(0)
-        return super().put(key, parts, chunk_crcs=chunk_crcs)
+        return super().put(key, parts, chunk_crcs=chunk_crcs, flow=flow)
 
     def get(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
         if self.failures:
@@ -132,7 +141,7 @@ def test_an_upload_survives_a_store_that_fails_for_a_while(sealed: Sealed) -> No
 def test_an_upload_that_fails_leaves_nothing(sealed: Sealed) -> None:
     store = Flaky(*[Unavailable(ErrorCode.STORE_UNAVAILABLE, "down")] * 1000)
     with pytest.raises(Unavailable):
-        Uploader(lambda _uri: store, pytest.fail, deadline_s=0.2).run(upload(sealed))
+        Uploader(lambda _uri: store, pytest.fail, patience_s=0.2).run(upload(sealed))
     assert keys(store) == []
 
 
@@ -149,9 +158,14 @@ def test_a_cancelled_upload_deletes_what_it_wrote(sealed: Sealed) -> None:
 
     class Cancelling(MemoryBlobs):
         def put(
-            self, key: str, parts: Sequence[bytes | memoryview], *, chunk_crcs: Sequence[int]
+            self,
+            key: str,
+            parts: Sequence[bytes | memoryview],
+            *,
+            chunk_crcs: Sequence[int],
+            flow: Flow | None = None,
         ) -> BlobInfo:
-            info = super().put(key, parts, chunk_crcs=chunk_crcs)
+            info = super().put(key, parts, chunk_crcs=chunk_crcs, flow=flow)
             uploader.cancel(cancel)  # between blob and manifest
             return info
 
@@ -160,6 +174,93 @@ def test_a_cancelled_upload_deletes_what_it_wrote(sealed: Sealed) -> None:
     with pytest.raises(DtrainError, match="aborted"):
         uploader.run(upload(sealed))
     assert keys(store) == []
+
+
+class Paused(MemoryBlobs):
+    """Stops in the middle of a blob until its write is ended."""
+
+    def __init__(self) -> None:
+        super().__init__("paused")
+        self.begun = threading.Event()
+
+    def put(
+        self,
+        key: str,
+        parts: Sequence[bytes | memoryview],
+        *,
+        chunk_crcs: Sequence[int],
+        flow: Flow | None = None,
+    ) -> BlobInfo:
+        assert flow is not None
+        self.begun.set()
+        flow.wait(WAIT_S)
+        pytest.fail("nobody ended it")
+
+
+def test_a_cancel_ends_an_upload_in_the_middle_of_a_blob(sealed: Sealed) -> None:
+    store = Paused()
+    uploader = Uploader(lambda _uri: store, pytest.fail)
+    ended: list[DtrainError] = []
+
+    def run() -> None:
+        with pytest.raises(DtrainError) as error:
+            uploader.run(upload(sealed))
+        ended.append(error.value)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert store.begun.wait(WAIT_S)
+    uploader.cancel(CancelUpload(JOB, UID, Seq(sealed.seq + 1)))
+    uploader.cancel(CancelUpload(JOB, UID, sealed.seq))
+    thread.join(WAIT_S)
+    (error,) = ended
+    assert error.code == ErrorCode.CONFLICT
+    assert f"0 of {sealed.size_bytes} bytes were durable" in error.message
+
+
+def test_an_upload_that_hangs_gives_its_reason_when_its_patience_ends(sealed: Sealed) -> None:
+    store = Paused()
+    order = replace(upload(sealed), patience_s=0.2, bandwidth_mb_s=3.0)
+    with pytest.raises(Unavailable) as error:
+        Uploader(lambda _uri: store, pytest.fail).run(order)
+    assert "bytes were durable after 0.2 s, at 3 MB/s at most" in error.value.message
+
+
+def test_the_reason_of_a_store_that_stays_away_is_told(sealed: Sealed) -> None:
+    store = Flaky(*[Unavailable(ErrorCode.STORE_UNAVAILABLE, "nobody answers the door")] * 1000)
+    with pytest.raises(Unavailable, match="nobody answers the door"):
+        Uploader(lambda _uri: store, pytest.fail).run(replace(upload(sealed), patience_s=0.5))
+
+
+def test_an_upload_keeps_to_its_job_s_bandwidth_and_shares_it(sealed: Sealed) -> None:
+    store = MemoryBlobs("capped")
+    uploader = Uploader(lambda _uri: store, lambda report: None)
+    order = replace(upload(sealed), bandwidth_mb_s=100.0)
+    began = time.monotonic()
+    threads = [threading.Thread(target=uploader.run, args=(order,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    # Memory takes a chunk at a time, each paid for by the next: two chunks and the burst come for free.
+    least_s = (2 * sealed.size_bytes - 2 * CHUNK_BYTES) / 100e6 - 0.25
+    assert time.monotonic() - began >= least_s > 0.1
+
+
+def test_each_chunk_is_hashed_once_even_if_the_store_fails_in_between(
+    sealed: Sealed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hashed: list[int] = []
+    real = digest.crc32c
+
+    def counting(data: bytes | memoryview, value: int = 0) -> int:
+        hashed.append(len(data))
+        return real(data, value)
+
+    monkeypatch.setattr(digest, "crc32c", counting)
+    Uploader(lambda _uri: LocalBlobs(tmp_path), lambda report: None).run(upload(sealed))
+    chunks = [CHUNK_BYTES, CHUNK_BYTES, sealed.size_bytes - 2 * CHUNK_BYTES]
+    assert [size for size in hashed if size in chunks] == chunks
 
 
 def test_a_part_once_reported_is_never_deleted_by_a_cancel(sealed: Sealed) -> None:

@@ -12,7 +12,15 @@ import grpc
 
 from dtrain.cli.client import Item, Reading
 from dtrain.protocol import codec
-from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord, Quarantine
+from dtrain.protocol.checkpoint import (
+    CommitRecord,
+    Garbage,
+    Latest,
+    OpenRecord,
+    Pin,
+    Quarantine,
+    Verification,
+)
 from dtrain.protocol.cluster import Cordon, LeaderRecord, ReplicaRecord
 from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.events import EventReason, EventRecord, EventType
@@ -136,7 +144,8 @@ def running_job(**more: Any) -> list[Item]:
             KEYS.open(JOB, Seq(5)),
             OpenRecord(TERM, UID, Seq(5), Attempt(3), Step(50), "n", 4, 60.0, opened_at=at(2)),
         ),
-        item(KEYS.pins(JOB, Seq(4)) + "reader", Latest(TERM, Seq(4), Step(40))),
+        item(KEYS.pin(JOB, Seq(4), "reader"), Pin(Seq(4), "reader", 60, "export")),
+        item(KEYS.verified(JOB, Seq(4)), Verification(TERM, Seq(4), at(7), 1_200_000_000)),
         item(KEYS.event(JOB, 1), event(1, EventReason.ATTEMPT_STARTED, "attempt 3 begins", 70)),
         item(
             KEYS.event(JOB, 2),

@@ -40,7 +40,7 @@ def test_a_replica_that_cannot_answer_is_passed_over(
 ) -> None:
     first, second, client = two
     first.refuse = lambda: problem
-    assert len(client.read("jobs/").items) == 11
+    assert len(client.read("jobs/").items) == 12
     assert (first.calls, second.calls) == (["Read"], ["Read"])
     # It stays with the one that answered.
     client.read("jobs/")

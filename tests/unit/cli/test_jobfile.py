@@ -42,7 +42,8 @@ args: --lr 1e-3 --name "two words"
 env: {OMP_NUM_THREADS: 1, MODE: on, DEBUG: true, RATE: 1e-3}
 working_dir: ../elsewhere
 preload: [torch, mypackage.data]
-checkpoint: {store: s3://bucket/prefix, every_steps: 50, every_seconds: 10m, keep_last: 5, timeout: 90}
+checkpoint: {store: s3://bucket/prefix, every_steps: 50, every_seconds: 10m, keep_last: 5, timeout: 90,
+             bandwidth_mb_s: 250}
 restarts: {max: 3, window: 1h30m}
 shutdown_grace: 500ms
 isolation_grace: 30m
@@ -57,6 +58,7 @@ reschedule_grace: 20
     assert spec.preload == ("torch", "mypackage.data")
     assert spec.checkpoint.every_seconds == 600.0
     assert (spec.checkpoint.keep_last, spec.checkpoint.timeout_s) == (5, 90.0)
+    assert spec.checkpoint.bandwidth_mb_s == 250.0
     assert (spec.restarts.max_restarts, spec.restarts.window_s) == (3, 5400.0)
     assert spec.shutdown_grace_s == 0.5
     assert (spec.isolation_grace_s, spec.reschedule_grace_s) == (1800.0, 20.0)
@@ -141,6 +143,8 @@ checkpoint:
         ("shutdown_grace: -5", "it is negative or not finite"),
         ("shutdown_grace: .inf", "it is negative or not finite"),
         ("checkpoint: {keep_last: 0}", "0 is out of range: 1 to"),
+        ("checkpoint: {bandwidth_mb_s: 0.01}", "0.01 is out of range: 0.1 to"),
+        ("checkpoint: {bandwidth_mb_s: fast}", "'fast' is not a number of megabytes"),
         ("checkpoint: {every: 5}", "did you mean every_s"),
         ("checkpoint: {store: memory://x}", "lives in one process only"),
         ("checkpoint: {store: relative/folder}", "is not a store"),

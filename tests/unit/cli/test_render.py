@@ -86,11 +86,11 @@ def test_get_coordinators() -> None:
 def test_get_checkpoints_combines_every_kind_of_record() -> None:
     job = records.group(reading(*running_job())).jobs["digits"]
     assert render.checkpoints(job, NOW).lines() == [
-        "SEQ   STEP   ATTEMPT   WORLD   SIZE     STATE       PINNED   AGE",
-        "2     –      –         –       –        Deleting             –",
-        "3     30     2         4       1.2 GB   Bad                  41s",
-        "4*    40     2         4       1.2 GB   Committed   yes      41s",
-        "5     50     3         4       –        Open                 2s",
+        "SEQ   STEP   ATTEMPT   WORLD   SIZE     STATE       PINNED   VERIFIED   AGE",
+        "2     –      –         –       –        Deleting                        –",
+        "3     30     2         4       1.2 GB   Bad                             41s",
+        "4*    40     2         4       1.2 GB   Committed   yes      7s         41s",
+        "5     50     3         4       –        Open                            2s",
     ]
 
 
@@ -181,7 +181,20 @@ def test_json_has_the_fields_of_the_records() -> None:
     job = records.group(reading(*running_job())).jobs["digits"].as_json()
     assert (job["v"], job["kind"], job["name"]) == (1, "Job", "digits")
     assert set(job) == {
-        *("v", "kind", "name", "spec", "status", "latest", "checkpoints", "open", "bad", "garbage", "pins"),
+        *(
+            "v",
+            "kind",
+            "name",
+            "spec",
+            "status",
+            "latest",
+            "checkpoints",
+            "open",
+            "bad",
+            "garbage",
+            "pins",
+            "verified",
+        ),
         *("events", "workers"),
     }
     assert job["status"]["phase"] == "RUNNING"

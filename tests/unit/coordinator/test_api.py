@@ -10,12 +10,13 @@ from typing import Any
 import grpc
 import pytest
 
+from dtrain.coordinator.api.checkpoints import CheckpointDesk
 from dtrain.coordinator.api.errors import ERROR_KEY, status_of
 from dtrain.coordinator.api.records import Operators
 from dtrain.coordinator.api.server import THREADS_WAITING, Server, waiting_slots
 from dtrain.coordinator.api.servicers import CoordinatorServicer, Identity
 from dtrain.coordinator.dispatch import Channels
-from dtrain.coordinator.work import Stores
+from dtrain.coordinator.work import Orphans, Stores
 from dtrain.protocol import codec, errors
 from dtrain.protocol.cluster import LeaderRecord
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused
@@ -79,6 +80,7 @@ class Replica:
             Operators(self.etcd, CLUSTER, SystemClock()),
             self.channels,
             Stores(),
+            checkpoints=CheckpointDesk(self.etcd, CLUSTER, SystemClock(), lambda _work: Orphans()),
             term=lambda: self.term,
             waiting=self.waiting,
         )

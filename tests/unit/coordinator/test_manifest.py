@@ -126,6 +126,20 @@ def test_parts_that_disagree_are_refused_by_name(change: dict[str, Any], told: s
     assert told in caught.value.message
 
 
+def test_replicas_that_differ_are_refused_by_the_name_of_the_tensor() -> None:
+    same = {"w": "aa", "v#1": "bb", "only0": "x"}
+    assert merged(rank_manifest(0, same=same), rank_manifest(1, same={"w": "aa", "v#1": "bb"}))
+    with pytest.raises(Refused) as caught:
+        merged(rank_manifest(0, same=same), rank_manifest(1, same={"w": "ab", "v#1": "bc"}))
+    assert caught.value.code is ErrorCode.RANKS_DISAGREE
+    assert "tensor v#1 differs between rank 0 and ranks 1; tensor w differs" in caught.value.message
+    assert "DTRAIN_CHECK_REPLICAS" in caught.value.fix
+
+
+def test_ranks_without_digests_are_not_compared() -> None:
+    assert merged(rank_manifest(0, same={"w": "aa"}), rank_manifest(1)).tensors
+
+
 def test_missing_rank_is_refused() -> None:
     with pytest.raises(Refused, match="ranks 1 are missing"):
         merged(rank_manifest(0))

@@ -5,14 +5,16 @@ from dataclasses import replace
 from tests.support.builders import JOB, KEYS, Stage, make_spec
 
 from dtrain.coordinator.core.decisions import CollectGarbage, NoKeysUnder, SweepOrphans
-from dtrain.protocol.checkpoint import Quarantine
+from dtrain.coordinator.core.retention import Shelf, untouchable, why_kept
+from dtrain.protocol.checkpoint import CommitRecord, Quarantine, Verification
 from dtrain.protocol.events import EVENTS_KEPT, EventReason, EventRecord, EventType
-from dtrain.protocol.ids import Seq, Term, Uid
+from dtrain.protocol.ids import Attempt, Seq, Step, Term, Uid
 from dtrain.protocol.job import Former, JobPhase, Wanted
 
 
-def running(keep_last: int, checkpoints: int) -> Stage:
-    stage = Stage(make_spec(store="s3://b", every_steps=10, keep_last=keep_last)).join("a", "b").run()
+def running(keep_last: int, checkpoints: int, keep_every_steps: int = 0) -> Stage:
+    spec = make_spec(store="s3://b", every_steps=10, keep_last=keep_last, keep_every_steps=keep_every_steps)
+    stage = Stage(spec).join("a", "b").run()
     for number in range(1, checkpoints + 1):
         stage.step(number * 10 - 2)
         stage.decide()
@@ -29,6 +31,40 @@ def test_the_last_few_are_kept() -> None:
     stage.until_quiet()
     assert seqs(stage) == [4, 5]
     assert sorted(stage.of("garbage")) == [1, 2, 3]
+
+
+def test_the_first_of_every_n_steps_is_kept_beyond_the_last_few() -> None:
+    stage = running(1, 9, keep_every_steps=40)
+    stage.until_quiet()
+    assert [commit.step for commit in stage.commits] == [40, 80, 90]
+
+
+def record(seq: int, step: int) -> CommitRecord:
+    return CommitRecord(Term(1), Uid("u1"), Seq(seq), Step(step), Attempt(1), "n", 2, 10, "m", 1, "d")
+
+
+def test_after_a_return_to_an_older_step_the_newer_of_two_alike_is_kept() -> None:
+    commits = tuple(record(seq, step) for seq, step in [(1, 7), (2, 11), (3, 14), (4, 11), (5, 13), (6, 16)])
+    kept = why_kept(Shelf(commits, 1, 10))
+    assert sorted(kept) == [4, 6]
+    # A step before the first multiple is of no multiple; the damaged one does not count.
+    assert sorted(why_kept(Shelf(commits, 1, 10, bad={Seq(4)}))) == [2, 6]
+
+
+def test_the_last_one_that_was_read_whole_is_spared_by_the_policy_alone() -> None:
+    commits = tuple(record(seq, 10 * seq) for seq in range(1, 6))
+    shelf = Shelf(commits, 2, verified={Seq(1), Seq(2)}, latest=Seq(5))
+    assert sorted(why_kept(shelf)) == [2, 4, 5]
+    assert sorted(untouchable(shelf)) == [5]
+    assert sorted(why_kept(replace(shelf, bad={Seq(2)}))) == [1, 4, 5]
+
+
+def test_a_record_of_having_been_read_goes_with_its_checkpoint() -> None:
+    stage = running(1, 2)
+    stage.write(KEYS.verified(JOB, Seq(2)), Verification(Term(1), Seq(2), "2027-01-01T00:00:00Z"))
+    stage.write(KEYS.verified(JOB, Seq(1)), Verification(Term(1), Seq(1), "2027-01-01T00:00:00Z"))
+    stage.until_quiet()
+    assert sorted(stage.of("verified")) == [2]
 
 
 def test_retiring_refuses_when_somebody_begins_to_read() -> None:

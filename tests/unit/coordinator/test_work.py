@@ -9,10 +9,16 @@ from typing import Any
 
 import pytest
 
-from dtrain.coordinator.core.decisions import CollectGarbage, ProbeStore, SweepOrphans, VerifyCheckpoint
+from dtrain.coordinator.core.decisions import (
+    CollectGarbage,
+    InspectCheckpoint,
+    ProbeStore,
+    SweepOrphans,
+    VerifyCheckpoint,
+)
 from dtrain.coordinator.core.manifest import merge
 from dtrain.coordinator.core.views import Verdict
-from dtrain.coordinator.results import Collected, Probed, Swept, Verified
+from dtrain.coordinator.results import Collected, Inspected, Probed, Swept, Verified
 from dtrain.coordinator.work import Stores, Worker
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import (
@@ -69,7 +75,8 @@ class Store(MemoryBlobs):
         self.after_list()
 
     def all(self) -> set[str]:
-        return {info.key for info in super().list("")}
+        """Every blob, but for the mark of who decides about them."""
+        return {info.key for info in super().list("") if "/_owners/" not in info.key}
 
     def write(self, key: str, data: bytes) -> None:
         self.put(key, [data], chunk_crcs=[digest.crc32c(data)])
@@ -289,6 +296,8 @@ def test_what_is_opened_while_the_store_is_listed_stays(
     store: Store, worker: Worker, etcd: MemoryEtcd, when: str
 ) -> None:
     commit(store, worker, etcd, 1)
+    # Numbers that were given out and aborted: only the order of reading protects the next one.
+    put(etcd, KEYS.status(JOB), JobStatus(Term(1), UID, JobPhase.RUNNING, seq_last=Seq(9)))
     late = opened(2, "ee")
 
     def open_and_write() -> None:
@@ -442,3 +451,69 @@ def test_a_missing_manifest_of_a_tombstone_means_that_all_is_done(worker: Worker
     with pytest.raises(NotFound):
         store.get(work.garbage.manifest)
     assert worker.run(work) == Collected(work)
+
+
+def test_blobs_of_a_number_that_was_never_given_out_stop_the_sweep(
+    store: Store, worker: Worker, etcd: MemoryEtcd
+) -> None:
+    commit(store, worker, etcd, 1)
+    # Another history: the original of which this etcd is a copy may be about to commit it.
+    write_rank(store, opened(7, "ee"), 0)
+    before = store.all()
+    swept = sweep(worker)
+    assert "nothing was deleted" in swept.problem
+    assert swept.unknown == (7, 7)
+    assert store.all() == before
+
+
+def test_a_store_marked_as_another_etcds_is_left_alone(
+    store: Store, worker: Worker, etcd: MemoryEtcd
+) -> None:
+    write_rank(store, opened(1, "dead"), 0)
+    put(etcd, KEYS.status(JOB), JobStatus(Term(1), UID, JobPhase.RUNNING, seq_last=Seq(3)))
+    assert worker.find_orphans(SweepOrphans(CLUSTER, JOB, UID, URI)).keys, "looking marks nothing"
+    store.write(f"{CLUSTER}/_owners/{1:016x}.json", b"another")
+    before = store.all()
+    assert "another etcd" in sweep(worker).problem
+    assert store.all() == before
+    store.delete(f"{CLUSTER}/_owners/{1:016x}.json")
+    assert sweep(worker).deleted == 2
+    assert sweep(worker).problem == ""
+    owners = [info.key for info in store.list(f"{CLUSTER}/_owners/")]
+    assert owners == [f"{CLUSTER}/_owners/{etcd.status().cluster_id:016x}.json"]
+
+
+def inspect(worker: Worker, record: CommitRecord, depth: str, blob: str = "", chunk: int = 0) -> Inspected:
+    work = InspectCheckpoint(JOB, URI, record.seq, record.manifest, record.digest, depth, blob, chunk)
+    result = worker.run(work)
+    assert isinstance(result, Inspected), result
+    return result
+
+
+def test_an_inspection_finds_what_was_changed_and_names_it(
+    store: Store, worker: Worker, etcd: MemoryEtcd
+) -> None:
+    record = commit(store, worker, etcd, 1)
+    key = next(key for key in store.all() if key.endswith("00001-00-bb.st"))
+    for depth in ("all", "heads", "chunk"):
+        assert inspect(worker, record, depth, key if depth == "chunk" else "").damage is None
+    store.delete(key)
+    store.write(key, bytes(16))
+    for depth in ("all", "heads", "chunk"):
+        damage = inspect(worker, record, depth, key if depth == "chunk" else "").damage
+        assert damage is not None
+        assert (damage.blob, damage.rank, damage.tensors) == (key, 1, "tensor w"), depth
+    store.delete(key)
+    assert inspect(worker, record, "heads").damage.found == "missing"  # type: ignore[union-attr]
+
+
+def test_an_inspection_without_an_answer_finds_nothing(
+    store: Store, worker: Worker, etcd: MemoryEtcd
+) -> None:
+    record = commit(store, worker, etcd, 1)
+    assert inspect(worker, record, "chunk", "c1/job/u1/other").problem
+    for key in store.all():
+        store.delete(key)
+    result = inspect(worker, record, "heads")
+    assert result.damage is None
+    assert "holds nothing of this job" in result.problem

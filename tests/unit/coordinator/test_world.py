@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from dtrain.coordinator.core.views import FleetView, Verdict
+from dtrain.coordinator.core.decisions import InspectCheckpoint
+from dtrain.coordinator.core.views import FleetView, Inspection, Verdict
 from dtrain.coordinator.world import BRAKE_WINDOW_S, MIRROR_AGE_S_MAX, World
 from dtrain.protocol import codec
-from dtrain.protocol.checkpoint import OpenRecord
+from dtrain.protocol.checkpoint import CommitRecord, OpenRecord, Order, OrderKind, Verification
 from dtrain.protocol.cluster import Cordon
 from dtrain.protocol.ids import (
     AgentName,
@@ -382,3 +383,33 @@ def test_numbers_that_only_the_store_knows_are_remembered_until_the_name_is_used
     assert JOB in etcd.world.take_touched()
     etcd.put(KEYS.spec(JOB), spec(uid="u2"))
     assert etcd.world.job_view(JOB).unknown is None
+
+
+def test_a_request_that_cannot_be_read_is_no_reason_to_leave_the_job_alone() -> None:
+    etcd = Etcd()
+    order = Order(Uid("u1"), OrderKind.COLLECT)
+    etcd.put(KEYS.order(JOB, "good"), order)
+    etcd.put(KEYS.order(JOB, "newer"), b'{"v":1,"uid":"u1","kind":"novel"}', now=3.0)
+    view = etcd.world.job_view(JOB)
+    assert {name: stored.value for name, stored in view.orders.items()} == {"good": order}
+    assert not view.quarantined
+    assert "novel" in etcd.world.problems[0]
+    etcd.delete(KEYS.order(JOB, "good"))
+    assert not etcd.world.job_view(JOB).orders
+
+
+def test_what_was_found_about_a_checkpoint_goes_with_it() -> None:
+    etcd = Etcd()
+    record = CommitRecord(Term(1), Uid("u1"), Seq(1), Step(1), Attempt(1), "n", 1, 1, "m", 1, "d")
+    work = InspectCheckpoint(JOB, "s3://b", Seq(1), "m", "d", "all")
+    etcd.world.record_inspection(JOB, work, Inspection(1.0))
+    assert not etcd.world.job_view(JOB).inspections
+    etcd.put(KEYS.checkpoint(JOB, Seq(1)), record)
+    etcd.put(KEYS.verified(JOB, Seq(1)), Verification(Term(1), Seq(1), "x"), now=1.0)
+    etcd.put(KEYS.verified(JOB, Seq(1)), Verification(Term(1), Seq(1), "y"), now=9.0)
+    etcd.world.record_inspection(JOB, work, Inspection(1.0))
+    view = etcd.world.job_view(JOB)
+    assert view.inspections == {(1, "all", "", 0): Inspection(1.0)}
+    assert (view.verified[Seq(1)].value.at, view.verified[Seq(1)].seen_at) == ("y", 9.0)
+    etcd.delete(KEYS.checkpoint(JOB, Seq(1)))
+    assert not etcd.world.job_view(JOB).inspections

@@ -1,10 +1,12 @@
+import threading
+
 import pytest
 
 from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, OutcomeUnknown, Refused, Unavailable
 from dtrain.storage.blobs import digest
 from dtrain.storage.blobs.memory import MemoryBlobs
 from dtrain.storage.blobs.port import BlobInfo, check_prefix
-from dtrain.storage.blobs.probe import probe
+from dtrain.storage.blobs.probe import probe, probe_soon
 
 DATA = b"data"
 CRCS = [digest.crc32c(DATA)]
@@ -81,3 +83,22 @@ def test_a_prefix_is_any_start_of_a_key() -> None:
     for prefix in ("/", "a//", "../", ".", "ä"):
         with pytest.raises(ValueError):
             check_prefix(prefix)
+
+
+def test_a_probe_that_hangs_is_not_waited_for() -> None:
+    release = threading.Event()
+
+    def hang(_op: str, _key: str) -> None:
+        release.wait(20)
+
+    try:
+        assert "does not answer within 0.05 s" in probe_soon(MemoryBlobs(fault=hang), limit_s=0.05)
+    finally:
+        release.set()
+
+
+def test_a_probe_tells_away_from_refused() -> None:
+    assert probe_soon(MemoryBlobs()) == ""
+    assert probe_soon(failing("put", Unavailable(ErrorCode.STORE_UNAVAILABLE, "down"))) == "down"
+    with pytest.raises(Refused, match="said so"):
+        probe_soon(failing("put", Refused(ErrorCode.STORE_NO_BUCKET, "said so")))

@@ -73,7 +73,7 @@ def test_the_same_name_in_memory_is_the_same_store() -> None:
         "s3://ab",
         "s3://bucket/a//b",
         "s3://bucket/../b",
-        "s3://bucket/a?profile=x",
+        "s3://bucket/a?colour=blue",
         "s3://bucket/a?endpoint=127.0.0.1:80",
         "s3://bucket/a?endpoint=http://host:port",
         "s3://bucket/a#x",

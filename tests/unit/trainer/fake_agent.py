@@ -1,6 +1,7 @@
 """An agent and a leader in one, small enough to read: real socket, real transfer process, real store."""
 
 import contextlib
+import dataclasses
 import queue
 import socket
 import threading
@@ -11,10 +12,29 @@ from types import TracebackType
 from tests.unit.trainer import pipeline
 
 from dtrain.agent.transfer_client import TransferClient
-from dtrain.agent.transferring import Fetch, Fetched, ReleaseFetch, TransferReport, Uploaded, UploadFailed
+from dtrain.agent.transferring import (
+    Demand,
+    Fetch,
+    Fetched,
+    ReleaseFetch,
+    Supplied,
+    TransferReport,
+    Uploaded,
+    UploadFailed,
+)
 from dtrain.protocol import ranklink
-from dtrain.protocol.ids import Seq, Step
-from dtrain.protocol.ranklink import Begin, Durable, Hello, Message, Outcome, Report, RestorePlan, Welcome
+from dtrain.protocol.ids import Rank, Seq, Step
+from dtrain.protocol.ranklink import (
+    Begin,
+    Durable,
+    Hello,
+    Message,
+    Need,
+    Outcome,
+    Report,
+    RestorePlan,
+    Welcome,
+)
 from dtrain.storage.blobs.local import LocalBlobs
 
 WAIT_S = 30.0
@@ -32,6 +52,7 @@ class FakeAgent:
         accept: bool = True,
         checkpoints: bool = True,
         name: str = "agent",
+        on_demand: bool = True,
     ) -> None:
         self.socket_path = str(folder / f"{name}.sock")
         root = folder / "store"
@@ -40,7 +61,8 @@ class FakeAgent:
         self.saves = list(saves)
         self.accept = accept
         self.checkpoints = checkpoints
-        self.restore = restore
+        self.restore = restore if restore is None else dataclasses.replace(restore, on_demand=on_demand)
+        self.answered: Need | None = None
         self.committed: list[Fetch] = []
         self.hellos: list[Hello] = []
         self.reports: list[Report] = []
@@ -140,6 +162,12 @@ class FakeAgent:
             self._planned = True
             assert self.may_plan.wait(WAIT_S)
             self.send(self._plan())
+        if report.need is not None and report.need != self.answered and self.restore is not None:
+            self.answered = report.need
+            self.client.send(Demand(self.restore.id, Rank(0), report.need))
+            supplied = self.transfer.get(timeout=WAIT_S)
+            assert isinstance(supplied, Supplied), supplied
+            self.send(supplied.have)
         if report.sealed is not None and self._open is not None and report.sealed.seq == self._open.seq:
             self._commit(report.sealed, final=report.sealed.seq == self._final_seq)
         if self._open is None and self._planned:

@@ -12,7 +12,7 @@ from dtrain.agent.transfer_upload import Uploader
 from dtrain.agent.transferring import Fetch, Fetched, TransferReport, Upload, Uploaded
 from dtrain.coordinator.core.manifest import merge as leader_merge
 from dtrain.protocol import codec
-from dtrain.protocol.checkpoint import OpenRecord, RankManifest
+from dtrain.protocol.checkpoint import Manifest, OpenRecord, RankManifest
 from dtrain.protocol.ids import Attempt, ClusterName, JobName, Rank, Seq, Step, Term, Uid
 from dtrain.protocol.ranklink import Begin, RestorePlan, Sealed
 from dtrain.protocol.snapshot import DurablePart
@@ -66,14 +66,21 @@ def merge(store: BlobStore, parts: list[DurablePart]) -> tuple[str, str]:
 def save(root: Path, tracked_by_rank: list[Mapping[str, Any]], *, seq: int = 1, step: int = 10) -> Fetch:
     """Save as that many ranks; returns the order that fetches the checkpoint."""
     root.mkdir(exist_ok=True)
+    world = len(tracked_by_rank)
+    return upload_all(
+        root, [seal(tracked, rank, world, seq=seq, step=step) for rank, tracked in enumerate(tracked_by_rank)]
+    )
+
+
+def upload_all(root: Path, sealed: list[Sealed]) -> Fetch:
+    """Upload and commit what the ranks have sealed."""
     store = LocalBlobs(root)
     reports: list[TransferReport] = []
     uploader = Uploader(lambda _uri: store, reports.append)
-    world = len(tracked_by_rank)
-    for rank, tracked in enumerate(tracked_by_rank):
-        uploader.run(upload_order(seal(tracked, rank, world, seq=seq, step=step), rank, world, store.uri))
+    for rank, one in enumerate(sealed):
+        uploader.run(upload_order(one, rank, len(sealed), store.uri))
     key, sha = merge(store, [report.part for report in reports if isinstance(report, Uploaded)])
-    return Fetch(f"f{seq}", JOB, UID, store.uri, Seq(seq), Step(step), key, sha)
+    return Fetch(f"f{sealed[0].seq}", JOB, UID, store.uri, sealed[0].seq, sealed[0].step, key, sha)
 
 
 def fetch(root: Path, order: Fetch) -> TransferReport:
@@ -92,3 +99,9 @@ def fetched(root: Path, order: Fetch) -> RestorePlan:
 
 def load(root: Path, order: Fetch, tracked: Mapping[str, Any], rank: int = 0, world: int = 1) -> None:
     restoring.load(PlanSource(fetched(root, order)), tracked, rank, world)
+
+
+def manifest(root: Path, order: Fetch) -> Manifest:
+    """What was committed."""
+    data = gzip.decompress(LocalBlobs(root).get(order.manifest))
+    return codec.decode(Manifest, data, bytes_max=1 << 28)

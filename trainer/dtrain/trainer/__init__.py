@@ -17,5 +17,6 @@ own packages, so torch and numpy are imported where they are used.
 
 from dtrain.trainer.data import Loader, Sampler
 from dtrain.trainer.run import Run, join
+from dtrain.trainer.stateful import StatefulLoader
 
-__all__ = ["Loader", "Run", "Sampler", "join"]
+__all__ = ["Loader", "Run", "Sampler", "StatefulLoader", "join"]

@@ -17,7 +17,7 @@ from dtrain.protocol.ids import Seq
 from dtrain.protocol.ranklink import Begin, RestorePlan, Sealed
 from dtrain.trainer import process_group
 from dtrain.trainer.checkpoint import restore as restoring
-from dtrain.trainer.checkpoint import state
+from dtrain.trainer.checkpoint import plain, rng, state
 from dtrain.trainer.checkpoint.arena import Arena
 from dtrain.trainer.checkpoint.saver import Saver
 from dtrain.trainer.checkpoint.source import DemandSource, PlanSource
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dtrain.trainer.dcp.writer import Writer
 
 Wait = Literal["snapshotted", "durable", "committed"]
+from dtrain.trainer.stateful import check_loader
 
 log = logging.getLogger("dtrain.trainer")
 
@@ -100,7 +101,8 @@ class Run:
 
         Modules (also wrapped in DDP), optimizers, schedulers and anything else
         with ``state_dict`` and ``load_state_dict``; tensors; dicts and lists of JSON
-        values that are changed in place. Random number generators need no mention.
+        values that are changed in place; generators of numpy, torch and ``random``.
+        The process's own random numbers need no mention.
 
         Raises:
             Refused: STATE_NOT_SAVABLE; an object of none of these kinds.
@@ -111,8 +113,10 @@ class Run:
         if self._through_dcp:
             raise _mixed()
         for name, thing in objects.items():
-            state.check_trackable(name, thing)
-            self._tracked[name] = thing
+            check_loader(name, thing)
+            found = rng.adopt(name, thing, self.rank, self.world_size)
+            state.check_trackable(name, found)
+            self._tracked[f"{name}/{self.rank}" if plain.is_per_rank(found) else name] = found
 
     def steps(self, total: int) -> Iterator[int]:
         """Restore, then yield the index of each step still to do, and see the job to its end.
@@ -349,18 +353,8 @@ class Run:
 
     def _load(self, plan: RestorePlan) -> None:
         assert self._session is not None
-        if not plan.on_demand:
-            restoring.load(PlanSource(plan), self._tracked, self.rank, self.world_size)
-            return
-        source = DemandSource(plan, self._session)
-        for _ in range(LOADS_MAX):
-            restoring.load(source, self._tracked, self.rank, self.world_size)
-            if source.is_still_good():
-                return
-            log.warning("checkpoint %d changed while it was read; loading it anew", plan.seq)
-        raise Refused(
-            ErrorCode.RESTORE_FAILED, f"checkpoint {plan.seq} changed {LOADS_MAX} times while it was read"
-        )
+        source = DemandSource(plan, self._session) if plan.on_demand else PlanSource(plan)
+        restoring.load(source, self._tracked, self.rank, self.world_size)
 
     def _prepare(self) -> None:
         self._prepared = True

@@ -187,7 +187,8 @@ def _launcher_ended(
         for rank in job.ranks
     )
     job = health.hold(job, left, now, overdue=False)
-    job = dataclasses.replace(job, launcher=Launcher(), cleared=False, rendezvous="", ranks=ranks)
+    # The arenas were its own: what lay there is gone.
+    job = dataclasses.replace(job, launcher=Launcher(), cleared=False, rendezvous="", ranks=ranks, kept=())
     if job.stopping is not None or (expected and job.phase is WorkerPhase.STARTING):
         return job
     if job.phase not in (*_BEFORE_START, *_RUNNING):

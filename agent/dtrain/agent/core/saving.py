@@ -7,6 +7,7 @@ from dtrain.agent.core.state import AgentState, JobState, LocalRank, Saving, Upl
 from dtrain.agent.transferring import CancelUpload, KeepManifest, KeptBlob, Upload
 from dtrain.protocol.commands import BeginCheckpoint, ConfirmCheckpoint
 from dtrain.protocol.ids import Rank, Seq, Step
+from dtrain.protocol.job import CheckpointPolicy
 from dtrain.protocol.ranklink import Begin, Durable, Outcome, Report, StopRank
 from dtrain.protocol.snapshot import DurablePart, SaveProblem
 
@@ -15,6 +16,9 @@ UPLOAD_TRIES_MAX = 3
 """Lives of the transfer process that one upload may outlast: it could be what kills it."""
 
 PROBLEM_CHARS_MAX = 500
+
+REASON_LEAD_S, REASON_LEAD_SHARE = 10.0, 0.25
+"""An upload that cannot end in time says why so much before its checkpoint's time is over."""
 
 
 def begin(job: JobState, command: BeginCheckpoint, out: list[Action]) -> JobState:
@@ -107,6 +111,7 @@ def order_uploads(state: AgentState, job: JobState, out: list[Action]) -> JobSta
         rest = tuple(t for t in job.uploads if (t.seq, t.rank) != (sealed.seq, rank.rank))
         job = dataclasses.replace(job, uploads=(*rest, UploadTry(sealed.seq, rank.rank, count)))
         world = job.prepare.world_size if job.prepare else 0
+        policy = job.prepare.spec.checkpoint if job.prepare else CheckpointPolicy()
         out.append(
             TransferOrder(
                 Upload(
@@ -119,6 +124,8 @@ def order_uploads(state: AgentState, job: JobState, out: list[Action]) -> JobSta
                     world=world,
                     step=sealed.step,
                     sealed=sealed,
+                    bandwidth_mb_s=policy.bandwidth_mb_s,
+                    patience_s=_patience_s(policy.timeout_s),
                 )
             )
         )
@@ -221,6 +228,11 @@ def tell_all(job: JobState, message: Outcome | StopRank, out: list[Action]) -> N
 def replace_rank(job: JobState, rank: LocalRank) -> JobState:
     """The job with this rank replaced."""
     return dataclasses.replace(job, ranks=tuple(rank if one.rank == rank.rank else one for one in job.ranks))
+
+
+def _patience_s(timeout_s: float) -> float:
+    """How long an upload may wait for the store: nearly to the leader's deadline, which knows no reason."""
+    return timeout_s - min(REASON_LEAD_S, timeout_s * REASON_LEAD_SHARE)
 
 
 def _order(saving: Saving) -> Begin:

@@ -169,43 +169,11 @@ def coordinators() -> None:
 @connected
 def checkpoints(job: str) -> None:
     """List a job's checkpoints: committed, open, bad, being deleted; * marks the newest."""
-    import dataclasses
-
-    from dtrain.cli import context, output, reading, render
+    from dtrain.cli import checkpointing, context
     from dtrain.cli.client import closing
 
     with closing(context.connect(settings())) as client:
-        found, cluster = reading.job(client, job)
-    lines = render.checkpoint_lines(found)
-    stored = {
-        "Committed": found.raw.get("checkpoints", {}),
-        "Bad": found.raw.get("checkpoints", {}),
-        "Open": found.raw.get("open", {}),
-        "Deleting": found.raw.get("garbage", {}),
-    }
-    wanted = settings().output
-    output.listing(
-        "Checkpoint",
-        [
-            {
-                "v": 1,
-                "kind": "Checkpoint",
-                "job": found.name,
-                **{
-                    name: value
-                    for name, value in dataclasses.asdict(line).items()
-                    if name not in ("note", "since")
-                },
-                "record": stored[line.state].get(str(line.seq)),
-            }
-            for line in lines
-        ],
-        render.checkpoints(found, time.time(), wide=wanted == "wide"),
-        [f"{found.name}/{line.seq}" for line in lines],
-        output=wanted,
-        revision=cluster.revision,
-    )
-    output.freshness(cluster.age_s)
+        checkpointing.listing(client, job, settings().output)
 
 
 @command.command("events", epilog=examples("dtrain get events digits", "dtrain get events -o json"))

@@ -24,43 +24,65 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64train/v1/coordinator.proto\x12\tdtrain.v1\"B\n\rSubmitRequest\x12\x0c\n\x04spec\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\"P\n\x0bSubmitReply\x12\x0c\n\x04spec\x18\x01 \x01(\x0c\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x10\n\x08warnings\x18\x04 \x03(\t\"U\n\x10SetIntentRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0e\n\x06wanted\x18\x02 \x01(\t\x12\x18\n\x10\x63heckpoint_token\x18\x03 \x01(\t\x12\n\n\x02\x62y\x18\x04 \x01(\t\"2\n\x0eSetIntentReply\x12\x0e\n\x06intent\x18\x01 \x01(\x0c\x12\x10\n\x08revision\x18\x02 \x01(\x03\"F\n\x0bReadRequest\x12\x0e\n\x06prefix\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_revision\x18\x02 \x01(\x03\x12\x0f\n\x07wait_ms\x18\x03 \x01(\x05\"Q\n\x04Item\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\x17\n\x0f\x63reate_revision\x18\x03 \x01(\x03\x12\x14\n\x0cmod_revision\x18\x04 \x01(\x03\"L\n\tReadReply\x12\x1e\n\x05items\x18\x01 \x03(\x0b\x32\x0f.dtrain.v1.Item\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\r\n\x05\x61ge_s\x18\x03 \x01(\x01\"\x7f\n\rJobLogRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x03\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x0e\n\x06stream\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x03\x12\x11\n\tbytes_max\x18\x06 \x01(\x05\x12\x0f\n\x07wait_ms\x18\x07 \x01(\x05\"]\n\x0bJobLogChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x13\n\x0bnext_offset\x18\x02 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x03\x12\r\n\x05\x61gent\x18\x04 \x01(\t\x12\x0b\n\x03\x65of\x18\x05 \x01(\x08\"\r\n\x0bInfoRequest\"\xdc\x01\n\tInfoReply\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06leader\x18\x04 \x01(\x08\x12\x0c\n\x04term\x18\x05 \x01(\x03\x12\x10\n\x08revision\x18\x06 \x01(\x03\x12\x14\n\x0cmirror_age_s\x18\x07 \x01(\x01\x12\x16\n\x0eleader_replica\x18\x08 \x01(\t\x12\x16\n\x0eleader_address\x18\t \x01(\t\x12\x10\n\x08problems\x18\n \x03(\t\x12\x14\n\x0c\x65tcd_version\x18\x0b \x01(\t\"A\n\x0e\x43onsultRequest\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12 \n\x04jobs\x18\x02 \x03(\x0b\x32\x12.dtrain.v1.JobPart\"4\n\x07JobPart\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x03\"H\n\x0c\x43onsultReply\x12\x12\n\netcd_age_s\x18\x01 \x01(\x01\x12$\n\x04jobs\x18\x02 \x03(\x0b\x32\x16.dtrain.v1.JobStanding\"L\n\x0bJobStanding\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07\x63urrent\x18\x02 \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x03\x12\x0e\n\x06member\x18\x04 \x01(\x08\x32\xf6\x02\n\x0b\x43oordinator\x12:\n\x06Submit\x12\x18.dtrain.v1.SubmitRequest\x1a\x16.dtrain.v1.SubmitReply\x12\x43\n\tSetIntent\x12\x1b.dtrain.v1.SetIntentRequest\x1a\x19.dtrain.v1.SetIntentReply\x12\x34\n\x04Read\x12\x16.dtrain.v1.ReadRequest\x1a\x14.dtrain.v1.ReadReply\x12;\n\x07ReadLog\x12\x18.dtrain.v1.JobLogRequest\x1a\x16.dtrain.v1.JobLogChunk\x12\x34\n\x04Info\x12\x16.dtrain.v1.InfoRequest\x1a\x14.dtrain.v1.InfoReply\x12=\n\x07\x43onsult\x12\x19.dtrain.v1.ConsultRequest\x1a\x17.dtrain.v1.ConsultReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64train/v1/coordinator.proto\x12\tdtrain.v1\"w\n\x14PinCheckpointRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x03\x12\x0e\n\x06holder\x18\x03 \x01(\t\x12\r\n\x05ttl_s\x18\x04 \x01(\x05\x12\r\n\x05lease\x18\x05 \x01(\x03\x12\x0b\n\x03why\x18\x06 \x01(\t\x12\n\n\x02\x62y\x18\x07 \x01(\t\"T\n\x12PinCheckpointReply\x12\x0e\n\x06record\x18\x01 \x01(\x0c\x12\r\n\x05store\x18\x02 \x01(\t\x12\r\n\x05lease\x18\x03 \x01(\x03\x12\x10\n\x08revision\x18\x04 \x01(\x03\"Q\n\x16UnpinCheckpointRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x03\x12\x0e\n\x06holder\x18\x03 \x01(\t\x12\r\n\x05lease\x18\x04 \x01(\x03\"9\n\x14UnpinCheckpointReply\x12\x0f\n\x07removed\x18\x01 \x01(\x08\x12\x10\n\x08revision\x18\x02 \x01(\x03\"S\n\x17\x44\x65leteCheckpointRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x03\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\n\n\x02\x62y\x18\x04 \x01(\t\"l\n\x13ReportDamageRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x03\x12\x0c\n\x04\x62lob\x18\x03 \x01(\t\x12\r\n\x05\x63hunk\x18\x04 \x01(\x03\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\n\n\x02\x62y\x18\x06 \x01(\t\"D\n\x15\x43ollectGarbageRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\n\n\x02\x62y\x18\x03 \x01(\t\"-\n\nOrderReply\x12\r\n\x05order\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\"#\n\x14ReviewGarbageRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\"c\n\x0bGarbageItem\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x03\x12\x0c\n\x04what\x18\x03 \x01(\t\x12\x0f\n\x07\x64\x65leted\x18\x04 \x01(\x08\x12\x0b\n\x03why\x18\x05 \x01(\t\x12\r\n\x05\x62ytes\x18\x06 \x01(\x03\"^\n\x12ReviewGarbageReply\x12%\n\x05items\x18\x01 \x03(\x0b\x32\x16.dtrain.v1.GarbageItem\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x0f\n\x07problem\x18\x03 \x01(\t\"B\n\rSubmitRequest\x12\x0c\n\x04spec\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\"P\n\x0bSubmitReply\x12\x0c\n\x04spec\x18\x01 \x01(\x0c\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x10\n\x08warnings\x18\x04 \x03(\t\"U\n\x10SetIntentRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0e\n\x06wanted\x18\x02 \x01(\t\x12\x18\n\x10\x63heckpoint_token\x18\x03 \x01(\t\x12\n\n\x02\x62y\x18\x04 \x01(\t\"2\n\x0eSetIntentReply\x12\x0e\n\x06intent\x18\x01 \x01(\x0c\x12\x10\n\x08revision\x18\x02 \x01(\x03\"F\n\x0bReadRequest\x12\x0e\n\x06prefix\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_revision\x18\x02 \x01(\x03\x12\x0f\n\x07wait_ms\x18\x03 \x01(\x05\"Q\n\x04Item\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\x17\n\x0f\x63reate_revision\x18\x03 \x01(\x03\x12\x14\n\x0cmod_revision\x18\x04 \x01(\x03\"L\n\tReadReply\x12\x1e\n\x05items\x18\x01 \x03(\x0b\x32\x0f.dtrain.v1.Item\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\r\n\x05\x61ge_s\x18\x03 \x01(\x01\"\x7f\n\rJobLogRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x03\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x0e\n\x06stream\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x03\x12\x11\n\tbytes_max\x18\x06 \x01(\x05\x12\x0f\n\x07wait_ms\x18\x07 \x01(\x05\"]\n\x0bJobLogChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x13\n\x0bnext_offset\x18\x02 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x03\x12\r\n\x05\x61gent\x18\x04 \x01(\t\x12\x0b\n\x03\x65of\x18\x05 \x01(\x08\"\r\n\x0bInfoRequest\"\xdc\x01\n\tInfoReply\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06leader\x18\x04 \x01(\x08\x12\x0c\n\x04term\x18\x05 \x01(\x03\x12\x10\n\x08revision\x18\x06 \x01(\x03\x12\x14\n\x0cmirror_age_s\x18\x07 \x01(\x01\x12\x16\n\x0eleader_replica\x18\x08 \x01(\t\x12\x16\n\x0eleader_address\x18\t \x01(\t\x12\x10\n\x08problems\x18\n \x03(\t\x12\x14\n\x0c\x65tcd_version\x18\x0b \x01(\t\"A\n\x0e\x43onsultRequest\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12 \n\x04jobs\x18\x02 \x03(\x0b\x32\x12.dtrain.v1.JobPart\"4\n\x07JobPart\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x03\"H\n\x0c\x43onsultReply\x12\x12\n\netcd_age_s\x18\x01 \x01(\x01\x12$\n\x04jobs\x18\x02 \x03(\x0b\x32\x16.dtrain.v1.JobStanding\"L\n\x0bJobStanding\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07\x63urrent\x18\x02 \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x03\x12\x0e\n\x06member\x18\x04 \x01(\x08\x32\xd0\x06\n\x0b\x43oordinator\x12:\n\x06Submit\x12\x18.dtrain.v1.SubmitRequest\x1a\x16.dtrain.v1.SubmitReply\x12\x43\n\tSetIntent\x12\x1b.dtrain.v1.SetIntentRequest\x1a\x19.dtrain.v1.SetIntentReply\x12\x34\n\x04Read\x12\x16.dtrain.v1.ReadRequest\x1a\x14.dtrain.v1.ReadReply\x12;\n\x07ReadLog\x12\x18.dtrain.v1.JobLogRequest\x1a\x16.dtrain.v1.JobLogChunk\x12\x34\n\x04Info\x12\x16.dtrain.v1.InfoRequest\x1a\x14.dtrain.v1.InfoReply\x12=\n\x07\x43onsult\x12\x19.dtrain.v1.ConsultRequest\x1a\x17.dtrain.v1.ConsultReply\x12O\n\rPinCheckpoint\x12\x1f.dtrain.v1.PinCheckpointRequest\x1a\x1d.dtrain.v1.PinCheckpointReply\x12U\n\x0fUnpinCheckpoint\x12!.dtrain.v1.UnpinCheckpointRequest\x1a\x1f.dtrain.v1.UnpinCheckpointReply\x12M\n\x10\x44\x65leteCheckpoint\x12\".dtrain.v1.DeleteCheckpointRequest\x1a\x15.dtrain.v1.OrderReply\x12\x45\n\x0cReportDamage\x12\x1e.dtrain.v1.ReportDamageRequest\x1a\x15.dtrain.v1.OrderReply\x12I\n\x0e\x43ollectGarbage\x12 .dtrain.v1.CollectGarbageRequest\x1a\x15.dtrain.v1.OrderReply\x12O\n\rReviewGarbage\x12\x1f.dtrain.v1.ReviewGarbageRequest\x1a\x1d.dtrain.v1.ReviewGarbageReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'dtrain.v1.coordinator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SUBMITREQUEST']._serialized_start=42
-  _globals['_SUBMITREQUEST']._serialized_end=108
-  _globals['_SUBMITREPLY']._serialized_start=110
-  _globals['_SUBMITREPLY']._serialized_end=190
-  _globals['_SETINTENTREQUEST']._serialized_start=192
-  _globals['_SETINTENTREQUEST']._serialized_end=277
-  _globals['_SETINTENTREPLY']._serialized_start=279
-  _globals['_SETINTENTREPLY']._serialized_end=329
-  _globals['_READREQUEST']._serialized_start=331
-  _globals['_READREQUEST']._serialized_end=401
-  _globals['_ITEM']._serialized_start=403
-  _globals['_ITEM']._serialized_end=484
-  _globals['_READREPLY']._serialized_start=486
-  _globals['_READREPLY']._serialized_end=562
-  _globals['_JOBLOGREQUEST']._serialized_start=564
-  _globals['_JOBLOGREQUEST']._serialized_end=691
-  _globals['_JOBLOGCHUNK']._serialized_start=693
-  _globals['_JOBLOGCHUNK']._serialized_end=786
-  _globals['_INFOREQUEST']._serialized_start=788
-  _globals['_INFOREQUEST']._serialized_end=801
-  _globals['_INFOREPLY']._serialized_start=804
-  _globals['_INFOREPLY']._serialized_end=1024
-  _globals['_CONSULTREQUEST']._serialized_start=1026
-  _globals['_CONSULTREQUEST']._serialized_end=1091
-  _globals['_JOBPART']._serialized_start=1093
-  _globals['_JOBPART']._serialized_end=1145
-  _globals['_CONSULTREPLY']._serialized_start=1147
-  _globals['_CONSULTREPLY']._serialized_end=1219
-  _globals['_JOBSTANDING']._serialized_start=1221
-  _globals['_JOBSTANDING']._serialized_end=1297
-  _globals['_COORDINATOR']._serialized_start=1300
-  _globals['_COORDINATOR']._serialized_end=1674
+  _globals['_PINCHECKPOINTREQUEST']._serialized_start=42
+  _globals['_PINCHECKPOINTREQUEST']._serialized_end=161
+  _globals['_PINCHECKPOINTREPLY']._serialized_start=163
+  _globals['_PINCHECKPOINTREPLY']._serialized_end=247
+  _globals['_UNPINCHECKPOINTREQUEST']._serialized_start=249
+  _globals['_UNPINCHECKPOINTREQUEST']._serialized_end=330
+  _globals['_UNPINCHECKPOINTREPLY']._serialized_start=332
+  _globals['_UNPINCHECKPOINTREPLY']._serialized_end=389
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_start=391
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=474
+  _globals['_REPORTDAMAGEREQUEST']._serialized_start=476
+  _globals['_REPORTDAMAGEREQUEST']._serialized_end=584
+  _globals['_COLLECTGARBAGEREQUEST']._serialized_start=586
+  _globals['_COLLECTGARBAGEREQUEST']._serialized_end=654
+  _globals['_ORDERREPLY']._serialized_start=656
+  _globals['_ORDERREPLY']._serialized_end=701
+  _globals['_REVIEWGARBAGEREQUEST']._serialized_start=703
+  _globals['_REVIEWGARBAGEREQUEST']._serialized_end=738
+  _globals['_GARBAGEITEM']._serialized_start=740
+  _globals['_GARBAGEITEM']._serialized_end=839
+  _globals['_REVIEWGARBAGEREPLY']._serialized_start=841
+  _globals['_REVIEWGARBAGEREPLY']._serialized_end=935
+  _globals['_SUBMITREQUEST']._serialized_start=937
+  _globals['_SUBMITREQUEST']._serialized_end=1003
+  _globals['_SUBMITREPLY']._serialized_start=1005
+  _globals['_SUBMITREPLY']._serialized_end=1085
+  _globals['_SETINTENTREQUEST']._serialized_start=1087
+  _globals['_SETINTENTREQUEST']._serialized_end=1172
+  _globals['_SETINTENTREPLY']._serialized_start=1174
+  _globals['_SETINTENTREPLY']._serialized_end=1224
+  _globals['_READREQUEST']._serialized_start=1226
+  _globals['_READREQUEST']._serialized_end=1296
+  _globals['_ITEM']._serialized_start=1298
+  _globals['_ITEM']._serialized_end=1379
+  _globals['_READREPLY']._serialized_start=1381
+  _globals['_READREPLY']._serialized_end=1457
+  _globals['_JOBLOGREQUEST']._serialized_start=1459
+  _globals['_JOBLOGREQUEST']._serialized_end=1586
+  _globals['_JOBLOGCHUNK']._serialized_start=1588
+  _globals['_JOBLOGCHUNK']._serialized_end=1681
+  _globals['_INFOREQUEST']._serialized_start=1683
+  _globals['_INFOREQUEST']._serialized_end=1696
+  _globals['_INFOREPLY']._serialized_start=1699
+  _globals['_INFOREPLY']._serialized_end=1919
+  _globals['_CONSULTREQUEST']._serialized_start=1921
+  _globals['_CONSULTREQUEST']._serialized_end=1986
+  _globals['_JOBPART']._serialized_start=1988
+  _globals['_JOBPART']._serialized_end=2040
+  _globals['_CONSULTREPLY']._serialized_start=2042
+  _globals['_CONSULTREPLY']._serialized_end=2114
+  _globals['_JOBSTANDING']._serialized_start=2116
+  _globals['_JOBSTANDING']._serialized_end=2192
+  _globals['_COORDINATOR']._serialized_start=2195
+  _globals['_COORDINATOR']._serialized_end=3043
 # @@protoc_insertion_point(module_scope)

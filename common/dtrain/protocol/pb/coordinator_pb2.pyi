@@ -19,6 +19,275 @@ else:
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
+class PinCheckpointRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    SEQ_FIELD_NUMBER: builtins.int
+    HOLDER_FIELD_NUMBER: builtins.int
+    TTL_S_FIELD_NUMBER: builtins.int
+    LEASE_FIELD_NUMBER: builtins.int
+    WHY_FIELD_NUMBER: builtins.int
+    BY_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    seq: builtins.int
+    """0: the newest that is not quarantined"""
+    holder: builtins.str
+    ttl_s: builtins.int
+    """0: until it is taken off"""
+    lease: builtins.int
+    """of the pin to renew; 0: a new one"""
+    why: builtins.str
+    by: builtins.str
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+        seq: builtins.int = ...,
+        holder: builtins.str = ...,
+        ttl_s: builtins.int = ...,
+        lease: builtins.int = ...,
+        why: builtins.str = ...,
+        by: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["by", b"by", "holder", b"holder", "job", b"job", "lease", b"lease", "seq", b"seq", "ttl_s", b"ttl_s", "why", b"why"]) -> None: ...
+
+Global___PinCheckpointRequest: typing_extensions.TypeAlias = PinCheckpointRequest
+
+@typing.final
+class PinCheckpointReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RECORD_FIELD_NUMBER: builtins.int
+    STORE_FIELD_NUMBER: builtins.int
+    LEASE_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    record: builtins.bytes
+    """the CommitRecord"""
+    store: builtins.str
+    lease: builtins.int
+    revision: builtins.int
+    def __init__(
+        self,
+        *,
+        record: builtins.bytes = ...,
+        store: builtins.str = ...,
+        lease: builtins.int = ...,
+        revision: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["lease", b"lease", "record", b"record", "revision", b"revision", "store", b"store"]) -> None: ...
+
+Global___PinCheckpointReply: typing_extensions.TypeAlias = PinCheckpointReply
+
+@typing.final
+class UnpinCheckpointRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    SEQ_FIELD_NUMBER: builtins.int
+    HOLDER_FIELD_NUMBER: builtins.int
+    LEASE_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    seq: builtins.int
+    holder: builtins.str
+    lease: builtins.int
+    """of a reader's pin: it is revoked"""
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+        seq: builtins.int = ...,
+        holder: builtins.str = ...,
+        lease: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["holder", b"holder", "job", b"job", "lease", b"lease", "seq", b"seq"]) -> None: ...
+
+Global___UnpinCheckpointRequest: typing_extensions.TypeAlias = UnpinCheckpointRequest
+
+@typing.final
+class UnpinCheckpointReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REMOVED_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    removed: builtins.bool
+    """false: there was no such pin"""
+    revision: builtins.int
+    def __init__(
+        self,
+        *,
+        removed: builtins.bool = ...,
+        revision: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["removed", b"removed", "revision", b"revision"]) -> None: ...
+
+Global___UnpinCheckpointReply: typing_extensions.TypeAlias = UnpinCheckpointReply
+
+@typing.final
+class DeleteCheckpointRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    SEQ_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    BY_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    seq: builtins.int
+    request_id: builtins.str
+    by: builtins.str
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+        seq: builtins.int = ...,
+        request_id: builtins.str = ...,
+        by: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["by", b"by", "job", b"job", "request_id", b"request_id", "seq", b"seq"]) -> None: ...
+
+Global___DeleteCheckpointRequest: typing_extensions.TypeAlias = DeleteCheckpointRequest
+
+@typing.final
+class ReportDamageRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    SEQ_FIELD_NUMBER: builtins.int
+    BLOB_FIELD_NUMBER: builtins.int
+    CHUNK_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    BY_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    seq: builtins.int
+    blob: builtins.str
+    chunk: builtins.int
+    request_id: builtins.str
+    by: builtins.str
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+        seq: builtins.int = ...,
+        blob: builtins.str = ...,
+        chunk: builtins.int = ...,
+        request_id: builtins.str = ...,
+        by: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blob", b"blob", "by", b"by", "chunk", b"chunk", "job", b"job", "request_id", b"request_id", "seq", b"seq"]) -> None: ...
+
+Global___ReportDamageRequest: typing_extensions.TypeAlias = ReportDamageRequest
+
+@typing.final
+class CollectGarbageRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    BY_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    request_id: builtins.str
+    by: builtins.str
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+        request_id: builtins.str = ...,
+        by: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["by", b"by", "job", b"job", "request_id", b"request_id"]) -> None: ...
+
+Global___CollectGarbageRequest: typing_extensions.TypeAlias = CollectGarbageRequest
+
+@typing.final
+class OrderReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ORDER_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    order: builtins.str
+    """its id: it is gone from the job's orders once it is answered"""
+    revision: builtins.int
+    def __init__(
+        self,
+        *,
+        order: builtins.str = ...,
+        revision: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["order", b"order", "revision", b"revision"]) -> None: ...
+
+Global___OrderReply: typing_extensions.TypeAlias = OrderReply
+
+@typing.final
+class ReviewGarbageRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["job", b"job"]) -> None: ...
+
+Global___ReviewGarbageRequest: typing_extensions.TypeAlias = ReviewGarbageRequest
+
+@typing.final
+class GarbageItem(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    SEQ_FIELD_NUMBER: builtins.int
+    WHAT_FIELD_NUMBER: builtins.int
+    DELETED_FIELD_NUMBER: builtins.int
+    WHY_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    kind: builtins.str
+    """checkpoint, orphan or upload"""
+    seq: builtins.int
+    what: builtins.str
+    deleted: builtins.bool
+    """false: it is kept"""
+    why: builtins.str
+    bytes: builtins.int
+    def __init__(
+        self,
+        *,
+        kind: builtins.str = ...,
+        seq: builtins.int = ...,
+        what: builtins.str = ...,
+        deleted: builtins.bool = ...,
+        why: builtins.str = ...,
+        bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "deleted", b"deleted", "kind", b"kind", "seq", b"seq", "what", b"what", "why", b"why"]) -> None: ...
+
+Global___GarbageItem: typing_extensions.TypeAlias = GarbageItem
+
+@typing.final
+class ReviewGarbageReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    PROBLEM_FIELD_NUMBER: builtins.int
+    revision: builtins.int
+    problem: builtins.str
+    """why the collector would delete nothing"""
+    @property
+    def items(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___GarbageItem]: ...
+    def __init__(
+        self,
+        *,
+        items: collections.abc.Iterable[Global___GarbageItem] | None = ...,
+        revision: builtins.int = ...,
+        problem: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["items", b"items", "problem", b"problem", "revision", b"revision"]) -> None: ...
+
+Global___ReviewGarbageReply: typing_extensions.TypeAlias = ReviewGarbageReply
+
+@typing.final
 class SubmitRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -66,6 +66,36 @@ class CoordinatorStub(object):
                 request_serializer=dtrain_dot_v1_dot_coordinator__pb2.ConsultRequest.SerializeToString,
                 response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ConsultReply.FromString,
                 _registered_method=True)
+        self.PinCheckpoint = channel.unary_unary(
+                '/dtrain.v1.Coordinator/PinCheckpoint',
+                request_serializer=dtrain_dot_v1_dot_coordinator__pb2.PinCheckpointRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.PinCheckpointReply.FromString,
+                _registered_method=True)
+        self.UnpinCheckpoint = channel.unary_unary(
+                '/dtrain.v1.Coordinator/UnpinCheckpoint',
+                request_serializer=dtrain_dot_v1_dot_coordinator__pb2.UnpinCheckpointRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.UnpinCheckpointReply.FromString,
+                _registered_method=True)
+        self.DeleteCheckpoint = channel.unary_unary(
+                '/dtrain.v1.Coordinator/DeleteCheckpoint',
+                request_serializer=dtrain_dot_v1_dot_coordinator__pb2.DeleteCheckpointRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.OrderReply.FromString,
+                _registered_method=True)
+        self.ReportDamage = channel.unary_unary(
+                '/dtrain.v1.Coordinator/ReportDamage',
+                request_serializer=dtrain_dot_v1_dot_coordinator__pb2.ReportDamageRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.OrderReply.FromString,
+                _registered_method=True)
+        self.CollectGarbage = channel.unary_unary(
+                '/dtrain.v1.Coordinator/CollectGarbage',
+                request_serializer=dtrain_dot_v1_dot_coordinator__pb2.CollectGarbageRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.OrderReply.FromString,
+                _registered_method=True)
+        self.ReviewGarbage = channel.unary_unary(
+                '/dtrain.v1.Coordinator/ReviewGarbage',
+                request_serializer=dtrain_dot_v1_dot_coordinator__pb2.ReviewGarbageRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ReviewGarbageReply.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServicer(object):
@@ -113,6 +143,50 @@ class CoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PinCheckpoint(self, request, context):
+        """Keep a committed checkpoint from being deleted while somebody needs it.
+        Asked again with the lease it returned, it renews the pin.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpinCheckpoint(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteCheckpoint(self, request, context):
+        """Ask the leader to delete a checkpoint; it refuses the newest, a pinned one,
+        and the one that is restored from.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportDamage(self, request, context):
+        """Tell the leader of a damaged chunk: it reads it again, and quarantines the
+        checkpoint if it finds the same.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CollectGarbage(self, request, context):
+        """Ask the leader to search the store for orphans now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReviewGarbage(self, request, context):
+        """What retention and the collector would delete now, and why. Changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -145,6 +219,36 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.Consult,
                     request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ConsultRequest.FromString,
                     response_serializer=dtrain_dot_v1_dot_coordinator__pb2.ConsultReply.SerializeToString,
+            ),
+            'PinCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinCheckpoint,
+                    request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.PinCheckpointRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_coordinator__pb2.PinCheckpointReply.SerializeToString,
+            ),
+            'UnpinCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinCheckpoint,
+                    request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.UnpinCheckpointRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_coordinator__pb2.UnpinCheckpointReply.SerializeToString,
+            ),
+            'DeleteCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteCheckpoint,
+                    request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.DeleteCheckpointRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_coordinator__pb2.OrderReply.SerializeToString,
+            ),
+            'ReportDamage': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportDamage,
+                    request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ReportDamageRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_coordinator__pb2.OrderReply.SerializeToString,
+            ),
+            'CollectGarbage': grpc.unary_unary_rpc_method_handler(
+                    servicer.CollectGarbage,
+                    request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.CollectGarbageRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_coordinator__pb2.OrderReply.SerializeToString,
+            ),
+            'ReviewGarbage': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReviewGarbage,
+                    request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ReviewGarbageRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_coordinator__pb2.ReviewGarbageReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -311,6 +415,168 @@ class Coordinator(object):
             '/dtrain.v1.Coordinator/Consult',
             dtrain_dot_v1_dot_coordinator__pb2.ConsultRequest.SerializeToString,
             dtrain_dot_v1_dot_coordinator__pb2.ConsultReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Coordinator/PinCheckpoint',
+            dtrain_dot_v1_dot_coordinator__pb2.PinCheckpointRequest.SerializeToString,
+            dtrain_dot_v1_dot_coordinator__pb2.PinCheckpointReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Coordinator/UnpinCheckpoint',
+            dtrain_dot_v1_dot_coordinator__pb2.UnpinCheckpointRequest.SerializeToString,
+            dtrain_dot_v1_dot_coordinator__pb2.UnpinCheckpointReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Coordinator/DeleteCheckpoint',
+            dtrain_dot_v1_dot_coordinator__pb2.DeleteCheckpointRequest.SerializeToString,
+            dtrain_dot_v1_dot_coordinator__pb2.OrderReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportDamage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Coordinator/ReportDamage',
+            dtrain_dot_v1_dot_coordinator__pb2.ReportDamageRequest.SerializeToString,
+            dtrain_dot_v1_dot_coordinator__pb2.OrderReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectGarbage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Coordinator/CollectGarbage',
+            dtrain_dot_v1_dot_coordinator__pb2.CollectGarbageRequest.SerializeToString,
+            dtrain_dot_v1_dot_coordinator__pb2.OrderReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReviewGarbage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Coordinator/ReviewGarbage',
+            dtrain_dot_v1_dot_coordinator__pb2.ReviewGarbageRequest.SerializeToString,
+            dtrain_dot_v1_dot_coordinator__pb2.ReviewGarbageReply.FromString,
             options,
             channel_credentials,
             insecure,

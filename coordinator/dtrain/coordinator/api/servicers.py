@@ -10,14 +10,16 @@ from typing import Any, TypeVar
 
 import grpc
 
+from dtrain.coordinator.api.checkpoints import CheckpointDesk
 from dtrain.coordinator.api.errors import translated
 from dtrain.coordinator.api.records import Operators
 from dtrain.coordinator.dispatch import Channels
 from dtrain.coordinator.work import Stores
 from dtrain.protocol import codec
+from dtrain.protocol.checkpoint import Pin
 from dtrain.protocol.cluster import LeaderRecord
 from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, Refused, Unavailable
-from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId, Term, parse_name
+from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId, Seq, Term, parse_name
 from dtrain.protocol.job import TERMINAL_PHASES, JobSpec, JobStatus
 from dtrain.protocol.keys import Keys
 from dtrain.protocol.pb import agent_pb2 as agent_pb
@@ -26,7 +28,7 @@ from dtrain.protocol.pb import coordinator_pb2 as pb
 from dtrain.protocol.snapshot import NodeRecord
 from dtrain.runtime import grpc_tls, log, redact
 from dtrain.runtime.tls import Role
-from dtrain.storage.blobs.probe import probe
+from dtrain.storage.blobs.probe import probe, probe_soon
 from dtrain.storage.etcd.mirror import Mirror
 from dtrain.storage.etcd.port import KeyValue
 
@@ -67,6 +69,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         channels: Channels,
         stores: Stores,
         *,
+        checkpoints: CheckpointDesk,
         term: Callable[[], Term | None],
         waiting: threading.BoundedSemaphore,
         default_store: str = "",
@@ -78,6 +81,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self._operators = operators
         self._channels = channels
         self._stores = stores
+        self._checkpoints = checkpoints
         self._term = term
         self._waiting = waiting
         self._default_store = default_store
@@ -99,10 +103,14 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
     ) -> pb.SubmitReply:
         spec = self._operators.prepare(request.spec, request.request_id)
         warnings = self._warnings(spec)
+        store = spec.checkpoint.store or self._default_store
         if request.dry_run:
-            if store := spec.checkpoint.store or self._default_store:
+            if store:
                 probe(self._stores.get(store))
             return pb.SubmitReply(spec=codec.encode(spec), created=False, warnings=warnings)
+        # A store that refuses would refuse every checkpoint; one that is away may be back when it is needed.
+        if store and (why := probe_soon(self._stores.get(store))):
+            warnings.append(f"{why}: the job waits until its store can be used")
         done = self._operators.submit(spec)
         self._log.info("job submitted", job=done.spec.name, uid=done.spec.uid, created=done.created)
         return pb.SubmitReply(
@@ -209,6 +217,79 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             current=spec.uid == status.uid == part.uid and status.phase not in TERMINAL_PHASES,
             attempt=status.attempt,
             member=any(member.agent == agent for member in status.members),
+        )
+
+    # Checkpoints.
+
+    @translated
+    def PinCheckpoint(  # noqa: N802
+        self, request: pb.PinCheckpointRequest, context: grpc.ServicerContext
+    ) -> pb.PinCheckpointReply:
+        by = _who(request.by, context)
+        pin = Pin(Seq(request.seq), request.holder, request.ttl_s, request.why, by)
+        done = self._checkpoints.pin(request.job, request.seq, pin, request.lease)
+        return pb.PinCheckpointReply(
+            record=codec.encode(done.record), store=done.store, lease=done.lease, revision=done.revision
+        )
+
+    @translated
+    def UnpinCheckpoint(  # noqa: N802
+        self,
+        request: pb.UnpinCheckpointRequest,
+        context: grpc.ServicerContext,  # noqa: ARG002 - grpc's signature
+    ) -> pb.UnpinCheckpointReply:
+        removed, revision = self._checkpoints.unpin(request.job, request.seq, request.holder, request.lease)
+        return pb.UnpinCheckpointReply(removed=removed, revision=revision)
+
+    @translated
+    def DeleteCheckpoint(  # noqa: N802
+        self, request: pb.DeleteCheckpointRequest, context: grpc.ServicerContext
+    ) -> pb.OrderReply:
+        by = _who(request.by, context)
+        order, revision = self._checkpoints.delete(request.job, request.seq, request.request_id, by)
+        self._log.info("deletion asked for", job=request.job, seq=request.seq, by=by)
+        return pb.OrderReply(order=order, revision=revision)
+
+    @translated
+    def ReportDamage(  # noqa: N802
+        self, request: pb.ReportDamageRequest, context: grpc.ServicerContext
+    ) -> pb.OrderReply:
+        by = _who(request.by, context)
+        order, revision = self._checkpoints.report(
+            request.job, request.seq, request.blob, request.chunk, request_id=request.request_id, by=by
+        )
+        self._log.warning("damage reported", job=request.job, seq=request.seq, blob=request.blob, by=by)
+        return pb.OrderReply(order=order, revision=revision)
+
+    @translated
+    def CollectGarbage(  # noqa: N802
+        self, request: pb.CollectGarbageRequest, context: grpc.ServicerContext
+    ) -> pb.OrderReply:
+        by = _who(request.by, context)
+        order, revision = self._checkpoints.collect(request.job, request.request_id, by)
+        return pb.OrderReply(order=order, revision=revision)
+
+    @translated
+    def ReviewGarbage(  # noqa: N802
+        self,
+        request: pb.ReviewGarbageRequest,
+        context: grpc.ServicerContext,  # noqa: ARG002 - grpc's signature
+    ) -> pb.ReviewGarbageReply:
+        review = self._checkpoints.review(request.job)
+        return pb.ReviewGarbageReply(
+            items=[
+                pb.GarbageItem(
+                    kind=item.kind,
+                    seq=item.seq,
+                    what=item.what,
+                    deleted=item.deleted,
+                    why=item.why,
+                    bytes=item.bytes,
+                )
+                for item in review.items
+            ],
+            revision=review.revision,
+            problem=review.problem,
         )
 
     # Logs.
@@ -381,6 +462,12 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
                 "the job waits for more"
             ]
         return [f"{alive} agents are alive, {spec.nnodes_min} are needed: the job waits for more"]
+
+
+def _who(said: str, context: grpc.ServicerContext) -> str:
+    """Who calls: what its certificate says, if it has one, proves more than what it says of itself."""
+    peer = grpc_tls.caller(context)
+    return said if peer is None else peer.name
 
 
 _SEE_ALL = frozenset({Role.OPERATOR, Role.COORDINATOR})

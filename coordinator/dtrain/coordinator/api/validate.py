@@ -67,6 +67,7 @@ def check(spec: JobSpec) -> None:
         )
     _between("checkpoint.every_steps", policy.every_steps, 0, 10**12)
     _between("checkpoint.keep_last", policy.keep_last, 1, KEEP_LAST_MAX)
+    _between("checkpoint.keep_every_steps", policy.keep_every_steps, 0, 10**12)
     _seconds("checkpoint.every_seconds", policy.every_seconds, 0.0)
     _seconds("checkpoint.timeout", policy.timeout_s, 1.0)
     _between("restarts.max", spec.restarts.max_restarts, 0, 10**6)

@@ -360,7 +360,8 @@ def _follow(draft: Draft, members: Sequence[Seat], stored: Stored[OpenRecord]) -
     elif draft.now >= deadline:
         missing = [rank for rank in range(record.world_size) if rank not in parts]
         late = f"ranks {_some(missing)} are not durable" if missing else "it could not be verified"
-        abort(draft, stored, f"{late} within {record.timeout_s:g} s" + _who_asks(members, record))
+        why = f": {verdict.problem}" if verdict is not None and verdict.problem else ""
+        abort(draft, stored, f"{late} within {record.timeout_s:g} s{why}" + _who_asks(members, record))
     else:
         draft.wake(deadline)
         if is_complete(parts, record):

@@ -5,7 +5,7 @@ from typing import Any
 
 from dtrain.protocol.checkpoint import Garbage, OpenRecord
 from dtrain.protocol.commands import Command
-from dtrain.protocol.ids import AgentName, ClusterName, JobName, Uid
+from dtrain.protocol.ids import AgentName, ClusterName, JobName, Seq, Uid
 from dtrain.protocol.snapshot import DurablePart
 
 
@@ -104,7 +104,24 @@ class ProbeStore:
     store: str
 
 
-Work = VerifyCheckpoint | CollectGarbage | SweepOrphans | ProbeStore
+@dataclass(frozen=True, slots=True)
+class InspectCheckpoint:
+    """Read a committed checkpoint again: its blobs' sizes, one chunk, or every byte.
+
+    Answers with an ``Inspection``. ``blob`` and ``chunk`` are for ``depth`` "chunk".
+    """
+
+    job: JobName
+    store: str
+    seq: Seq
+    manifest: str
+    digest: str
+    depth: str
+    blob: str = ""
+    chunk: int = 0
+
+
+Work = VerifyCheckpoint | CollectGarbage | SweepOrphans | ProbeStore | InspectCheckpoint
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,6 +99,7 @@ def merge(
             problems.append(f"tensor {name} {_form(tensors[name])}: {problem}")
     objects, object_problems = _objects(manifests)
     problems += object_problems
+    problems += _replicas(manifests)
     problems += _same_key_twice(blobs)
     paths = {name: path for manifest in manifests for name, path in manifest.paths.items()}
     if problems:
@@ -132,7 +133,8 @@ def _refusal(record: OpenRecord, problems: Sequence[str]) -> Refused:
     return Refused(
         ErrorCode.RANKS_DISAGREE,
         f"checkpoint {record.seq}: {told}" + (f"; and {more} more problems" if more > 0 else ""),
-        fix="state under one name must be equal on all ranks; give per-rank state a per-rank name",
+        fix="state under one name must be equal on all ranks; give per-rank state a per-rank name; "
+        "where ranks do not compute bit for bit alike, set DTRAIN_CHECK_REPLICAS=off in the job's env",
     )
 
 
@@ -180,7 +182,7 @@ def _layouts(manifests: Sequence[RankManifest]) -> list[str]:
         f"ranks {', '.join(map(str, ranks[:8]))} have {layout or 'none'}"
         for layout, ranks in by_layout.items()
     )
-    return [f"ranks disagree about names, dtypes or shapes of the state: {groups}"]
+    return [f"ranks disagree about names, dtypes, shapes or meshes of the state: {groups}"]
 
 
 def _blobs(manifest: RankManifest) -> list[str]:
@@ -220,6 +222,21 @@ def _objects(manifests: Sequence[RankManifest]) -> tuple[dict[str, ObjectEntry],
             elif known.crc != entry.crc:
                 problems.append(f"object {name} differs between ranks {owner[name]} and {manifest.rank}")
     return found, problems
+
+
+def _replicas(manifests: Sequence[RankManifest]) -> list[str]:
+    """Tensors that ranks should hold alike and do not, each with all the ranks that differ from the first."""
+    first: dict[str, tuple[str, Rank]] = {}
+    differing: dict[str, list[Rank]] = {}
+    for manifest in manifests:
+        for name, digest in manifest.same.items():
+            known = first.setdefault(name, (digest, manifest.rank))
+            if known[0] != digest:
+                differing.setdefault(name, []).append(manifest.rank)
+    return [
+        f"tensor {name} differs between rank {first[name][1]} and ranks {', '.join(map(str, ranks[:8]))}"
+        for name, ranks in sorted(differing.items())
+    ]
 
 
 def _same_key_twice(blobs: Iterable[BlobEntry]) -> list[str]:

@@ -9,7 +9,7 @@ next are one transaction.
 from collections.abc import Sequence, Set
 from dataclasses import replace
 
-from dtrain.coordinator.core import checkpoints, draining, failures, placement, retention
+from dtrain.coordinator.core import checkpoints, draining, failures, placement, quarantine, retention
 from dtrain.coordinator.core.decisions import ProbeStore
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.failures import Ending
@@ -22,8 +22,6 @@ from dtrain.coordinator.core.liveness import (
     has_started,
     seats,
 )
-from dtrain.coordinator.core.stamps import iso
-from dtrain.protocol.checkpoint import Quarantine
 from dtrain.protocol.commands import Prepare, Start, Stop
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import AgentName, Attempt
@@ -420,27 +418,15 @@ def _bad_restore(draft: Draft, snapshots: Sequence[WorkerSnapshot]) -> tuple[Age
 
 
 def _quarantine(draft: Draft, agent: AgentName, bad: BadBlob) -> None:
-    draft.quarantined.add(bad.seq)
-    if bad.seq in draft.job.bad:
-        return
-    record = Quarantine(
-        draft.fleet.term,
+    quarantine.put_aside(
+        draft,
         bad.seq,
-        bad.blob,
-        bad.chunk,
-        bad.expected,
-        bad.found,
-        agent,
-        bad.rank,
-        iso(draft.moment.wall),
-    )
-    draft.put(draft.keys.bad(draft.job.name, bad.seq), record, 0)
-    draft.event(
-        EventReason.CHECKPOINT_QUARANTINED,
-        f"checkpoint {bad.seq} is damaged ({bad.blob}, chunk {bad.chunk}:"
-        f" expected {bad.expected}, found {bad.found}); the one before it will be used",
-        f"checkpoint/{bad.seq}",
-        warning=True,
+        blob=bad.blob,
+        chunk=bad.chunk,
+        expected=bad.expected,
+        found=bad.found,
+        agent=agent,
+        rank=bad.rank,
     )
 
 

@@ -7,7 +7,7 @@ the status record, what this leader saw for itself is in the views.
 
 from typing import assert_never
 
-from dtrain.coordinator.core import checkpoints, conditions, phases, restored, retention
+from dtrain.coordinator.core import checkpoints, conditions, orders, phases, restored, retention, scrubbing
 from dtrain.coordinator.core.decisions import Decision, Reason
 from dtrain.coordinator.core.draft import OPERATIONS_MAX, Draft
 from dtrain.coordinator.core.views import FleetView, JobView, Moment
@@ -80,7 +80,10 @@ def plan(job: JobView, fleet: FleetView, moment: Moment) -> Decision:
     if restored.catch_up(draft):
         return _checked(draft)
     _decide(draft)
+    orders.answer(draft)
+    scrubbing.conclude(draft)
     retention.tidy(draft)
+    scrubbing.scrub(draft)
     return _checked(draft)
 
 

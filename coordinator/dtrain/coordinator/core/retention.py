@@ -2,8 +2,12 @@
 
 A checkpoint is retired by a transaction that removes its record and leaves a
 tombstone; blobs are deleted only after that. Untouchable are the newest, the
-one the attempt restored from, and those that somebody is reading.
+one the attempt restored from, and those that somebody is reading; retention also
+spares the last one that was read back whole, whatever its age.
 """
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
 
 from dtrain.coordinator.core.decisions import CollectGarbage, SweepOrphans
 from dtrain.coordinator.core.draft import Draft
@@ -42,22 +46,93 @@ def tidy(draft: Draft) -> None:
     _sweep_former(draft)
 
 
+@dataclass(frozen=True, slots=True)
+class Shelf:
+    """What retention decides from: the checkpoints of one submission, and who needs which."""
+
+    commits: tuple[CommitRecord, ...]
+    """Of this submission, by seq."""
+    keep_last: int
+    keep_every_steps: int = 0
+    bad: Set[Seq] = frozenset()
+    pinned: Set[Seq] = frozenset()
+    latest: Seq | None = None
+    restore: Seq | None = None
+    """What the attempt that is under way started from."""
+    verified: Set[Seq] = frozenset()
+    """Those of which every byte has been read back."""
+
+
+def why_kept(shelf: Shelf) -> dict[Seq, str]:
+    """Return the checkpoints that stay, each with the reason; all others may go.
+
+    Only committed ones that are not quarantined count: a damaged one must not
+    push out a good one.
+    """
+    good = [commit for commit in shelf.commits if commit.seq not in shelf.bad]
+    kept: dict[Seq, str] = {}
+    for commit in _every(good, shelf.keep_every_steps):
+        kept[commit.seq] = f"the first at or after a multiple of {shelf.keep_every_steps} steps"
+    for commit in good[-max(1, shelf.keep_last) :]:
+        kept[commit.seq] = f"one of the last {max(1, shelf.keep_last)}"
+    # A damaged one is kept as evidence until a good one is newer.
+    newest_good = good[-1].seq if good else Seq(0)
+    for commit in shelf.commits:
+        if commit.seq in shelf.bad and commit.seq > newest_good:
+            kept[commit.seq] = "damaged, and none that is good is newer"
+    verified = [commit.seq for commit in good if commit.seq in shelf.verified]
+    if verified:
+        kept[verified[-1]] = "the last one that was read back whole"
+    return kept | untouchable(shelf)
+
+
+def untouchable(shelf: Shelf) -> dict[Seq, str]:
+    """Return the checkpoints that not even an operator can delete, with the reason."""
+    found: dict[Seq, str] = {}
+    for seq in shelf.pinned:
+        found[seq] = "pinned"
+    good = [commit.seq for commit in shelf.commits if commit.seq not in shelf.bad]
+    if good:
+        found[good[-1]] = "the newest that is not damaged"
+    if shelf.restore is not None:
+        found[shelf.restore] = "what the current attempt started from"
+    if shelf.latest is not None:
+        found[shelf.latest] = "the newest"
+    return found
+
+
+def _every(good: Sequence[CommitRecord], every: int) -> list[CommitRecord]:
+    """The lowest step at or after each multiple, and of several commits of that step the newest."""
+    first: dict[int, CommitRecord] = {}
+    if every > 0:
+        for commit in good:
+            known = first.get(commit.step // every)
+            if commit.step >= every and (known is None or commit.step <= known.step):
+                first[commit.step // every] = commit
+    return list(first.values())
+
+
+def shelf(draft: Draft) -> Shelf:
+    """The checkpoints of the draft's job, as retention looks at them."""
+    restore = draft.status.restore
+    placed = restore is not None and draft.status.phase not in TERMINAL_PHASES
+    return Shelf(
+        tuple(stored.value for stored in draft.commits()),
+        draft.spec.checkpoint.keep_last,
+        draft.spec.checkpoint.keep_every_steps,
+        set(draft.job.bad) | draft.quarantined,
+        draft.job.pinned,
+        None if draft.job.latest is None else draft.job.latest.value.seq,
+        restore.seq if restore is not None and placed else None,
+        set(draft.job.verified),
+    )
+
+
 def surplus(draft: Draft) -> list[Stored[CommitRecord]]:
     """Commits that retention no longer keeps, oldest first."""
-    bad = set(draft.job.bad) | draft.quarantined
-    mine = draft.commits()
-    good = [commit for commit in mine if commit.value.seq not in bad]
-    kept: set[Seq] = {c.value.seq for c in good[-max(1, draft.spec.checkpoint.keep_last) :]}
-    # A damaged one is kept as evidence until a good one is newer.
-    newest_good = good[-1].value.seq if good else Seq(0)
-    kept |= {c.value.seq for c in mine if c.value.seq in bad and c.value.seq > newest_good}
-    kept |= draft.job.pinned
-    if draft.job.latest is not None:
-        kept.add(draft.job.latest.value.seq)
-    if draft.status.restore is not None and draft.status.phase not in TERMINAL_PHASES:
-        kept.add(draft.status.restore.seq)
+    kept = why_kept(shelf(draft))
     stale = [c for c in draft.job.commits if c.value.uid != draft.status.uid]
-    return [c for c in stale + mine if c.value.seq not in kept]
+    return [c for c in stale + draft.commits() if c.value.seq not in kept]
 
 
 def retire(draft: Draft, commit: Stored[CommitRecord], why: str = "") -> None:
@@ -71,6 +146,8 @@ def retire(draft: Draft, commit: Stored[CommitRecord], why: str = "") -> None:
         Garbage(draft.fleet.term, record.seq, record.manifest, record.digest, why, draft.status.store),
         0,
     )
+    if record.seq in draft.job.verified:
+        draft.delete(keys.verified(name, record.seq), None)
     draft.nobody_under(keys.pins(name, record.seq))
     latest = draft.job.latest
     if not draft.writes_key(keys.latest(name)):
@@ -104,7 +181,7 @@ def sweep(draft: Draft) -> None:
     # A new leader does not sweep at once: it has more urgent things to do.
     due = (draft.fleet.took_office_at if swept_at is None else swept_at) + SWEEP_S
     if draft.now >= due:
-        draft.work(_orphans(draft))
+        draft.work(orphans(draft))
     else:
         draft.wake(due)
 
@@ -118,7 +195,7 @@ def sweep_last(draft: Draft) -> bool:
     if since is not None and swept_at is not None and swept_at >= since:
         draft.set(swept=True)
         return True
-    draft.work(_orphans(draft))
+    draft.work(orphans(draft))
     draft.wake(draft.now + COLLECT_RETRY_S)
     return False
 
@@ -141,5 +218,6 @@ def _sweep_former(draft: Draft) -> None:
             draft.wake(draft.now + COLLECT_RETRY_S)
 
 
-def _orphans(draft: Draft) -> SweepOrphans:
+def orphans(draft: Draft) -> SweepOrphans:
+    """The work of searching the store for what no record of this submission names."""
     return SweepOrphans(draft.fleet.cluster, draft.job.name, draft.status.uid, draft.status.store)

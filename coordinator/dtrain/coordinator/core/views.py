@@ -8,8 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord, Quarantine
-from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId, Seq, Term, Uid
+from dtrain.protocol.checkpoint import (
+    CommitRecord,
+    Garbage,
+    Latest,
+    OpenRecord,
+    Order,
+    Quarantine,
+    Verification,
+)
+from dtrain.protocol.ids import AgentName, ClusterName, JobName, Rank, ReplicaId, Seq, Term, Uid
 from dtrain.protocol.job import Intent, JobSpec, JobStatus
 from dtrain.protocol.snapshot import NodeRecord, WorkerSnapshot
 
@@ -55,6 +63,41 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Damage:
+    """One chunk of a committed checkpoint that is not what was committed, read twice.
+
+    ``found`` is its digest, or "missing" or "short". ``tensors``: which of them
+    lie in it, in words.
+    """
+
+    blob: str
+    chunk: int
+    expected: str
+    found: str
+    rank: Rank | None = None
+    tensors: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What reading a committed checkpoint again found; ``problem``: why it says nothing."""
+
+    at: float
+    """When it began."""
+    damage: Damage | None = None
+    problem: str = ""
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SweepFound:
+    """What came of this leader's newest search for orphans."""
+
+    deleted: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class JobView:
     """Everything known of one job."""
 
@@ -70,6 +113,11 @@ class JobView:
     bad: Mapping[Seq, Quarantine] = field(default_factory=dict)
     garbage: tuple[Stored[Garbage], ...] = ()
     pinned: frozenset[Seq] = frozenset()
+    verified: Mapping[Seq, Stored[Verification]] = field(default_factory=dict)
+    orders: Mapping[str, Stored[Order]] = field(default_factory=dict)
+    """By id; those that can be read."""
+    inspections: Mapping[tuple[Seq, str, str, int], Inspection] = field(default_factory=dict)
+    """By (seq, depth, blob, chunk): what this leader has read again, and how that went last."""
     events: tuple[int, ...] = ()
     """Sequence numbers of the events in etcd, ascending."""
     workers: Mapping[AgentName, Stored[WorkerSnapshot]] = field(default_factory=dict)
@@ -81,6 +129,7 @@ class JobView:
     """Tombstones whose blobs this leader has deleted."""
     swept_at: float | None = None
     """When this leader last began a sweep of this job's orphans that was completed; None: not yet."""
+    swept_found: SweepFound = SweepFound()
     swept_former: frozenset[Uid] = frozenset()
     """Earlier submissions of this name that this leader has swept after."""
     unknown: tuple[Seq, Seq] | None = None
@@ -131,6 +180,8 @@ class FleetView:
     """Several agents vanished one after another: nobody is called lost before, as more may follow."""
     left: frozenset[AgentName] = frozenset()
     """Of ``lost_at``, those that drained: they end their ranks before they go and are not waited for."""
+    scrub_interval_s: float = 0.0
+    """How often committed checkpoints are read whole; 0: never."""
 
 
 @dataclass(frozen=True, slots=True)

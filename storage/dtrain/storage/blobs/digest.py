@@ -7,7 +7,9 @@ touching the bytes again, which is what lets a store confirm a multipart upload.
 
 import base64
 import functools
+import threading
 from collections.abc import Sequence
+from typing import overload
 
 import crc32c as _crc32c
 
@@ -24,6 +26,39 @@ def crc32c(data: bytes | bytearray | memoryview, value: int = 0) -> int:
     for start in range(0, len(view), SLICE_BYTES):
         value = _crc32c.crc32c(view[start : start + SLICE_BYTES], value)
     return value
+
+
+class ChunkCrcs(Sequence[int]):
+    """The CRC32C of each chunk, computed when it is first asked for and never again.
+
+    For a store's lanes: each hashes the chunk it is about to send, while others
+    are on the wire. Safe for several threads.
+    """
+
+    def __init__(self, chunks: Sequence[bytes | memoryview]) -> None:
+        self._chunks = chunks
+        self._values: list[int | None] = [None] * len(chunks)
+        self._locks = [threading.Lock() for _ in chunks]
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        with self._locks[index]:
+            value = self._values[index]
+            if value is None:
+                value = self._values[index] = crc32c(self._chunks[index])
+            return value
+
+    def is_known(self, index: int) -> bool:
+        """Return whether the value was computed before."""
+        return self._values[index] is not None
 
 
 def combine(crc_a: int, crc_b: int, length_b: int) -> int:

@@ -11,8 +11,10 @@ a real store can fail, and may raise what the real store would:
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from mmap import mmap
 
 from dtrain.storage.blobs import digest, outcomes
+from dtrain.storage.blobs.flow import Flow
 from dtrain.storage.blobs.port import PART_BYTES, BlobInfo, check_key, check_prefix
 
 Fault = Callable[[str, str], None]
@@ -34,12 +36,21 @@ class MemoryBlobs:
     def uri(self) -> str:
         return f"memory://{self._name}"
 
-    def put(self, key: str, parts: Sequence[bytes | memoryview], *, chunk_crcs: Sequence[int]) -> BlobInfo:
+    def put(
+        self,
+        key: str,
+        parts: Sequence[bytes | memoryview],
+        *,
+        chunk_crcs: Sequence[int],
+        flow: Flow | None = None,
+    ) -> BlobInfo:
         check_key(key)
+        flow = flow or Flow()
         chunks = outcomes.views(parts, chunk_crcs)
         self.fault("put", key)
-        for index, (chunk, crc) in enumerate(zip(chunks, chunk_crcs, strict=True)):
-            outcomes.check_chunk(key, index, chunk, crc)
+        for index, chunk in enumerate(chunks):
+            outcomes.check_or_hash(key, index, chunk, chunk_crcs)
+            flow.admit(len(chunk))
         data = b"".join(chunks)
         full = digest.full_crc(chunk_crcs, len(data), PART_BYTES)
         with self._lock:
@@ -53,6 +64,7 @@ class MemoryBlobs:
             held, _ = self._blobs.setdefault(key, (data, full))
         if held != data:
             raise outcomes.exists(key, self.uri)
+        flow.confirmed(len(data))
         self.fault("put.stored", key)
         return BlobInfo(key, len(data), digest.to_hex(full))
 
@@ -64,6 +76,10 @@ class MemoryBlobs:
         if offset > len(data) or (length is not None and len(found) < length):
             raise outcomes.short(key, offset=offset, wanted=length, found=len(found))
         return found
+
+    def get_into(self, key: str, offset: int, buffer: bytearray | memoryview | mmap) -> None:
+        view = outcomes.target(buffer)
+        view[:] = self.get(key, offset=offset, length=len(view))
 
     def head(self, key: str) -> BlobInfo:
         self.fault("head", key)

@@ -6,13 +6,15 @@ from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from dtrain.protocol.errors import ErrorCode, Refused
+from dtrain.storage.blobs import s3_settings
 from dtrain.storage.blobs.local import LocalBlobs, missing_root
 from dtrain.storage.blobs.memory import MemoryBlobs
 from dtrain.storage.blobs.port import BlobStore, check_key
 
 ACCEPTED = (
     "file:///absolute/path, /absolute/path, "
-    "s3://bucket/prefix, s3://bucket/prefix?endpoint=http://host:port&region=name, "
+    "s3://bucket/prefix, s3://bucket/prefix?endpoint=http://host:port&region=name "
+    "(docs/stores.md lists all options), "
     "or memory://name (one process only)"
 )
 
@@ -43,7 +45,7 @@ def open_store(uri: str, *, create: bool = False) -> BlobStore:
     except ValueError as error:
         raise _bad("the store's URI cannot be parsed") from error
     if found.username is not None or found.password is not None or "@" in found.netloc:
-        raise _secret()
+        raise s3_settings.secret()
     if found.scheme == "s3":
         return _open_s3(found.netloc, unquote(found.path).strip("/"), found.query, found.fragment)
     if found.query or found.fragment:
@@ -77,17 +79,11 @@ def _open_folder(path: str, uri: str, create: bool) -> BlobStore:
 
 
 def _open_s3(bucket: str, prefix: str, query: str, fragment: str) -> BlobStore:
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    if any(re.search("key|secret|token|password|credential", name, re.I) for name in options):
-        raise _secret()
-    unknown = sorted(options.keys() - {"endpoint", "region"})
-    if unknown or fragment:
-        raise _bad(f"unknown option {', '.join(unknown) or fragment!r} in the store's URI")
+    settings = s3_settings.parse(parse_qsl(query, keep_blank_values=True))
+    if fragment:
+        raise _bad(f"unknown option {fragment!r} in the store's URI")
     if not _BUCKET.fullmatch(bucket):
         raise _bad(f"{bucket!r} is not a bucket name: 3 to 63 of a-z, 0-9, dot and dash")
-    endpoint = options.get("endpoint")
-    if endpoint is not None:
-        _check_endpoint(endpoint)
     try:
         if prefix:
             check_key(prefix)
@@ -95,30 +91,8 @@ def _open_s3(bucket: str, prefix: str, query: str, fragment: str) -> BlobStore:
         raise _bad(f"{prefix!r} cannot be a prefix of blobs") from error
     from dtrain.storage.blobs.s3 import S3Blobs
 
-    return S3Blobs(bucket, prefix, endpoint=endpoint, region=options.get("region") or None)
-
-
-def _check_endpoint(endpoint: str) -> None:
-    try:
-        found = urlsplit(endpoint)
-        usable = found.scheme in ("http", "https") and bool(found.hostname) and (found.port or 1) > 0
-    except ValueError:
-        usable = False
-    else:
-        if "@" in found.netloc:
-            raise _secret()
-    if not usable:
-        raise _bad(f"endpoint {endpoint!r} is not an http or https URL")
+    return S3Blobs(bucket, prefix, settings)
 
 
 def _bad(what: str) -> Refused:
     return Refused(ErrorCode.BAD_SETTING, what, fix=f"use one of: {ACCEPTED}")
-
-
-def _secret() -> Refused:
-    # The URI itself is not repeated: it would carry the secret into logs.
-    return Refused(
-        ErrorCode.BAD_SETTING,
-        "credentials do not belong in a store's URI, which is stored and shown",
-        fix="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile, for coordinators and agents",
-    )

@@ -1,6 +1,7 @@
 """What all backends check and say alike: the shape of a put, and the common refusals."""
 
 from collections.abc import Sequence
+from mmap import mmap
 
 from dtrain.protocol.errors import ErrorCode, NotFound, Refused
 from dtrain.storage.blobs import digest
@@ -28,6 +29,14 @@ def check_chunk(key: str, index: int, chunk: bytes | memoryview, expected: int) 
     found = digest.crc32c(chunk)
     if found != expected:
         raise chunk_corrupt(key, index, expected, digest.to_hex(found))
+
+
+def check_or_hash(key: str, index: int, chunk: bytes | memoryview, crcs: Sequence[int]) -> None:
+    """Check a chunk against its CRC, or compute that now if nobody has: then it cannot differ."""
+    if isinstance(crcs, digest.ChunkCrcs) and not crcs.is_known(index):
+        _ = crcs[index]
+    else:
+        check_chunk(key, index, chunk, crcs[index])
 
 
 def chunk_corrupt(key: str, index: int, expected: int, found: str = "") -> Refused:
@@ -70,6 +79,18 @@ def abandoned(key: str) -> Refused:
         ErrorCode.STORE_REFUSED,
         f"the upload of {key} was discarded while it ran, as its checkpoint can no longer be committed",
     )
+
+
+def target(buffer: bytearray | memoryview | mmap) -> memoryview:
+    """Return the buffer of a ``get_into`` as a flat, writable view of bytes.
+
+    Raises:
+        ValueError: it is read-only, or not contiguous: a bug.
+    """
+    view = memoryview(buffer)
+    if view.readonly or not view.c_contiguous:
+        raise ValueError("bytes can be read only into a writable, contiguous buffer")
+    return view.cast("B")
 
 
 def check_range(offset: int, length: int | None) -> None:

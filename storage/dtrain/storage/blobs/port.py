@@ -17,7 +17,10 @@ Outcomes: ``Unavailable`` (try again), ``OutcomeUnknown`` (a write may be there)
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from mmap import mmap
 from typing import Protocol
+
+from dtrain.storage.blobs.flow import Flow
 
 PART_BYTES = 16 * 1024 * 1024
 """Size of a chunk: of an upload part, of a digest and of a ranged read alike."""
@@ -40,14 +43,25 @@ class BlobStore(Protocol):
         """The URI that opens this store again."""
         ...
 
-    def put(self, key: str, parts: Sequence[bytes | memoryview], *, chunk_crcs: Sequence[int]) -> BlobInfo:
+    def put(
+        self,
+        key: str,
+        parts: Sequence[bytes | memoryview],
+        *,
+        chunk_crcs: Sequence[int],
+        flow: Flow | None = None,
+    ) -> BlobInfo:
         """Write a blob and return once it is durable and its checksum confirmed.
 
         ``parts`` are consecutive chunks of PART_BYTES (the last may be
-        shorter); ``chunk_crcs`` holds the CRC32C of each. Writing the same
-        bytes to the same key again succeeds (a lost answer was repeated).
+        shorter); ``chunk_crcs`` holds the CRC32C of each, or computes it when it
+        is first looked at (``digest.ChunkCrcs``), and is complete when this
+        returns. Writing the same bytes to the same key again succeeds (a lost
+        answer was repeated). ``flow`` paces the write, hears of its progress and
+        may end it. No more memory is used than ``parts`` have.
 
         Raises:
+            Stopped: the flow was; what is left behind is an unfinished upload at most.
             Refused: ``BLOB_EXISTS``, the key holds other bytes;
                 ``BLOB_CORRUPT``, a part is not what its CRC says, and nothing
                 is visible; ``STORE_REFUSED``, see its ``fix``.
@@ -63,6 +77,15 @@ class BlobStore(Protocol):
 
         Raises:
             NotFound: ``BLOB_NOT_FOUND``.
+        """
+        ...
+
+    def get_into(self, key: str, offset: int, buffer: bytearray | memoryview | mmap) -> None:
+        """Fill ``buffer`` with the bytes from ``offset`` on, without a copy in between where possible.
+
+        For ranges that have a place already: the destination of a restore. What
+        was written to the buffer when this raises is undefined. Errors are those
+        of ``get``; a blob that ends before the buffer is full is Refused(BLOB_CORRUPT).
         """
         ...
 

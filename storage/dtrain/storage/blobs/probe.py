@@ -1,13 +1,17 @@
 """Whether a store can be used at all, asked before a job depends on it."""
 
 import contextlib
+import queue
 import secrets
+import threading
 
-from dtrain.protocol.errors import DtrainError, ErrorCode, Refused
+from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused, Unavailable
 from dtrain.storage.blobs import digest
 from dtrain.storage.blobs.port import BlobStore
 
 PREFIX = "dtrain-probe/"
+
+SOON_S = 5.0
 
 
 def probe(store: BlobStore) -> None:
@@ -35,6 +39,35 @@ def probe(store: BlobStore) -> None:
             store.delete(key)
         raise
     store.delete(key)
+
+
+def probe_soon(store: BlobStore, *, limit_s: float = SOON_S) -> str:
+    """Probe, but not for longer than somebody waits: return what kept the store from answering, or "".
+
+    Raises:
+        Refused: the store did answer, and will answer the same again.
+    """
+    done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            probe(store)
+        except Exception as error:  # noqa: BLE001 - told to who waits
+            done.put(error)
+        else:
+            done.put(None)
+
+    # Left alone if it hangs: it ends with the store's own timeouts.
+    threading.Thread(target=run, name="probe", daemon=True).start()
+    try:
+        error = done.get(timeout=limit_s)
+    except queue.Empty:
+        return f"{store.uri} does not answer within {limit_s:g} s"
+    if isinstance(error, Unavailable | OutcomeUnknown):
+        return error.message
+    if error is not None:
+        raise error
+    return ""
 
 
 def _unfit(store: BlobStore, why: str) -> Refused:

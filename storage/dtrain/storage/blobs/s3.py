@@ -8,27 +8,33 @@ carries the combined one. A store that answers without a checksum is read back.
 keys are unique by construction and only the commit in etcd decides.
 
 boto3 is imported with the first call, so that an idle coordinator does not carry it.
+Who talks to the store for this module, and with which credentials, is ``s3_client.py``.
 """
 
-import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cache, partial
+from mmap import mmap
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote
 
 from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, OutcomeUnknown, Refused, Unavailable
 from dtrain.runtime import retry
 from dtrain.storage.blobs import digest, outcomes, s3_errors
+from dtrain.storage.blobs.flow import Flow, Stopped
 from dtrain.storage.blobs.port import PART_BYTES, BlobInfo, check_key, check_prefix
+from dtrain.storage.blobs.s3_client import S3Access
+from dtrain.storage.blobs.s3_settings import S3Settings
+from dtrain.storage.blobs.s3_wire import Body, Target
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
 MAX_PARTS = 10_000
 """S3's limit; at PART_BYTES each a blob ends at 156 GiB, far above what one lane writes."""
 
+_ATTEMPTS_MAX = 1000  # the flow's patience is the bound
+_PART_WAIT_S_MAX = 5.0
 _TOKEN_MARK = "?uploadId="  # noqa: S105 - a separator, not a secret
 
 
@@ -36,103 +42,129 @@ class S3Blobs:
     """Implements ``BlobStore`` in ``bucket`` under ``prefix``.
 
     Args:
-        endpoint: URL of a store other than AWS; its buckets are addressed by path.
-        region: default: what boto3 is configured with, else ``us-east-1``.
         credentials: access key and secret; default: boto3's usual chain.
-        lanes: parts of one blob on their way at once; each holds PART_BYTES.
-        timeout_s: for an answer, once connected.
     """
 
     def __init__(
         self,
         bucket: str,
         prefix: str = "",
+        settings: S3Settings = S3Settings(),  # noqa: B008 - frozen
         *,
-        endpoint: str | None = None,
-        region: str | None = None,
         credentials: tuple[str, str] | None = None,
-        lanes: int = 4,
-        connect_timeout_s: float = 5.0,
-        timeout_s: float = 60.0,
     ) -> None:
         self._bucket = bucket
         self._prefix = check_key(prefix) + "/" if prefix else ""
-        self._endpoint = endpoint
-        self._region = region
-        self._credentials = credentials
-        self._lanes = lanes
-        self._connect_timeout_s = connect_timeout_s
-        self._timeout_s = timeout_s
+        self._settings = settings
         self._full_object = True
-        self._lock = threading.Lock()
-        self._clients: dict[int, S3Client] = {}
+        self._access = S3Access(self.uri, bucket, settings, credentials)
+        encryption = {"ServerSideEncryption": settings.sse, "SSEKMSKeyId": settings.sse_kms_key_id}
+        self._encryption: dict[str, Any] = {name: value for name, value in encryption.items() if value}
 
     @property
     def uri(self) -> str:
-        query = {k: v for k, v in (("endpoint", self._endpoint), ("region", self._region)) if v}
+        query = self._settings.query()
         path = f"s3://{self._bucket}/{quote(self._prefix.removesuffix('/'))}"
-        return path + ("?" + urlencode(query, safe=":/") if query else "")
+        return path + ("?" + query if query else "")
 
-    def put(self, key: str, parts: Sequence[bytes | memoryview], *, chunk_crcs: Sequence[int]) -> BlobInfo:
+    def put(
+        self,
+        key: str,
+        parts: Sequence[bytes | memoryview],
+        *,
+        chunk_crcs: Sequence[int],
+        flow: Flow | None = None,
+    ) -> BlobInfo:
         check_key(key)
+        flow = flow or Flow()
         chunks = outcomes.views(parts, chunk_crcs)
         if len(chunks) > MAX_PARTS:
             raise ValueError(f"{key} has {len(chunks)} parts, S3 takes {MAX_PARTS}")
         size = sum(len(chunk) for chunk in chunks)
-        info = BlobInfo(key, size, digest.to_hex(digest.full_crc(chunk_crcs, size, PART_BYTES)))
+
+        # Asked for when the bytes have left: only then have lazy CRCs been computed, each by its lane.
+        @cache
+        def info() -> BlobInfo:
+            return BlobInfo(key, size, digest.to_hex(digest.full_crc(chunk_crcs, size, PART_BYTES)))
+
         try:
             confirmed = (
-                self._put_parts(info, chunks, chunk_crcs)
+                self._put_parts(key, chunks, chunk_crcs, info, flow)
                 if len(chunks) > 1
-                else self._put_whole(info, bytes(chunks[0]) if chunks else b"")
+                else self._put_whole(info(), chunks[0] if chunks else memoryview(b""), flow)
             )
         except s3_errors.Corrupted:
             raise self._corrupt(key, chunks, chunk_crcs) from None
         except s3_errors.Taken:
-            if not self._holds(info, chunk_crcs):
+            if not self._holds(info(), chunk_crcs):
                 raise outcomes.exists(key, self.uri) from None
         else:
-            if confirmed != info.crc32c and not self._holds(info, chunk_crcs):
+            if confirmed != info().crc32c and not self._holds(info(), chunk_crcs):
                 raise self._corrupt(key, chunks, chunk_crcs)
-        return info
+        return info()
 
     def get(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
         outcomes.check_range(offset, length)
-        last = "" if length is None else str(offset + length - 1)
+        if length is not None:
+            memory = bytearray(length)
+            self.get_into(key, offset, memory)
+            return bytes(memory)
         full = self._full(key)
-        ranged: dict[str, Any] = {"Range": f"bytes={offset}-{last}"} if offset or length is not None else {}
-        if length == 0:
-            return self._get_nothing(key, offset, length)
+        ranged: dict[str, Any] = {"Range": f"bytes={offset}-"} if offset else {}
+
+        def read(client: Any) -> bytes | None:
+            answer = client.get_object(Bucket=self._bucket, Key=full, **ranged)
+            with answer["Body"] as body:
+                status = answer["ResponseMetadata"]["HTTPStatusCode"]
+                return bytes(body.read()) if status == 206 or not ranged else None
+
         try:
-            with self._translated(f"read {key}", key=key):
-                answer = self._client().get_object(Bucket=self._bucket, Key=full, **ranged)
-                partial = answer["ResponseMetadata"]["HTTPStatusCode"] == 206
-                data = answer["Body"].read() if partial or not ranged else b""
-                answer["Body"].close()
+            data = self._access.call(f"read {key}", read, key=key)
         except s3_errors.PastEnd:
-            return self._get_nothing(key, offset, length)
-        if ranged and not partial:
-            raise Refused(
-                ErrorCode.STORE_REFUSED,
-                f"{self.uri} ignores byte ranges, so that checkpoints cannot be read from it",
-                fix="use a store that serves HTTP range requests",
-            )
-        if length is not None and len(data) != length:
-            raise outcomes.short(key, offset=offset, wanted=length, found=len(data))
+            self._check_inside(key, offset, 0)
+            return b""
+        if data is None:
+            raise self._no_ranges()
         return data
 
-    def head(self, key: str) -> BlobInfo:
+    def get_into(self, key: str, offset: int, buffer: bytearray | memoryview | mmap) -> None:
+        view = outcomes.target(buffer)
+        outcomes.check_range(offset, len(view))
         full = self._full(key)
-        with self._translated(f"look at {key}", key=key):
-            answer = self._client().head_object(Bucket=self._bucket, Key=full, ChecksumMode="ENABLED")
-        return BlobInfo(key, answer["ContentLength"], _confirmed(answer) or "")
+        if not view:
+            # A range without bytes cannot be said in HTTP: whether it lies inside the blob, HEAD knows.
+            self._check_inside(key, offset, 0)
+            return
+
+        def read(client: Any) -> int | None:
+            target = Target(view)
+            with self._access.carrying(target):
+                answer = client.get_object(
+                    Bucket=self._bucket, Key=full, Range=f"bytes={offset}-{offset + len(view) - 1}"
+                )
+            with answer["Body"] as body:
+                if answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
+                    return None
+                return _read_into(body, view) if target.received is None else target.received
+
+        try:
+            received = self._access.call(f"read {key}", read, key=key)
+        except s3_errors.PastEnd:
+            self._check_inside(key, offset, len(view))
+            return
+        if received is None:
+            raise self._no_ranges()
+        if received < len(view):
+            raise outcomes.short(key, offset=offset, wanted=len(view), found=received)
+
+    def head(self, key: str) -> BlobInfo:
+        return self._head(key, None)
 
     def list(self, prefix: str) -> Iterator[BlobInfo]:
         page = self._page(prefix)
         found: dict[str, int] = {}
         while True:
-            with self._translated(f"list {prefix or 'the store'}"):
-                answer = self._client().list_objects_v2(**page)
+            answer = self._access.call(f"list {prefix or 'the store'}", partial(_list_objects, page=page))
             found.update((item["Key"], item["Size"]) for item in answer.get("Contents", []))
             if not answer.get("IsTruncated"):
                 break
@@ -145,8 +177,10 @@ class S3Blobs:
     def list_unfinished(self, prefix: str) -> Iterator[str]:
         page = self._page(prefix)
         while True:
-            with self._translated(f"list uploads of {prefix or 'the store'}"):
-                answer = self._client().list_multipart_uploads(**page)
+            answer = self._access.call(
+                f"list uploads of {prefix or 'the store'}",
+                partial(_list_uploads, page=page),
+            )
             for item in answer.get("Uploads", []):
                 yield item["Key"].removeprefix(self._prefix) + _TOKEN_MARK + item["UploadId"]
             # SeaweedFS marks its pages by upload alone, and a key marker would make it skip some.
@@ -172,124 +206,205 @@ class S3Blobs:
     def delete(self, key: str) -> None:
         full = self._full(key)
         try:
-            with self._translated(f"delete {key}", writing=True, key=key):
-                self._client().delete_object(Bucket=self._bucket, Key=full)
+            self._access.call(
+                f"delete {key}",
+                lambda client: client.delete_object(Bucket=self._bucket, Key=full),
+                writing=True,
+                key=key,
+            )
         except NotFound:
             return
 
     def close(self) -> None:
-        with self._lock:
-            client = self._clients.pop(os.getpid(), None)
-        if client is not None:
-            client.close()
+        self._access.close()
 
-    def _put_whole(self, info: BlobInfo, data: bytes) -> str | None:
-        with self._translated(f"write {info.key}", writing=True, key=info.key):
-            answer = self._client().put_object(
-                Bucket=self._bucket,
-                Key=self._full(info.key),
-                Body=data,
-                ChecksumCRC32C=digest.to_base64(digest.from_hex(info.crc32c)),
-                IfNoneMatch="*",
-            )
+    def _head(self, key: str, flow: Flow | None) -> BlobInfo:
+        full = self._full(key)
+        answer = self._access.call(
+            f"look at {key}",
+            lambda client: client.head_object(Bucket=self._bucket, Key=full, ChecksumMode="ENABLED"),
+            key=key,
+            flow=flow,
+        )
+        return BlobInfo(key, answer["ContentLength"], _confirmed(answer) or "")
+
+    def _put_whole(self, info: BlobInfo, data: memoryview, flow: Flow) -> str | None:
+        def send(client: Any) -> Any:
+            body = Body(data, flow)
+            with self._access.carrying(body):
+                return client.put_object(
+                    Bucket=self._bucket,
+                    Key=self._full(info.key),
+                    Body=body if data else b"",
+                    ChecksumCRC32C=digest.to_base64(digest.from_hex(info.crc32c)),
+                    IfNoneMatch="*",
+                    **self._encryption,
+                )
+
+        answer = self._access.call(f"write {info.key}", send, writing=True, key=info.key, flow=flow)
+        flow.confirmed(info.size_bytes)
         return _confirmed(answer)
 
     def _put_parts(
-        self, info: BlobInfo, chunks: Sequence[memoryview], chunk_crcs: Sequence[int]
+        self,
+        key: str,
+        chunks: Sequence[memoryview],
+        chunk_crcs: Sequence[int],
+        info: Callable[[], BlobInfo],
+        flow: Flow,
     ) -> str | None:
         # One look spares a repeated put its upload, and protects the key where a store ignores
         # If-None-Match on completion.
         try:
-            self.head(info.key)
+            self._head(key, flow)
         except NotFound:
             pass
         else:
-            raise s3_errors.Taken(ErrorCode.BLOB_EXISTS, f"{info.key} exists")
-        upload_id = self._begin(info.key)
+            raise s3_errors.Taken(ErrorCode.BLOB_EXISTS, f"{key} exists")
+        upload_id = self._begin(key, flow)
         try:
-            done = self._send_parts(info.key, upload_id, chunks, chunk_crcs)
-        except BaseException:
-            self._abort_quietly(info.key, upload_id)
+            done = self._send_parts(key, upload_id, chunks, chunk_crcs, flow)
+            return self._complete(info(), upload_id, done, flow)
+        except (OutcomeUnknown, Stopped):
+            # Left alone: it may complete yet, or the caller does not wait. The collector discards it.
             raise
-        try:
-            return self._complete(info, upload_id, done)
-        except OutcomeUnknown:
-            # Left alone: it may complete yet. The collector discards what did not.
-            raise
-        except NotFound as error:
-            raise outcomes.abandoned(info.key) from error
         except BaseException:
-            self._abort_quietly(info.key, upload_id)
+            self._abort_quietly(key, upload_id)
             raise
 
-    def _begin(self, key: str) -> str:
+    def _begin(self, key: str, flow: Flow | None = None) -> str:
         wish: dict[str, Any] = {"ChecksumType": "FULL_OBJECT"} if self._full_object else {}
         try:
-            with self._translated(f"begin the upload of {key}", key=key):
-                answer = self._client().create_multipart_upload(
-                    Bucket=self._bucket, Key=self._full(key), ChecksumAlgorithm="CRC32C", **wish
-                )
+            answer = self._access.call(
+                f"begin the upload of {key}",
+                lambda client: client.create_multipart_upload(
+                    Bucket=self._bucket,
+                    Key=self._full(key),
+                    ChecksumAlgorithm="CRC32C",
+                    **wish,
+                    **self._encryption,
+                ),
+                key=key,
+                flow=flow,
+            )
         except s3_errors.Unsupported:
             if not self._full_object:
                 raise
             self._full_object = False
-            return self._begin(key)
-        return answer["UploadId"]
+            return self._begin(key, flow)
+        return str(answer["UploadId"])
 
     def _send_parts(
-        self, key: str, upload_id: str, chunks: Sequence[memoryview], chunk_crcs: Sequence[int]
+        self,
+        key: str,
+        upload_id: str,
+        chunks: Sequence[memoryview],
+        chunk_crcs: Sequence[int],
+        flow: Flow,
     ) -> "Sequence[CompletedPartTypeDef]":
+        # The lanes end together: with the write, or with the first part that fails for good.
+        lanes = flow.branch()
+
         def send(index: int) -> "CompletedPartTypeDef":
+            # The lanes' own overlap: one hashes its chunk while others have theirs on the wire.
             checksum = digest.to_base64(chunk_crcs[index])
 
-            def once() -> str:
+            def once() -> Any:
+                def part(client: Any) -> Any:
+                    body = Body(chunks[index], lanes)
+                    with self._access.carrying(body):
+                        return client.upload_part(
+                            Bucket=self._bucket,
+                            Key=self._full(key),
+                            UploadId=upload_id,
+                            PartNumber=index + 1,
+                            Body=body,
+                            ChecksumCRC32C=checksum,
+                        )
+
                 # Sending a part again is harmless, so a lost answer counts as not sent.
-                with self._translated(f"upload part {index + 1} of {key}", key=key):
-                    return self._client().upload_part(
-                        Bucket=self._bucket,
-                        Key=self._full(key),
-                        UploadId=upload_id,
-                        PartNumber=index + 1,
-                        Body=bytes(chunks[index]),
-                        ChecksumCRC32C=checksum,
-                    )["ETag"]
+                return self._access.call(f"upload part {index + 1} of {key}", part, key=key, flow=lanes)
 
             try:
-                etag = retry.call(once, attempts=4, wait_s_max=1.0, deadline_s=self._timeout_s)
+                answer = retry.call(
+                    partial(_telling, flow, once),
+                    attempts=_ATTEMPTS_MAX,
+                    wait_s_max=_PART_WAIT_S_MAX,
+                    deadline_s=flow.patience_s,
+                    sleep=lanes.wait,
+                )
             except NotFound as error:
                 raise outcomes.abandoned(key) from error
-            return {"PartNumber": index + 1, "ETag": etag, "ChecksumCRC32C": checksum}
+            flow.confirmed(len(chunks[index]))
+            return {"PartNumber": index + 1, "ETag": answer["ETag"], "ChecksumCRC32C": checksum}
 
-        with ThreadPoolExecutor(self._lanes, thread_name_prefix="blob-lane") as pool:
+        with (
+            flow.breaking(lanes.stop),
+            ThreadPoolExecutor(self._settings.lanes, thread_name_prefix="blob-lane") as pool,
+        ):
             futures = [pool.submit(send, index) for index in range(len(chunks))]
             try:
-                return [future.result() for future in futures]
+                for future in as_completed(futures):
+                    future.result()
             except BaseException:
+                lanes.stop()
                 pool.shutdown(cancel_futures=True)
                 raise
+            return [future.result() for future in futures]
 
-    def _complete(self, info: BlobInfo, upload_id: str, done: "Sequence[CompletedPartTypeDef]") -> str | None:
+    def _complete(
+        self, info: BlobInfo, upload_id: str, done: "Sequence[CompletedPartTypeDef]", flow: Flow
+    ) -> str | None:
         whole: dict[str, Any] = {}
         if self._full_object:
             checksum = digest.to_base64(digest.from_hex(info.crc32c))
             whole = {"ChecksumType": "FULL_OBJECT", "ChecksumCRC32C": checksum}
-        with self._translated(f"complete the upload of {info.key}", writing=True, key=info.key):
-            answer = self._client().complete_multipart_upload(
-                Bucket=self._bucket,
-                Key=self._full(info.key),
-                UploadId=upload_id,
-                MultipartUpload={"Parts": done},
-                IfNoneMatch="*",
-                **whole,
+
+        def once() -> Any:
+            return self._access.call(
+                f"complete the upload of {info.key}",
+                lambda client: client.complete_multipart_upload(
+                    Bucket=self._bucket,
+                    Key=self._full(info.key),
+                    UploadId=upload_id,
+                    MultipartUpload={"Parts": done},
+                    IfNoneMatch="*",
+                    **whole,
+                ),
+                writing=True,
+                key=info.key,
+                flow=flow,
             )
-        return _confirmed(answer)
+
+        # Completing again is harmless: the upload is gone, or the key taken, if the first one worked. S3 may
+        # also answer 200 and, in the body, that it failed: boto3 makes an error of that.
+        try:
+            return _confirmed(
+                retry.call(
+                    partial(_telling, flow, once),
+                    attempts=_ATTEMPTS_MAX,
+                    wait_s_max=_PART_WAIT_S_MAX,
+                    deadline_s=flow.patience_s,
+                    idempotent=True,
+                    sleep=flow.wait,
+                )
+            )
+        except NotFound as error:
+            try:
+                return self._head(info.key, flow).crc32c or None
+            except NotFound:
+                raise outcomes.abandoned(info.key) from error
 
     def _abort(self, key: str, upload_id: str) -> None:
         try:
-            with self._translated(f"discard the upload of {key}", writing=True, key=key):
-                self._client().abort_multipart_upload(
+            self._access.call(
+                f"discard the upload of {key}",
+                lambda client: client.abort_multipart_upload(
                     Bucket=self._bucket, Key=self._full(key), UploadId=upload_id
-                )
+                ),
+                writing=True,
+                key=key,
+            )
         except NotFound:
             return
 
@@ -330,12 +445,17 @@ class S3Blobs:
             fix="the bytes changed on their way: if it happens again, look at the network and its proxies",
         )
 
-    def _get_nothing(self, key: str, offset: int, length: int | None) -> bytes:
-        # A range without bytes cannot be said in HTTP: whether it lies inside the blob, HEAD knows.
+    def _check_inside(self, key: str, offset: int, length: int) -> None:
         size = self.head(key).size_bytes
-        if offset + (length or 0) > size:
+        if offset + length > size:
             raise outcomes.short(key, offset=offset, wanted=length, found=max(0, size - offset))
-        return b""
+
+    def _no_ranges(self) -> Refused:
+        return Refused(
+            ErrorCode.STORE_REFUSED,
+            f"{self.uri} ignores byte ranges, so that checkpoints cannot be read from it",
+            fix="use a store that serves HTTP range requests",
+        )
 
     def _page(self, prefix: str) -> dict[str, Any]:
         return {"Bucket": self._bucket, "Prefix": self._prefix + check_prefix(prefix)}
@@ -343,64 +463,29 @@ class S3Blobs:
     def _full(self, key: str) -> str:
         return self._prefix + check_key(key)
 
-    def _translated(self, doing: str, *, writing: bool = False, key: str = "") -> s3_errors.Translated:
-        return s3_errors.Translated(self.uri, self._bucket, doing, writing=writing, key=key)
 
-    def _client(self) -> "S3Client":
-        # Connections and their locks do not survive a fork: each process makes its own.
-        with self._lock:
-            client = self._clients.get(os.getpid())
-            if client is None:
-                client = self._clients[os.getpid()] = self._connect()
-            return client
+def _telling(flow: Flow, request: Callable[[], Any]) -> Any:
+    """Make a request that will be made again, and tell the flow what was in the way."""
+    try:
+        return request()
+    except (Unavailable, OutcomeUnknown) as error:
+        flow.troubled(error.message)
+        raise
 
-    def _connect(self) -> "S3Client":
-        try:
-            import boto3
-            from botocore.config import Config
-        except ImportError as error:
-            raise Refused(
-                ErrorCode.STORE_REFUSED,
-                f"{self.uri} needs boto3, which is not installed here",
-                fix="pip install 'dtrain[s3]'",
-            ) from error
-        session = boto3.Session()
-        key, secret = self._credentials or (None, None)
-        loopback = self._endpoint and urlsplit(self._endpoint).hostname in ("127.0.0.1", "::1", "localhost")
-        config = Config(
-            # Our own CRCs are sent: a second one in a trailer costs CPU and breaks some servers.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            retries={"total_max_attempts": 1, "mode": "standard"},
-            connect_timeout=self._connect_timeout_s,
-            read_timeout=self._timeout_s,
-            max_pool_connections=4 * self._lanes,
-            tcp_keepalive=True,
-            # A proxy cannot reach this machine's loopback.
-            proxies={} if loopback else None,
-            s3={
-                "addressing_style": "path" if self._endpoint else "auto",
-                # The CRC header is signed; hashing the body again with SHA-256 costs more than sending it.
-                "payload_signing_enabled": False,
-            },
-        )
-        make: Callable[..., S3Client] = session.client
-        try:
-            with self._translated("connect"):
-                return make(
-                    "s3",
-                    endpoint_url=self._endpoint,
-                    region_name=self._region or session.region_name or "us-east-1",
-                    aws_access_key_id=key,
-                    aws_secret_access_key=secret,
-                    config=config,
-                )
-        except ValueError as error:
-            raise Refused(
-                ErrorCode.BAD_SETTING,
-                f"{self.uri} cannot be used: {error}",
-                fix="correct the endpoint in the store's URI",
-            ) from error
+
+def _list_objects(client: Any, page: dict[str, Any]) -> Any:
+    return client.list_objects_v2(**page)
+
+
+def _list_uploads(client: Any, page: dict[str, Any]) -> Any:
+    return client.list_multipart_uploads(**page)
+
+
+def _read_into(body: Any, view: memoryview) -> int:
+    received = 0
+    while received < len(view) and (count := body.readinto(view[received:])):
+        received += count
+    return received
 
 
 def _confirmed(answer: Any) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 from dtrain.protocol import codec
 from dtrain.protocol.ids import Step
 from dtrain.protocol.ranklink import Begin, Sealed
-from dtrain.trainer.checkpoint import rng, state
+from dtrain.trainer.checkpoint import replicas, rng, state
 from dtrain.trainer.checkpoint.arena import Arena
 from dtrain.trainer.checkpoint.layout import Layout, Placed, Spec, plan
 from dtrain.trainer.checkpoint.state import Captured, Leaf
@@ -30,6 +30,7 @@ class Saver:
         self._arena = arena
         self._specs: list[Spec] | None = None
         self._layout: Layout | None = None
+        self._replicas = replicas.Replicas(rank, world)
         self._entries = b""
         self._targets: list[tuple[Placed, Any]] = []
 
@@ -72,13 +73,12 @@ class Saver:
         return state.capture(self._tracked, rng.collect(self._rank), self._rank)
 
     def _lay_out(self, leaves: list[Leaf]) -> Layout:
-        specs = [
-            Spec(leaf.name, leaf.dtype, tuple(leaf.tensor.shape), leaf.owner, leaf.local) for leaf in leaves
-        ]
+        specs = [leaf.spec for leaf in leaves]
         if self._layout is None or specs != self._specs:
             self._layout = plan(specs, self._rank, self._world)
             self._specs = specs
             self._targets = []
+            self._replicas.plan(leaves if replicas.wanted() else [])
             self._entries = codec.dumps(
                 {name: codec.to_json(entry) for name, entry in self._layout.entries().items()}
             )
@@ -89,7 +89,8 @@ class Saver:
         for name, value in captured.objects.items():
             crc = zlib.crc32(codec.canonical(value))
             objects[name] = {"value": value, "crc": f"{crc:08x}"}
-        head = codec.dumps({"layout": layout.hash, "objects": objects})
+        same = self._replicas.digests(captured.leaves)
+        head = codec.dumps({"layout": layout.hash, "objects": objects, "same": same})
         return head[:-1] + b',"tensors":' + self._entries + b"}"
 
     def _reserve(self, layout: Layout, index_bytes: int) -> None:
@@ -116,9 +117,7 @@ class Saver:
         on_device = False
         with torch.no_grad():
             for item, target in self._targets:
-                source = tensors[item.block.spec.name]
-                if not item.block.whole:
-                    source = source[item.block.start : item.block.stop]
+                source = item.block.of(tensors[item.block.spec.name])
                 on_device = on_device or source.is_cuda
                 # Without waiting for each: all copies are awaited together below.
                 target.copy_(source, non_blocking=True)

@@ -1,8 +1,8 @@
 """Where a restoring rank gets verified bytes from: it says once what it needs, then looks at it.
 
 ``restore.load`` walks the tracked state, collects the ranges of the checkpoint's
-blobs that this rank needs, calls ``want`` once, and copies each region straight
-from a ``view`` into its destination.
+blobs that this rank needs, calls ``want`` once, copies each region straight
+from a ``view`` into its destination, and uses it if ``is_still_good``.
 """
 
 import mmap
@@ -62,6 +62,13 @@ class Source(Protocol):
         """
         ...
 
+    def is_still_good(self) -> bool:
+        """Whether all that was viewed so far was right all the time.
+
+        If not, nothing that was copied may be used: want, view and copy all of it anew.
+        """
+        ...
+
 
 class _Gone(Refused):
     """The process that held the bytes has ended; its successor will have them again."""
@@ -109,6 +116,10 @@ class PlanSource:
         if found is None:
             found = self._maps[blob] = _mapped(self._plan.blobs[blob])
         return found[offset : offset + length]
+
+    def is_still_good(self) -> bool:
+        """It is: these bytes were copied for this restore alone."""
+        return True
 
 
 class DemandSource:
@@ -159,7 +170,6 @@ class DemandSource:
         return self._maps[blob][offset : offset + length] if length else memoryview(b"")
 
     def is_still_good(self) -> bool:
-        """Whether all that was viewed was right all the time. If not, everything must be loaded anew."""
         shared = any(held.shared for held in self._places.values())
         if shared and not self._moved:
             spans = spans_of(self._wanted)

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dtrain.protocol.errors import ErrorCode, Refused
-from dtrain.trainer.checkpoint import dtypes
+from dtrain.trainer.checkpoint import dtypes, sharded
+from dtrain.trainer.checkpoint.layout import Spec
+from dtrain.trainer.checkpoint.regions import Spread
 
 DEPTH_MAX = 24
 """Nesting of an encoded value; manifests as a whole may be 32 deep."""
@@ -27,7 +29,8 @@ class Leaf:
     """One tensor to store, viewed as safetensors dtype ``dtype``.
 
     ``owner`` fixes the rank that writes it; None lets the layout choose.
-    ``local``: only this rank has it, under a name of its own.
+    ``local``: only this rank has it, under a name of its own. ``spread``: ``tensor``
+    is this rank's part of a sharded tensor of ``shape``, which otherwise is its own.
     """
 
     name: str
@@ -35,6 +38,13 @@ class Leaf:
     dtype: str
     owner: int | None
     local: bool
+    shape: tuple[int, ...]
+    spread: Spread | None = None
+
+    @property
+    def spec(self) -> Spec:
+        """The tensor without its values."""
+        return Spec(self.name, self.dtype, self.shape, self.owner, self.local, self.spread)
 
 
 @dataclass(slots=True)
@@ -43,6 +53,7 @@ class Captured:
 
     leaves: list[Leaf] = field(default_factory=list)
     objects: dict[str, Any] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
 
 
 def unwrap(tracked: Any) -> Any:
@@ -87,10 +98,10 @@ def capture(tracked: Mapping[str, Any], local: Mapping[str, Any], rank: int) -> 
     for name, thing in tracked.items():
         inner = unwrap(thing)
         value = inner.state_dict() if _is_stateful(inner) else inner
-        encoder = _Encoder(result, fixed_owner=None, local=False, rank_zero=_buffers(name, inner))
+        encoder = _Encoder(result, rank, local=False, rank_zero=_buffers(name, inner))
         result.objects[name] = encoder.top(name, value)
     for name, value in local.items():
-        encoder = _Encoder(result, fixed_owner=rank, local=True, rank_zero=frozenset())
+        encoder = _Encoder(result, rank, local=True, rank_zero=frozenset())
         result.objects[name] = encoder.top(name, value)
     return result
 
@@ -99,7 +110,7 @@ def apply(name: str, tracked: Any, value: Any) -> None:
     """Put a decoded value back into a tracked object."""
     inner = unwrap(tracked)
     if _is_stateful(inner):
-        if _is_module(inner):
+        if is_module(inner):
             # Modules read the versions of their parts from this attribute.
             metadata = getattr(inner.state_dict(), "_metadata", None)
             value = OrderedDict(value)
@@ -127,12 +138,6 @@ def apply(name: str, tracked: Any, value: Any) -> None:
         )
 
 
-def keeps_tensors(tracked: Any) -> bool:
-    """True if loading may keep the given tensors instead of copying out of them."""
-    inner = unwrap(tracked)
-    return not (_is_module(inner) or is_tensor(inner))
-
-
 def is_tensor(value: Any) -> bool:
     """True for torch tensors; does not import torch."""
     return hasattr(value, "dtype") and hasattr(value, "data_ptr") and hasattr(value, "layout")
@@ -144,36 +149,41 @@ def decode(encoded: Any, tensor: Callable[[str], Any]) -> Any:
     Raises:
         Refused: RESTORE_FAILED; a form that this release does not know.
     """
+    return decode_nodes(
+        encoded, lambda node: dtypes.from_stored(tensor(node["$tensor"]), node.get("dtype", ""))
+    )
+
+
+def decode_nodes(encoded: Any, tensor: Callable[[dict[str, Any]], Any]) -> Any:
+    """Like ``decode``; ``tensor`` gets all that was written of a tensor and returns it in its own dtype."""
     if isinstance(encoded, list):
-        return [decode(part, tensor) for part in encoded]
+        return [decode_nodes(part, tensor) for part in encoded]
     if not isinstance(encoded, dict):
         return encoded
     form = next((key for key in encoded if key.startswith("$")), None)
     if form is None:
-        return {key: decode(part, tensor) for key, part in encoded.items()}
+        return {key: decode_nodes(part, tensor) for key, part in encoded.items()}
     body = encoded[form]
     if form == "$value":
-        return decode(body, tensor)
+        return decode_nodes(body, tensor)
     if form == "$tensor":
-        return _decode_tensor(encoded, tensor(body))
+        return _as_numpy(tensor(encoded), encoded.get("numpy", ""))
     if form == "$float":
         return float(body)
     if form == "$tuple":
-        return tuple(decode(part, tensor) for part in body)
+        return tuple(decode_nodes(part, tensor) for part in body)
     if form == "$bytes":
         return base64.b64decode(body, validate=True)
     if form in _Dict:
         made = _Dict[form]()
         for key, part in zip(body[::2], body[1::2], strict=True):
-            made[decode(key, tensor)] = decode(part, tensor)
+            made[decode_nodes(key, tensor)] = decode_nodes(part, tensor)
         return made
     raise Refused(ErrorCode.RESTORE_FAILED, f"the checkpoint uses the form {form!r}, unknown to this release")
 
 
-def _decode_tensor(encoded: dict[str, Any], stored: Any) -> Any:
-    value = dtypes.from_stored(stored, encoded.get("dtype", ""))
-    form = encoded.get("numpy", "")
-    if not form:
+def _as_numpy(value: Any, form: str) -> Any:
+    if not form or value is None:  # None: only the structure is asked for
         return value
     array = value.numpy()
     return array[()] if form == "scalar" else array
@@ -182,14 +192,12 @@ def _decode_tensor(encoded: dict[str, Any], stored: Any) -> Any:
 class _Encoder:
     """Encodes one tracked value, adding its tensors to ``captured``."""
 
-    def __init__(
-        self, captured: Captured, *, fixed_owner: int | None, local: bool, rank_zero: frozenset[str]
-    ) -> None:
+    def __init__(self, captured: Captured, rank: int, *, local: bool, rank_zero: frozenset[str]) -> None:
         self._captured = captured
-        self._owner = fixed_owner
+        self._rank = rank
+        self._owner = rank if local else None
         self._local = local
         self._rank_zero = rank_zero
-        self._used: set[str] = set()
         self._seen: dict[Any, str] = {}
 
     def top(self, name: str, value: Any) -> Any:
@@ -248,25 +256,37 @@ class _Encoder:
         return {form: flat}
 
     def _tensor(self, value: Any, path: str, numpy: str) -> Any:
-        _check_tensor(value, path)
+        spread = None
+        held, shape = value, tuple(value.shape)
+        if sharded.is_sharded(value):
+            try:
+                spread = sharded.spread(value, self._rank)
+            except ValueError as error:
+                raise Refused(ErrorCode.STATE_NOT_SAVABLE, f"cannot save {path}: {error}") from error
+            held = sharded.part(value)
+        _check_tensor(held, path)
         try:
-            stored, dtype, original = dtypes.to_stored(value.detach())
+            stored, dtype, original = dtypes.to_stored(held.detach())
         except Refused as error:
             raise Refused(error.code, f"cannot save {path}: {error.message}") from error
-        extra = {"dtype": original} if original else {}
+        # A complex number is stored as two: its tensor has one dimension more.
+        shape += tuple(stored.shape[held.dim() :])
+        extra: dict[str, Any] = {"dtype": original} if original else {}
         if numpy:
             extra["numpy"] = numpy
+        if spread is not None:
+            extra["sharded"] = True
         # Tied weights: one memory under several names is stored once.
-        same = (stored.data_ptr(), stored.dtype, tuple(stored.shape), stored.stride(), stored.device)
-        if stored.numel() and same in self._seen and not numpy:
+        same = _memory(stored, spread, shape)
+        if math.prod(shape) and same in self._seen and not numpy:
             return {"$tensor": self._seen[same], **extra}
         name = path
-        while name in self._used:  # {"a.b": .., "a": {"b": ..}}
+        while name in self._captured.names:  # {"a.b": .., "a": {"b": ..}}
             name += "~"
-        self._used.add(name)
+        self._captured.names.add(name)
         self._seen[same] = name
         owner = 0 if path in self._rank_zero else self._owner
-        self._captured.leaves.append(Leaf(name, stored, dtype, owner, self._local))
+        self._captured.leaves.append(Leaf(name, stored, dtype, owner, self._local, shape, spread))
         return {"$tensor": name, **extra}
 
     def _numpy(self, value: Any, path: str) -> Any:
@@ -290,8 +310,8 @@ def _check_tensor(value: Any, path: str) -> None:
 
     kind = type(value)
     why = ""
-    if kind.__name__ in ("DTensor", "ShardedTensor"):
-        why = "sharded tensors are saved through torch.distributed.checkpoint"
+    if kind.__name__ == "ShardedTensor":
+        why = "ShardedTensor is of the first FSDP; use fully_shard, whose state is made of DTensors"
     elif kind not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
         why = f"it is a {_type_name(value)}"
     elif value.layout is not torch.strided or value.is_quantized or value.is_nested:
@@ -300,6 +320,16 @@ def _check_tensor(value: Any, path: str) -> None:
         why = "it is on the meta device and has no values"
     if why:
         raise Refused(ErrorCode.STATE_NOT_SAVABLE, f"cannot save {path}: {why}")
+
+
+def _memory(stored: Any, spread: Spread | None, shape: tuple[int, ...]) -> Any:
+    """What two names of one tensor have in common, and two tensors do not."""
+    if spread is None:
+        return (stored.data_ptr(), stored.dtype, shape, stored.stride(), stored.device)
+    # Ranks whose shard is empty must find the same tensors tied as the others: an empty
+    # tensor has no address, but a storage of its own.
+    storage = stored.untyped_storage()._cdata
+    return (storage, stored.storage_offset(), stored.dtype, shape, spread.cuts)
 
 
 def _buffers(name: str, tracked: Any) -> frozenset[str]:
@@ -311,12 +341,13 @@ def _buffers(name: str, tracked: Any) -> frozenset[str]:
     """
     return (
         frozenset(f"{name}.{key}" for key, _ in tracked.named_buffers())
-        if _is_module(tracked)
+        if is_module(tracked)
         else frozenset()
     )
 
 
-def _is_module(tracked: Any) -> bool:
+def is_module(tracked: Any) -> bool:
+    """True for torch modules; does not import torch."""
     return hasattr(tracked, "named_buffers") and hasattr(tracked, "load_state_dict")
 
 

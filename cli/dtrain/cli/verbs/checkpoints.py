@@ -1,0 +1,300 @@
+"""``dtrain checkpoints``: list, verify, export, pin, unpin, delete, gc."""
+
+import click
+
+from dtrain.cli.options import SECONDS, complete_job, connected, examples, formatted, settings
+
+FORMATS = ("safetensors", "torch", "dcp")
+
+
+@click.group(
+    short_help="Verify, export, pin and delete committed checkpoints.",
+    epilog=examples(
+        "dtrain checkpoints list digits",
+        "dtrain checkpoints verify digits",
+        "dtrain checkpoints export digits --to model.safetensors --only model",
+    ),
+)
+def command() -> None:
+    """Look after committed checkpoints. SEQ is a number as listed; without one it is the newest good one."""
+
+
+@command.command(
+    "list", epilog=examples("dtrain checkpoints list digits", "dtrain checkpoints list digits -o json")
+)
+@click.argument("job", shell_complete=complete_job)
+@formatted()
+@connected
+def list_(job: str) -> None:
+    """List a job's checkpoints: committed, open, bad, being deleted; * marks the newest."""
+    from dtrain.cli import checkpointing, context
+    from dtrain.cli.client import closing
+
+    with closing(context.connect(settings())) as client:
+        checkpointing.listing(client, job, settings().output)
+
+
+@command.command(
+    "verify",
+    epilog=examples(
+        "dtrain checkpoints verify digits 7", "dtrain checkpoints verify digits --all --no-quarantine -o json"
+    ),
+)
+@click.argument("job", shell_complete=complete_job)
+@click.argument("seqs", nargs=-1, type=click.IntRange(1), metavar="[SEQ]...")
+@click.option("--all", "everything", is_flag=True, help="All committed ones.")
+@click.option(
+    "--quarantine/--no-quarantine",
+    default=True,
+    help="Have the leader look at what is damaged here, and put the checkpoint aside if it sees it too.",
+)
+@click.option("--store", metavar="URI", default="", help="The job's store as it is reached from here.")
+@click.option("--timeout", type=SECONDS, default="2m", show_default=True, help="Longest wait for the leader.")
+@formatted("table", "json", "yaml")
+@connected
+def verify(
+    *, job: str, seqs: tuple[int, ...], everything: bool, quarantine: bool, store: str, timeout: float
+) -> int:
+    """Read every byte of checkpoints of JOB from the store; damaged ones end with exit code 8."""
+    from dtrain.cli import checkpointing, context, exits, output, reading, render
+    from dtrain.cli.client import closing
+    from dtrain.cli.durations import show_bytes
+
+    with closing(context.connect(settings())) as client:
+        found, _ = reading.job(client, job)
+        name = found.name
+        wanted = list(seqs) or (sorted(found.commits) if everything else [0])
+        results = [
+            checkpointing.verify(client, name, seq, store_uri=store, report=quarantine, timeout_s=timeout)
+            for seq in wanted
+        ]
+    if settings().output != "table":
+        items = [result.as_json(name) for result in results]
+        single = {"v": 1, "kind": "CheckpointVerificationList", "items": items}
+        output.document(items[0] if len(items) == 1 else single, settings().output)
+    for result in results if settings().output == "table" else []:
+        damages = result.report.damages
+        state = f"{len(damages)} damaged chunks" if damages else "every byte is what was committed"
+        click.echo(f"{name}: checkpoint {result.seq} of step {result.record.step}: {state}"
+                   f" ({show_bytes(result.report.bytes)})")  # fmt: skip
+        for damage in damages:
+            click.echo(render.damage_line(damage))
+        if result.quarantined:
+            click.echo(f"  {result.quarantined}")
+    return exits.CHECK_FAILED if any(result.report.damages for result in results) else exits.OK
+
+
+@command.command(
+    "export",
+    epilog=examples(
+        "dtrain checkpoints export digits --to model.safetensors --only model",
+        "dtrain checkpoints export digits 7 --format torch --to digits.pt",
+        "dtrain checkpoints export digits --format dcp --to digits-dcp",
+    ),
+)
+@click.argument("job", shell_complete=complete_job)
+@click.argument("seq", type=click.IntRange(1), required=False)
+@click.option("--to", type=click.Path(), required=True, help="File or folder to write; it must not exist.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(FORMATS),
+    default="safetensors",
+    show_default=True,
+    help="safetensors: one file, or a folder of several with an index; torch: one file for torch.load; "
+    "dcp: a folder for torch.distributed.checkpoint.",
+)
+@click.option("--only", multiple=True, metavar="NAME", help="Only what is tracked under this name.")
+@click.option("--shard-gb", type=click.FloatRange(0.001), default=5.0, show_default=True,
+              help="Size of one of several safetensors files.")  # fmt: skip
+@click.option("--store", metavar="URI", default="", help="The job's store as it is reached from here.")
+@formatted("table", "json", "yaml", "name")
+@connected
+def export(
+    *, job: str, seq: int | None, to: str, kind: str, only: tuple[str, ...], shard_gb: float, store: str
+) -> int:
+    """Write a checkpoint of JOB in a format of other programs; every byte is verified on the way."""
+    from pathlib import Path
+
+    from dtrain.cli import checkpointing, context, output, pinning, reading
+    from dtrain.cli.client import closing
+    from dtrain.cli.durations import show_bytes
+    from dtrain.cli.progress import Progress
+    from dtrain.storage.checkpoints.exporting import Format
+    from dtrain.storage.checkpoints.exporting import export as write
+
+    with closing(context.connect(settings())) as client:
+        name = reading.name(client, job)
+        with pinning.held(client, name, seq or 0, "export") as hold:
+            record = hold.pinned.record
+            with checkpointing.opened(store or hold.pinned.store) as opened:
+                manifest = checkpointing.manifest_of(opened, record)
+                with Progress(f"checkpoint {record.seq}") as progress:
+                    done = write(
+                        opened,
+                        manifest,
+                        Path(to).absolute(),
+                        Format(kind),
+                        only=only,
+                        shard_bytes=int(shard_gb * 1e9),
+                        on_progress=progress,
+                    )
+    if settings().output in ("json", "yaml"):
+        told = {"v": 1, "kind": "CheckpointExport", "job": name, "seq": record.seq, "step": record.step}
+        output.document(
+            {**told, "path": done.path, "format": done.format, "tensors": done.tensors, "bytes": done.bytes},
+            settings().output,
+        )
+    elif settings().output == "name":
+        click.echo(done.path)
+    else:
+        click.echo(f"{name}: checkpoint {record.seq} of step {record.step} is in {done.path}"
+                   f" ({done.tensors} tensors, {show_bytes(done.bytes)})")  # fmt: skip
+    return 0
+
+
+@command.command(
+    "pin",
+    epilog=examples(
+        "dtrain checkpoints pin digits 7", 'dtrain checkpoints pin digits 7 --holder paper --why "table 2"'
+    ),
+)
+@click.argument("job", shell_complete=complete_job)
+@click.argument("seq", type=click.IntRange(1))
+@click.option(
+    "--holder", default="operator", show_default=True, help="Who needs it; each one's pin is its own."
+)
+@click.option("--why", default="", help="For those who wonder later.")
+@formatted("table", "json", "name")
+@connected
+def pin(job: str, seq: int, holder: str, why: str) -> int:
+    """Keep checkpoint SEQ of JOB until it is unpinned, whatever the policy says."""
+    from dtrain.cli import context, output, reading
+    from dtrain.cli.client import closing
+    from dtrain.cli.identity import whoami
+
+    with closing(context.connect(settings())) as client:
+        name = reading.name(client, job)
+        done = client.pin_checkpoint(name, seq, holder=holder, ttl_s=0, why=why, by=whoami())
+    if settings().output == "json":
+        told = {"v": 1, "kind": "Pinned", "job": name, "seq": seq, "holder": holder}
+        output.document({**told, "revision": done.revision}, "json")
+    elif settings().output == "name":
+        click.echo(f"checkpoint/{name}/{seq}")
+    else:
+        click.echo(f"{name}: checkpoint {seq} stays until it is unpinned")
+    return 0
+
+
+@command.command(
+    "unpin", epilog=examples("dtrain checkpoints unpin digits 7", "dtrain checkpoints unpin digits 7 --all")
+)
+@click.argument("job", shell_complete=complete_job)
+@click.argument("seq", type=click.IntRange(1))
+@click.option("--holder", default="operator", show_default=True, help="Whose pin is taken off.")
+@click.option("--all", "everybody", is_flag=True, help="Everybody's, readers' too.")
+@formatted("table", "json", "name")
+@connected
+def unpin(job: str, seq: int, holder: str, everybody: bool) -> int:
+    """Take a pin off checkpoint SEQ of JOB: the policy decides about it again."""
+    from dtrain.cli import context, output, reading
+    from dtrain.cli.client import closing
+
+    with closing(context.connect(settings())) as client:
+        name = reading.name(client, job)
+        removed = client.unpin_checkpoint(name, seq, holder="*" if everybody else holder)
+    if settings().output == "json":
+        output.document({"v": 1, "kind": "Unpinned", "job": name, "seq": seq, "removed": removed}, "json")
+    elif settings().output == "name":
+        click.echo(f"checkpoint/{name}/{seq}")
+    else:
+        click.echo(f"{name}: checkpoint {seq} {'is unpinned' if removed else 'had no such pin'}")
+    return 0
+
+
+@command.command(
+    "delete",
+    epilog=examples("dtrain checkpoints delete digits 7", "dtrain checkpoints delete digits 7 --yes"),
+)
+@click.argument("job", shell_complete=complete_job)
+@click.argument("seq", type=click.IntRange(1))
+@click.option("-y", "--yes", is_flag=True, help="Do not ask; needed where there is no terminal.")
+@click.option("--wait/--no-wait", default=True, help="Return when it is deleted, or when that is asked for.")
+@click.option("--timeout", type=SECONDS, default="1m", show_default=True, help="Longest --wait.")
+@formatted("table", "json", "name")
+@connected
+def delete(job: str, seq: int, yes: bool, wait: bool, timeout: float) -> int:
+    """Delete checkpoint SEQ of JOB for good. The newest, a pinned and a restored-from one are refused."""
+    from dtrain.cli import checkpointing, context, output, reading
+    from dtrain.cli.client import closing
+
+    with closing(context.connect(settings())) as client:
+        name = reading.name(client, job)
+        _confirm(f"Delete checkpoint {seq} of {name}? It cannot be brought back", yes)
+        gone = checkpointing.delete(client, name, seq, timeout_s=timeout if wait else None)
+    if settings().output == "json":
+        output.document({"v": 1, "kind": "CheckpointDeleted", "job": name, "seq": seq, "done": gone}, "json")
+    elif settings().output == "name":
+        click.echo(f"checkpoint/{name}/{seq}")
+    else:
+        click.echo(f"{name}: checkpoint {seq} is {'deleted' if gone else 'about to be deleted'}")
+    return 0
+
+
+@command.command(
+    "gc", epilog=examples("dtrain checkpoints gc digits --dry-run", "dtrain checkpoints gc digits --yes")
+)
+@click.argument("job", shell_complete=complete_job)
+@click.option("--dry-run", is_flag=True, help="Only show what would be deleted, and why.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask; needed where there is no terminal.")
+@click.option(
+    "--timeout", type=SECONDS, default="10m", show_default=True, help="Longest wait for the leader."
+)
+@formatted("table", "wide", "json", "yaml", "name")
+@connected
+def gc(job: str, dry_run: bool, yes: bool, timeout: float) -> int:
+    """Delete now what nobody needs: surplus checkpoints of JOB, and orphans in its store."""
+    import time
+
+    from dtrain.cli import checkpointing, context, output, reading, render
+    from dtrain.cli.client import closing
+
+    with closing(context.connect(settings())) as client:
+        name = reading.name(client, job)
+        wanted = settings().output
+        if dry_run:
+            review = client.review_garbage(name, timeout_s=timeout)
+            shown = [item for item in review.items if item.deleted or wanted in ("wide", "json", "yaml")]
+            output.listing(
+                "Garbage",
+                [item.as_json(name) for item in shown],
+                render.garbage(shown, wide=wanted == "wide"),
+                [f"{name}/{item.seq or item.what}" for item in shown],
+                output=wanted,
+                revision=review.revision,
+            )
+            if review.problem:
+                output.say(f"orphans would stay: {review.problem}")
+            return 0
+        _confirm(f"Delete what nobody needs of {name}? --dry-run shows it", yes)
+        told = checkpointing.collect(client, name, timeout)
+    if wanted in ("json", "yaml"):
+        at = int(time.time())
+        output.document({"v": 1, "kind": "GarbageCollected", "job": name, "message": told, "at": at}, wanted)
+    elif wanted == "name":
+        click.echo(f"job/{name}")
+    else:
+        click.echo(f"{name}: {told}")
+    return 0
+
+
+def _confirm(question: str, yes: bool) -> None:
+    import sys
+
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise click.UsageError(
+            f"{question.partition('?')[0].lower()}: this cannot be undone: confirm with --yes"
+        )
+    click.confirm(question, abort=True, err=True)
