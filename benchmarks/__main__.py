@@ -3,6 +3,7 @@
 import argparse
 
 from benchmarks import failover, overhead, recovery, report
+from benchmarks.checkpoint import suite
 from benchmarks.store import client_cpu
 
 MEASURES = {
@@ -10,7 +11,10 @@ MEASURES = {
     "recovery": recovery.measure,
     "overhead": overhead.measure,
     "store": client_cpu.measure,
+    "checkpoint": suite.measure,
 }
+PARTS = suite.MEASURES
+"""Of ``checkpoint``, to run one at a time."""
 
 
 def main() -> None:
@@ -18,14 +22,17 @@ def main() -> None:
         prog="python -m benchmarks", description="Measure dtrain beside its peers."
     )
     parser.add_argument(
-        "measure", nargs="*", metavar="MEASURE", help=f"any of {', '.join(MEASURES)} (default: all)"
+        "measure",
+        nargs="*",
+        metavar="MEASURE",
+        help=f"any of {', '.join([*MEASURES, *PARTS])} (default: all)",
     )
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds of each")
     args = parser.parse_args()
     results = []
     for name in args.measure or MEASURES:
         print(f"measuring {name} ...", flush=True)
-        results += MEASURES[name](args.rounds)
+        results += (MEASURES | PARTS)[name](args.rounds)
         report.write(results)
     print(report.table(results))
     print(f"written to {report.RESULTS}")

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import os
+import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results.jsonl"
@@ -24,6 +27,7 @@ class Result:
     holds: bool
     runs: int
     spread: tuple[float, float]
+    machine: str = ""
 
 
 def result(
@@ -34,6 +38,7 @@ def result(
     peer_name: str,
     *,
     ours_max: float | None = None,
+    ours_min: float | None = None,
     ratio_max: float | None = None,
 ) -> Result:
     """Summarise the runs of one measure against its bar."""
@@ -45,6 +50,9 @@ def result(
     if ours_max is not None:
         bars.append(f"<= {ours_max:g} {unit}")
         holds = holds and mine <= ours_max
+    if ours_min is not None:
+        bars.append(f">= {ours_min:g} {unit}")
+        holds = holds and mine >= ours_min
     if ratio_max is not None:
         bars.append(f"<= {ratio_max:g}x {peer_name}")
         holds = holds and ratio is not None and ratio <= ratio_max
@@ -63,8 +71,30 @@ def result(
 
 
 def write(results: Sequence[Result]) -> None:
-    """Write the file anew."""
-    RESULTS.write_text("".join(json.dumps(dataclasses.asdict(item)) + "\n" for item in results))
+    """Put the results into the file, each in place of an older one of the same measure and peer."""
+    machine = _machine()
+    fresh = [json.dumps(dataclasses.asdict(dataclasses.replace(item, machine=machine))) for item in results]
+    new = {(item.measure, item.peer_name) for item in results}
+    before = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    kept = [line for line in before if _of(line) not in new]
+    RESULTS.write_text("".join(line + "\n" for line in kept + fresh))
+
+
+def _of(line: str) -> tuple[str, str]:
+    document = json.loads(line)
+    return document["measure"], document["peer_name"]
+
+
+def _machine() -> str:
+    """What it ran on, and how quiet that was."""
+    models = [
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+    ]
+    model = models[0].partition(":")[2].strip() if models else platform.machine()
+    versions = (
+        f"Linux {platform.release()}, Python {platform.python_version()}, torch {metadata.version('torch')}"
+    )
+    return f"{os.cpu_count()} cores of {model}, {versions}; nice {os.nice(0)}, load {os.getloadavg()[0]:.1f}"
 
 
 def table(results: Sequence[Result]) -> str:

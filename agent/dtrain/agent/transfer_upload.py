@@ -6,7 +6,6 @@ that is away is waited for, as long as the checkpoint has time.
 """
 
 import contextlib
-import gzip
 import hashlib
 import math
 import mmap
@@ -15,10 +14,10 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from dtrain.agent import rank_manifest
 from dtrain.agent.transfer_cache import Cache
 from dtrain.agent.transferring import CancelUpload, KeptBlob, TransferReport, Upload, Uploaded
 from dtrain.protocol import codec
@@ -26,9 +25,7 @@ from dtrain.protocol.checkpoint import (
     CHUNK_BYTES,
     MANIFEST_BYTES_MAX,
     BlobEntry,
-    ObjectEntry,
     RankManifest,
-    TensorEntry,
     blob_key,
     blob_prefix,
     job_root,
@@ -49,23 +46,11 @@ TELL_S = 10.0
 RETRY_WAIT_S_MAX = 5.0
 """A store that comes back is noticed after so long, at most."""
 
-INDEX_BYTES_MAX = 128 * 1024 * 1024
 _CANCELLED_MAX = 1024
 _CAPS_MAX = 256
 _ATTEMPTS_MAX = 100_000  # the patience is the bound
 
 _log = log.get("transfer.upload")
-
-
-@dataclass(frozen=True, slots=True)
-class Index:
-    """The JSON behind a sealed blob, as ``ranklink.Sealed`` describes it."""
-
-    tensors: Mapping[str, TensorEntry]
-    objects: Mapping[str, ObjectEntry]
-    layout: str = ""
-    paths: Mapping[str, Any] = field(default_factory=dict)
-    same: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -248,7 +233,8 @@ class Uploader:
         )
         nonce = secrets.token_hex(8)
         with _Arena(order) as arena:
-            index = _read_index(arena.slice(sealed.index_offset, sealed.index_bytes))
+            with arena.slice(sealed.index_offset, sealed.index_bytes) as view:
+                index = bytes(view)
             blob = arena.slice(sealed.offset, sealed.size_bytes)
             parts = [blob[at : at + CHUNK_BYTES] for at in range(0, len(blob), CHUNK_BYTES)]
             try:
@@ -267,7 +253,7 @@ class Uploader:
             finally:
                 for view in (*parts, blob):
                     view.release()
-        manifest = RankManifest(
+        head = RankManifest(
             v=codec.VERSION,
             cluster=order.cluster,
             job=order.job,
@@ -279,14 +265,10 @@ class Uploader:
             rank=order.rank,
             world=order.world,
             blobs=(entry,),
-            tensors=index.tensors,
-            objects=index.objects,
-            layout=index.layout,
-            paths=index.paths,
-            same=index.same,
+            tensors={},
+            objects={},
         )
-        # Without a time in it: the same manifest is always the same bytes.
-        data = gzip.compress(codec.canonical(codec.to_json(manifest)), mtime=0)
+        data = rank_manifest.encode(head, index)
         if len(data) > MANIFEST_BYTES_MAX:
             raise Refused(
                 ErrorCode.STATE_NOT_SAVABLE,
@@ -373,8 +355,3 @@ class _Arena:
     def __exit__(self, *exc: object) -> None:
         # A view that an exception's traceback still holds only delays this.
         self._map = None
-
-
-def _read_index(view: memoryview) -> Index:
-    with view:
-        return codec.from_json(Index, codec.loads(bytes(view), bytes_max=INDEX_BYTES_MAX))

@@ -15,7 +15,7 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from dtrain.protocol.errors import ErrorCode, Refused
@@ -98,27 +98,32 @@ def loads(data: bytes | str, *, bytes_max: int = RECORD_BYTES_MAX, items_max: in
     except (ValueError, RecursionError) as error:
         # The sentence only: the error holds the whole document, and that may hold a secret.
         raise _bad("a record", f"is not valid JSON ({_why(error)})") from None
-    _check_depth(document, DEPTH_MAX)
+    _check_depth(document)
     return document
 
 
 def to_json(value: Any) -> dict[str, Any]:
     """A dataclass as a JSON object, None and empty collections left out."""
     result = {}
-    for field in dataclasses.fields(value):
-        item = getattr(value, field.name)
-        # A user's own value (typed Any) is kept whole: its emptiness means something.
-        if field.type is not Any and (
-            item is None or (isinstance(item, (tuple, list, Mapping, str)) and not item)
-        ):
+    for name, is_any in _written_fields(typing.cast(Any, type(value))):
+        item = getattr(value, name)
+        if type(item) in _NUMBERS:
+            result[name] = item
             continue
-        result[field.name] = _plain(item)
+        # A user's own value (typed Any) is kept whole: its emptiness means something.
+        if not is_any and (item is None or (isinstance(item, _SIZED) and not item)):
+            continue
+        result[name] = _plain(item)
     return result
 
 
 def from_json(kind: type[T], document: Any, where: str = "") -> T:
     """Build a ``kind`` (a dataclass) from a JSON object, checking every type."""
-    return typing.cast(T, _build(kind, document, where or kind.__name__))
+    try:
+        # A manifest has tens of thousands of values: where each one lies is worked out only if one is wrong.
+        return typing.cast(T, _builder(typing.cast(Any, kind))(document))
+    except _Wrong:
+        return typing.cast(T, _build(kind, document, where or kind.__name__))
 
 
 def _unknown_fields(kind: type, record: bytes, uid: str) -> dict[str, Any]:
@@ -131,16 +136,122 @@ def _unknown_fields(kind: type, record: bytes, uid: str) -> dict[str, Any]:
     return {name: item for name, item in document.items() if name != "v" and name not in _fields(kind)}
 
 
+_SIZED = (tuple, list, dict, str, Mapping)
+_NUMBERS = frozenset((int, float, bool))
+_AS_IT_IS = _NUMBERS | {str, type(None)}
+
+
+@functools.cache
+def _written_fields(kind: Any) -> tuple[tuple[str, bool], ...]:
+    return tuple((field.name, field.type is Any) for field in dataclasses.fields(kind))
+
+
 def _plain(item: Any) -> Any:
+    if type(item) in _AS_IT_IS:
+        return item
     if isinstance(item, enum.Enum):
         return item.value
+    if isinstance(item, (tuple, list)):
+        return [_plain(part) for part in item]
     if dataclasses.is_dataclass(item) and not isinstance(item, type):
         return to_json(item)
     if isinstance(item, Mapping):
         return {str(key): _plain(part) for key, part in item.items()}
-    if isinstance(item, (tuple, list)):
-        return [_plain(part) for part in item]
     return item
+
+
+class _Wrong(Exception):
+    """A value does not fit its type; ``_build`` says which and why."""
+
+
+@functools.cache
+def _builder(kind: Any) -> Callable[[Any], Any]:
+    """What ``_build`` does for ``kind``, worked out once; raises ``_Wrong`` instead of telling."""
+    if kind is Any:
+        return lambda item: item
+    while isinstance(kind, typing.NewType):
+        kind = kind.__supertype__
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        (arm,) = [arm for arm in typing.get_args(kind) if arm is not types.NoneType]
+        inner = _builder(arm)
+        return lambda item: None if item is None else inner(item)
+    if origin is tuple:
+        return _list_builder(_builder(typing.get_args(kind)[0]))
+    if origin is not None:  # Mapping[str, X]
+        return _mapping_builder(_builder(typing.get_args(kind)[1]))
+    if dataclasses.is_dataclass(kind):
+        return _record_builder(typing.cast(type, kind))
+    return _scalar_builder(kind)
+
+
+def _list_builder(inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def build(item: Any) -> Any:
+        if not isinstance(item, list):
+            raise _Wrong
+        return tuple(map(inner, item))
+
+    return build
+
+
+def _mapping_builder(inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def build(item: Any) -> Any:
+        if not isinstance(item, dict):
+            raise _Wrong
+        return {_valid(key): inner(part) for key, part in item.items()}
+
+    return build
+
+
+def _record_builder(kind: type) -> Callable[[Any], Any]:
+    parts: list[tuple[str, Callable[[Any], Any], Any]] = []
+
+    def build(item: Any) -> Any:
+        if not isinstance(item, dict):
+            raise _Wrong
+        if not parts:  # not before: a record may hold records of its own kind
+            parts.extend(
+                (name, _builder(hint), _empty(hint) if default is _REQUIRED else _OPTIONAL)
+                for name, (hint, default) in _fields(kind).items()
+            )
+        arguments = {}
+        for name, inner, absent in parts:
+            if name in item:
+                arguments[name] = inner(item[name])
+            elif absent is _REQUIRED:
+                raise _Wrong
+            elif absent is not _OPTIONAL:
+                arguments[name] = absent
+        return kind(**arguments)
+
+    return build
+
+
+def _scalar_builder(kind: Any) -> Callable[[Any], Any]:
+    if kind is int:
+
+        def integer(item: Any) -> Any:
+            if type(item) is not int or not INTEGER_MIN <= item <= INTEGER_MAX:
+                raise _Wrong
+            return item
+
+        return integer
+    if kind is str:
+
+        def text(item: Any) -> Any:
+            if type(item) is not str:
+                raise _Wrong
+            return item if item.isascii() else _valid(item)
+
+        return text
+
+    def other(item: Any) -> Any:
+        try:
+            return _build_scalar(kind, item, "")
+        except Refused as error:
+            raise _Wrong from error
+
+    return other
 
 
 def _build(kind: Any, item: Any, where: str) -> Any:
@@ -200,6 +311,7 @@ def _build_dataclass(kind: type, item: Any, where: str) -> Any:
 
 
 _REQUIRED = object()
+_OPTIONAL = object()
 
 
 @functools.cache
@@ -252,13 +364,18 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def _check_depth(item: Any, left: int) -> None:
-    if left == 0:
-        raise _bad("a record", f"is nested deeper than {DEPTH_MAX}")
-    parts = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
-    for part in parts:
-        if isinstance(part, (dict, list)):
-            _check_depth(part, left - 1)
+def _check_depth(document: Any) -> None:
+    level = [document]
+    for _ in range(DEPTH_MAX):
+        level = [
+            part
+            for item in level
+            for part in (item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())
+            if isinstance(part, (dict, list))
+        ]
+        if not level:
+            return
+    raise _bad("a record", f"is nested deeper than {DEPTH_MAX}")
 
 
 def _bad(where: str, what: str) -> Refused:

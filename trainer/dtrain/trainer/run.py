@@ -16,26 +16,25 @@ from dtrain.protocol.errors import DtrainError, ErrorCode, Refused
 from dtrain.protocol.ids import Seq
 from dtrain.protocol.ranklink import Begin, RestorePlan, Sealed
 from dtrain.trainer import process_group
-from dtrain.trainer.checkpoint import restore as restoring
 from dtrain.trainer.checkpoint import plain, rng, state
+from dtrain.trainer.checkpoint import restore as restoring
 from dtrain.trainer.checkpoint.arena import Arena
 from dtrain.trainer.checkpoint.saver import Saver
 from dtrain.trainer.checkpoint.source import DemandSource, PlanSource
 from dtrain.trainer.link import EXIT_ATTEMPT_OVER, AgentLink, connect_from_env
 from dtrain.trainer.session import Session
+from dtrain.trainer.stateful import check_loader
 
 if TYPE_CHECKING:
     from dtrain.trainer.dcp.reader import Reader
     from dtrain.trainer.dcp.writer import Writer
 
 Wait = Literal["snapshotted", "durable", "committed"]
-from dtrain.trainer.stateful import check_loader
 
 log = logging.getLogger("dtrain.trainer")
 
 METRICS_MAX = 64
 _NO_ARENA = "this rank has no memory for snapshots (DTRAIN_ARENA_FD)"
-LOADS_MAX = 3
 _CLOSE_S = 2.0
 
 
@@ -277,7 +276,7 @@ class Run:
             begin = self._session.await_end(self._step)
             if begin is None:
                 break
-            self._seal(begin)
+            self._seal(begin, behind=False)
         self._leave_if_stopped()
 
     def report(self, **metrics: float) -> None:
@@ -314,6 +313,8 @@ class Run:
             return  # a forked worker leaves to the rank what is the rank's
         self._closed = True
         atexit.unregister(self.close)
+        if self._saver is not None:
+            self._saver.close()
         if self._link is not None:
             self._link.close(_CLOSE_S)
         if self._owns_group:
@@ -330,6 +331,8 @@ class Run:
         if not self._prepared and not self._through_dcp:
             # After the first step, as optimizers have no state before it.
             self._prepare()
+        elif self._saver is not None:
+            self._saver.join()
         if begin is not None:
             self._seal(begin)
 
@@ -366,20 +369,44 @@ class Run:
             # Training goes on; each checkpoint that is asked for will say the same.
             log.warning("this state cannot be saved: %s", error)
 
-    def _seal(self, begin: Begin) -> None:
-        assert self._session is not None
+    def _seal(self, begin: Begin, *, behind: bool = True) -> None:
+        """Take the snapshot; ``behind``: its bytes may be copied while training goes on."""
+        session = self._session
+        assert session is not None
+        began = time.perf_counter()
         try:
             if self._through_dcp:
                 raise _mixed()
-            sealed = self._snapshot(begin)
+            saver = self._make_saver()
+            if saver is None:
+                raise Refused(ErrorCode.STATE_NOT_SAVABLE, _NO_ARENA)
+            # Where the rank stays at this step anyway there is nothing to copy behind.
+            if not (behind and begin.hold_s == 0 and self._seal_behind(saver, begin)):
+                with self._arena_lock:
+                    session.keep(saver.seal(begin))
         except Exception as error:  # noqa: BLE001
             # A failed save never stops training, whatever a state_dict of the script raised.
             log.warning("no snapshot at step %d: %s", begin.step, error)
-            self._session.give_up(begin, _sentence(error))
+            session.give_up(begin, _sentence(error))
             return
-        self._session.keep(sealed)
+        self._metrics["checkpoint_stall_s"] = time.perf_counter() - began
+        session.set_metrics(dict(self._metrics))
         if begin.hold_s > 0:
-            self._session.await_outcome(begin.seq, begin.hold_s)
+            session.await_outcome(begin.seq, begin.hold_s)
+
+    def _seal_behind(self, saver: Saver, begin: Begin) -> bool:
+        session = self._session
+        assert session is not None
+
+        def done(sealed: Sealed, error: Exception | None) -> None:
+            # Not before: a snapshot that is announced may be uploaded at once, and outlive this process.
+            if error is None:
+                session.keep(sealed)
+            else:
+                log.warning("no snapshot at step %d: %s", begin.step, error)
+                session.give_up(begin, _sentence(error))
+
+        return saver.seal_behind(begin, done, lambda: session.taking(begin))
 
     def _begin_save(self, step: int) -> Session:
         """Check that the script may save this step, and count it."""
@@ -424,7 +451,7 @@ class Run:
             arena = self._open_arena()
             if arena is None:
                 return None
-            self._saver = Saver(self._tracked, self.rank, self.world_size, arena)
+            self._saver = Saver(self._tracked, self.rank, self.world_size, arena, self._device)
         return self._saver
 
     def _leave_if_stopped(self) -> None:

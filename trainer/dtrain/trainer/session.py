@@ -73,6 +73,7 @@ class Session:
         self._asked = 0
         self._have: Have | None = None
         self._begin: Begin | None = None
+        self._taking: Begin | None = None
         self._settled_seq = -1
         self._final: Outcome | None = None
         self._checkpoints: bool | None = None
@@ -115,8 +116,10 @@ class Session:
                 return None
             if begin.step < step:
                 self._refuse(begin, late=True, message=f"step {step} is completed already")
-            elif self._sealed is not None:
-                self._refuse(begin, late=False, message=f"checkpoint {self._sealed.seq} is still being saved")
+            elif self._sealed is not None or self._taking is not None:
+                held = self._sealed or self._taking
+                assert held is not None
+                self._refuse(begin, late=False, message=f"checkpoint {held.seq} is still being saved")
             else:
                 return begin
         self._wake()
@@ -125,13 +128,19 @@ class Session:
     def set_metrics(self, metrics: Mapping[str, float]) -> None:
         self._metrics = metrics
 
+    def taking(self, begin: Begin) -> None:
+        """The snapshot is copied while training goes on; ``keep`` or ``give_up`` follows, on any thread."""
+        with self._changed:
+            if self._begin is not None and self._begin.seq == begin.seq:
+                self._begin = None
+            self._taking = begin
+
     def keep(self, sealed: Sealed) -> None:
         """The snapshot is frozen: it stays so until its outcome is known."""
         with self._changed:
             if self._wanted is not None and self._wanted.seq == sealed.seq:
                 self._wanted = None
-            if self._begin is not None and self._begin.seq == sealed.seq:
-                self._begin = None
+            self._end_taking(sealed.seq)
             if sealed.seq > self._settled_seq:
                 self._sealed = sealed
                 if self._problem is not None and self._problem.seq <= sealed.seq:
@@ -141,7 +150,9 @@ class Session:
     def give_up(self, begin: Begin, message: str) -> None:
         """The snapshot could not be taken; training goes on."""
         with self._changed:
-            self._refuse(begin, late=False, message=message)
+            self._end_taking(begin.seq)
+            if begin.seq > self._settled_seq:
+                self._refuse(begin, late=False, message=message)
         self._wake()
 
     def is_held(self, seq: Seq) -> bool:
@@ -227,7 +238,7 @@ class Session:
                 self._refuse(self._wanted, late=True, message=f"training ended at step {step}")
             while self._final is None and self._checkpoints is not False and self._stop is None:
                 # With the slot still held, the outcome of what is in it comes first.
-                if self._begin is not None and self._sealed is None:
+                if self._begin is not None and self._sealed is None and self._taking is None:
                     return self._begin
                 self._changed.wait(_WAIT_S)
             if self._stop is None:
@@ -287,7 +298,8 @@ class Session:
             _raise_aborted(ask)
             begin = self._wanted
             # With the slot still held, the outcome of what is in it comes first.
-            return begin if begin is not None and begin.seq == ask.seq and self._sealed is None else None
+            busy = self._sealed is not None or self._taking is not None
+            return begin if begin is not None and begin.seq == ask.seq and not busy else None
 
     def withdraw(self, ask: Ask) -> None:
         """Ask no more; an order that has come is refused."""
@@ -431,6 +443,7 @@ class Session:
             begin.seq <= self._settled_seq
             or (self._begin is not None and self._begin.seq == begin.seq)
             or (self._wanted is not None and self._wanted.seq == begin.seq)
+            or (self._taking is not None and self._taking.seq == begin.seq)
             or (self._sealed is not None and self._sealed.seq == begin.seq)
             or (self._problem is not None and self._problem.seq == begin.seq)
         )
@@ -455,6 +468,13 @@ class Session:
             self._wake()  # what was said before an outcome counts no more
         if outcome.final:
             self._final = outcome
+
+    def _end_taking(self, seq: Seq) -> None:
+        if self._taking is not None and self._taking.seq == seq:
+            self._taking = None
+        if self._begin is not None and self._begin.seq <= seq:
+            self._begin = None
+        self._changed.notify_all()
 
     def _refuse(self, begin: Begin, *, late: bool, message: str) -> None:
         if begin.asked:

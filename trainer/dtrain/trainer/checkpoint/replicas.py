@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dtrain.trainer.checkpoint import regions
-from dtrain.trainer.checkpoint.state import Leaf
+from dtrain.trainer.checkpoint.layout import Spec
 
 ENV_CHECK = "DTRAIN_CHECK_REPLICAS"
 """``off``: do not compare, for ranks on hardware that does not compute bit for bit alike."""
@@ -52,19 +52,19 @@ class Replicas:
         self._batches: list[tuple[list[_Item], list[Any]]] = []
         self._scratch: Any = None
 
-    def plan(self, leaves: Sequence[Leaf]) -> None:
-        """Choose what to look at in leaves of these names, shapes and dtypes."""
+    def plan(self, specs: Sequence[Spec], tensors: Sequence[Any]) -> None:
+        """Choose what to look at in tensors of these forms, of which this rank has ``tensors``."""
         import torch
 
         batches: list[list[_Item]] = [[]]
         at = 0
-        for index, leaf in enumerate(leaves):
-            key = self._key(leaf)
-            size = leaf.tensor.numel() * leaf.tensor.element_size()
+        for index, (spec, tensor) in enumerate(zip(specs, tensors, strict=True)):
+            key = self._key(spec)
+            size = tensor.numel() * tensor.element_size()
             if key is None or size == 0:
                 continue
             sampled = size > SAMPLE_BYTES
-            length = _sample_shape(leaf.tensor)[0] * _PARTS * leaf.tensor.element_size() if sampled else size
+            length = _sample_shape(tensor)[0] * _PARTS * tensor.element_size() if sampled else size
             start = -(-at // 8) * 8
             if start + length > _BATCH_BYTES:
                 batches.append([])
@@ -74,12 +74,10 @@ class Replicas:
         longest = max((batch[-1].stop for batch in batches if batch), default=0)
         self._scratch = torch.empty(longest, dtype=torch.uint8)
         self._batches = [
-            (batch, [self._target(item, leaves[item.index].tensor) for item in batch])
-            for batch in batches
-            if batch
+            (batch, [self._target(item, tensors[item.index]) for item in batch]) for batch in batches if batch
         ]
 
-    def digests(self, leaves: Sequence[Leaf]) -> dict[str, str]:
+    def digests(self, tensors: Sequence[Any]) -> dict[str, str]:
         """CRC32 in hex by tensor name; ``name#n`` for part ``n`` of a sharded tensor."""
         import torch
 
@@ -90,8 +88,7 @@ class Replicas:
             memory = memoryview(self._scratch.numpy())
             for items, targets in self._batches:
                 sources = [
-                    _sample(leaves[item.index].tensor) if item.sampled else leaves[item.index].tensor
-                    for item in items
+                    _sample(tensors[item.index]) if item.sampled else tensors[item.index] for item in items
                 ]
                 # One call for thousands of small tensors: each alone would cost more than its bytes.
                 torch._foreach_copy_(targets, sources)
@@ -99,19 +96,19 @@ class Replicas:
                     found[item.key] = f"{zlib.crc32(memory[item.start : item.stop]):08x}"
         return found
 
-    def _key(self, leaf: Leaf) -> str | None:
+    def _key(self, spec: Spec) -> str | None:
         """None: no other rank has it, or rank 0's counts anyway."""
-        if leaf.local or leaf.owner is not None or self._world == 1:
+        if spec.local or spec.owner is not None or self._world == 1:
             return None
-        if leaf.spread is None:
-            return leaf.name
-        piece = regions.held(leaf.spread, leaf.shape, self._rank)
+        if spec.spread is None:
+            return spec.name
+        piece = regions.held(spec.spread, spec.shape, self._rank)
         if piece is None or len(piece.ranks) == 1:
             return None
         return (
-            leaf.name
+            spec.name
             if piece.number == 0 and len(piece.ranks) == self._world
-            else f"{leaf.name}#{piece.number}"
+            else f"{spec.name}#{piece.number}"
         )
 
     def _target(self, item: _Item, tensor: Any) -> Any:

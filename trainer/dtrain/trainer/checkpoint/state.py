@@ -9,7 +9,7 @@ what is neither a tensor nor JSON is refused with its path and type.
 import base64
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,16 +88,31 @@ def check_trackable(name: str, tracked: Any) -> None:
     )
 
 
-def capture(tracked: Mapping[str, Any], local: Mapping[str, Any], rank: int) -> Captured:
+def value_of(tracked: Any) -> Any:
+    """What is saved of a tracked object: its ``state_dict()``, or itself."""
+    inner = unwrap(tracked)
+    return inner.state_dict() if _is_stateful(inner) else inner
+
+
+def capture(
+    tracked: Mapping[str, Any],
+    local: Mapping[str, Any],
+    rank: int,
+    *,
+    values: Mapping[str, Any] | None = None,
+    names: Iterable[str] = (),
+) -> Captured:
     """Flatten tracked objects; ``local`` holds plain values that are this rank's own.
+
+    ``values``: by name, what ``value_of`` returned a moment ago. ``names``: of tensors, taken already.
 
     Raises:
         Refused: STATE_NOT_SAVABLE, naming path and type.
     """
-    result = Captured()
+    result = Captured(names=set(names))
     for name, thing in tracked.items():
         inner = unwrap(thing)
-        value = inner.state_dict() if _is_stateful(inner) else inner
+        value = values[name] if values is not None else value_of(thing)
         encoder = _Encoder(result, rank, local=False, rank_zero=_buffers(name, inner))
         result.objects[name] = encoder.top(name, value)
     for name, value in local.items():
