@@ -115,7 +115,7 @@ MEANINGS = {
     "CheckpointPolicy.keep_every_steps": "beyond them, the first at or after each multiple; 0: no others",
     "CheckpointPolicy.keep_last": "committed checkpoints that retention keeps",
     "CheckpointPolicy.store": "URI; empty: the cluster's default store",
-    "CheckpointPolicy.bandwidth_mb_s": "MB (10^6) per second that an agent sends for it at most; 0: no cap",
+    "CheckpointPolicy.bandwidth_mb_s": "MB (10^6) a second that an agent sends for the job; 0: no cap",
     "CheckpointPolicy.timeout_s": "seconds from intent to commit, then it is aborted",
     "ChunkEntry.b": "index of the blob",
     "ChunkEntry.len": "bytes",

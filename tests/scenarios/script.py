@@ -119,7 +119,12 @@ class Script:
         _, options = _options(words)
         low, _, high = options.get("nnodes", "1").partition(":")
         stage, job = self._stage, JobName(name)
-        stage.jobs[job] = SimpleNamespace(total_steps=int(options.get("steps", "1000")))
+        saves: dict[tuple[int, int], int] = {}
+        stage.jobs[job] = SimpleNamespace(
+            total_steps=int(options.get("steps", "1000")),
+            saves=saves,
+            save_of=lambda rank, step: saves.get((rank, step)),
+        )
         spec = JobSpec(
             job,
             Uid(f"u{len(stage.specs) + 1}"),
@@ -148,6 +153,14 @@ class Script:
         """``cancel JOB``: an operator cancels it."""
         job = JobName(name)
         self._intend(job, replace(self._stage.intents[job], wanted=Wanted.CANCEL, by="ann"))
+
+    def do_save(self, name: str, *words: str) -> None:
+        """``save JOB at=40 ranks=0,1 step=40``: scripts of these ranks save a step at ``at``."""
+        _, options = _options(words)
+        for rank in options["ranks"].split(","):
+            self._stage.jobs[JobName(name)].saves[int(rank), int(options["at"])] = int(
+                options.get("step", options["at"])
+            )
 
     def do_checkpoint(self, name: str) -> None:
         """``checkpoint JOB``: an operator wants one now."""

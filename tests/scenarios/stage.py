@@ -191,6 +191,10 @@ class Stage:
         self._ports += 1
         return self._ports
 
+    def rank_saved(self, rank: int, text: str) -> None:
+        """A script's own save has come to its end."""
+        self.told.line(str(rank), text, "rank ")
+
     def committed_seqs(self, job: JobName) -> list[int]:
         """Checkpoints that exist in etcd now."""
         return [

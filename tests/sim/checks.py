@@ -371,6 +371,11 @@ class Checks:
         if step != rank.step + 1:
             self.bad(f"rank {rank.rank} of attempt {rank.attempt} went from step {rank.step} to {step}")
 
+    def saved(self, rank: SimRank, step: int) -> None:
+        """G2: what a script was told to be saved is committed."""
+        if step not in {record.step for record in self.history(rank.launcher.job).commits.values()}:
+            self.bad(f"rank {rank.rank} of attempt {rank.attempt} was told that step {step} is committed")
+
     def finished(self, rank: SimRank) -> None:
         if rank.session.stop_reason is None and rank.state != weights_at(rank.total_steps):
             self.bad(f"G9: rank {rank.rank} of attempt {rank.attempt} ends with other weights")

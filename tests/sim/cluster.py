@@ -103,6 +103,11 @@ class Job:
     def total_steps(self) -> int:
         return self.shape.total_steps
 
+    def save_of(self, rank: int, step: int) -> int | None:
+        """The step that the script of ``rank`` saves when it has done ``step`` steps."""
+        every = self.shape.save_every
+        return step if every and step % every == 0 and step < self.total_steps else None
+
 
 class Cluster:
     """Everything that is there."""
@@ -164,6 +169,9 @@ class Cluster:
         """The clock of a machine that boots: its own origin, its own error."""
         rng, drift = self.scheduler.rng, self.schedule.shape.clock_drift
         return SimClock(self.scheduler, rng.uniform(0, 1e5), rng.uniform(1 - drift, 1 + drift))
+
+    def rank_saved(self, rank: int, text: str) -> None:
+        """A script's own save has come to its end; the log has it."""
 
     def new_port(self) -> int:
         self._ports += 1

@@ -27,6 +27,8 @@ class JobShape:
     timeout_s: float = 60.0
     isolation_grace_s: float = 0.0
     reschedule_grace_s: float = 0.0
+    save_every: int = 0
+    """Its script saves every so many steps itself, and waits for the commit; 0: never."""
     submissions_max: int = 1
     """An operator who sees it end while faults go on submits it again, so often in all."""
 

@@ -31,6 +31,7 @@ from dtrain.agent.launching import (
     SignalRanks,
     StoreReady,
 )
+from dtrain.protocol.errors import Refused
 from dtrain.protocol.ids import Attempt, JobName, Step, Uid
 from dtrain.protocol.ranklink import (
     Begin,
@@ -42,7 +43,7 @@ from dtrain.protocol.ranklink import (
     StopRank,
     Welcome,
 )
-from dtrain.trainer.session import Session
+from dtrain.trainer.session import ANSWER_SLACK_S, Ask, Session
 from tests.sim.scheduler import Event, Scheduler
 
 if TYPE_CHECKING:
@@ -210,6 +211,8 @@ class SimRank:
         self._joined: Group | None = None
         self._held: tuple[Begin, float] | None = None
         """The checkpoint that it stays at, and until when at most."""
+        self._saving: tuple[Ask, float] | None = None
+        """What its script saves, and how long it waits for that."""
         rng = self.scheduler.rng
         self.scheduler.after(rng.uniform(0.05, 0.4), self._connect)
 
@@ -263,6 +266,8 @@ class SimRank:
             self.scheduler.after(self.scheduler.rng.uniform(0.01, 2 * STEP_S), self._leave)
         elif self._joined is None and not self._loading:
             self._try_restore()
+        elif self._saving is not None:
+            self._try_save()
         elif self.ending:
             self._try_end()
 
@@ -318,8 +323,40 @@ class SimRank:
         self.session.set_metrics({"loss": 1.0 / (1 + step)})
         self._seal(self.session.complete(step))
         self._wake()
+        asked = self.machine.cluster.jobs[self.launcher.job].save_of(self.rank, step)
+        if asked is not None:
+            timeout_s = self.machine.cluster.jobs[self.launcher.job].spec.checkpoint.timeout_s
+            patience_s = timeout_s + ANSWER_SLACK_S
+            self._saving = self.session.request(asked), self.scheduler.now + patience_s
+            self.scheduler.after(patience_s, self._try_save)
+            self._try_save()
         if step >= self.total_steps:
             self._end()
+
+    def _try_save(self) -> None:
+        """Go on with the script's own save, as ``Session.ask_save`` and ``await_answer`` do."""
+        if self._saving is None or not self.alive:
+            return
+        ask, until = self._saving
+        try:
+            begin = self.session.granted(ask)
+        except Refused as refusal:
+            self._saved(refusal.message)
+            return
+        if ask.answer is not None:
+            self.machine.cluster.checks.saved(self, ask.step)
+            self._saved(f"step {ask.step} is saved")
+        elif begin is not None:
+            self._seal(begin)
+            self._wake()
+        elif self.scheduler.now >= until:
+            self.session.withdraw(ask)
+            self._saved(f"step {ask.step} is not saved: no answer")
+
+    def _saved(self, text: str) -> None:
+        self._saving = None
+        self.scheduler.log(self.machine.name, f"rank {self.rank}: {text}")
+        self.machine.cluster.rank_saved(self.rank, text)
 
     def _seal(self, begin: Begin | None) -> None:
         if begin is None:
@@ -346,6 +383,8 @@ class SimRank:
     @property
     def holds(self) -> bool:
         """Whether it stays at the step it has done, as ``Run`` does in ``Session.await_outcome``."""
+        if self._saving is not None and self.alive and self.session.stop_reason is None:
+            return True
         if self._held is None or not self.alive:
             return False
         begin, until = self._held

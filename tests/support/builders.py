@@ -108,6 +108,7 @@ def make_rank(
     last_step: int | None = None,
     exit_code: int | None = None,
     sdk: bool = True,
+    save_at: int | None = None,
 ) -> RankState:
     """One rank's state."""
     return RankState(
@@ -118,6 +119,7 @@ def make_rank(
         None if last_step is None else Step(last_step),
         exit_code,
         sdk=sdk,
+        save_at=None if save_at is None else Step(save_at),
     )
 
 

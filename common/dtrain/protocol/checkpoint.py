@@ -47,6 +47,8 @@ class OpenRecord:
     opened_at: str = ""
     hold_s: float = 0.0
     """The attempt ends with it: ranks stay at its step, at most so long. 0: they train on."""
+    asked: bool = False
+    """The script asked for exactly this step: each rank seals when its script comes to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +227,8 @@ class RankManifest:
     objects: Mapping[str, ObjectEntry]
     layout: str = ""
     """Hash over names, dtypes, shapes and owners of the whole state: equal on all ranks."""
+    paths: Mapping[str, Any] = field(default_factory=dict)
+    """Where a tensor or object belongs in a nested state: name -> list of str and int. Empty: not told."""
     same: Mapping[str, str] = field(default_factory=dict)
     """Digests by name of what this rank and others hold alike: of a replicated tensor,
     or (``name#n``) of part ``n`` of a sharded one. Equal on all ranks that have it."""
@@ -253,6 +257,8 @@ class Manifest:
     parent: Seq | None = None
     created: str = ""
     user: Mapping[str, Any] = field(default_factory=dict)
+    paths: Mapping[str, Any] = field(default_factory=dict)
+    """Where a tensor or object belongs in a nested state: name -> list of str and int. Empty: not told."""
 
 
 def job_root(cluster: ClusterName, job: JobName, uid: Uid) -> str:

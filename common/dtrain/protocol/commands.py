@@ -58,6 +58,7 @@ class BeginCheckpoint:
 
     With ``hold_s`` ranks stay at that boundary until the outcome is known or they
     are ended, at most so long: an attempt that is about to end takes no step in vain.
+    ``asked``: the script itself saves this step; each rank seals when its script comes to it.
     """
 
     header: Header
@@ -65,6 +66,7 @@ class BeginCheckpoint:
     nonce: str
     step: Step
     hold_s: float = 0.0
+    asked: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,7 @@ class ErrorCode(StrEnum):
     RESTORE_FAILED = "DT-6001"
     STATE_NOT_SAVABLE = "DT-6002"
     RANKS_DISAGREE = "DT-6003"
+    CHECKPOINT_ABORTED = "DT-6004"
 
     BUG = "DT-9000"
 
@@ -88,6 +89,14 @@ class DtrainError(Exception):
         self.message = message
         self.cause = cause
         self.fix = fix
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # torch.distributed pickles errors to tell other ranks; the message alone would not rebuild one.
+        return _rebuilt, (type(self), self.code, self.message, self.cause, self.fix)
+
+
+def _rebuilt(kind: type["DtrainError"], code: ErrorCode, message: str, cause: str, fix: str) -> "DtrainError":
+    return kind(code, message, cause=cause, fix=fix)
 
 
 class Refused(DtrainError):

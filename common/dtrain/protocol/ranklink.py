@@ -118,6 +118,13 @@ class Report:
     restore_failed: RestoreFailed | None = None
     wants_restore: bool = False
     """The rank is ready to load and waits for ``RestorePlan``."""
+    save_at: Step | None = None
+    """The script saves this step: it waits for ``Begin`` with ``asked`` of exactly it."""
+    settled: Seq = Seq(0)
+    """With ``save_at``: the last checkpoint whose outcome was known when it was said.
+    What was said before an outcome may be about the very checkpoint that it ended."""
+    wants_durable: Seq | None = None
+    """The script waits for ``Durable`` of what is sealed for this checkpoint."""
     need: Need | None = None
     """Set from a plan ``on_demand`` until the state is loaded."""
 
@@ -130,6 +137,8 @@ class Welcome:
     checkpoints: bool
     """False: the job has no store; nothing will be saved or restored."""
     why: str = ""
+    save_timeout_s: float = 0.0
+    """How long one checkpoint may take. 0: this agent knows nothing of saves that scripts ask for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,12 +201,21 @@ class Begin:
     """Seal a snapshot at the boundary of ``step``; report a problem if it has passed.
 
     ``hold_s``: then stay there until the outcome comes, at most so long (0: train on).
+    ``asked``: seal it when the script saves this step, and only then.
     """
 
     seq: Seq
     nonce: str
     step: Step
     hold_s: float = 0.0
+    asked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Durable:
+    """What this rank sealed for checkpoint ``seq`` is in the store. Sent only to a rank that waits for it."""
+
+    seq: Seq
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,9 +238,10 @@ class StopRank:
     why: str
 
 
-Message = Hello | Report | Welcome | RestorePlan | Have | Begin | Outcome | StopRank
+Message = Hello | Report | Welcome | RestorePlan | Have | Begin | Durable | Outcome | StopRank
 _TYPES: dict[str, type] = {
-    kind.__name__: kind for kind in (Hello, Report, Welcome, RestorePlan, Have, Begin, Outcome, StopRank)
+    kind.__name__: kind
+    for kind in (Hello, Report, Welcome, RestorePlan, Have, Begin, Durable, Outcome, StopRank)
 }
 
 

@@ -140,6 +140,8 @@ class RankState:
     metrics: Mapping[str, float] = field(default_factory=dict)
     sdk: bool = False
     """The rank has joined through the SDK: it can be checkpointed."""
+    save_at: Step | None = None
+    """Its script saves this step and waits for a checkpoint of exactly it."""
 
 
 @dataclass(frozen=True, slots=True)

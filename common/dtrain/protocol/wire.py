@@ -65,7 +65,11 @@ def command_to_pb(command: Command) -> pb.Command:
         case BeginCheckpoint():
             message.begin_checkpoint.CopyFrom(
                 pb.BeginCheckpoint(
-                    seq=command.seq, nonce=command.nonce, step=command.step, hold_s=command.hold_s
+                    seq=command.seq,
+                    nonce=command.nonce,
+                    step=command.step,
+                    hold_s=command.hold_s,
+                    asked=command.asked,
                 )
             )
         case AbortCheckpoint():
@@ -122,7 +126,9 @@ def command_from_pb(message: pb.Command) -> Command:
             # What is no duration holds nobody: it goes on to the ranks as JSON.
             hold_s = begin.hold_s if math.isfinite(begin.hold_s) else 0.0
             nonce = parse_token(begin.nonce, "nonce")
-            return BeginCheckpoint(head, Seq(begin.seq), nonce, Step(begin.step), max(0.0, hold_s))
+            return BeginCheckpoint(
+                head, Seq(begin.seq), nonce, Step(begin.step), max(0.0, hold_s), begin.asked
+            )
         case "abort_checkpoint":
             abort = message.abort_checkpoint
             return AbortCheckpoint(head, Seq(abort.seq), abort.why, abort.final)

@@ -1,5 +1,7 @@
 """Checkpoints and restores, as the core decides them."""
 
+from dataclasses import replace
+
 from dtrain.agent.launching import LauncherEnded
 from dtrain.agent.transferring import (
     CancelUpload,
@@ -13,7 +15,7 @@ from dtrain.agent.transferring import (
     UploadFailed,
 )
 from dtrain.protocol.ids import Rank, Seq, Step
-from dtrain.protocol.ranklink import Begin, Outcome, RestoreFailed, RestorePlan
+from dtrain.protocol.ranklink import Begin, Durable, Outcome, RestoreFailed, RestorePlan, Welcome
 from dtrain.protocol.snapshot import BadBlob, FailureKind, SaveProblem, WorkerPhase
 
 from .core_builder import JOB, RESTORE, Table, part, sealed
@@ -237,3 +239,61 @@ def test_a_fetch_nobody_waits_for_is_let_go() -> None:
     assert ReleaseFetch(fetch_id) in table.transfer_orders()
     table.transfer(Fetched(fetch_id, RestorePlan(Seq(7))))
     assert table.transfer_orders() == [ReleaseFetch(fetch_id)]
+
+
+# Saves that scripts ask for -------------------------------------------------------------
+
+
+def test_a_ranks_wish_is_published_at_once() -> None:
+    table = Table().training()
+    table.rank_report(1, at=10, save_at=Step(10))
+    assert [rank.save_at for rank in table.snapshot.ranks] == [10, None]
+    assert table.written().urgent
+
+
+def test_an_order_that_the_script_asked_for_says_so_to_the_ranks() -> None:
+    table = Table().training()
+    table.command(replace(table.begin(), asked=True))
+    assert table.messages(Begin) == [Begin(Seq(1), "n1", Step(10), asked=True)] * 2
+    (saved,) = table.job.saving
+    assert saved.asked
+
+
+def test_a_wish_that_crossed_an_outcome_is_not_published() -> None:
+    table = Table().training()
+    table.rank_report(1, at=10, save_at=Step(10))
+    table.command(replace(table.begin(), asked=True))
+    table.command(table.abort())
+    assert table.snapshot.ranks[0].save_at is None
+    table.rank_report(1, at=10, save_at=Step(10))  # said before it heard of the abort
+    assert table.snapshot.ranks[0].save_at is None
+    table.rank_report(1, at=10, save_at=Step(10), settled=Seq(1))  # it asks anew
+    assert table.snapshot.ranks[0].save_at == 10
+
+
+def test_a_rank_that_comes_back_hears_of_the_newest_outcome() -> None:
+    table = Table().training()
+    table.command(table.begin(seq=2))
+    table.command(table.confirm(2))
+    table.command(table.abort(1))  # late
+    table.hello(0)
+    assert [outcome.seq for outcome in table.messages(Outcome)] == [2]
+
+
+def test_durable_is_told_once_to_a_rank_that_waits_for_it() -> None:
+    table = Table().training()
+    table.command(replace(table.begin(), asked=True))
+    table.rank_report(1, sealed=sealed())
+    table.transfer(Uploaded(JOB, part(0)))
+    assert not table.messages(Durable)
+    table.rank_report(1, sealed=sealed(), wants_durable=Seq(1))
+    assert table.messages(Durable) == [Durable(Seq(1))]
+    table.rank_report(1, sealed=sealed(), wants_durable=Seq(1))
+    assert not table.messages(Durable)
+
+
+def test_ranks_hear_how_long_a_save_may_take() -> None:
+    table = Table().forked()
+    table.hello(0)
+    (welcome,) = table.messages(Welcome)
+    assert welcome.save_timeout_s == 300.0

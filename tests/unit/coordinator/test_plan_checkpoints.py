@@ -388,3 +388,125 @@ def test_checkpoint_that_cannot_be_taken_is_explained() -> None:
     stage.decide()
     assert "cannot be taken: it has no store" in stage.said
     assert not stage.last.writes
+
+
+# Saves that scripts ask for -------------------------------------------------------------
+
+
+def saving(stage: Stage, **steps: int | None) -> Stage:
+    """The ranks of these members stand at step 20 and save a step, or none."""
+    for name, step in steps.items():
+        wish = None if step is None else Step(step)
+        stage.report(name, WorkerPhase.TRAINING, lambda r, w=wish: replace(r, step=Step(20), save_at=w))  # type: ignore[misc]
+    return stage
+
+
+def test_a_save_of_the_script_opens_exactly_its_step_even_where_nothing_is_due() -> None:
+    stage = saving(running(every_steps=0), a=20, b=20)
+    stage.decide()
+    assert (stage.opened.step, stage.opened.asked) == (20, True)
+    assert stage.receivers(BeginCheckpoint) == ["a", "b"]
+    command = stage.commands(BeginCheckpoint)[0].command
+    assert isinstance(command, BeginCheckpoint)
+    assert command.asked
+    stage.checkpoint()
+    assert [record.step for record in stage.commits] == [20]
+
+
+def test_the_first_that_asks_starts_the_clock_for_the_others() -> None:
+    stage = saving(running(every_steps=0), a=20, b=None)
+    stage.decide()
+    stage.accept()
+    stage.after(stage.opened.timeout_s - 1.0).decide()
+    assert stage.of("open")
+    stage.after(2.0).decide()
+    assert not stage.of("open")
+    command = stage.commands(AbortCheckpoint)[0].command
+    assert isinstance(command, AbortCheckpoint)
+    assert "ranks 0 asked for step 20, ranks 1 asked for none (at step 20)" in command.why
+    assert stage.status.late_saves == 0
+
+
+def test_ranks_that_save_different_steps_are_refused_by_name() -> None:
+    stage = saving(running(every_steps=0), a=20, b=21)
+    stage.decide()
+    stage.accept()
+    stage.problem("a", late=True, message="its script saves step 20")
+    stage.decide()
+    assert not stage.of("open")
+    for directed in stage.commands(AbortCheckpoint):
+        assert isinstance(directed.command, AbortCheckpoint)
+        assert "ranks 0 asked for step 20, ranks 1 asked for step 21" in directed.command.why
+    # No slack would help: the step is the script's.
+    assert stage.status.late_saves == 0
+
+
+def test_a_checkpoint_that_waits_for_a_later_step_makes_way() -> None:
+    stage = with_open()
+    stage.accept()
+    saving(stage, a=9, b=9)
+    stage.decide()
+    assert not stage.of("open")
+    assert stage.status.failed_saves == 0
+    stage.forget_outcomes()
+    stage.decide()
+    assert (stage.opened.seq, stage.opened.step, stage.opened.asked) == (2, 9, True)
+
+
+def test_a_checkpoint_that_is_being_stored_is_followed_to_its_end_first() -> None:
+    stage = with_open()
+    stage.step(10)
+    stage.durable("a")
+    saving(stage, a=11, b=11)
+    stage.decide()
+    assert stage.opened.seq == 1
+    stage.durable("b")
+    stage.decide()
+    stage.verify()
+    stage.decide()
+    assert [record.seq for record in stage.commits] == [1]
+    stage.decide()
+    assert not stage.of("open")  # agents have not heard of it: what they show may be answered by it
+    stage.forget_outcomes()
+    stage.decide()
+    assert (stage.opened.seq, stage.opened.step) == (2, 11)
+
+
+def test_a_save_is_not_delayed_by_earlier_failures_and_answers_the_operator_too() -> None:
+    stage = running(every_steps=0)
+    stage.step(5)
+    stage.want(token="t1")
+    stage.decide()
+    stage.problem("a")
+    stage.decide()
+    assert stage.status.failed_saves == 1
+    saving(stage, a=20, b=20).decide()
+    assert (stage.opened.step, stage.opened.asked, stage.opened.token) == (20, True, "t1")
+
+
+def test_a_rank_without_the_sdk_does_not_leave_the_others_waiting() -> None:
+    stage = saving(running(every_steps=0), a=20)
+    stage.report("b", WorkerPhase.TRAINING, lambda r: replace(r, sdk=False))
+    stage.decide()
+    assert stage.opened.asked  # its agent says at once that it cannot take part
+
+
+def test_ranks_that_have_ended_ask_for_nothing() -> None:
+    stage = saving(running(every_steps=0), a=20, b=20)
+    stage.everyone(WorkerPhase.DONE, lambda r: replace(r, exit_code=0))
+    stage.decide()
+    assert not stage.of("open")
+
+
+def test_a_new_leader_goes_on_with_what_the_script_saves() -> None:
+    stage = saving(running(every_steps=0), a=20, b=20)
+    stage.decide()
+    stage.accept()
+    stage.change_leader()
+    stage.decide()
+    assert stage.opened.asked
+    stage.durable()
+    stage.decide()
+    stage.verify()
+    stage.decide()
+    assert [record.step for record in stage.commits] == [20]

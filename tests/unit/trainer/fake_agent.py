@@ -24,7 +24,17 @@ from dtrain.agent.transferring import (
 )
 from dtrain.protocol import ranklink
 from dtrain.protocol.ids import Rank, Seq, Step
-from dtrain.protocol.ranklink import Begin, Hello, Message, Need, Outcome, Report, RestorePlan, Welcome
+from dtrain.protocol.ranklink import (
+    Begin,
+    Durable,
+    Hello,
+    Message,
+    Need,
+    Outcome,
+    Report,
+    RestorePlan,
+    Welcome,
+)
 from dtrain.storage.blobs.local import LocalBlobs
 
 WAIT_S = 30.0
@@ -63,6 +73,11 @@ class FakeAgent:
         self._seq = 0 if restore is None else restore.seq
         self._open: Begin | None = None
         self._final_seq: int | None = None
+        self._asked_over = 0
+        self.grants = True
+        """Open a checkpoint for each save that the script asks for."""
+        self.may_commit = threading.Event()
+        self.may_commit.set()
         self._planned = False
         self.may_plan = threading.Event()
         self.may_plan.set()
@@ -100,9 +115,9 @@ class FakeAgent:
         assert self._connection is not None
         self._connection.sendall(ranklink.encode_line(message))
 
-    def begin(self, step: int) -> Begin:
+    def begin(self, step: int, *, asked: bool = False) -> Begin:
         self._seq += 1
-        begin = Begin(Seq(self._seq), pipeline.NONCE, Step(step))
+        begin = Begin(Seq(self._seq), pipeline.NONCE, Step(step), asked=asked)
         self.send(begin)
         return begin
 
@@ -125,7 +140,7 @@ class FakeAgent:
 
     def _on_message(self, message: Message) -> None:
         if isinstance(message, Hello):
-            self.send(Welcome(self.accept, self.checkpoints, "test"))
+            self.send(Welcome(self.accept, self.checkpoints, "test", save_timeout_s=WAIT_S))
             with self._changed:
                 self.hellos.append(message)
                 self._changed.notify_all()
@@ -135,6 +150,10 @@ class FakeAgent:
             self.reports.append(message)
             self._changed.notify_all()
         self._lead(message)
+
+    def settle(self, seq: int) -> None:
+        """An outcome that the test itself has sent."""
+        self._asked_over, self._open = max(self._asked_over, seq), None
 
     def _lead(self, report: Report) -> None:
         if not self.checkpoints:
@@ -152,7 +171,9 @@ class FakeAgent:
         if report.sealed is not None and self._open is not None and report.sealed.seq == self._open.seq:
             self._commit(report.sealed, final=report.sealed.seq == self._final_seq)
         if self._open is None and self._planned:
-            if report.last_step is not None and self._final_seq is None:
+            if report.save_at is not None and report.settled >= self._asked_over and self.grants:
+                self._open = self.begin(report.save_at, asked=True)
+            elif report.last_step is not None and self._final_seq is None:
                 self._open = self.begin(report.last_step)
                 self._final_seq = self._open.seq
             elif report.last_step is None and self.saves:
@@ -185,8 +206,14 @@ class FakeAgent:
                     sha,
                 )
             )
+        if self._open is not None and self._open.asked:
+            self._asked_over = sealed.seq
+            if committed:
+                self.send(Durable(sealed.seq))
+        assert self.may_commit.wait(WAIT_S)
         self._open = None
-        self.send(Outcome(sealed.seq, committed=committed, final=final))
+        why = report.message if isinstance(report, UploadFailed) else ""
+        self.send(Outcome(sealed.seq, committed=committed, final=final, why=why))
 
     def release(self) -> None:
         if self.restore is not None:

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from dtrain.protocol.errors import ErrorCode, Refused, TimedOut
 from dtrain.protocol.ids import Seq, Step
-from dtrain.protocol.ranklink import Begin, Outcome, Sealed, StopRank, Welcome
+from dtrain.protocol.ranklink import Begin, Durable, Outcome, Sealed, StopRank, Welcome
 from dtrain.trainer.session import Session
 
 
@@ -176,3 +177,154 @@ def test_a_snapshot_that_was_aborted_before_it_was_sealed_holds_nobody(session: 
     session.handle(Outcome(Seq(1), False, False))
     session.keep(sealed(1, 11))
     session.await_outcome(Seq(1), 30.0)
+
+
+# Saves that the script asks for --------------------------------------------------------
+
+
+@pytest.fixture
+def asking(session: Session) -> Session:
+    session.handle(Welcome(True, True, save_timeout_s=60.0))
+    return session
+
+
+def asked(seq: int, step: int) -> Begin:
+    return Begin(Seq(seq), "n", Step(step), asked=True)
+
+
+def aborted(seq: int, why: str) -> Outcome:
+    return Outcome(Seq(seq), committed=False, final=False, why=why)
+
+
+def test_a_save_is_asked_for_sealed_and_answered(asking: Session) -> None:
+    ask = asking.request(10)
+    assert asking.report().save_at == 10
+    assert asking.granted(ask) is None
+    asking.handle(asked(1, 10))
+    assert asking.granted(ask) == asked(1, 10)
+    asking.keep(sealed(1, 10))
+    assert (asking.report().sealed, asking.report().save_at) == (sealed(1, 10), 10)
+    asking.handle(outcome(1))
+    asking.await_answer(ask, durable=False)
+    report = asking.report()
+    assert (report.save_at, report.sealed, report.problem) == (None, None, None)
+
+
+def test_an_aborted_save_is_refused_with_its_reason(asking: Session) -> None:
+    ask = asking.request(10)
+    asking.handle(asked(1, 10))
+    asking.keep(sealed(1, 10))
+    asking.handle(aborted(1, "the store is full"))
+    with pytest.raises(Refused, match="checkpoint 1 of step 10 is aborted: the store is full") as caught:
+        asking.await_answer(ask, durable=False)
+    assert caught.value.code is ErrorCode.CHECKPOINT_ABORTED
+
+
+def test_an_order_for_what_another_rank_saves_waits_for_this_ranks_script(asking: Session) -> None:
+    asking.handle(asked(1, 11))
+    assert asking.complete(11) is None  # not sealed without the script
+    assert asking.report().problem is None
+    assert asking.granted(asking.request(11)) == asked(1, 11)
+
+
+def test_a_rank_that_passes_the_step_refuses_it_at_once(asking: Session) -> None:
+    asking.handle(asked(1, 11))
+    asking.complete(11)
+    asking.complete(12)
+    problem = asking.report().problem
+    assert problem is not None
+    assert "did not save step 11" in problem.message
+    asking.handle(asked(2, 11))  # it is past it already
+    problem = asking.report().problem
+    assert problem is not None
+    assert problem.seq == 2
+
+
+def test_a_save_from_another_thread_may_be_behind_training(asking: Session) -> None:
+    asking.intend(11)
+    asking.complete(13)
+    asking.handle(asked(1, 11))
+    asking.complete(14)
+    assert asking.report().problem is None
+    assert asking.granted(asking.request(11)) == asked(1, 11)
+
+
+def test_another_ranks_step_is_refused_and_its_abort_answers_the_own_save(asking: Session) -> None:
+    ask = asking.request(10)
+    asking.handle(asked(1, 11))
+    problem = asking.report().problem
+    assert problem is not None
+    assert "saves step 10" in problem.message
+    asking.handle(aborted(1, "ranks 0 asked for step 10, ranks 1 asked for step 11"))
+    with pytest.raises(Refused, match="ranks 1 asked for step 11"):
+        asking.granted(ask)
+    assert asking.report().save_at is None
+
+
+def test_the_outcome_of_another_checkpoint_answers_nothing_but_is_known_to_the_next_report(
+    asking: Session,
+) -> None:
+    asking.handle(begin(1, 12))
+    ask = asking.request(10)
+    assert asking.report().settled == 0
+    asking.handle(aborted(1, "the script saves step 10 itself"))
+    assert asking.granted(ask) is None
+    report = asking.report()
+    assert (report.save_at, report.settled) == (10, 1)
+
+
+def test_a_slot_that_is_held_is_waited_for(asking: Session) -> None:
+    asking.handle(begin(1, 11))
+    asking.complete(11)
+    asking.keep(sealed(1, 11))
+    ask = asking.request(11)
+    asking.handle(asked(2, 11))
+    assert asking.granted(ask) is None
+    asking.handle(outcome(1))
+    assert asking.granted(ask) == asked(2, 11)
+
+
+def test_durable_is_told_before_committed(asking: Session) -> None:
+    ask = asking.request(10)
+    asking.handle(asked(1, 10))
+    asking.keep(sealed(1, 10))
+    ask.wants_durable = True
+    assert asking.report().wants_durable == 1
+    asking.handle(Durable(Seq(1)))
+    asking.await_answer(ask, durable=True)
+    assert asking.report().save_at == 10  # its outcome is still to come
+
+
+def test_a_save_that_is_given_up_no_longer_holds_the_others(asking: Session) -> None:
+    ask = asking.request(10)
+    asking.handle(asked(1, 10))
+    asking.withdraw(ask)
+    report = asking.report()
+    assert report.save_at is None
+    assert report.problem is not None
+    assert report.problem.seq == 1
+
+
+def test_the_end_of_training_refuses_what_others_save(asking: Session) -> None:
+    asking.handle(asked(1, 10))
+    asking.handle(outcome(0, final=True))
+    asking.await_end(10)
+    problem = asking.report().problem
+    assert problem is not None
+    assert "training ended at step 10" in problem.message
+
+
+def test_without_a_store_or_with_an_older_agent_a_save_is_refused(session: Session) -> None:
+    with pytest.raises(Refused, match="older release"):
+        session.ask_save(10)
+    session.handle(Welcome(True, checkpoints=False, save_timeout_s=60.0))
+    with pytest.raises(Refused, match="no checkpoint store"):
+        session.ask_save(10)
+
+
+def test_no_leader_ends_the_wait_in_bounded_time(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtrain.trainer.session.ANSWER_SLACK_S", 0.0)
+    session.handle(Welcome(True, True, save_timeout_s=0.05))
+    with pytest.raises(TimedOut, match="no coordinator opened a checkpoint of step 10"):
+        session.ask_save(10)
+    assert session.report().save_at is None

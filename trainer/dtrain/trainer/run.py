@@ -6,9 +6,10 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dtrain.protocol import ranklink
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused
@@ -21,11 +22,19 @@ from dtrain.trainer.checkpoint.arena import Arena
 from dtrain.trainer.checkpoint.saver import Saver
 from dtrain.trainer.checkpoint.source import DemandSource, PlanSource
 from dtrain.trainer.link import EXIT_ATTEMPT_OVER, AgentLink, connect_from_env
+from dtrain.trainer.session import Session
 from dtrain.trainer.stateful import check_loader
+
+if TYPE_CHECKING:
+    from dtrain.trainer.dcp.reader import Reader
+    from dtrain.trainer.dcp.writer import Writer
+
+Wait = Literal["snapshotted", "durable", "committed"]
 
 log = logging.getLogger("dtrain.trainer")
 
 METRICS_MAX = 64
+_NO_ARENA = "this rank has no memory for snapshots (DTRAIN_ARENA_FD)"
 _CLOSE_S = 2.0
 
 
@@ -59,6 +68,10 @@ class Run:
         self._owns_group = False
         self._tracked: dict[str, Any] = {}
         self._saver: Saver | None = None
+        self._arena: Arena | None = None
+        self._arena_lock = threading.Lock()
+        """Held while a snapshot is copied: a save that is over may still be copying when the next begins."""
+        self._through_dcp = False
         self._step = 0
         self._restored = False
         self._prepared = False
@@ -96,6 +109,8 @@ class Run:
         """
         if self._restored:
             raise Refused(ErrorCode.USAGE, "track() comes before steps() and restore()")
+        if self._through_dcp:
+            raise _mixed()
         for name, thing in objects.items():
             check_loader(name, thing)
             found = rng.adopt(name, thing, self.rank, self.world_size)
@@ -113,8 +128,10 @@ class Run:
         self.restore()
         while self._step < total:
             self._leave_if_stopped()
-            yield self._step
-            self._complete(self._step + 1)
+            step = self._step
+            yield step
+            # Not from ``_step`` again: a save in the body has counted this step already.
+            self._complete(step + 1)
         self.finish()
 
     def restore(self) -> int:
@@ -141,22 +158,107 @@ class Run:
         self._due = self._session.complete(step) if self._session is not None else None
         return self._due is not None
 
-    def save(self, step: int) -> None:
-        """Take the snapshot that ``should_checkpoint(step)`` asked for. A failure is reported, not raised.
+    def save(self, step: int, wait: Wait | None = None) -> int | None:
+        """Take a snapshot of the state after ``step`` steps; all ranks call it for the same step.
+
+        After ``should_checkpoint(step)`` was true, without ``wait``, it answers that: it returns
+        None, and a failure is reported, not raised. Otherwise the script itself asks for a
+        checkpoint, and the number of it is returned
+
+        * ``"snapshotted"``: as soon as the state is copied; what becomes of it is among the job's events,
+        * ``"durable"``: once this rank's part is in the store,
+        * ``"committed"`` (the default): once the checkpoint exists.
+
+        It waits for the other ranks, and for an earlier checkpoint that is still being saved,
+        as long as one checkpoint may take at most. In the body of ``steps`` it is
+        ``save(step)`` before the step is done, ``save(step + 1)`` after.
 
         Raises:
-            Refused: USAGE; no snapshot is wanted at this step. The coordinator
-                chooses one step for all ranks; ask it with ``dtrain checkpoint JOB``.
+            Refused: CHECKPOINT_ABORTED; it was aborted, with the reason, or the job has no
+                store. Training may go on.
+                STATE_NOT_SAVABLE; the state has a part that cannot be saved.
+                USAGE; there is no job, or the step is behind.
+            TimedOut: WAIT_TIMED_OUT; it may still be committed.
         """
         begin = self._due
-        if begin is None or begin.step != step:
-            raise Refused(
-                ErrorCode.USAGE,
-                f"no checkpoint is wanted at step {step}",
-                fix="call it only if should_checkpoint(step) is true; `dtrain checkpoint JOB` asks for one",
-            )
+        if begin is not None and begin.step == step and wait is None:
+            self._due = None
+            self._seal(begin)
+            return None
+        if wait not in (None, "snapshotted", "durable", "committed"):
+            raise Refused(ErrorCode.USAGE, f"wait is {wait!r}, not snapshotted, durable or committed")
+        if self._through_dcp:
+            raise _mixed()
+        session = self._begin_save(step)
         self._due = None
-        self._seal(begin)
+        ask, begin = session.ask_save(step)
+        try:
+            session.keep(self._snapshot(begin))
+        except Exception as error:
+            session.give_up(begin, _sentence(error))
+            if isinstance(error, DtrainError):
+                raise
+            message = f"no snapshot at step {step}: {_sentence(error)}"
+            raise Refused(ErrorCode.STATE_NOT_SAVABLE, message) from error
+        if wait != "snapshotted":
+            session.await_answer(ask, durable=wait == "durable")
+        return begin.seq
+
+    def dcp_writer(self, step: int, wait: Literal["snapshotted", "committed"] = "committed") -> "Writer":
+        """The ``storage_writer`` of one ``dcp.save`` or ``dcp.async_save``: it makes a checkpoint of dtrain.
+
+        ``step``: steps completed in the state that is given to it. ``wait``: when ``dcp.save``
+        returns, or the future of ``async_save`` is done; as in ``save``.
+
+        Raises:
+            Refused: USAGE; there is no job, the step is behind, or state is tracked as well.
+        """
+        from dtrain.trainer.dcp.writer import Writer
+
+        if self._tracked:
+            raise _mixed()
+        session = self._begin_save(step)
+        self._through_dcp = True
+        return Writer(
+            session,
+            rank=self.rank,
+            world_size=self.world_size,
+            step=step,
+            wait=wait,
+            lock_arena=self._lock_arena,
+        )
+
+    def dcp_reader(self) -> "Reader":
+        """The ``storage_reader`` for ``dcp.load``: the checkpoint that this attempt starts from, verified.
+
+        Load before ``steps`` or ``restore``, which let go of what was fetched. ``exists`` is
+        false where there is none yet.
+
+        Raises:
+            Refused: USAGE; there is no job, or it comes too late.
+        """
+        from dtrain.trainer.dcp.reader import Reader
+
+        if self._session is None:
+            raise _no_job("nothing can be loaded")
+        if self._restored:
+            raise Refused(ErrorCode.USAGE, "dcp_reader() comes before steps(), restore() and saves")
+        if not self._tracked:
+            self._through_dcp = True
+        session = self._session
+        plan = session.await_plan()
+        self._leave_if_stopped()
+        if plan is None or plan.seq is None:
+            return Reader(None, 0)
+        seq = Seq(plan.seq)
+
+        def failed(why: str) -> None:
+            session.restore_failed(seq, why)
+
+        if not plan.on_demand:
+            return Reader(PlanSource(plan), plan.step, on_failure=failed)
+        source = DemandSource(plan, session)
+        return Reader(source, plan.step, good=source.is_still_good, on_failure=failed)
 
     def finish(self) -> None:
         """Announce that training has ended here, and wait for its last checkpoint.
@@ -165,6 +267,10 @@ class Run:
         there is no agent or the job keeps no checkpoints.
         """
         if self._session is None:
+            return
+        if self._through_dcp:
+            # What is saved, the script has saved; a checkpoint of nothing must not become the newest.
+            self._leave_if_stopped()
             return
         while True:
             begin = self._session.await_end(self._step)
@@ -224,7 +330,7 @@ class Run:
         if self._session is None:
             return
         begin = self._session.complete(step)
-        if not self._prepared:
+        if not self._prepared and not self._through_dcp:
             # After the first step, as optimizers have no state before it.
             self._prepare()
         elif self._saver is not None:
@@ -271,17 +377,19 @@ class Run:
         assert session is not None
         began = time.perf_counter()
         try:
+            if self._through_dcp:
+                raise _mixed()
             saver = self._make_saver()
             if saver is None:
-                session.give_up(begin, "this rank has no memory for snapshots (DTRAIN_ARENA_FD)")
-                return
+                raise Refused(ErrorCode.STATE_NOT_SAVABLE, _NO_ARENA)
             # Where the rank stays at this step anyway there is nothing to copy behind.
             if not (behind and begin.hold_s == 0 and self._seal_behind(saver, begin)):
-                session.keep(saver.seal(begin))
+                with self._arena_lock:
+                    session.keep(saver.seal(begin))
         except Exception as error:  # noqa: BLE001
             # A failed save never stops training, whatever a state_dict of the script raised.
             log.warning("no snapshot at step %d: %s", begin.step, error)
-            session.give_up(begin, _said(error))
+            session.give_up(begin, _sentence(error))
             return
         self._metrics["checkpoint_stall_s"] = time.perf_counter() - began
         session.set_metrics(dict(self._metrics))
@@ -298,16 +406,53 @@ class Run:
                 session.keep(sealed)
             else:
                 log.warning("no snapshot at step %d: %s", begin.step, error)
-                session.give_up(begin, _said(error))
+                session.give_up(begin, _sentence(error))
 
         return saver.seal_behind(begin, done, lambda: session.taking(begin))
 
+    def _begin_save(self, step: int) -> Session:
+        """Check that the script may save this step, and count it."""
+        if self._session is None:
+            raise _no_job(f"no checkpoint is wanted at step {step}")
+        if step < self._step:
+            raise Refused(ErrorCode.USAGE, f"step {step} is behind: {self._step} steps are completed")
+        self.restore()
+        self._step = step
+        # A snapshot that is due here of itself gives way to the one that the script asks for.
+        self._session.complete(step)
+        return self._session
+
+    def _snapshot(self, begin: Begin) -> Sealed:
+        began = time.perf_counter()
+        saver = self._make_saver()
+        if saver is None:
+            raise Refused(ErrorCode.STATE_NOT_SAVABLE, _NO_ARENA)
+        with self._arena_lock:
+            sealed = saver.seal(begin)
+        self._metrics["checkpoint_stall_s"] = time.perf_counter() - began
+        assert self._session is not None
+        self._session.set_metrics(dict(self._metrics))
+        return sealed
+
+    @contextlib.contextmanager
+    def _lock_arena(self) -> Iterator[Arena]:
+        arena = self._open_arena()
+        if arena is None:
+            raise Refused(ErrorCode.STATE_NOT_SAVABLE, _NO_ARENA)
+        with self._arena_lock:
+            yield arena
+
+    def _open_arena(self) -> Arena | None:
+        fd = os.environ.get(ranklink.ENV_ARENA_FD)
+        if self._arena is None and fd:
+            self._arena = Arena(int(fd))
+        return self._arena
+
     def _make_saver(self) -> Saver | None:
         if self._saver is None:
-            fd = os.environ.get(ranklink.ENV_ARENA_FD)
-            if not fd:
+            arena = self._open_arena()
+            if arena is None:
                 return None
-            arena = Arena(int(fd))
             self._saver = Saver(self._tracked, self.rank, self.world_size, arena, self._device)
         return self._saver
 
@@ -318,5 +463,22 @@ class Run:
             raise SystemExit(EXIT_ATTEMPT_OVER)
 
 
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:500]
+def _sentence(error: Exception) -> str:
+    return (error.message if isinstance(error, DtrainError) else f"{type(error).__name__}: {error}")[:500]
+
+
+def _no_job(what: str) -> Refused:
+    return Refused(
+        ErrorCode.USAGE,
+        f"{what}: this script was not started by dtrain",
+        fix="start it with `dtrain run` or `dtrain submit`",
+    )
+
+
+def _mixed() -> Refused:
+    return Refused(
+        ErrorCode.USAGE,
+        "a script either tracks state or saves it through torch.distributed.checkpoint, at its own steps",
+        fix="one checkpoint holds everything: put what is tracked into the state given to dcp.save, "
+        "and set every_steps and every_seconds to 0",
+    )

@@ -3,16 +3,22 @@
 Two threads meet here: the training thread counts steps, seals and waits; the
 link thread hands in messages and takes the newest report. Everything under one
 lock that is held for microseconds; the training thread takes it once per step.
+
+A script may also save a step of its own choice (``ask_save``), from any thread: the
+state of that step is at hand, wherever training is by then.
 """
 
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+from dtrain.protocol.errors import ErrorCode, Refused, TimedOut
 from dtrain.protocol.ids import Rank, Seq, Step
 from dtrain.protocol.ranklink import (
     Begin,
     ChunkSpan,
+    Durable,
     Have,
     Message,
     Need,
@@ -28,6 +34,23 @@ from dtrain.protocol.snapshot import SaveProblem, WorkerPhase
 
 _WAIT_S = 1.0
 """Longest single wait: Python handles signals between two."""
+
+ANSWER_SLACK_S = 15.0
+"""Beyond the time that a checkpoint may take: for a leader that has just changed to say how it ended."""
+
+_INTENDED_MAX = 16
+
+
+@dataclass(slots=True)
+class Ask:
+    """One save that the script asked for, from ``Session.ask_save`` to its outcome."""
+
+    step: int
+    seq: Seq | None = None
+    """The checkpoint that is taken because of it."""
+    answer: Outcome | None = None
+    wants_durable: bool = False
+    durable: bool = False
 
 
 class Session:
@@ -55,6 +78,11 @@ class Session:
         self._final: Outcome | None = None
         self._checkpoints: bool | None = None
         self._stop: str | None = None
+        self._save_timeout_s = 0.0
+        self._intended: list[int] = []
+        self._ask: Ask | None = None
+        self._wanted: Begin | None = None
+        """The order for a checkpoint that scripts ask for, this one or another rank's."""
 
     def _reset_lock(self) -> None:
         self._changed = threading.Condition()
@@ -78,6 +106,11 @@ class Session:
         """Count ``step`` as completed; return the order to seal a snapshot of it now, if there is one."""
         with self._changed:
             self._step = step
+            if self._wanted is not None and self._wanted.step < step and not self._will_save(self._wanted):
+                self._refuse(
+                    self._wanted, late=True, message=f"its script did not save step {self._wanted.step}"
+                )
+                self._wake()
             begin = self._begin
             if begin is None or begin.step > step:
                 return None
@@ -105,6 +138,8 @@ class Session:
     def keep(self, sealed: Sealed) -> None:
         """The snapshot is frozen: it stays so until its outcome is known."""
         with self._changed:
+            if self._wanted is not None and self._wanted.seq == sealed.seq:
+                self._wanted = None
             self._end_taking(sealed.seq)
             if sealed.seq > self._settled_seq:
                 self._sealed = sealed
@@ -199,6 +234,8 @@ class Session:
             begin = self._begin
             if begin is not None and begin.step > step:
                 self._refuse(begin, late=False, message=f"training ended at step {step}")
+            if self._wanted is not None and not self._will_save(self._wanted):
+                self._refuse(self._wanted, late=True, message=f"training ended at step {step}")
             while self._final is None and self._checkpoints is not False and self._stop is None:
                 # With the slot still held, the outcome of what is in it comes first.
                 if self._begin is not None and self._sealed is None and self._taking is None:
@@ -209,11 +246,142 @@ class Session:
         self._wake()
         return None
 
+    # A save that the script asks for -------------------------------------------
+
+    def intend(self, step: int) -> None:
+        """Say that ``ask_save(step)`` will come, however far training is by then."""
+        with self._changed:
+            self._intended = [*self._intended[1 - _INTENDED_MAX :], step]
+
+    def ask_save(self, step: int) -> tuple[Ask, Begin]:
+        """Ask for a checkpoint of ``step``; return the order to seal it, once the slot is free.
+
+        Answer the order with ``keep`` or ``give_up``; ``await_answer`` tells what became of it.
+
+        Raises:
+            Refused: CHECKPOINT_ABORTED; not all ranks asked for this step, or there is no store.
+            TimedOut: WAIT_TIMED_OUT; no leader answered in the time that a checkpoint may take.
+        """
+        with self._changed:
+            self._check_can_ask(step)
+            deadline = time.monotonic() + self._save_timeout_s + ANSWER_SLACK_S
+            while self._ask is not None:
+                self._wait_until(deadline, f"step {self._ask.step} is still being saved")
+            ask = self.request(step)
+            try:
+                while (begin := self.granted(ask)) is None:
+                    self._wait_until(deadline, f"no coordinator opened a checkpoint of step {step}")
+            except BaseException:
+                # Also Ctrl-C: the other ranks must not wait for a save that nobody is in any more.
+                self.withdraw(ask)
+                raise
+            return ask, begin
+
+    def request(self, step: int) -> Ask:
+        """The first half of ``ask_save``, which does not wait."""
+        with self._changed:
+            ask = self._ask = Ask(step)
+            if step in self._intended:
+                self._intended.remove(step)
+            if self._wanted is not None:
+                self._on_asked(self._wanted)
+        self._wake()
+        return ask
+
+    def granted(self, ask: Ask) -> Begin | None:
+        """The order to seal what was asked for; None: not yet.
+
+        Raises:
+            Refused: CHECKPOINT_ABORTED; there will be none.
+        """
+        with self._changed:
+            _raise_aborted(ask)
+            begin = self._wanted
+            # With the slot still held, the outcome of what is in it comes first.
+            busy = self._sealed is not None or self._taking is not None
+            return begin if begin is not None and begin.seq == ask.seq and not busy else None
+
+    def withdraw(self, ask: Ask) -> None:
+        """Ask no more; an order that has come is refused."""
+        with self._changed:
+            if self._ask is ask:
+                self._ask = None
+                if self._wanted is not None and self._wanted.seq == ask.seq:
+                    self._refuse(self._wanted, late=True, message=f"its script gave step {ask.step} up")
+        self._wake()
+
+    def await_answer(self, ask: Ask, *, durable: bool) -> None:
+        """Wait until what was sealed is committed; with ``durable`` only until it is in the store.
+
+        Raises:
+            Refused: CHECKPOINT_ABORTED; with the reason. Training may go on.
+            TimedOut: WAIT_TIMED_OUT; it may still be committed.
+        """
+        deadline = time.monotonic() + self._save_timeout_s + ANSWER_SLACK_S
+        with self._changed:
+            if durable:
+                ask.wants_durable = True
+                self._wake()
+            while ask.answer is None and not (durable and ask.durable):
+                self._wait_until(deadline, f"the outcome of checkpoint {ask.seq} is not known")
+            _raise_aborted(ask)
+
+    def _check_can_ask(self, step: int) -> None:
+        while self._checkpoints is None:
+            self._check_running()
+            self._changed.wait(_WAIT_S)
+        if not self._checkpoints:
+            raise Refused(
+                ErrorCode.CHECKPOINT_ABORTED,
+                f"step {step} cannot be saved: the job has no checkpoint store",
+                fix="set checkpoint.store in the job file, or a default store for the cluster",
+            )
+        if self._save_timeout_s <= 0:
+            raise Refused(
+                ErrorCode.CHECKPOINT_ABORTED,
+                f"step {step} cannot be saved: this machine's agent is of an older release",
+                fix="upgrade agents and coordinators to this release",
+            )
+        if self._last_step is not None:
+            raise Refused(ErrorCode.USAGE, f"training has ended at step {self._last_step}")
+
+    def _wait_until(self, deadline: float, what: str) -> None:
+        self._check_running()
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            raise TimedOut(
+                ErrorCode.WAIT_TIMED_OUT, f"{what} within {self._save_timeout_s + ANSWER_SLACK_S:g} s"
+            )
+        self._changed.wait(min(_WAIT_S, left_s))
+
+    def _check_running(self) -> None:
+        if self._stop is not None:
+            raise Refused(ErrorCode.CHECKPOINT_ABORTED, f"the attempt is over: {self._stop}")
+
+    def _will_save(self, begin: Begin) -> bool:
+        return (self._ask is not None and self._ask.step == begin.step) or begin.step in self._intended
+
+    def _on_asked(self, begin: Begin) -> None:
+        if self._ask is not None:
+            # Its outcome is the answer to what this rank asked for, whether or not it has a part in it.
+            self._ask.seq = begin.seq
+            if self._ask.step == begin.step:
+                self._wanted = begin
+            else:
+                self._refuse(begin, late=True, message=f"its script saves step {self._ask.step}")
+        elif self._last_step is not None:
+            self._refuse(begin, late=True, message=f"training ended at step {self._last_step}")
+        elif begin.step < self._step and not self._will_save(begin):
+            self._refuse(begin, late=True, message=f"its script did not save step {begin.step}")
+        else:
+            self._wanted = begin  # its script may still come to it
+
     # The link thread ----------------------------------------------------------
 
     def report(self) -> Report:
         """The rank's whole state as of now."""
         with self._changed:
+            ask = self._ask
             return Report(
                 phase=self._phase,
                 step=Step(self._step),
@@ -223,6 +391,9 @@ class Session:
                 problem=self._problem,
                 restore_failed=self._restore_failed,
                 wants_restore=self._wants_restore,
+                save_at=None if ask is None else Step(ask.step),
+                settled=Seq(0 if ask is None else max(0, self._settled_seq)),
+                wants_durable=None if ask is None or not ask.wants_durable else ask.seq,
                 need=self._need,
             )
 
@@ -231,6 +402,7 @@ class Session:
         with self._changed:
             if isinstance(message, Welcome):
                 self._checkpoints = message.checkpoints
+                self._save_timeout_s = message.save_timeout_s
             elif isinstance(message, RestorePlan):
                 # What lay behind the plan before ended with the process that held it.
                 before = self._plan
@@ -239,7 +411,15 @@ class Session:
             elif isinstance(message, Have):
                 self._have = message
             elif isinstance(message, Begin):
-                self._on_begin(message)
+                if self._is_answered(message):
+                    pass
+                elif message.asked:
+                    self._on_asked(message)
+                else:
+                    self._on_begin(message)
+            elif isinstance(message, Durable):
+                if self._ask is not None and self._ask.seq == message.seq:
+                    self._ask.durable = True
             elif isinstance(message, Outcome):
                 self._on_outcome(message)
             elif isinstance(message, StopRank):
@@ -247,14 +427,6 @@ class Session:
             self._changed.notify_all()
 
     def _on_begin(self, begin: Begin) -> None:
-        if (
-            begin.seq <= self._settled_seq
-            or (self._begin is not None and self._begin.seq == begin.seq)
-            or (self._taking is not None and self._taking.seq == begin.seq)
-            or (self._sealed is not None and self._sealed.seq == begin.seq)
-            or (self._problem is not None and self._problem.seq == begin.seq)
-        ):
-            return  # said again: the report has the answer already
         # Whether the slot is free counts when the step is reached: the outcome of the
         # checkpoint before may have been overtaken by this order.
         if self._last_step is None and begin.step <= self._step:
@@ -265,6 +437,17 @@ class Session:
         else:
             self._begin = begin
 
+    def _is_answered(self, begin: Begin) -> bool:
+        """Whether it is said again: the report has the answer already."""
+        return (
+            begin.seq <= self._settled_seq
+            or (self._begin is not None and self._begin.seq == begin.seq)
+            or (self._wanted is not None and self._wanted.seq == begin.seq)
+            or (self._taking is not None and self._taking.seq == begin.seq)
+            or (self._sealed is not None and self._sealed.seq == begin.seq)
+            or (self._problem is not None and self._problem.seq == begin.seq)
+        )
+
     def _on_outcome(self, outcome: Outcome) -> None:
         self._settled_seq = max(self._settled_seq, outcome.seq)
         if self._sealed is not None and self._sealed.seq <= outcome.seq:
@@ -273,6 +456,16 @@ class Session:
             self._begin = None
         if self._problem is not None and self._problem.seq <= outcome.seq:
             self._problem = None
+        if self._wanted is not None and self._wanted.seq <= outcome.seq:
+            self._wanted = None
+        if self._ask is not None:
+            ask = self._ask
+            if ask.seq is not None and ask.seq <= outcome.seq:
+                # That of a later one says of this only that it is over.
+                lost = Outcome(ask.seq, committed=False, final=False)
+                ask.answer = outcome if ask.seq == outcome.seq else lost
+                self._ask = None
+            self._wake()  # what was said before an outcome counts no more
         if outcome.final:
             self._final = outcome
 
@@ -284,5 +477,18 @@ class Session:
         self._changed.notify_all()
 
     def _refuse(self, begin: Begin, *, late: bool, message: str) -> None:
-        self._begin = None
+        if begin.asked:
+            self._wanted = None
+        else:
+            self._begin = None
         self._problem = SaveProblem(begin.seq, self._rank, late=late, step=Step(self._step), message=message)
+
+
+def _raise_aborted(ask: Ask) -> None:
+    answer = ask.answer
+    if answer is not None and not answer.committed:
+        raise Refused(
+            ErrorCode.CHECKPOINT_ABORTED,
+            f"checkpoint {answer.seq} of step {ask.step} is aborted: "
+            + (answer.why or "its reason is among the job's events"),
+        )

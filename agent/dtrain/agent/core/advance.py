@@ -32,6 +32,7 @@ def advance(state: AgentState, job: JobState, tick: bool, now: float, out: list[
     job = dataclasses.replace(job, phase=group_phase(job))
     job = transfers.order_fetch(state, job, now, out)
     job = saving.order_uploads(state, job, out)
+    job = saving.tell_durable(job, out)
     job = _kill_survivors(job, now, out)
     # Identity, not equality, tells what was touched: keep it where nothing changed.
     return state if job == before else state.with_job(job)

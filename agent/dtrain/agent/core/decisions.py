@@ -7,7 +7,7 @@ from dtrain.agent.launching import LauncherOrder as Order
 from dtrain.agent.launching import LaunchSettings, ProcessId
 from dtrain.agent.transferring import TransferOrder as Transfer
 from dtrain.protocol.ids import Attempt, JobName, Rank, Term, Uid
-from dtrain.protocol.ranklink import Begin, Have, Outcome, RestorePlan, StopRank, Welcome
+from dtrain.protocol.ranklink import Begin, Durable, Have, Outcome, RestorePlan, StopRank, Welcome
 from dtrain.protocol.snapshot import Draining, WorkerSnapshot
 
 
@@ -109,7 +109,7 @@ class RankMessage:
     """Send a message on one rank's connection."""
 
     connection: int
-    message: Welcome | RestorePlan | Have | Begin | Outcome | StopRank
+    message: Welcome | RestorePlan | Have | Begin | Durable | Outcome | StopRank
 
 
 @dataclass(frozen=True, slots=True)

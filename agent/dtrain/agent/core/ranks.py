@@ -38,11 +38,13 @@ def connected(state: AgentState, event: RankConnected, out: list[Action]) -> Age
         sdk=True,
         plan_sent=False,
         wants_restore=False,
+        durable_told=None,
         demands=hello.demands,
         need=None,
         have_sent=False,
     )
-    out.append(RankMessage(event.connection, Welcome(True, bool(job.store))))
+    timeout_s = job.prepare.spec.checkpoint.timeout_s if job.prepare else 0.0
+    out.append(RankMessage(event.connection, Welcome(True, bool(job.store), save_timeout_s=timeout_s)))
     saving.remind(job, rank, out)
     return state.with_job(dataclasses.replace(replace_rank(job, rank), sdk=True))
 
@@ -67,6 +69,9 @@ def reported(
         restored=rank.restored or report.phase is not WorkerPhase.RESTORING,
         wants_restore=report.wants_restore,
         plan_sent=rank.plan_sent and report.wants_restore,
+        save_at=saving.wish(job, report),
+        settled=report.settled,
+        wants_durable=report.wants_durable,
         need=report.need,
         have_sent=rank.have_sent and report.need == rank.need,
     )

@@ -6,9 +6,9 @@ from dtrain.agent.core.decisions import Action, RankMessage, TransferOrder
 from dtrain.agent.core.state import AgentState, JobState, LocalRank, Saving, UploadTry
 from dtrain.agent.transferring import CancelUpload, KeepManifest, KeptBlob, Upload
 from dtrain.protocol.commands import BeginCheckpoint, ConfirmCheckpoint
-from dtrain.protocol.ids import Rank, Seq
+from dtrain.protocol.ids import Rank, Seq, Step
 from dtrain.protocol.job import CheckpointPolicy
-from dtrain.protocol.ranklink import Begin, Outcome, Report, StopRank
+from dtrain.protocol.ranklink import Begin, Durable, Outcome, Report, StopRank
 from dtrain.protocol.snapshot import DurablePart, SaveProblem
 
 OUTCOMES_KEPT = 16
@@ -26,7 +26,7 @@ def begin(job: JobState, command: BeginCheckpoint, out: list[Action]) -> JobStat
     if command.seq <= job.seq_over or any(outcome.seq == command.seq for outcome in job.outcomes):
         # The ABORT overtook this BEGIN, or etcd has forgotten it: the seq is over for good.
         return job
-    saving = Saving(command.seq, command.nonce, command.step, command.hold_s)
+    saving = Saving(command.seq, command.nonce, command.step, command.hold_s, command.asked)
     if saving not in job.saving:
         job = dataclasses.replace(job, saving=(*job.saving, saving))
     for rank in job.ranks:
@@ -47,7 +47,29 @@ def remind(job: JobState, rank: LocalRank, out: list[Action]) -> None:
         if saving.seq != held and not _has_problem(job, saving.seq, rank.rank)
     )
     if job.outcomes:
-        out.append(RankMessage(rank.connection, job.outcomes[-1]))
+        newest = max(job.outcomes, key=lambda outcome: outcome.seq)
+        out.append(RankMessage(rank.connection, newest))
+
+
+def wish(job: JobState, report: Report) -> Step | None:
+    """The step that the rank's script saves, unless an outcome may have answered it already.
+
+    A report that crossed the outcome of what scripts asked for still asks for that very
+    checkpoint: published, it would have the leader open another that nobody waits for.
+    """
+    return report.save_at if report.settled >= job.asked_over else None
+
+
+def tell_durable(job: JobState, out: list[Action]) -> JobState:
+    """Tell each rank that waits for it that its part is in the store."""
+    for rank in job.ranks:
+        seq = rank.wants_durable
+        if seq is None or seq == rank.durable_told or not rank.connection:
+            continue
+        if _part(job, seq, rank.rank):
+            out.append(RankMessage(rank.connection, Durable(seq)))
+            job = replace_rank(job, dataclasses.replace(rank, durable_told=seq))
+    return job
 
 
 def heard(job: JobState, rank: LocalRank, report: Report, out: list[Action]) -> JobState:
@@ -144,6 +166,8 @@ def settle(job: JobState, outcome: Outcome, out: list[Action]) -> JobState:
         out.append(TransferOrder(CancelUpload(job.name, job.uid, outcome.seq)))
     tell_all(job, outcome, out)
     seq = outcome.seq
+    asked = any(one.seq == seq and one.asked for one in job.saving)
+    asked_over = max(job.asked_over, seq) if asked else job.asked_over
     others = tuple(one for one in job.outcomes if one.seq != seq)
     return dataclasses.replace(
         job,
@@ -152,9 +176,14 @@ def settle(job: JobState, outcome: Outcome, out: list[Action]) -> JobState:
         durable=tuple(one for one in job.durable if one.seq != seq),
         problems=tuple(one for one in job.problems if one.seq != seq),
         ranks=tuple(
-            dataclasses.replace(rank, sealed=None) if rank.sealed and rank.sealed.seq == seq else rank
+            dataclasses.replace(
+                rank,
+                sealed=None if rank.sealed and rank.sealed.seq == seq else rank.sealed,
+                save_at=None if rank.settled < asked_over else rank.save_at,
+            )
             for rank in job.ranks
         ),
+        asked_over=asked_over,
         outcomes=(*others, outcome)[-OUTCOMES_KEPT:],
         seq_over=max(job.seq_over, seq),
     )
@@ -181,7 +210,7 @@ def drop(job: JobState, out: list[Action]) -> JobState:
     )
     over = max((job.seq_over, *(saving.seq for saving in job.saving)))
     return dataclasses.replace(
-        job, saving=(), uploads=(), durable=(), problems=(), outcomes=(), seq_over=over
+        job, saving=(), uploads=(), durable=(), problems=(), outcomes=(), seq_over=over, asked_over=Seq(0)
     )
 
 
@@ -207,7 +236,7 @@ def _patience_s(timeout_s: float) -> float:
 
 
 def _order(saving: Saving) -> Begin:
-    return Begin(saving.seq, saving.nonce, saving.step, saving.hold_s)
+    return Begin(saving.seq, saving.nonce, saving.step, saving.hold_s, saving.asked)
 
 
 def _cannot(job: JobState, rank: LocalRank) -> str:

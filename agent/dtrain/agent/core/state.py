@@ -115,6 +115,8 @@ class Saving:
     step: Step
     hold_s: float = 0.0
     """Ranks stay at that step, at most so long."""
+    asked: bool = False
+    """The script asked for it, and hands its state over itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,12 @@ class LocalRank:
     """The answer to ``asked``."""
     have_sent: bool = False
     sealed: Sealed | None = None
+    save_at: Step | None = None
+    """Its script saves this step and waits for a checkpoint of exactly it."""
+    settled: Seq = Seq(0)
+    """The last outcome that it knew of when it said so."""
+    wants_durable: Seq | None = None
+    durable_told: Seq | None = None
 
     @property
     def pid(self) -> int:
@@ -173,6 +181,7 @@ class LocalRank:
             self.exit_code,
             self.metrics,
             self.sdk,
+            self.save_at,
         )
 
 
@@ -246,6 +255,8 @@ class JobState:
     problems: tuple[SaveProblem, ...] = ()
     seq_over: Seq = Seq(0)
     """The highest checkpoint number of this submission that is over here, over all attempts."""
+    asked_over: Seq = Seq(0)
+    """The highest one of this attempt that scripts had asked for."""
     outcomes: tuple[Outcome, ...] = ()
     """Of the current attempt, the newest last: a late BEGIN must not revive a seq."""
     failure: Failure | None = None

@@ -177,11 +177,14 @@ class BeginCheckpoint(google.protobuf.message.Message):
     NONCE_FIELD_NUMBER: builtins.int
     STEP_FIELD_NUMBER: builtins.int
     HOLD_S_FIELD_NUMBER: builtins.int
+    ASKED_FIELD_NUMBER: builtins.int
     seq: builtins.int
     nonce: builtins.str
     step: builtins.int
     hold_s: builtins.float
     """Ranks stay at that boundary until the outcome, at most so long; 0: they train on."""
+    asked: builtins.bool
+    """The script asked for it: ranks seal what it hands over, not what they find at that step."""
     def __init__(
         self,
         *,
@@ -189,8 +192,9 @@ class BeginCheckpoint(google.protobuf.message.Message):
         nonce: builtins.str = ...,
         step: builtins.int = ...,
         hold_s: builtins.float = ...,
+        asked: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["hold_s", b"hold_s", "nonce", b"nonce", "seq", b"seq", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["asked", b"asked", "hold_s", b"hold_s", "nonce", b"nonce", "seq", b"seq", "step", b"step"]) -> None: ...
 
 Global___BeginCheckpoint: typing_extensions.TypeAlias = BeginCheckpoint
 

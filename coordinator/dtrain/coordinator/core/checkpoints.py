@@ -231,6 +231,7 @@ def abort(
     """Decide that the checkpoint will never be."""
     record = stored.value
     draft.delete(draft.keys.open(draft.job.name, record.seq), stored.mod_revision)
+    draft.aborted[record.seq] = why
     status = draft.status
     if late:
         draft.set(late_saves=min(SLACK_DOUBLINGS_MAX, status.late_saves + 1))
@@ -281,6 +282,16 @@ def can_checkpoint(draft: Draft, members: Sequence[Seat]) -> bool:
     return bool(draft.status.store) and ranks is not None and all(rank.sdk for rank in ranks)
 
 
+def save_asks(members: Sequence[Seat]) -> dict[Rank, Step]:
+    """Ranks whose script saves a step, and which."""
+    return {
+        rank.rank: rank.save_at
+        for seat in members
+        for rank in seat.ranks
+        if rank.save_at is not None and rank.exit_code is None
+    }
+
+
 def is_pointless(draft: Draft, members: Sequence[Seat]) -> bool:
     """Whether a checkpoint now could hold nothing, or can never be taken in this attempt."""
     ranks = _all_ranks(members)
@@ -313,7 +324,7 @@ def drive(draft: Draft, members: Sequence[Seat], *, hold_s: float = 0.0) -> None
             current = stored
     if current is not None:
         _follow(draft, members, current)
-    elif can_checkpoint(draft, members):
+    elif can_checkpoint(draft, members) or (draft.status.store and save_asks(members)):
         _open_if_due(draft, members, hold_s)
     elif _token(draft):
         why = "its ranks have not joined through the SDK" if draft.status.store else "it has no store"
@@ -328,6 +339,7 @@ def _follow(draft: Draft, members: Sequence[Seat], stored: Stored[OpenRecord]) -
     problem = _first_problem(members, record.seq)
     verdict = verdict_of(draft, record)
     ended = end_of_training(members)
+    asks = save_asks(members)
     deadline = stored.seen_at + record.timeout_s
     if verdict is not None and verdict.ok and is_complete(parts, record):
         if ended is not None and ended.agree and ended.step == record.step:
@@ -335,7 +347,12 @@ def _follow(draft: Draft, members: Sequence[Seat], stored: Stored[OpenRecord]) -
             stored = replace(stored, value=replace(record, final=True))
         commit(draft, stored, verdict)
     elif problem is not None:
-        abort(draft, stored, f"rank {problem.rank}: {problem.message}", late=problem.late)
+        why = f"rank {problem.rank}: {problem.message}" + _who_asks(members, record)
+        # A script's own step is not chosen anew: no slack would help.
+        abort(draft, stored, why, late=problem.late and not record.asked)
+    elif not record.asked and not parts and asks and record.step >= (first := min(asks.values())):
+        # Ranks that wait in a save never come to it, or hand over something else at it.
+        abort(draft, stored, f"the script saves step {first} itself", warning=False)
     elif verdict is not None and not verdict.ok and not verdict.retry:
         abort(draft, stored, verdict.problem)
     elif ended is not None and ended.step < record.step:
@@ -344,7 +361,7 @@ def _follow(draft: Draft, members: Sequence[Seat], stored: Stored[OpenRecord]) -
         missing = [rank for rank in range(record.world_size) if rank not in parts]
         late = f"ranks {_some(missing)} are not durable" if missing else "it could not be verified"
         why = f": {verdict.problem}" if verdict is not None and verdict.problem else ""
-        abort(draft, stored, f"{late} within {record.timeout_s:g} s{why}")
+        abort(draft, stored, f"{late} within {record.timeout_s:g} s{why}" + _who_asks(members, record))
     else:
         draft.wake(deadline)
         if is_complete(parts, record):
@@ -356,6 +373,24 @@ def _follow(draft: Draft, members: Sequence[Seat], stored: Stored[OpenRecord]) -
                 f" {len(parts)} of {record.world_size} ranks durable"
             )
             _begin(draft, members, record)
+
+
+def _who_asks(members: Sequence[Seat], record: OpenRecord) -> str:
+    """Which ranks do not want what the others asked for; "" if all do."""
+    if not record.asked:
+        return ""
+    groups: dict[str, list[int]] = {}
+    for rank in (rank for seat in members for rank in seat.ranks):
+        if rank.exit_code is not None:
+            wish = "have ended"
+        elif rank.save_at is None:
+            wish = f"asked for none (at step {rank.step})"
+        else:
+            wish = f"asked for step {rank.save_at}"
+        groups.setdefault(wish, []).append(rank.rank)
+    if list(groups) == [f"asked for step {record.step}"]:
+        return ""
+    return "; " + ", ".join(f"ranks {_some(ranks)} {wish}" for wish, ranks in groups.items())
 
 
 def _first_problem(members: Sequence[Seat], seq: Seq) -> SaveProblem | None:
@@ -374,7 +409,9 @@ def _begin(draft: Draft, members: Sequence[Seat], record: OpenRecord) -> None:
     header = draft.header(f"begin.{record.seq}.{record.nonce}")
     for seat in members:
         if not _knows(seat.snapshot, record.seq):
-            begin = BeginCheckpoint(header, record.seq, record.nonce, record.step, record.hold_s)
+            begin = BeginCheckpoint(
+                header, record.seq, record.nonce, record.step, record.hold_s, record.asked
+            )
             draft.command(seat.member.agent, begin)
 
 
@@ -393,6 +430,17 @@ def _knows(snapshot: WorkerSnapshot | None, seq: Seq) -> bool:
 
 def _open_if_due(draft: Draft, members: Sequence[Seat], hold_s: float) -> None:
     status = draft.status
+    asks = save_asks(members)
+    if asks:
+        # An agent that has not heard how the last one ended may show what that one has answered.
+        fresh = save_asks(
+            [seat for seat in members if seat.snapshot is not None and not seat.snapshot.saving]
+        )
+        if fresh:
+            # For the first that asks, so that the wait for the others has a deadline that outlives
+            # this leader; before all else, as ranks that wait in a save come to no other step.
+            _begin(draft, members, open_checkpoint(draft, max(fresh.values()), final=False, asked=True))
+        return
     ended = end_of_training(members)
     if ended is not None:
         if ended.agree and not _may_go(draft, members) and _rested(draft):
@@ -453,7 +501,9 @@ def _target(draft: Draft, reached: float, slack: float, soonest: int, rate: floa
     return None
 
 
-def open_checkpoint(draft: Draft, step: Step, *, final: bool, hold_s: float = 0.0) -> OpenRecord:
+def open_checkpoint(
+    draft: Draft, step: Step, *, final: bool, hold_s: float = 0.0, asked: bool = False
+) -> OpenRecord:
     """Write the intent under a number that was never used before."""
     timeout_s = draft.spec.checkpoint.timeout_s
     status, name = draft.status, draft.job.name
@@ -472,12 +522,13 @@ def open_checkpoint(draft: Draft, step: Step, *, final: bool, hold_s: float = 0.
         (),
         iso(draft.moment.wall),
         round(hold_s, 3),
+        asked,
     )
     draft.put(draft.keys.open(name, seq), record, 0)
     # A number that has a commit record was given out before: a status from a backup, perhaps.
     draft.guard(draft.keys.checkpoint(name, seq), 0)
     draft.set(seq_last=seq)
-    draft.say(f"opening checkpoint {seq} at step {step}")
+    draft.say(f"opening checkpoint {seq} at step {step}" + (", which the script saves" if asked else ""))
     return record
 
 
@@ -585,7 +636,8 @@ def _tell(draft: Draft, agent: AgentName, seq: Seq, *, committed: bool) -> None:
         header = draft.header(f"confirm.{seq}")
         draft.command(agent, ConfirmCheckpoint(header, seq, final, manifest, digest))
     else:
-        why = f"checkpoint {seq} was aborted"
+        # Told again by a later decision, it is known no more: the event keeps it.
+        why = draft.aborted.get(seq) or f"checkpoint {seq} was aborted"
         draft.command(agent, AbortCheckpoint(draft.header(f"abort.{seq}"), seq, why))
 
 

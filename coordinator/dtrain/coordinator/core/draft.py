@@ -52,6 +52,8 @@ class Draft:
         """Checkpoints that this very decision puts under ``bad/``."""
         self.committed: list[CommitRecord] = []
         """Checkpoints that this very decision commits."""
+        self.aborted: dict[Seq, str] = {}
+        """Checkpoints that this very decision aborts, and why."""
         self._guards: dict[str, int] = {}
         self._absent: list[NoKeysUnder] = []
         self._writes: dict[str, Write] = {}

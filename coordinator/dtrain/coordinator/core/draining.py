@@ -73,6 +73,8 @@ def _is_decided(draft: Draft, members: Sequence[Seat], until: float) -> bool:
     checkpoints.drive(draft, members, hold_s=until - draft.now)
     if not any(draft.deletes_key(draft.keys.open(draft.job.name, record.seq)) for record in held):
         return False
+    if not draft.committed and checkpoints.save_asks(members):
+        return False  # it made way for what the script saves, and is taken after that
     # Ranks that had gone past the step are asked again for a later one.
     return bool(draft.committed) or draft.status.late_saves <= late_before
 

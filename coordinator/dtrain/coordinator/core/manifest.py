@@ -102,6 +102,7 @@ def merge(
     problems += object_problems
     problems += _replicas(manifests)
     problems += _same_key_twice(blobs)
+    paths = {name: path for manifest in manifests for name, path in manifest.paths.items()}
     if problems:
         raise _refusal(record, problems)
     return Manifest(
@@ -123,6 +124,7 @@ def merge(
         objects=objects,
         parent=parent,
         created=created,
+        paths=paths,
     )
 
 
