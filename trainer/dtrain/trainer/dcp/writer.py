@@ -54,7 +54,7 @@ class Writer(StorageWriter):
         raise Refused(
             ErrorCode.USAGE,
             "a writer cannot leave its rank: another process has no part in the job",
-            fix="use async_save with its thread executor, or dcp.save with run.dcp_writer(step, wait='snapshotted')",
+            fix="use the thread executor of async_save, or dcp.save with wait='snapshotted'",
         )
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
