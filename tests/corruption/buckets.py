@@ -6,6 +6,7 @@ from typing import Any
 from dtrain.local.weed import BUCKET, WeedServer
 from dtrain.storage.blobs.port import BlobStore
 from dtrain.storage.blobs.s3 import S3Blobs
+from dtrain.storage.blobs.s3_settings import S3Settings
 
 
 class Bucket:
@@ -20,10 +21,8 @@ class Bucket:
         self.store: BlobStore = S3Blobs(
             BUCKET,
             self._prefix,
-            endpoint=server.endpoint,
-            region="us-east-1",
+            S3Settings(endpoint=server.endpoint, region="us-east-1", timeout_s=20.0),
             credentials=(key, secret),
-            timeout_s=20.0,
         )
         self._client: Any = boto3.client(
             "s3",

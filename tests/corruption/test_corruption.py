@@ -98,6 +98,12 @@ def test_what_was_wrong_before_it_was_hashed_is_committed_as_it_was(tmp_path: Pa
     assert found["unseen"] >= 1
 
 
+def test_an_index_that_changes_in_memory_is_refused(tmp_path: Path) -> None:
+    store, rng = Folder(tmp_path / "store").store, random.Random(9)
+    found = Counter(before_digest(store, seq, rng, index=True) for seq in range(1, 9))
+    assert found == {"caught": 8}
+
+
 def test_the_campaign_notices_a_restore_that_checks_nothing(tmp_path: Path) -> None:
     class Forgiving(Folder):
         """Its bytes stay what they were: a fetch that succeeds although something was to be damaged."""

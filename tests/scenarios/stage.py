@@ -30,7 +30,7 @@ from dtrain.protocol.pb import coordinator_pb2 as pb
 from dtrain.storage.blobs.memory import MemoryBlobs
 from dtrain.storage.etcd.memory import MemoryEtcd
 from dtrain.storage.etcd.mirror import MirrorState
-from dtrain.storage.etcd.port import Delete, Put, RangeResult, Txn, TxnResult, prefix_end
+from dtrain.storage.etcd.port import Delete, Put, RangeResult, Status, Txn, TxnResult, prefix_end
 from dtrain.storage.etcd.session import FixedSession
 from tests.scenarios.transcript import Transcript
 from tests.sim.checks import Checks
@@ -309,6 +309,9 @@ class Link:
 
     def range(self, key: str, range_end: str | None = None, **how: Any) -> RangeResult:
         return self._reach().range(key, range_end, **how)
+
+    def status(self, *, deadline_s: float = 5.0) -> Status:
+        return self._reach().status(deadline_s=deadline_s)
 
 
 class Coordinator:

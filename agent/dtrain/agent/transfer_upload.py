@@ -13,6 +13,7 @@ import os
 import secrets
 import threading
 import time
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -235,6 +236,12 @@ class Uploader:
         with _Arena(order) as arena:
             with arena.slice(sealed.index_offset, sealed.index_bytes) as view:
                 index = bytes(view)
+            if sealed.index_crc and f"{zlib.crc32(index):08x}" != sealed.index_crc:
+                raise Refused(
+                    ErrorCode.BAD_RECORD,
+                    f"the index of the snapshot of rank {order.rank} has changed in memory",
+                    fix="if it happens again, have the memory of this machine tested",
+                )
             blob = arena.slice(sealed.offset, sealed.size_bytes)
             parts = [blob[at : at + CHUNK_BYTES] for at in range(0, len(blob), CHUNK_BYTES)]
             try:

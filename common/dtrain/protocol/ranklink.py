@@ -49,6 +49,8 @@ class Sealed:
     size_bytes: int
     index_offset: int
     index_bytes: int
+    index_crc: str = ""
+    """CRC32 (zlib) of the index as it was made, in hex: nothing else vouches for it. "": not known."""
 
 
 @dataclass(frozen=True, slots=True)

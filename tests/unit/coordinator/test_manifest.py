@@ -1,5 +1,6 @@
 """Merging rank manifests: what fits is merged, everything else is refused by name."""
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtrain.coordinator.core.manifest import merge, tiling_problem
+from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import (
     CHUNK_BYTES,
     BlobEntry,
@@ -38,6 +40,10 @@ def blob(rank: int, size: int = 4096) -> BlobEntry:
     return BlobEntry(f"blobs/{rank}.st", Rank(rank), size, "00", ("00",) * -(-size // CHUNK_BYTES))
 
 
+def value(of: Any) -> ObjectEntry:
+    return ObjectEntry(of, f"{zlib.crc32(codec.canonical(of)):08x}")
+
+
 def rank_manifest(rank: int, **changes: Any) -> RankManifest:
     base = RankManifest(
         v=1,
@@ -52,7 +58,7 @@ def rank_manifest(rank: int, **changes: Any) -> RankManifest:
         world=2,
         blobs=(blob(rank),),
         tensors={"w": tensor((4, 2), chunk((2 * rank, 0), (2, 2)))},
-        objects={f"rng/{rank}": ObjectEntry(rank, f"{rank}"), "sched": ObjectEntry({"lr": 1}, "aa")},
+        objects={f"rng/{rank}": value(rank), "sched": value({"lr": 1})},
         layout="h",
     )
     return replace(base, **changes)
@@ -100,7 +106,11 @@ def test_blob_indices_are_moved_past_those_of_earlier_ranks() -> None:
         ({"rank": 0}, "ranks 0 are there twice; ranks 1 are missing"),
         ({"rank": 2}, "ranks 1 are missing; ranks 2 are not of this attempt"),
         ({"layout": "other"}, "ranks disagree about names"),
-        ({"objects": {"sched": ObjectEntry({"lr": 2}, "bb")}}, "object sched differs between ranks 0 and 1"),
+        ({"objects": {"sched": value({"lr": 2})}}, "object sched differs between ranks 0 and 1"),
+        (
+            {"objects": {"sched": replace(value({"lr": 1}), value={"lr": 9})}},
+            "object sched of rank 1 is not what its digest says",
+        ),
         ({"tensors": {}}, "tensor w F32[4, 2]: chunks hold 4 of 8 elements"),
         ({"tensors": {"w": tensor((4, 2), chunk((1, 0), (2, 2)))}}, "chunks overlap"),
         ({"tensors": {"w": tensor((4, 2), chunk((3, 0), (2, 2)))}}, "lies outside"),

@@ -6,10 +6,12 @@ repaired: a checkpoint whose parts disagree must not exist.
 """
 
 import math
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import (
     CHUNK_BYTES,
     BlobEntry,
@@ -217,6 +219,9 @@ def _objects(manifests: Sequence[RankManifest]) -> tuple[dict[str, ObjectEntry],
     problems = []
     for manifest in manifests:
         for name, entry in manifest.objects.items():
+            if f"{zlib.crc32(codec.canonical(entry.value)):08x}" != entry.crc:
+                # Damaged in memory on its way here: it must not become the value of all ranks.
+                problems.append(f"object {name} of rank {manifest.rank} is not what its digest says")
             known = found.get(name)
             if known is None:
                 found[name], owner[name] = entry, manifest.rank

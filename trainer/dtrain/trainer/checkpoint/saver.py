@@ -1,5 +1,6 @@
 """Takes a frozen snapshot of the tracked state at a step boundary: the only stall of a checkpoint."""
 
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -110,6 +111,7 @@ class Saver:
             size_bytes=layout.blob_bytes,
             index_offset=layout.blob_bytes,
             index_bytes=len(index),
+            index_crc=f"{zlib.crc32(index):08x}",
         )
         return sealed, shot
 

@@ -1,6 +1,7 @@
 """Pieces of tensors into the arena: one safetensors blob and the index behind it."""
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +78,7 @@ def seal(arena: Arena, begin: Begin, contents: Contents) -> Sealed:
         size_bytes=size,
         index_offset=size,
         index_bytes=len(index),
+        index_crc=f"{zlib.crc32(index):08x}",
     )
 
 
