@@ -25,6 +25,7 @@ from dtrain.coordinator.core import manifest
 from dtrain.coordinator.core.decisions import VerifyCheckpoint
 from dtrain.coordinator.work import Stores, Worker
 from dtrain.local import ports
+from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import OpenRecord
 from dtrain.protocol.ids import Attempt, Seq, Step, Term
 from dtrain.protocol.ranklink import Begin, Sealed
@@ -42,7 +43,13 @@ COLD = 1
 def measure(rounds: int) -> list[Result]:
     """Start the two ranks once; each round is a save by DCP and one by us."""
     with tempfile.TemporaryDirectory(prefix="dtrain-bench-") as folder:
-        command = [sys.executable, "-m", "benchmarks.checkpoint.tiny", folder, str(COLD + 2 * rounds)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.checkpoint.tiny",
+            f"{folder}/saves",
+            str(COLD + 2 * rounds),
+        ]
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     saves = [json.loads(line) for line in said.splitlines()][COLD:]
     dcp_cpu = [save["dcp_s"] * 1e3 for save in saves]
@@ -86,16 +93,26 @@ def _rank(rank: int, port: str, folder: str, saves: int) -> None:
         began = time.process_time()
         sealed = saver.seal(Begin(Seq(number + 1), NONCE, Step(number)))
         ours = time.process_time() - began
-        everyone: list[Any] = [None] * WORLD
         # Only to bring the figures and the two hand-overs together: not part of any save.
-        dist.all_gather_object(everyone, (theirs, ours, sealed))
+        _told(folder, rank).write_bytes(codec.dumps([theirs, ours, codec.to_json(sealed)]))
+        dist.barrier()
         if agent is not None:
-            _finish(agent, number, everyone)
+            _finish(agent, number, [_hear(folder, other) for other in range(WORLD)])
             empty(Path(folder))
         dist.barrier()
     if agent is not None:
         agent.close()
     dist.destroy_process_group()
+
+
+def _told(folder: str, rank: int) -> Path:
+    return Path(f"{folder}.rank-{rank}.json")
+
+
+def _hear(folder: str, rank: int) -> tuple[float, float, Sealed]:
+    text = _told(folder, rank).read_bytes()
+    theirs, ours, sealed = codec.loads(text, bytes_max=len(text))
+    return theirs, ours, codec.from_json(Sealed, sealed)
 
 
 def _finish(agent: Agent, number: int, everyone: Sequence[tuple[float, float, Sealed]]) -> None:
@@ -127,4 +144,5 @@ def _lead(agent: Agent, number: int, parts: Sequence[DurablePart]) -> None:
 
 
 if __name__ == "__main__":
+    Path(sys.argv[1]).mkdir()
     _main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -208,7 +208,10 @@ MUTANTS: tuple[Mutant, ...] = (
         "drained-ranks-told-to-go-on",
         "Ranks that hold at the last checkpoint train on while it is uploaded: those steps are done twice.",
         f"{CORE}/checkpoints.py",
-        ("record.nonce, record.step, record.hold_s)", "record.nonce, record.step)"),
+        (
+            "record.nonce, record.step, record.hold_s, record.asked",
+            "record.nonce, record.step, 0.0, record.asked",
+        ),
         f"{ON_COORDINATOR}/test_plan_draining.py::"
         "test_a_checkpoint_is_opened_at_once_and_all_ranks_are_to_hold_at_it",
     ),
@@ -809,7 +812,10 @@ MUTANTS: tuple[Mutant, ...] = (
         "slot-used-again-before-the-outcome",
         "G2: a rank overwrites a snapshot that is still being uploaded.",
         f"{TRAINER}/session.py",
-        ("            elif self._sealed is not None:\n", "            elif False:\n"),
+        (
+            "            elif self._sealed is not None or self._taking is not None:\n",
+            "            elif False:\n",
+        ),
         "tests/unit/trainer/test_session.py::test_a_slot_whose_outcome_is_not_known_takes_no_other_snapshot",
     ),
     _mutant(

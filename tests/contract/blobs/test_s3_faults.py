@@ -424,16 +424,6 @@ def test_with_its_authority_the_same_store_is_used(
     assert target == big
 
 
-@pytest.mark.filterwarnings("ignore:Unverified HTTPS")
-def test_without_any_check_it_is_used_loudly(
-    weed: WeedServer, secure: FaultyS3, capsys: pytest.CaptureFixture[str]
-) -> None:
-    store = s3_store(weed, endpoint=secure.endpoint, insecure_skip_tls_verify=True)
-    probe(store)
-    said = capsys.readouterr()
-    assert "store_certificate_not_checked" in said.out + said.err
-
-
 def test_certificates_that_are_not_on_this_machine_are_refused(weed: WeedServer, secure: FaultyS3) -> None:
     store = s3_store(weed, endpoint=secure.endpoint, ca_bundle="/nonexistent/ca.pem")
     assert refusal(lambda: probe(store)).code == ErrorCode.BAD_SETTING

@@ -1,8 +1,10 @@
 """The snapshot in the arena, and the memory that it lies in."""
 
+import dataclasses
 import errno
 import os
 import threading
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,6 +276,7 @@ def test_an_index_that_repeats_a_field_of_the_agent_is_refused_by_the_leader(tmp
     forged = bytes(saver._arena.memory[start:end]).replace(b'"layout"', b'"rank" ', 1)
     forged = forged[:9] + b" " * (end - start - len(forged)) + forged[9:]
     saver._arena.memory[start:end] = forged
+    sealed = dataclasses.replace(sealed, index_crc=f"{zlib.crc32(forged):08x}")
     store = LocalBlobs(tmp_path)
     reports: list[TransferReport] = []
     Uploader(lambda _uri: store, reports.append).run(pipeline.upload_order(sealed, 0, 1, store.uri))

@@ -165,13 +165,6 @@ class S3Access:
                 # A bucket's name in front of the host needs DNS for it, which only AWS is sure to have.
                 client = self._client(session, Config, "path")
             verify: Any = settings.ca_bundle or session._session.get_config_variable("ca_bundle") or True
-            if settings.insecure_skip_tls_verify:
-                verify = False
-                _log.warning(
-                    "store_certificate_not_checked",
-                    store=self._uri,
-                    danger="whoever sits between can read and change checkpoints",
-                )
         wire = Wire(
             lambda url, status, headers, rest: AWSResponse(url, status, headers, rest),  # type: ignore[arg-type]
             # A proxy cannot reach this machine's loopback.
@@ -193,7 +186,7 @@ class S3Access:
                 region_name=settings.region or session.region_name or "us-east-1",
                 aws_access_key_id=key,
                 aws_secret_access_key=secret,
-                verify=False if settings.insecure_skip_tls_verify else settings.ca_bundle or None,
+                verify=settings.ca_bundle or None,
                 config=config(
                     # Our own CRCs are sent: a second one in a trailer costs CPU and breaks some servers.
                     request_checksum_calculation="when_required",
@@ -230,12 +223,7 @@ def _is_loopback(url: str) -> bool:
 
 
 def _tls(verify: str | bool | None) -> ssl.SSLContext:
-    """Return what boto3 would use: the certificates at a path; False: anyone is trusted."""
-    if verify is False:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        return context
+    """Return what boto3 would use: the certificates at a path."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     with contextlib.suppress(AttributeError):
         context.minimum_version = ssl.TLSVersion.TLSv1_2

@@ -19,7 +19,7 @@ SSE = ("AES256", "aws:kms", "aws:kms:dsse")
 
 ACCEPTED = (
     "endpoint, region, addressing (auto, path, virtual), profile, sse (AES256, aws:kms, aws:kms:dsse), "
-    "sse_kms_key_id, ca_bundle, insecure_skip_tls_verify, connect_timeout_s, timeout_s, lanes"
+    "sse_kms_key_id, ca_bundle, connect_timeout_s, timeout_s, lanes"
 )
 
 
@@ -41,8 +41,6 @@ class S3Settings:
     """The KMS key; "": the account's own key for S3."""
     ca_bundle: str = ""
     """File with the certificates to trust, instead of boto3's; the same path on every machine."""
-    insecure_skip_tls_verify: bool = False
-    """Trust any certificate. Whoever sits between can read and change checkpoints: for a first try only."""
     connect_timeout_s: float = 5.0
     timeout_s: float = 60.0
     """For one piece to leave or to arrive, and for an answer."""
@@ -59,10 +57,6 @@ class S3Settings:
             raise _bad("sse_kms_key_id needs sse=aws:kms, or aws:kms:dsse, beside it")
         if self.ca_bundle and not self.ca_bundle.startswith("/"):
             raise _bad(f"ca_bundle {self.ca_bundle!r} is not an absolute path")
-        if self.ca_bundle and self.insecure_skip_tls_verify:
-            raise _bad(
-                "ca_bundle says whom to trust, insecure_skip_tls_verify to trust anyone: give one of them"
-            )
         for name in ("connect_timeout_s", "timeout_s"):
             if not 0 < getattr(self, name) <= TIMEOUT_S_MAX:
                 raise _bad(f"{name} is a number of seconds above 0, up to {TIMEOUT_S_MAX:g}")
@@ -106,10 +100,6 @@ def secret() -> Refused:
 
 
 def _value(name: str, kind: type, text: str) -> object:
-    if kind is bool:
-        if text.lower() not in ("true", "false", "1", "0"):
-            raise _bad(f"{name} is true or false")
-        return text.lower() in ("true", "1")
     try:
         return kind(text)
     except ValueError:
