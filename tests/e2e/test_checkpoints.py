@@ -246,7 +246,7 @@ def test_an_abandoned_multipart_upload_is_discarded_and_a_live_one_is_not(
         named = f"{root}/blobs/{record.seq:020d}/{record.attempt:06d}-{record.nonce}/00009-00-aa.st"
         for key in (lost, named):
             upload = store._begin(key)
-            store._client().upload_part(
+            store._access._connect().client.upload_part(
                 Bucket=store._bucket, Key=store._full(key), UploadId=upload, PartNumber=1, Body=b"half"
             )
         shown = as_json(harness, "gc", job, "--dry-run")["items"]
