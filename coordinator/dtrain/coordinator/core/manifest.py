@@ -235,6 +235,8 @@ def _replicas(manifests: Sequence[RankManifest]) -> list[str]:
     first: dict[str, tuple[str, Rank]] = {}
     differing: dict[str, list[Rank]] = {}
     for manifest in manifests:
+        if first and manifest.same == manifests[0].same:
+            continue  # all of it, as it should be
         for name, digest in manifest.same.items():
             known = first.setdefault(name, (digest, manifest.rank))
             if known[0] != digest:
