@@ -15,8 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dtrain.coordinator.core import tensor_text
+from dtrain.coordinator.core.tensor_text import Odd, Tensors, member, past
 from dtrain.protocol import codec
-from dtrain.protocol.checkpoint import BlobEntry, Manifest, RankManifest, TensorEntry
+from dtrain.protocol.checkpoint import BlobEntry, Manifest, RankManifest
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.ids import Rank
 
@@ -87,7 +89,7 @@ def judge(texts: Sequence[RankText], merge: Merge, known: Form, *, bytes_max: in
     """
     try:
         return _Reading(known, bytes_max).judge(texts, merge)
-    except (_Odd, Refused):
+    except (Odd, Refused):
         return judge_in_full(texts, merge, bytes_max=bytes_max)
 
 
@@ -105,10 +107,6 @@ def judge_in_full(texts: Sequence[RankText], merge: Merge, *, bytes_max: int) ->
         parts.append(part)
     merged = merge(parts)
     return Judged(codec.canonical(codec.to_json(merged)), merged.blobs, merged.bytes)
-
-
-class _Odd(Exception):
-    """Not as our ranks write it, or it does not fit: for the long way to decide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +150,18 @@ class _Reading:
         if len(parts) == len(form.ranks) and all(map(_Part.fits, parts, form.ranks)):
             merged, ranks, tensors = merge([part.head for part in parts]), form.ranks, form.tensors
         else:
-            whole = [replace(part.head, tensors=_tensors(part)) for part in parts]
-            merged = merge(whole)
-            ranks = tuple(
-                RankForm(part.digest, _ends(manifest)) for part, manifest in zip(parts, whole, strict=True)
+            read, base = [], 0
+            for part in parts:
+                blobs = len(part.head.blobs)
+                read.append(tensor_text.read(part.text, part.tensors_at, blobs=blobs, base=base))
+                base += blobs
+            merged = merge(
+                [replace(part.head, tensors=own.others) for part, own in zip(parts, read, strict=True)]
             )
-            tensors = _text(merged.tensors)
+            ranks = tuple(
+                RankForm(part.digest, _ends(part, own)) for part, own in zip(parts, read, strict=True)
+            )
+            tensors = tensor_text.joined(read, merged.tensors)
             merged = replace(merged, tensors={})
         text = _spliced(codec.to_json(merged), {"objects": objects, "tensors": tensors})
         remembered = {
@@ -171,16 +175,16 @@ class _Reading:
         """Take a rank manifest apart; its tensors come last and are left as they are."""
         data = item.text
         if not data.isascii():
-            raise _Odd
+            raise Odd
         codec.check_size(data, bytes_max=self._bytes_max)
         text = data.decode()
         document: dict[str, Any] = {}
         objects: Mapping[str, _Object] = {}
         same: Mapping[str, str] = {}
         names: set[str] = set()
-        at = _past(text, 0, "{")
+        at = past(text, 0, "{")
         while True:
-            name, at = _name(text, at, names)
+            name, at = member(text, at, names)
             if name == "tensors":
                 break
             if name == "objects":
@@ -189,10 +193,10 @@ class _Reading:
                 same, at = self._read_same(text, at)
             else:
                 document[name], at = codec.value_at(text, at, levels=codec.DEPTH_MAX - 1)
-            at = _past(text, at, ",")
+            at = past(text, at, ",")
         head = codec.from_json(RankManifest, document)
         if head.rank != item.rank:
-            raise _Odd
+            raise Odd
         digest = hashlib.sha256(memoryview(data)[at:]).digest()
         return _Part(replace(head, same=same), objects, text, at, digest)
 
@@ -210,16 +214,16 @@ class _Reading:
     def _read_objects(self, data: bytes, text: str, at: int) -> tuple[Mapping[str, _Object], int]:
         found: dict[str, _Object] = {}
         names: set[str] = set()
-        at = _past(text, at, "{")
+        at = past(text, at, "{")
         if text.startswith("}", at):
             return found, at + 1
         while True:
-            name, at = _name(text, at, names)
+            name, at = member(text, at, names)
             found[name] = self._recognised(name, data, at) or self._parsed(name, data, text, at)
             at += found[name].known.length
             if text.startswith("}", at):
                 return found, at + 1
-            at = _past(text, at, ",")
+            at = past(text, at, ",")
 
     def _recognised(self, name: str, data: bytes, at: int) -> _Object | None:
         """The object that begins at ``at`` if its text is known, which is a whole value and ends there."""
@@ -238,31 +242,16 @@ class _Reading:
     def _parsed(self, name: str, data: bytes, text: str, at: int) -> _Object:
         document, end = codec.value_at(text, at, levels=codec.DEPTH_MAX - 2)
         if not isinstance(document, dict) or "value" not in document:
-            raise _Odd
+            raise Odd
         value = codec.canonical(document["value"])
         crc = f"{zlib.crc32(value):08x}"
         own = data[at:end]
         if own != b'{"crc":"%b","value":%b}' % (crc.encode(), value):
-            raise _Odd  # damaged, or not canonical
+            raise Odd  # damaged, or not canonical
         digest = hashlib.sha256(own).digest() if len(own) >= OBJECT_BYTES_MIN else b""
         item = _Object(own, Known(len(own), digest, crc))
         self._objects.setdefault(name, []).append(item)
         return item
-
-
-def _past(text: str, at: int, mark: str) -> int:
-    if not text.startswith(mark, at):
-        raise _Odd
-    return at + len(mark)
-
-
-def _name(text: str, at: int, names: set[str]) -> tuple[str, int]:
-    """The name of a member and where its value begins."""
-    name, at = codec.value_at(text, at, levels=1)
-    if type(name) is not str or name in names or not codec.is_text(name):
-        raise _Odd
-    names.add(name)
-    return name, _past(text, at, ":")
 
 
 def _agreed(parts: Sequence[_Part]) -> bytes:
@@ -271,29 +260,19 @@ def _agreed(parts: Sequence[_Part]) -> bytes:
     for part in parts:
         for name, item in part.objects.items():
             if found.setdefault(name, item).known.crc != item.known.crc:
-                raise _Odd
+                raise Odd
     return _joined({name: item.text for name, item in found.items()})
 
 
-def _tensors(part: _Part) -> Mapping[str, TensorEntry]:
-    document, end = codec.value_at(part.text, part.tensors_at, levels=codec.DEPTH_MAX - 1)
-    if part.text[end:] != "}":
-        raise _Odd
-    return codec.from_json_each(TensorEntry, document)
-
-
-def _ends(manifest: RankManifest) -> tuple[int, ...]:
-    ends = [0] * len(manifest.blobs)
-    for entry in manifest.tensors.values():
+def _ends(part: _Part, tensors: Tensors) -> tuple[int, ...]:
+    """How long the blobs have to be; those that are not whole were found to lie in their blobs."""
+    ends = list(tensors.ends)
+    for entry in tensors.others.values():
         for chunk in entry.chunks:
             ends[chunk.b] = max(ends[chunk.b], chunk.off + chunk.len)
+    if any(end > blob.bytes for end, blob in zip(ends, part.head.blobs, strict=True)):
+        raise Odd
     return tuple(ends)
-
-
-def _text(tensors: Mapping[str, TensorEntry]) -> bytes:
-    return (
-        codec.canonical({name: codec.to_json(entry) for name, entry in tensors.items()}) if tensors else b""
-    )
 
 
 def _joined(members: Mapping[str, bytes]) -> bytes:
