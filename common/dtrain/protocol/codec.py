@@ -93,7 +93,7 @@ def loads(data: bytes | str, *, bytes_max: int = RECORD_BYTES_MAX, items_max: in
     except (ValueError, RecursionError) as error:
         # The sentence only: the error holds the whole document, and that may hold a secret.
         raise _bad("a record", f"is not valid JSON ({_why(error)})") from None
-    _check_depth(document, DEPTH_MAX)
+    check_depth(document)
     return document
 
 
@@ -111,10 +111,29 @@ def check_size(data: bytes | str, *, bytes_max: int, items_max: int = ITEMS_MAX)
         raise _bad("a record", f"has more than {items_max} values")
 
 
-def value_at(text: str, at: int, *, levels: int) -> tuple[Any, int]:
+def check_depth(document: Any, levels: int = DEPTH_MAX) -> None:
+    """Refuse what has more than ``levels`` lists and objects within each other.
+
+    Raises:
+        Refused: BAD_RECORD.
+    """
+    level = [document]
+    for _ in range(levels):
+        level = [
+            part
+            for item in level
+            for part in (item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())
+            if isinstance(part, (dict, list))
+        ]
+        if not level:
+            return
+    raise _bad("a record", f"is nested deeper than {DEPTH_MAX}")
+
+
+def value_at(text: str, at: int, *, levels: int | None) -> tuple[Any, int]:
     """Parse the one JSON value that begins just at ``at``, as ``loads`` would; returns it and its end.
 
-    ``levels``: how deep it may be nested; what is in no list or object has none.
+    ``levels``: how many lists and objects may lie within each other; None: ``check_depth`` follows.
 
     Raises:
         Refused: BAD_RECORD.
@@ -123,7 +142,8 @@ def value_at(text: str, at: int, *, levels: int) -> tuple[Any, int]:
         value, end = _DECODER.raw_decode(text, at)
     except (ValueError, RecursionError) as error:
         raise _bad("a record", f"is not valid JSON ({_why(error)})") from None
-    _check_depth(value, levels)
+    if levels is not None and isinstance(value, (dict, list)):
+        check_depth(value, levels)
     return value, end
 
 
@@ -404,20 +424,6 @@ def _valid(text: str) -> str:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
-
-
-def _check_depth(document: Any, levels: int) -> None:
-    level = [document]
-    for _ in range(levels):
-        level = [
-            part
-            for item in level
-            for part in (item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())
-            if isinstance(part, (dict, list))
-        ]
-        if not level:
-            return
-    raise _bad("a record", f"is nested deeper than {DEPTH_MAX}")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)

@@ -15,10 +15,12 @@ from dtrain.coordinator.core.manifest import ITEM_BITS
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import TensorEntry
 
+_PLAIN = r"[ !#-\[\]-~]*"
+_NAME = re.compile(rf'"({_PLAIN})":')
 _NUMBER = r"(?:0|[1-9][0-9]{0,17})"
 _WHOLE = re.compile(
     # Names and numbers as canonical JSON writes them, the origin zero, the size that of the tensor.
-    rf'"([ !#-\[\]-~]*)":\{{"chunks":\[\{{"b":({_NUMBER})'
+    rf'"({_PLAIN})":\{{"chunks":\[\{{"b":({_NUMBER})'
     rf'(,"len":({_NUMBER})(?:,"o":\[(0(?:,0)*)\])?,"off":({_NUMBER})(?:,"s":\[({_NUMBER}(?:,{_NUMBER})*)\])?'
     r'\}\],"dtype":"([A-Z0-9_]+)"(?(7),"shape":\[\7\])\})([,}])'
 )
@@ -62,7 +64,7 @@ def read(text: str, at: int, *, blobs: int, base: int) -> Tensors:
         found = _WHOLE.match(text, at)
         if found is None:
             name, at = member(text, at, names)
-            others[name], at = codec.value_at(text, at, levels=codec.DEPTH_MAX - 2)
+            others[name], at = codec.value_at(text, at, levels=None)
             closed = text.startswith("}", at)
             at = at + 1 if closed else past(text, at, ",")
             continue
@@ -81,6 +83,7 @@ def read(text: str, at: int, *, blobs: int, base: int) -> Tensors:
         closed = mark == "}"
     if text[at:] != "}" or count != len(whole.keys() | others.keys()):
         raise Odd
+    codec.check_depth(others, codec.DEPTH_MAX - 1)
     return Tensors(whole, codec.from_json_each(TensorEntry, others), ends)
 
 
@@ -114,11 +117,16 @@ def past(text: str, at: int, mark: str) -> int:
 
 def member(text: str, at: int, names: set[str]) -> tuple[str, int]:
     """Return the name of a member, which must not be in ``names``, and where its value begins."""
-    name, at = codec.value_at(text, at, levels=1)
+    plain = _NAME.match(text, at)
+    if plain is not None:
+        name, at = plain[1], plain.end()
+    else:
+        name, at = codec.value_at(text, at, levels=0)
+        at = past(text, at, ":")
     if type(name) is not str or name in names or not codec.is_text(name):
         raise Odd
     names.add(name)
-    return name, past(text, at, ":")
+    return name, at
 
 
 def _fits(dtype: str, length: str, origin: str | None, shape: str | None) -> bool:
