@@ -846,8 +846,28 @@ MUTANTS: tuple[Mutant, ...] = (
         "stored-blobs-not-verified-at-commit",
         "G2: blobs that the store does not hold as reported go into a commit.",
         f"{COORDINATOR}/work.py",
-        ("                if found.size_bytes != blob.bytes:\n", "                if False:\n"),
+        ("            if found.size_bytes != blob.bytes:\n", "            if False:\n"),
         f"{ON_COORDINATOR}/test_work.py::test_a_blob_that_is_missing_or_another_is_refused",
+    ),
+    _mutant(
+        "known-tensors-not-measured-against-blobs",
+        "G2: a remembered form is committed although a blob is too short for its tensors.",
+        f"{CORE}/forms.py",
+        (
+            "            and all(end <= blob.bytes for end, blob in zip(form.ends, blobs, strict=True))\n",
+            "",
+        ),
+        f"{ON_COORDINATOR}/test_forms.py::test_what_is_known_is_no_excuse_for_what_does_not_fit",
+    ),
+    _mutant(
+        "objects-read-as-text-not-compared",
+        "G2: a value that differs between ranks is committed as the first rank has it.",
+        f"{CORE}/forms.py",
+        (
+            "            if found.setdefault(name, item).known.crc != item.known.crc:\n",
+            "            if found.setdefault(name, item) is None:\n",
+        ),
+        f"{ON_COORDINATOR}/test_forms.py::test_what_is_known_is_no_excuse_for_what_does_not_fit",
     ),
     _mutant(
         "tiling-not-checked",

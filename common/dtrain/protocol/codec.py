@@ -85,12 +85,7 @@ def loads(data: bytes | str, *, bytes_max: int = RECORD_BYTES_MAX, items_max: in
     Raises:
         Refused: BAD_RECORD.
     """
-    if len(data) > bytes_max:
-        raise _bad("a record", f"is larger than {bytes_max} bytes")
-    # Before parsing: a value of two bytes becomes an object of a hundred.
-    comma, colon = (",", ":") if isinstance(data, str) else (b",", b":")
-    if len(data) > items_max and data.count(comma) + data.count(colon) > items_max:  # type: ignore[arg-type]
-        raise _bad("a record", f"has more than {items_max} values")
+    check_size(data, bytes_max=bytes_max, items_max=items_max)
     try:
         document = json.loads(
             data, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
@@ -98,8 +93,63 @@ def loads(data: bytes | str, *, bytes_max: int = RECORD_BYTES_MAX, items_max: in
     except (ValueError, RecursionError) as error:
         # The sentence only: the error holds the whole document, and that may hold a secret.
         raise _bad("a record", f"is not valid JSON ({_why(error)})") from None
-    _check_depth(document)
+    check_depth(document)
     return document
+
+
+def check_size(data: bytes | str, *, bytes_max: int, items_max: int = ITEMS_MAX) -> None:
+    """Refuse what must not be parsed at all.
+
+    Raises:
+        Refused: BAD_RECORD; it has more bytes or values than that.
+    """
+    if len(data) > bytes_max:
+        raise _bad("a record", f"is larger than {bytes_max} bytes")
+    # Before parsing: a value of two bytes becomes an object of a hundred.
+    comma, colon = (",", ":") if isinstance(data, str) else (b",", b":")
+    if len(data) > items_max and data.count(comma) + data.count(colon) > items_max:  # type: ignore[arg-type]
+        raise _bad("a record", f"has more than {items_max} values")
+
+
+def check_depth(document: Any, levels: int = DEPTH_MAX) -> None:
+    """Refuse what has more than ``levels`` lists and objects within each other.
+
+    Raises:
+        Refused: BAD_RECORD.
+    """
+    level = [document]
+    for _ in range(levels):
+        level = [
+            part
+            for item in level
+            for part in (item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())
+            if isinstance(part, (dict, list))
+        ]
+        if not level:
+            return
+    raise _bad("a record", f"is nested deeper than {DEPTH_MAX}")
+
+
+def value_at(text: str, at: int, *, levels: int | None) -> tuple[Any, int]:
+    """Parse the one JSON value that begins just at ``at``, as ``loads`` would; returns it and its end.
+
+    ``levels``: how many lists and objects may lie within each other; None: ``check_depth`` follows.
+
+    Raises:
+        Refused: BAD_RECORD.
+    """
+    try:
+        value, end = _DECODER.raw_decode(text, at)
+    except (ValueError, RecursionError) as error:
+        raise _bad("a record", f"is not valid JSON ({_why(error)})") from None
+    if levels is not None and isinstance(value, (dict, list)):
+        check_depth(value, levels)
+    return value, end
+
+
+def is_text(text: str) -> bool:
+    """Whether reading a record would leave it as it is: no lone surrogates."""
+    return _valid(text) == text
 
 
 def to_json(value: Any) -> dict[str, Any]:
@@ -124,6 +174,18 @@ def from_json(kind: type[T], document: Any, where: str = "") -> T:
         return typing.cast(T, _builder(typing.cast(Any, kind))(document))
     except _Wrong:
         return typing.cast(T, _build(kind, document, where or kind.__name__))
+
+
+def from_json_each(kind: Any, document: Any) -> dict[str, Any]:
+    """Build a mapping of names to ``kind`` from a JSON object, checking every type.
+
+    Raises:
+        Refused: BAD_RECORD; without saying where.
+    """
+    try:
+        return typing.cast(dict[str, Any], _mapping_builder(_builder(kind))(document))
+    except _Wrong:
+        raise _bad("a record", f"has a member that is no {kind.__name__}") from None
 
 
 def _unknown_fields(kind: type, record: bytes, uid: str) -> dict[str, Any]:
@@ -364,18 +426,7 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def _check_depth(document: Any) -> None:
-    level = [document]
-    for _ in range(DEPTH_MAX):
-        level = [
-            part
-            for item in level
-            for part in (item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())
-            if isinstance(part, (dict, list))
-        ]
-        if not level:
-            return
-    raise _bad("a record", f"is nested deeper than {DEPTH_MAX}")
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
 
 
 def _bad(where: str, what: str) -> Refused:

@@ -23,7 +23,9 @@ from dtrain.coordinator.core.decisions import (
     VerifyCheckpoint,
     Work,
 )
+from dtrain.coordinator.core.forms import RankText, judge
 from dtrain.coordinator.core.views import Damage, Verdict
+from dtrain.coordinator.remembered import Forms
 from dtrain.coordinator.results import (
     Collected,
     Inspected,
@@ -142,6 +144,7 @@ class Worker:
         self._stores = stores
         self._merge = merge
         self._clock = clock
+        self._forms = Forms()
         self._scrub_bytes_per_s = scrub_bytes_per_s
         self._stopped = stopped
 
@@ -170,7 +173,7 @@ class Worker:
         seq, nonce = work.record.seq, work.record.nonce
         try:
             unknown = self._forgotten(work)
-            manifest, key, data = self._merged(work)
+            size_bytes, key, data = self._merged(work)
         except (Unavailable, OutcomeUnknown) as error:
             return Verdict(seq, nonce, ok=False, retry=True, problem=error.message)
         except DtrainError as error:
@@ -182,7 +185,7 @@ class Worker:
             manifest=key,
             manifest_bytes=len(data),
             digest=hashlib.sha256(data).hexdigest(),
-            size_bytes=manifest.bytes,
+            size_bytes=size_bytes,
             unknown=unknown,
         )
 
@@ -205,40 +208,47 @@ class Worker:
             return None
         return _unknown(keys, root, records)
 
-    def _merged(self, work: VerifyCheckpoint) -> tuple[Manifest, str, bytes]:
+    def _merged(self, work: VerifyCheckpoint) -> tuple[int, str, bytes]:
         store = self._stores.get(work.store)
         record = work.record
         root = job_root(work.cluster, work.job, work.uid)
         prefix = blob_prefix(root, record.seq, record.attempt, record.nonce)
-        manifests = [self._rank_manifest(store, prefix, part) for part in work.parts]
-        merged = self._merge(
-            cluster=work.cluster,
-            job=work.job,
-            uid=work.uid,
-            record=record,
-            parts=manifests,
-            parent=None if work.parent is None else Seq(work.parent),
-            created=iso(self._clock.wall()),
-        )
-        for manifest in manifests:
-            for blob in manifest.blobs:
-                if not _is_below(prefix, blob.key):
-                    named = blob.key[:200]
-                    raise _unfit(f"rank {manifest.rank} names {named!r}, which is not of this checkpoint")
-                found = _ask(partial(store.head, blob.key))
-                if found.size_bytes != blob.bytes:
-                    raise _unfit(f"{blob.key} holds {found.size_bytes} bytes, not {blob.bytes}")
-                if found.crc32c and found.crc32c.lower() != blob.crc.lower():
-                    raise _unfit(f"{blob.key} has the checksum {found.crc32c}, not {blob.crc}")
+        texts = [self._rank_text(store, prefix, part) for part in work.parts]
+        created = iso(self._clock.wall())
+
+        def merge(parts: Sequence[RankManifest]) -> Manifest:
+            return self._merge(
+                cluster=work.cluster,
+                job=work.job,
+                uid=work.uid,
+                record=record,
+                parts=parts,
+                parent=None if work.parent is None else Seq(work.parent),
+                created=created,
+            )
+
+        job = (work.cluster, work.job, work.uid)
+        judged = judge(texts, merge, self._forms.get(job), bytes_max=MANIFEST_BYTES_UNPACKED_MAX)
+        for blob in judged.blobs:
+            if not _is_below(prefix, blob.key):
+                named = blob.key[:200]
+                raise _unfit(f"rank {blob.rank} names {named!r}, which is not of this checkpoint")
+            found = _ask(partial(store.head, blob.key))
+            if found.size_bytes != blob.bytes:
+                raise _unfit(f"{blob.key} holds {found.size_bytes} bytes, not {blob.bytes}")
+            if found.crc32c and found.crc32c.lower() != blob.crc.lower():
+                raise _unfit(f"{blob.key} has the checksum {found.crc32c}, not {blob.crc}")
         # mtime 0 and no name: the bytes are a function of the manifest alone.
-        data = gzip.compress(codec.canonical(codec.to_json(merged)), compresslevel=6, mtime=0)
+        data = gzip.compress(judged.text, compresslevel=6, mtime=0)
         if len(data) > MANIFEST_BYTES_MAX:
             raise _unfit(f"its manifest takes {len(data)} bytes, the limit is {MANIFEST_BYTES_MAX}")
         key = manifest_key(root, record.seq, record.attempt, record.nonce, secrets.token_hex(4))
         _ask(lambda: store.put(key, [data], chunk_crcs=[digest.crc32c(data)]), idempotent=True)
-        return merged, key, data
+        if judged.form is not None:
+            self._forms.put(job, judged.form)
+        return judged.bytes, key, data
 
-    def _rank_manifest(self, store: BlobStore, prefix: str, part: DurablePart) -> RankManifest:
+    def _rank_text(self, store: BlobStore, prefix: str, part: DurablePart) -> RankText:
         if not _is_below(prefix, part.manifest):
             named = part.manifest[:200]
             raise _unfit(f"rank {part.rank} reports {named!r}, which is not of this checkpoint")
@@ -249,10 +259,7 @@ class Worker:
         data = _ask(lambda: store.get(part.manifest, length=size))
         if hashlib.sha256(data).hexdigest() != part.digest:
             raise _unfit(f"{part.manifest} is not what rank {part.rank} reported")
-        manifest = codec.decode(RankManifest, unpack(data), bytes_max=MANIFEST_BYTES_UNPACKED_MAX)
-        if manifest.rank != part.rank:
-            raise _unfit(f"{part.manifest} is of rank {manifest.rank}, not {part.rank}")
-        return manifest
+        return RankText(part.rank, part.manifest, unpack(data))
 
     # Collect.
 

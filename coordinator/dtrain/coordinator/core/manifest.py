@@ -9,7 +9,6 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import (
@@ -78,24 +77,29 @@ def merge(
     if problems:
         raise _refusal(record, problems)
     blobs: list[BlobEntry] = []
-    tensors: dict[str, TensorEntry] = {}
+    first: dict[str, TensorEntry] = {}
+    chunks: dict[str, list[ChunkEntry]] = {}
     for manifest in manifests:
         base = len(blobs)
         blobs += manifest.blobs
         problems += _blobs(manifest)
         for name, entry in manifest.tensors.items():
-            # Spelt out: with tens of thousands of chunks, ``replace`` costs more than anything else here.
-            moved = tuple(ChunkEntry(c.o, c.s, c.b + base, c.off, c.len) for c in entry.chunks)
             problems += _bounds(manifest, name, entry)
-            known = tensors.get(name)
-            if known is None:
-                tensors[name] = TensorEntry(entry.dtype, entry.shape, moved)
-            elif (known.dtype, known.shape) != (entry.dtype, entry.shape):
+            known = first.setdefault(name, entry)
+            if (known.dtype, known.shape) != (entry.dtype, entry.shape):
                 problems.append(
                     f"tensor {name} is {_form(entry)} on rank {manifest.rank} and {_form(known)} on another"
                 )
-            else:
-                tensors[name] = replace(known, chunks=known.chunks + moved)
+                continue
+            # Spelt out: with tens of thousands of chunks, ``replace`` costs more than anything else here.
+            chunks.setdefault(name, []).extend(
+                [ChunkEntry(c.o, c.s, c.b + base, c.off, c.len) for c in entry.chunks]
+                if base
+                else entry.chunks
+            )
+    tensors = {
+        name: TensorEntry(entry.dtype, entry.shape, tuple(chunks[name])) for name, entry in first.items()
+    }
     for name in sorted(tensors):
         problem = tiling_problem(tensors[name])
         if problem:
@@ -202,8 +206,8 @@ def _bounds(manifest: RankManifest, name: str, entry: TensorEntry) -> list[str]:
     """Each chunk lies within its tensor and its blob, and is as long as its elements are."""
     problems = []
     bits = ITEM_BITS.get(entry.dtype)
+    where = f"rank {manifest.rank}: a chunk of tensor {name}"
     for chunk in entry.chunks:
-        where = f"rank {manifest.rank}: a chunk of tensor {name}"
         if not 0 <= chunk.b < len(manifest.blobs):
             problems.append(f"{where} is in blob {chunk.b}, which is not there")
         elif chunk.off < 0 or chunk.len < 0 or chunk.off + chunk.len > manifest.blobs[chunk.b].bytes:
@@ -235,6 +239,8 @@ def _replicas(manifests: Sequence[RankManifest]) -> list[str]:
     first: dict[str, tuple[str, Rank]] = {}
     differing: dict[str, list[Rank]] = {}
     for manifest in manifests:
+        if first and manifest.same == manifests[0].same:
+            continue  # all of it, as it should be
         for name, digest in manifest.same.items():
             known = first.setdefault(name, (digest, manifest.rank))
             if known[0] != digest:
