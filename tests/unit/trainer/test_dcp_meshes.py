@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint on four ranks: FSDP2, tensor parallelism and both on one mesh, each to each."""
+"""torch.distributed.checkpoint on four ranks: FSDP2, tensor parallelism and both, each mesh to each other."""
 
 from pathlib import Path
 from typing import Any
