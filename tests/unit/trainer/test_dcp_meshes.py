@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from dtrain.agent.transferring import Fetch, TransferReport
+from dtrain.protocol.errors import Refused
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
@@ -122,3 +123,41 @@ def test_each_mesh_of_four_ranks_loads_what_another_saved_and_so_do_fewer_ranks(
     dcp.load(target, storage_reader=reader)
     for name, value in target["model"].items():
         assert torch.equal(value, torch.from_numpy(values[f"net.{name}"])), name
+
+
+def stage(layers: tuple[int, ...], value: float = 0.0) -> dict[str, Any]:
+    """One stage of a pipeline: only its own layers, and what every stage has."""
+    made = {f"{n}.weight": torch.full((3, 2), value + n) for n in layers}
+    return {"model": made, "norm": torch.full((2,), value), "step": 7 if value else 0}
+
+
+def save_stages(rank: int, world: int, root: Path) -> TransferReport:
+    return dcp_world.save_one(stage(((0, 1), (2,), (3, 4))[rank], 10.0), root, rank, world, 1)
+
+
+def load_other_stages(rank: int, world: int, root: Path, order: Fetch) -> None:
+    del world
+    layers = ((0, 1, 2), (3, 4))[rank]
+    target = stage(layers)
+    reader, _ = dcp_world.reader(root, order)
+    dcp.load(target, storage_reader=reader)
+    wanted = stage(layers, 10.0)
+    assert target["step"] == 7
+    assert torch.equal(target["norm"], wanted["norm"])
+    for name, value in wanted["model"].items():
+        assert torch.equal(target["model"][name], value), name
+
+
+def test_stages_of_a_pipeline_save_what_each_has_and_load_on_other_ranks(tmp_path: Path) -> None:
+    order = dcp_world.merged(tmp_path, dcp_world.ranks(3, save_stages, tmp_path))
+    dcp_world.ranks(2, load_other_stages, tmp_path, order)
+
+
+def test_tracked_state_that_only_some_ranks_have_is_refused(tmp_path: Path) -> None:
+    stages = [torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.nn.Sequential(torch.nn.Linear(2, 3))]
+    for tracked in (
+        [{"model": one} for one in stages],
+        [{f"stage{rank}": one} for rank, one in enumerate(stages)],
+    ):
+        with pytest.raises(Refused, match="ranks disagree about names, dtypes, shapes or meshes"):
+            pipeline.save(tmp_path, tracked)
