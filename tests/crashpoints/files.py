@@ -36,7 +36,7 @@ from dtrain.protocol.keys import Keys
 from dtrain.protocol.ranklink import Sealed
 from dtrain.protocol.snapshot import DurablePart
 from dtrain.runtime.clock import SystemClock
-from dtrain.storage.blobs.local import LocalBlobs
+from dtrain.storage.blobs.local import INCOMING, LocalBlobs
 from dtrain.storage.etcd.memory import MemoryEtcd
 from dtrain.storage.etcd.port import Delete, Put, Txn
 from tests.crashpoints.ports import unreadable
@@ -238,10 +238,9 @@ class Site:
         for info in self.store.list(f"{CLUSTER}/{JOB}/"):
             if info.key not in named and not any(folder in info.key for folder in folders):
                 yield f"{info.key} is left over"
-        # Folders without a file may stay: a collector that took them could take them from a living writer.
-        for path in self.root.rglob(".incoming/*/**/*"):
-            # The mark of the store's owner is of no job: a torn one is left, a few bytes and once.
-            if path.is_file() and path.parent.name != "_owners":
+        for path in self.root.rglob("*"):
+            inside = path.is_relative_to(self.root / INCOMING) and path != self.root / INCOMING
+            if inside or (path.is_dir() and path.name != INCOMING and not any(path.iterdir())):
                 yield f"{path.relative_to(self.root)} is left over"
 
 
@@ -330,7 +329,7 @@ def _prepare_sweep(site: Site) -> None:
     """Checkpoint 2 is aborted: rank 0's part was durable, and a writer died in the middle of rank 1's."""
     _prepare_upload(site)
     site.upload(2)
-    upload = site.root / ".incoming" / ("c" * 16)
+    upload = site.root / INCOMING / ("c" * 16)
     key = next(info.key for info in site.store.list(f"{CLUSTER}/{JOB}/{UID}/blobs/{2:020d}/"))
     (upload / key).parent.mkdir(parents=True)
     (upload / key).write_bytes(b"half")

@@ -17,10 +17,10 @@ from dtrain.coordinator.core import invariants
 from dtrain.coordinator.core.decisions import Decision, PutRecord
 from dtrain.protocol import codec
 from dtrain.protocol.audit import Auditor, Change
-from dtrain.protocol.checkpoint import CommitRecord, Latest, Manifest
+from dtrain.protocol.checkpoint import CommitRecord, Latest, Manifest, Quarantine
 from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.events import EventReason, EventRecord
-from dtrain.protocol.ids import Attempt, JobName
+from dtrain.protocol.ids import Attempt, JobName, Seq
 from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobStatus
 from dtrain.protocol.snapshot import FailureKind, NodeRecord
 from dtrain.storage.etcd.memory import MemoryEtcd
@@ -161,8 +161,12 @@ class Checks:
                     told = codec.decode(EventRecord, change.value)
                     if told.reason is EventReason.ETCD_RESTORED:
                         self.bad(f"a false alarm: {told.message}")
+                case "bad" if change.value is not None:
+                    assert place is not None
+                    self._put_aside(place.job, codec.decode(Quarantine, change.value))
                 case "checkpoint":
                     assert place is not None
+                    self._gone(place.job, place.seq)
                     if place.seq == self.history(place.job).latest:
                         self._newest_gone(place.job, place.seq)
 
@@ -180,6 +184,30 @@ class Checks:
         record, uid = self.jobs[job].commits[seq], self._cluster.last_uid(job)
         if record.uid == uid:
             self.bad(f"I3: checkpoint {seq} was the newest and is gone")
+
+    def _put_aside(self, job: JobName, record: Quarantine) -> None:
+        """Only what is damaged is quarantined, whoever has reported it."""
+        if record.blob not in self.damaged:
+            self.bad(f"checkpoint {record.seq} of {job} is put aside for {record.blob}, which is whole")
+
+    def _gone(self, job: JobName, seq: Seq) -> None:
+        """Invariant 16: the newest good one stays, whatever retention and operators want."""
+        commits, bad = self.jobs[job].commits, self._cluster.bad_seqs(job)
+        record = commits[seq]
+        good = [s for s in self._cluster.committed_seqs(job) if s not in bad and commits[s].uid == record.uid]
+        if record.uid == self._cluster.last_uid(job) and seq not in bad and max(good, default=0) < seq:
+            self.bad(f"checkpoint {seq} of {job} was the newest good one and is gone")
+
+    def read(self, job: JobName, seq: Seq) -> None:
+        """A reader that has held its pin all the time finds every blob."""
+        record, store = self.jobs[job].commits[seq], self._cluster.store
+        held = store._blobs.get(record.manifest)
+        if held is None:
+            self.bad(f"checkpoint {seq} of {job} is pinned and its manifest is gone")
+            return
+        for blob in codec.decode(Manifest, gzip.decompress(held[0])).blobs:
+            if blob.key not in store._blobs and blob.key not in self.damaged:
+                self.bad(f"checkpoint {seq} of {job} is pinned and has lost {blob.key}")
 
     def history(self, job: JobName) -> "History":
         return self.jobs.setdefault(job, History())
@@ -397,7 +425,7 @@ class Checks:
         left = []
         for kv in cluster.etcd.memory._at(cluster.keys.root, prefix_end(cluster.keys.root), 0):
             place = cluster.keys.parse(kv.key)
-            if place is None or place.kind in ("worker", "open", "garbage", "pin"):
+            if place is None or place.kind in ("worker", "open", "garbage", "pin", "order"):
                 left.append(f"key {kv.key}")
         left += self.leases_wrong()
         named = self._named_blobs()

@@ -144,6 +144,7 @@ class Coordinator:
             ReplicaId(replica.name),
             agent_ttl_s=cluster.agent_ttl_s,
             default_store=cluster.store.uri,
+            scrub_interval_s=cluster.schedule.shape.scrub_s,
         )
         self.driver = Driver(world, plan, self)
         self.leadership = Leadership(

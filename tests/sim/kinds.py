@@ -13,6 +13,7 @@ from dtrain.protocol.cluster import Cordon
 from dtrain.protocol.ids import AgentName, JobName
 from dtrain.protocol.job import TERMINAL_PHASES, Wanted
 from dtrain.storage.etcd.port import Delete, Put, Txn
+from tests.sim import readers
 from tests.sim.link import Link
 from tests.sim.schedule import Strike
 
@@ -41,6 +42,8 @@ class Kind:
     args: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     share: float = 1.0
     """How much rarer than others it is part of a mix."""
+    apart: bool = False
+    """Drawn apart from the others, which seeds that were pinned before go on drawing as they did."""
 
 
 KINDS: dict[str, Kind] = {}
@@ -593,6 +596,45 @@ def _cancel(faults: "Faults", strike: Strike) -> None:
         cluster.cancelled[status.uid] = None
 
 
+# Readers of checkpoints, and what operators ask the leader to do about them.
+
+
+@kind(
+    "checkpoint read",
+    a_job,
+    every_s=(3.0, 20.0),
+    lasts_s=(1.0, 60.0),
+    args={"which": (0.0, 1.0), "ttl_s": (5.0, 30.0), "dies": (0.0, 1.0)},
+    apart=True,
+)
+def _read(faults: "Faults", strike: Strike) -> None:
+    """A reader pins, renews its pin, reads and unpins; some die and leave their pin to its lease."""
+    ttl_s = 0 if strike.args["dies"] < 0.3 else int(strike.args["ttl_s"])
+    reader = readers.begin(faults.cluster, strike, ttl_s=ttl_s)
+    if reader is None:
+        return
+    if ttl_s and strike.args["dies"] > 0.8:
+        return
+    reader.renew()
+    faults.until(strike, reader.end)
+
+
+@kind("checkpoint deleted", a_job, every_s=(5.0, 30.0), args={"which": (0.0, 1.0)}, apart=True)
+def _delete(faults: "Faults", strike: Strike) -> None:
+    readers.order(faults.cluster, strike, "delete")
+
+
+@kind("damage reported", a_job, every_s=(5.0, 30.0), args={"which": (0.0, 1.0)}, apart=True)
+def _report(faults: "Faults", strike: Strike) -> None:
+    """Rightly or wrongly: a machine's own memory may be what is bad."""
+    readers.order(faults.cluster, strike, "report")
+
+
+@kind("orphans searched", a_job, every_s=(5.0, 30.0), args={"which": (0.0, 1.0)}, apart=True)
+def _collect(faults: "Faults", strike: Strike) -> None:
+    readers.order(faults.cluster, strike, "collect")
+
+
 @kind("agent drained", a_machine, every_s=(15.0, 90.0), lasts_s=(0.5, 30.0), args={"grace_s": (4.0, 60.0)})
 def _drain(faults: "Faults", strike: Strike) -> None:
     if machine := _machine(faults, strike):
@@ -601,6 +643,7 @@ def _drain(faults: "Faults", strike: Strike) -> None:
 
 def repair(cluster: "Cluster") -> None:
     """What no strike heals by itself: replicas that are gone start, and enough machines."""
+    readers.unpin_all(cluster)
     for replica in cluster.replicas.values():
         if replica.guardian is None:
             replica.boot()

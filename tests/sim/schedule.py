@@ -46,6 +46,8 @@ class Shape:
     """A node's clock is at most so much faster or slower than true time."""
     page_keys: int = 500
     """How many keys the mirror asks for at once."""
+    scrub_s: float = 0.0
+    """Interval in which committed checkpoints are read again; 0: never."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ of them at once never does. So sizes, policies, storms and the mix are all drawn
 """
 
 import random
+from dataclasses import replace
 
 from tests.sim import kinds
 from tests.sim.schedule import JobShape, Schedule, Shape, Storm
@@ -31,7 +32,10 @@ def draw(seed: int) -> Schedule:
     jobs = [_job(rng, "train", again=9 if long else 1, long=long)]
     if rng.random() < SECOND_JOB_SHARE:
         jobs.append(_job(rng, "other", again=9 if long else 1, long=long))
-    return Schedule(seed, _shape(rng, tuple(jobs)), storms, ends_calm, _mix(rng))
+    shape, mix = _shape(rng, tuple(jobs)), _mix(rng)
+    apart = random.Random(f"dtrain-apart-{seed}")
+    shape = replace(shape, scrub_s=apart.choice((0.0, 0.0, 10.0, 40.0)))
+    return Schedule(seed, shape, storms, ends_calm, mix | _mix_apart(apart))
 
 
 def _storms(rng: random.Random) -> tuple[tuple[Storm, ...], bool]:
@@ -53,7 +57,7 @@ def _storms(rng: random.Random) -> tuple[tuple[Storm, ...], bool]:
 
 
 def _mix(rng: random.Random) -> dict[str, float]:
-    names = list(kinds.KINDS)
+    names = [name for name, kind in kinds.KINDS.items() if not kind.apart]
     if rng.random() < FOCUS_SHARE:
         chosen = rng.sample(names, rng.choice((1, 2)))
         return {name: rng.uniform(2.0, 8.0) for name in sorted(chosen)}
@@ -63,6 +67,15 @@ def _mix(rng: random.Random) -> dict[str, float]:
         name: pace * rng.uniform(*kinds.KINDS[name].every_s)
         for name in names
         if rng.random() < share * kinds.KINDS[name].share
+    }
+
+
+def _mix_apart(rng: random.Random) -> dict[str, float]:
+    share = rng.choice((0.0, 0.0, 0.3, 0.6))
+    return {
+        name: rng.uniform(*kind.every_s)
+        for name, kind in kinds.KINDS.items()
+        if kind.apart and rng.random() < share
     }
 
 

@@ -1,10 +1,13 @@
 """Random faults, then calm: the promises hold in every step, and the job ends as if nothing had happened."""
 
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from .cluster import Cluster, Result, run
+from . import swarm
+from .cluster import Cluster, Result, play, run
 
 SEEDS_PER_CHUNK = 4
 CHUNKS = 30
@@ -63,3 +66,17 @@ def test_a_seed_is_a_history() -> None:
     first, second = run(7, trace=True), run(7, trace=True)
     assert first.fingerprint == second.fingerprint
     assert first.trace == second.trace
+
+
+def test_no_real_time_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the store fails and is asked again: a run is its seed's, however slow the machine."""
+
+    def slept(_seconds: float) -> None:
+        raise AssertionError("slept in real time")
+
+    monkeypatch.setattr(time, "sleep", slept)
+    drawn = swarm.draw(4)
+    mix = {"store failures": 4.0, "checkpoint now": 4.0, "damage reported": 4.0, "rank crash": 20.0}
+    result = play(replace(drawn, mix=mix, shape=replace(drawn.shape, scrub_s=10.0)))
+    assert not verdict(result)
+    assert "damage reported" in result.faults

@@ -13,10 +13,13 @@ from dtrain.coordinator.core import checkpoints, liveness, manifest, phases, ret
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.world import World
 from dtrain.protocol.commands import Prepare, Start
+from dtrain.protocol.ids import Rank
+from dtrain.storage.checkpoints import verifying
+from dtrain.storage.checkpoints.reading import Damage
 from dtrain.storage.etcd.mirror import MirrorState
 from dtrain.storage.etcd.port import Txn
 
-from . import swarm
+from . import readers, swarm
 from .cluster import Cluster, play, run
 from .etcd import EtcdAccess
 from .schedule import JobShape, Schedule, Shape, Storm, Strike
@@ -214,3 +217,47 @@ def test_retention_of_the_newest_is_caught(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(retention, "surplus", greedy)
     assert is_caught("I3")
+
+
+READ = {"checkpoint read": 2.0, "checkpoint now": 2.0, "checkpoint deleted": 3.0, "damage reported": 3.0}
+
+
+def late_readers(cluster: Cluster) -> None:
+    """Somebody begins to read the oldest checkpoint just when a newer one makes it one too many."""
+    told = cluster.etcd.on_revision
+
+    def on_revision(revision: int, events: Any) -> None:
+        told(revision, events)
+        places = [cluster.keys.parse(event.kv.key) for event in events if event.kind != "delete"]
+        for place in places:
+            if place is not None and place.kind == "checkpoint":
+                cluster.scheduler.after(
+                    0.03 * cluster.scheduler.rng.random(), lambda job=place.job: read(job)
+                )
+
+    def read(job: str) -> None:
+        strike = Strike(cluster.scheduler.now, "checkpoint read", job, args={"which": 0.3})
+        reader = readers.begin(cluster, strike, ttl_s=5)
+        if reader is not None:
+            cluster.scheduler.after(2.0, reader.end)
+
+    cluster.etcd.on_revision = on_revision
+
+
+def test_a_retirement_that_looks_at_no_pins_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not is_caught("", range(1, 9), calm=True, prepare=late_readers)
+    monkeypatch.setattr(Draft, "nobody_under", lambda _draft, _prefix: None)
+    assert is_caught("was retired while somebody read it", calm=True, prepare=late_readers)
+
+
+def test_an_operator_who_may_delete_everything_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "untouchable", lambda _shelf: {})
+    assert is_hunted_down("was the newest", READ)
+
+
+def test_a_report_of_damage_that_is_believed_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def believe(_store: Any, _manifest: str, _digest: str, blob: str, chunk: int) -> Any:
+        return Damage(blob, chunk, "00", "11", Rank(0), ())
+
+    monkeypatch.setattr(verifying, "verify_chunk", believe)
+    assert is_hunted_down("which is whole", READ)

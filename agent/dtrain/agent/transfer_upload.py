@@ -283,7 +283,7 @@ class Uploader:
                 fix="track fewer or larger tensors, and no large JSON values",
             )
         key = rank_manifest_key(prefix, order.rank, nonce)
-        self._put(job, key, [data], [digest.crc32c(data)])
+        self._put(job, key, [data], digest.ChunkCrcs([data]))
         kept = KeptBlob(entry.key, sealed.path, sealed.offset, sealed.size_bytes)
         durable = DurablePart(
             seq=sealed.seq,

@@ -5,7 +5,6 @@ that the operation is idempotent. Waits grow with full jitter, so that clients
 that failed together do not come back together.
 """
 
-import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -24,11 +23,12 @@ def call(
     wait_s_max: float = 2.0,
     deadline_s: float = 30.0,
     idempotent: bool = False,
-    sleep: Callable[[float], None] = time.sleep,
+    sleep: Callable[[float], None] = tenacity.nap.sleep,
 ) -> T:
     """Run ``operation`` until it answers, at most ``attempts`` times.
 
-    ``sleep`` waits between two of them; what it raises ends the call.
+    ``sleep`` waits between two of them; what it raises ends the call. (By default tenacity's own,
+    which is where a simulation puts its virtual time.)
 
     Raises:
         Unavailable, OutcomeUnknown: the last one seen, once attempts or

@@ -243,7 +243,8 @@ class Worker:
         if len(data) > MANIFEST_BYTES_MAX:
             raise _unfit(f"its manifest takes {len(data)} bytes, the limit is {MANIFEST_BYTES_MAX}")
         key = manifest_key(root, record.seq, record.attempt, record.nonce, secrets.token_hex(4))
-        _ask(lambda: store.put(key, [data], chunk_crcs=[digest.crc32c(data)]), idempotent=True)
+        # Hashed as it leaves, and once: nothing can change it before.
+        _ask(lambda: store.put(key, [data], chunk_crcs=digest.ChunkCrcs([data])), idempotent=True)
         if judged.form is not None:
             self._forms.put(job, judged.form)
         return judged.bytes, key, data
@@ -376,11 +377,21 @@ class Worker:
         owners = _ask(lambda: [info.key for info in store.list(owners_prefix(cluster))])
         if not owners and mark:
             about = codec.canonical({"v": 1, "cluster": cluster, "etcd": own.rpartition("/")[2][:16]})
-            _ask(lambda: store.put(own, [about], chunk_crcs=[digest.crc32c(about)]), idempotent=True)
+            try:
+                _ask(lambda: store.put(own, [about], chunk_crcs=[digest.crc32c(about)]), idempotent=True)
+            except Refused:
+                # Another sweep may have taken this upload for one that was cut off: then the mark is there.
+                owners = _ask(lambda: [info.key for info in store.list(owners_prefix(cluster))])
+                if own not in owners:
+                    raise
             # Somebody else may have done the same meanwhile: whoever sees two stands still.
             owners = _ask(lambda: [info.key for info in store.list(owners_prefix(cluster))])
         others = [key for key in owners if key != own]
         if not others:
+            if mark:
+                # The mark is there: whoever began to write it and did not end is dead, or need not.
+                for token in _ask(lambda: list(store.list_unfinished(owners_prefix(cluster)))):
+                    _ask(partial(store.discard_unfinished, token), idempotent=True)
             return ""
         return (
             f"{store.uri} is marked as that of another etcd with the same cluster name"

@@ -128,6 +128,82 @@ def test_nothing_is_left_beside_the_blobs(local: LocalBlobs, root: Path) -> None
     assert [p.name for p in root.rglob("*")] == [".incoming"]
 
 
+def test_folders_without_a_file_are_told_and_taken(local: LocalBlobs, root: Path) -> None:
+    put(local, "a/job/blobs/1/x", b"x")
+    for left in (
+        "a/job/blobs/2/b",
+        f".incoming/{1:016x}/a/job/blobs/3",
+        f".incoming/{2:016x}/a",
+        f".incoming/{3:016x}",
+        "a/other/blobs",
+    ):
+        (root / left).mkdir(parents=True)
+    assert list(local.list_unfinished("a/job/blobs/1/x")) == [f"a/?empty={2:016x}", f"?empty={3:016x}"]
+    tokens = list(local.list_unfinished("a/job/"))
+    assert tokens == [
+        f"a/job/blobs/3/?empty={1:016x}",
+        f"a/?empty={2:016x}",
+        f"?empty={3:016x}",
+        "a/job/blobs/2/b/?empty",
+    ]
+    for token in [*tokens, *tokens]:
+        local.discard_unfinished(token)
+    assert list((root / ".incoming").iterdir()) == []
+    assert sorted(path.name for path in (root / "a/job/blobs").iterdir()) == ["1"]
+    assert list(local.list_unfinished("")) == ["a/other/blobs/?empty"]
+    assert local.get("a/job/blobs/1/x") == b"x"
+
+
+def test_a_token_never_takes_a_folder_that_is_in_use(local: LocalBlobs, root: Path) -> None:
+    (root / "a/b").mkdir(parents=True)
+    (root / f".incoming/{1:016x}/a").mkdir(parents=True)
+    tokens = list(local.list_unfinished(""))
+    assert len(tokens) == 2
+    put(local, "a/b/c", b"x")
+    (root / f".incoming/{1:016x}/a/file").write_bytes(b"half")
+    for token in tokens:
+        local.discard_unfinished(token)
+    assert local.get("a/b/c") == b"x"
+    assert list(local.list_unfinished("a/file")) == [f"a/file?upload={1:016x}"]
+    for bad in ("../?empty", "a/../../b/?empty", "?upload=0", "x"):
+        with pytest.raises(ValueError):
+            local.discard_unfinished(bad)
+
+
+@pytest.mark.parametrize("call", ["mkdir", "open", "link", "fsync"])
+def test_a_writer_whose_folders_are_taken_makes_them_again(
+    local: LocalBlobs, root: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    real, calls = getattr(os, call), []
+
+    def take_everything(*args: object, **options: object) -> object:
+        calls.append(args)
+        # At each of the first calls a sweep passes, which takes what holds nothing.
+        if len(calls) <= 4:
+            for token in local.list_unfinished(""):
+                if "?empty" in token:
+                    local.discard_unfinished(token)
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, take_everything)
+        put(local, "a/b/c", b"x")
+    assert local.get("a/b/c") == b"x"
+    assert list(local.list_unfinished("")) == []
+
+
+def test_a_folder_that_was_taken_and_made_by_another_is_synced_again(
+    local: LocalBlobs, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(local, "a/1/x", b"x")
+    local.delete("a/1/x")
+    # Another writer made it, and nobody knows whether it is durable.
+    (root / "a/2").mkdir(parents=True)
+    syncs = Syncs(monkeypatch, root)
+    put(local, "a/2/x", b"x")
+    assert syncs.paths[1:] == [".", "a", "a/2"]
+
+
 def test_a_lost_mount_is_not_written_over(local: LocalBlobs, root: Path) -> None:
     root.rmdir()
     for call in (

@@ -541,6 +541,64 @@ def test_a_store_marked_as_another_etcds_is_left_alone(
     assert owners == [f"{CLUSTER}/_owners/{etcd.status().cluster_id:016x}.json"]
 
 
+def test_what_is_being_uploaded_for_an_open_checkpoint_stays(
+    store: Store, worker: Worker, etcd: MemoryEtcd
+) -> None:
+    done = commit(store, worker, etcd, 1)
+    put(etcd, KEYS.status(JOB), JobStatus(Term(1), UID, JobPhase.RUNNING, seq_last=Seq(3)))
+    put(etcd, KEYS.open(JOB, Seq(3)), opened(3, "cc"))
+
+    def die(op: str, key: str) -> None:
+        if op == "put.begun":
+            raise Unavailable(ErrorCode.STORE_UNAVAILABLE, "the writer died")
+
+    store.fault = die
+    for seq, nonce in ((1, done.nonce), (2, "dead"), (3, "cc")):
+        with pytest.raises(Unavailable):
+            store.write(f"{blob_prefix(ROOT, Seq(seq), Attempt(1), nonce)}/00000-00-dd.st", b"half")
+    store.fault = lambda _op, _key: None
+    assert sweep(worker).deleted == 2
+    (left,) = store.list_unfinished("")
+    assert left.startswith(blob_prefix(ROOT, Seq(3), Attempt(1), "cc"))
+
+
+def test_a_mark_that_was_cut_off_is_taken_by_the_next_sweep(
+    store: Store, worker: Worker, etcd: MemoryEtcd
+) -> None:
+    write_rank(store, opened(1, "dead"), 0)
+    put(etcd, KEYS.status(JOB), JobStatus(Term(1), UID, JobPhase.RUNNING, seq_last=Seq(3)))
+
+    def die(op: str, key: str) -> None:
+        if op == "put.begun" and "_owners" in key:
+            raise Unavailable(ErrorCode.STORE_UNAVAILABLE, "the writer died")
+
+    store.fault = die
+    assert sweep(worker).retry
+    assert list(store.list_unfinished(""))
+    store.fault = lambda _op, _key: None
+    assert sweep(worker).deleted == 2
+    assert list(store.list_unfinished("")) == []
+
+
+def test_two_sweeps_that_mark_at_once_do_not_stop_each_other(
+    store: Store, worker: Worker, etcd: MemoryEtcd
+) -> None:
+    write_rank(store, opened(1, "dead"), 0)
+    put(etcd, KEYS.status(JOB), JobStatus(Term(1), UID, JobPhase.RUNNING, seq_last=Seq(3)))
+    second: list[Swept] = []
+
+    def interleave(op: str, key: str) -> None:
+        if op == "put.begun" and "_owners" in key and not second:
+            second.append(Swept(SweepOrphans(CLUSTER, JOB, UID, URI)))
+            second[0] = sweep(worker)
+
+    store.fault = interleave
+    assert sweep(worker).problem == ""
+    assert second[0].problem == ""
+    assert second[0].deleted == 2
+    assert list(store.list_unfinished("")) == []
+
+
 def inspect(worker: Worker, record: CommitRecord, depth: str, blob: str = "", chunk: int = 0) -> Inspected:
     work = InspectCheckpoint(JOB, URI, record.seq, record.manifest, record.digest, depth, blob, chunk)
     result = worker.run(work)

@@ -6,6 +6,10 @@ ever overwritten and a reader sees whole blobs only. The name is durable once th
 folder that holds it, and every folder above it up to the root, is synced.
 
 The file system must have hard links, and they must be atomic (NFS's are).
+
+Whoever dies here leaves files in ``.incoming`` or folders without a file. Both are
+told by ``list_unfinished``. A folder may be taken from anybody: ``rmdir`` refuses
+one that holds something, and a writer that loses an empty one makes it again.
 """
 
 import contextlib
@@ -16,6 +20,7 @@ import secrets
 import shutil
 import stat
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from mmap import mmap
 from pathlib import Path
@@ -27,7 +32,11 @@ from dtrain.storage.blobs.port import PART_BYTES, BlobInfo, check_key, check_pre
 
 INCOMING = ".incoming"
 _TOKEN = re.compile(r"(?P<key>.+)\?upload=(?P<nonce>[0-9a-f]{16})")
-_RELINK_LIMIT = 5
+_NONCE = re.compile(r"[0-9a-f]{16}")
+_EMPTY = re.compile(r"(?:(?P<folder>.+)/)?\?empty(?:=(?P<nonce>[0-9a-f]{16}))?")
+_REMAKE_LIMIT = 5
+"""How often a writer makes folders again that somebody took, empty until then, between two calls."""
+_SYNCED_MAX = 64
 
 
 class LocalBlobs:
@@ -35,7 +44,7 @@ class LocalBlobs:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._synced: set[Path] = set()
+        self._synced: OrderedDict[Path, None] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -57,9 +66,7 @@ class LocalBlobs:
         upload = self._root / INCOMING / secrets.token_hex(8)
         incoming = upload / key
         try:
-            (self._root / INCOMING).mkdir(exist_ok=True)
-            incoming.parent.mkdir(parents=True)
-            _write(incoming, key, chunks, chunk_crcs, flow)
+            _write(self._begin(incoming), key, chunks, chunk_crcs, flow)
             linked = self._link(incoming, path, key)
         except OSError as error:
             raise self._translate(error, key, writing=True) from error
@@ -112,18 +119,34 @@ class LocalBlobs:
     def list_unfinished(self, prefix: str) -> Iterator[str]:
         check_prefix(prefix)
         try:
-            nonces = sorted(entry.name for entry in os.scandir(self._root / INCOMING))
+            nonces = sorted(entry.name for entry in os.scandir(self._root / INCOMING) if entry.is_dir())
         except FileNotFoundError:
             self._check_root()
-            return
+            nonces = []
         except OSError as error:
             raise self._translate(error, prefix) from error
         for nonce in nonces:
+            if not _NONCE.fullmatch(nonce):
+                continue
             upload = self._root / INCOMING / nonce
-            for key, _size in self._walk(upload, upload, prefix):
-                yield f"{key}?upload={nonce}"
+            alone = True
+            for key, _size in self._walk(upload, upload, ""):
+                alone = False
+                if key.startswith(prefix):
+                    yield f"{key}?upload={nonce}"
+            if alone:
+                # How far its writer came before it died, or is now: for which key is known only at the end.
+                made = _deepest(upload)
+                if (made + "/").startswith(prefix) or prefix.startswith(made + "/" if made else ""):
+                    yield f"{made}/?empty={nonce}" if made else f"?empty={nonce}"
+        for folder in self._empty_folders(self._root / prefix.rpartition("/")[0]):
+            if f"{folder}/".startswith(prefix):
+                yield f"{folder}/?empty"
 
     def discard_unfinished(self, token: str) -> None:
+        if empty := _EMPTY.fullmatch(token):
+            self._remove_empty(empty["folder"] or "", empty["nonce"] or "")
+            return
         match = _TOKEN.fullmatch(token)
         if match is None:
             raise ValueError(f"bad upload token {token!r}")
@@ -145,13 +168,7 @@ class LocalBlobs:
             self._check_root()
         except OSError as error:
             raise self._translate(error, key) from error
-        for folder in path.parents:
-            if folder == self._root:
-                return
-            try:
-                folder.rmdir()
-            except OSError:
-                return
+        self._remove_upwards(path.parent, self._root)
 
     def close(self) -> None:
         """Do nothing: no file stays open between calls."""
@@ -167,41 +184,57 @@ class LocalBlobs:
         if not self._root.is_dir():
             raise missing_root(self._root)
 
+    def _begin(self, incoming: Path) -> int:
+        """Create the file that a blob is written to; return its descriptor."""
+        (self._root / INCOMING).mkdir(exist_ok=True)
+        for _ in range(_REMAKE_LIMIT):
+            try:
+                incoming.parent.mkdir(parents=True, exist_ok=True)
+                return os.open(incoming, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:
+                self._check_root()
+        raise _keeps_being_removed(incoming)
+
     def _link(self, incoming: Path, path: Path, key: str) -> bool:
         """Give the blob its name; False if the key is taken."""
-        for _ in range(_RELINK_LIMIT):
-            self._make_folders(path.parent)
+        for _ in range(_REMAKE_LIMIT):
             try:
+                self._make_folders(path.parent)
                 os.link(incoming, path)
             except FileExistsError:
                 return False
             except FileNotFoundError:
                 if not incoming.exists():
                     raise outcomes.abandoned(key) from None
-                # A collector removed the folder, empty until now, between mkdir and link.
+                # A collector removed a folder, empty until now, between mkdir and link.
+                self._check_root()
                 continue
             return True
-        raise Unavailable(ErrorCode.STORE_UNAVAILABLE, f"the folder of {path} keeps being removed")
+        raise _keeps_being_removed(path)
 
     def _make_folders(self, folder: Path) -> None:
         """Create ``folder`` below the root, and make its name and those above it durable.
 
-        A folder that another thread or process created a moment ago may not be durable yet, so each
-        one is synced by every store once, whoever created it. The root itself is never created: if a
-        mount is gone, checkpoints must not go to the disk below.
+        A folder that another process created a moment ago may not be durable yet, so all of them are
+        synced, whoever created them, before the first blob of this store in ``folder``. It is that folder
+        which is remembered, and not those above: a checkpoint's own goes once and does not come back, but
+        those that checkpoints share may be removed and made again by others. The root itself is never
+        created: if a mount is gone, checkpoints must not go to the disk below.
         """
+        with self._lock:
+            known = folder in self._synced
+        if known and folder.is_dir():
+            return
         path = self._root
         for name in folder.relative_to(self._root).parts:
             parent, path = path, path / name
-            try:
+            with contextlib.suppress(FileExistsError):
                 path.mkdir()
-            except FileExistsError:
-                with self._lock:
-                    if path in self._synced:
-                        continue
             self._sync_folder(parent)
-            with self._lock:
-                self._synced.add(path)
+        with self._lock:
+            self._synced[folder] = None
+            while len(self._synced) > _SYNCED_MAX:
+                self._synced.popitem(last=False)
 
     def _sync_folder(self, folder: Path) -> None:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -223,6 +256,39 @@ class LocalBlobs:
                 raise outcomes.exists(key, self.uri)
             # Whoever wrote it may have died before this.
             os.fsync(file.fileno())
+
+    def _empty_folders(self, folder: Path) -> Iterator[str]:
+        """Yield the keys of the folders at and below ``folder`` that hold nothing."""
+        try:
+            with os.scandir(folder) as found:
+                entries = list(found)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise self._translate(error, folder.relative_to(self._root).as_posix()) from error
+        if not entries and folder != self._root:
+            yield folder.relative_to(self._root).as_posix()
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+                yield from self._empty_folders(Path(entry.path))
+
+    def _remove_empty(self, folder: str, nonce: str) -> None:
+        """Remove folders that hold nothing, and those above that then do not either."""
+        if folder:
+            check_key(folder)
+        base = self._root / INCOMING if nonce else self._root
+        self._remove_upwards(base / nonce / folder, base)
+
+    def _remove_upwards(self, folder: Path, top: Path) -> None:
+        """Remove ``folder`` and those above it below ``top``, up to the first one that is needed."""
+        while folder != top:
+            try:
+                folder.rmdir()
+            except FileNotFoundError:
+                pass  # somebody who died after this one
+            except OSError:
+                return
+            folder = folder.parent
 
     def _walk(self, folder: Path, base: Path, prefix: str) -> Iterator[tuple[str, int]]:
         """Yield (key, size) of the files below ``folder`` in key order."""
@@ -289,8 +355,20 @@ def missing_root(root: Path) -> Refused:
     )
 
 
-def _write(path: Path, key: str, chunks: Sequence[memoryview], chunk_crcs: Sequence[int], flow: Flow) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+def _deepest(folder: Path) -> str:
+    """Return the path of the innermost folder of a writer that has one key; "" if there is none inside."""
+    path = folder
+    with contextlib.suppress(OSError):
+        while inner := next((entry.path for entry in os.scandir(path) if entry.is_dir()), None):
+            path = Path(inner)
+    return "" if path == folder else path.relative_to(folder).as_posix()
+
+
+def _keeps_being_removed(path: Path) -> Unavailable:
+    return Unavailable(ErrorCode.STORE_UNAVAILABLE, f"the folder of {path} keeps being removed")
+
+
+def _write(fd: int, key: str, chunks: Sequence[memoryview], chunk_crcs: Sequence[int], flow: Flow) -> None:
     try:
         for index, chunk in enumerate(chunks):
             outcomes.check_or_hash(key, index, chunk, chunk_crcs)

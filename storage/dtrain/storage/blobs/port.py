@@ -96,11 +96,14 @@ class BlobStore(Protocol):
         ...
 
     def list_unfinished(self, prefix: str) -> Iterator[str]:
-        """Yield tokens of uploads under ``prefix`` that were never completed."""
+        """Yield tokens of uploads under ``prefix`` that were never completed, dead writers' and living ones'.
+
+        Also of what else somebody who died left and ``list`` does not show: folders without a blob.
+        """
         ...
 
     def discard_unfinished(self, token: str) -> None:
-        """Abandon an upload; gone already is fine."""
+        """Abandon an upload; gone already is fine. A folder that is in use by now stays."""
         ...
 
     def delete(self, key: str) -> None:

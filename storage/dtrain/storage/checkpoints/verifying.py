@@ -172,6 +172,13 @@ def _read_all(
     chunks = (
         (index, number) for index, blob in enumerate(manifest.blobs) for number in range(len(blob.chunks))
     )
+    if lanes == 1:
+        for index, number in chunks:
+            if stopped():
+                raise Stopped
+            pace.spend(CHUNK_BYTES)
+            yield one(index, number)
+        return
     running: set[Future[tuple[int, Damage | None]]] = set()
     with ThreadPoolExecutor(lanes, thread_name_prefix="verify") as pool:
         try:
