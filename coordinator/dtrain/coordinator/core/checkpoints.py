@@ -15,7 +15,7 @@ from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.liveness import Seat
 from dtrain.coordinator.core.stamps import iso, parse_iso
 from dtrain.coordinator.core.views import Stored, Verdict
-from dtrain.protocol.checkpoint import CommitRecord, Latest, OpenRecord
+from dtrain.protocol.checkpoint import CommitRecord, Latest, OpenRecord, Order
 from dtrain.protocol.commands import AbortCheckpoint, BeginCheckpoint, ConfirmCheckpoint
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import AgentName, Rank, Seq, Step
@@ -63,6 +63,10 @@ def durable_parts(draft: Draft, record: OpenRecord) -> dict[Rank, DurablePart]:
     A part counts only if seq, attempt, step and nonce are those of the intent:
     what a zombie of another attempt reports is not looked at.
     """
+    if record.imported:
+        order = draft.job.orders.get(record.imported)
+        part = None if order is None or order.value.uid != record.uid else order.value.part
+        return {part.rank: part} if part is not None and _belongs(part, record) else {}
     reports: list[Iterable[DurablePart]] = [record.reports]
     snapshots = [(name, draft.job.workers[name].value) for name in sorted(draft.job.workers)]
     snapshots += [(name, draft.job.departed[name]) for name in sorted(draft.job.departed)]
@@ -532,6 +536,33 @@ def open_checkpoint(
     return record
 
 
+def open_import(draft: Draft, order_id: str, order: Order, world: int) -> None:
+    """Write the intent of a checkpoint whose bytes come from elsewhere, of no attempt's ranks."""
+    status, name = draft.status, draft.job.name
+    seq = Seq(status.seq_last + 1)
+    record = OpenRecord(
+        draft.fleet.term,
+        status.uid,
+        seq,
+        # Between attempts nobody runs under this number, and none begins before the outcome.
+        status.attempt,
+        order.step,
+        draft.moment.nonce,
+        world,
+        order.timeout_s,
+        opened_at=iso(draft.moment.wall),
+        imported=order_id,
+    )
+    draft.put(draft.keys.open(name, seq), record, 0)
+    draft.guard(draft.keys.checkpoint(name, seq), 0)
+    draft.set(seq_last=seq)
+    draft.event(
+        EventReason.USER_REQUESTED,
+        f"checkpoint {seq} of step {order.step} is being imported" + (f" by {order.by}" if order.by else ""),
+        f"checkpoint/{seq}",
+    )
+
+
 def _token(draft: Draft) -> str:
     intent = draft.job.intent
     if intent is None or intent.value.uid != draft.status.uid or intent.value.wanted is not Wanted.RUN:
@@ -686,6 +717,10 @@ def settle(draft: Draft, *, patient: bool) -> bool:
 
 def _settle_one(draft: Draft, stored: Stored[OpenRecord], patient: bool, deadline: float | None) -> bool:
     record = stored.value
+    if record.imported:
+        # Only before the first attempt, which is not to come.
+        abort(draft, stored, "the job ended while it was imported", warning=False)
+        return True
     parts = durable_parts(draft, record)
     verdict = verdict_of(draft, record)
     if not is_complete(parts, record):

@@ -87,7 +87,8 @@ def write_dcp(
     with warnings.catch_warnings():
         # There is no process group here, and none is wanted.
         warnings.simplefilter("ignore", UserWarning)
-        save(stored.state(names), storage_writer=FileSystemWriter(to, thread_count=1), no_dist=True)
+        state = {**stored.state(names), "dtrain": objects.about(manifest)}
+        save(state, storage_writer=FileSystemWriter(to, thread_count=1), no_dist=True)
 
 
 def _torch() -> Any:
