@@ -54,8 +54,10 @@ def source(path: Path, wanted: Format | None, *, trust: bool, scratch: Path | No
     with contextlib.ExitStack() as stack:
         if importing_files.guess(path) is Format.DCP and trust and wanted in (None, Format.DCP):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dtrain-import-", dir=scratch))
-            path, wanted = _converted(path, Path(folder) / "state.pt"), None
-        contents = importing_files.read(path, wanted)
+            converted = _converted(path, Path(folder) / "state.pt")
+            contents = importing_files.read_converted(converted, path)
+        else:
+            contents = importing_files.read(path, wanted)
         stack.callback(contents.close)
         yield contents
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load, save_file
 from tests.unit.storage.test_checkpoints import B, Made, W, made
 
+from dtrain.cli.importing import source
 from dtrain.coordinator.core.manifest import merge
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import Manifest, OpenRecord, RankManifest, blob_prefix, job_root
@@ -91,6 +93,37 @@ def test_an_export_comes_back_with_the_same_bytes_and_values(
     assert {n: (t.dtype, t.shape) for n, t in manifest.tensors.items()} == {
         n: (t.dtype, t.shape) for n, t in made.manifest.tensors.items()
     }
+
+
+def test_a_dcp_export_comes_back_with_keys_that_are_numbers(made: Made, tmp_path: Path) -> None:
+    export(made.store, made.manifest, tmp_path / "dcp", Format.DCP, full=True)
+    with source(tmp_path / "dcp", None, trust=True, scratch=tmp_path) as contents:
+        assert (contents.format, contents.origin["step"]) == ("dcp", 40)
+        store, manifest = written(arrange(contents))
+    assert manifest.objects["optimizer"].value == made.objects["optimizer"].value
+    assert content(store, manifest) == content(made.store, made.manifest)
+    assert [path.name for path in tmp_path.iterdir()] == ["dcp"], "nothing of the conversion is left"
+
+
+def test_a_dcp_folder_of_others_has_its_optimizer_numbered_again(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 3}
+    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    with source(tmp_path / "dcp", Format.DCP, trust=True, scratch=tmp_path) as contents:
+        found = arrange(contents).objects["optimizer"]
+    assert found["$dict"][0] == "state"
+    pairs = found["$dict"][1]["$dict"]
+    assert pairs[::2] == [0, 1]
+    assert {"$tensor": "optimizer.state.0.exp_avg"} in pairs[1]["$dict"]
+    (tmp_path / "dcp" / ".metadata").write_bytes(b"nothing")
+    with (
+        pytest.raises(Refused, match="torch cannot convert"),
+        source(tmp_path / "dcp", None, trust=True, scratch=tmp_path),
+    ):
+        pass
 
 
 def test_without_the_generators_no_rank_count_is_claimed(made: Made, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.storage.checkpoints.exporting import Format
 from dtrain.storage.checkpoints.importing import Contents, Tensor
+from dtrain.storage.checkpoints.objects import ABOUT_FILE
 from dtrain.storage.checkpoints.reading import ITEM_BYTES
-from dtrain.storage.checkpoints.safetensors_files import ABOUT, INDEX
+from dtrain.storage.checkpoints.safetensors_files import INDEX
 
 HEADER_BYTES_MAX = 100 * 1000**2
 """What the safetensors library itself reads."""
@@ -102,17 +103,29 @@ def _safetensors(path: Path) -> Contents:
                 raise _refused(f"{file} has {twice[0]} once more", "remove what does not belong here")
             tensors |= found
             origin = origin or _origin(metadata)
-        about = _json(path / ABOUT) if path.is_dir() and (path / ABOUT).is_file() else None
+        about = _about(path)
         if about is None:
             return Contents(Format.SAFETENSORS.value, tensors, None, origin, close)
         objects = about.get("objects")
         if not isinstance(objects, dict) or about.get("v") != 1:
-            raise _refused(f"{path / ABOUT} is not what an export writes", "export it again")
+            raise _refused(f"{path / ABOUT_FILE} is not what an export writes", "export it again")
         origin = {key: value for key, value in about.items() if key not in ("v", "objects")}
         return Contents(Format.SAFETENSORS.value, tensors, objects, origin, close)
     except BaseException:
         close()
         raise
+
+
+def read_converted(path: Path, folder: Path) -> Contents:
+    """Return what torch made of a DCP folder: the file of ``torch.save`` at ``path``."""
+    from dtrain.storage.checkpoints import importing_torch
+
+    return importing_torch.read(path, _about(folder), converted=True)
+
+
+def _about(folder: Path) -> dict[str, Any] | None:
+    path = folder / ABOUT_FILE
+    return _json(path) if folder.is_dir() and path.is_file() else None
 
 
 def _parts(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ the SDK encodes what a script tracks. Imports torch, like ``torch_files``.
 import base64
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,20 @@ _DTYPES = {
 }
 
 
-def read(path: Path) -> Contents:
+_AS_BYTES = ("float8_e4m3fnuz", "float8_e5m2fnuz")
+
+
+def read(path: Path, about: Mapping[str, Any] | None = None, *, converted: bool = False) -> Contents:
     """Return what is in a file of ``torch.save``.
 
     A dict of nothing but tensors is taken for the weights of one module; any
-    other for states by tracked name.
+    other for states by tracked name. ``converted``: it was a folder of DCP, which
+    keeps keys as text only; ``about`` is what an export wrote into that beside it.
 
     Raises:
         Refused: it holds more than tensors and plain values, or torch cannot read it.
     """
+    kind = "dcp" if converted else "torch"
     try:
         import torch
     except ImportError as error:
@@ -71,17 +76,44 @@ def read(path: Path) -> Contents:
         raise _refused(f"{path} holds a {type(state).__name__}", "save a dict of states by name")
     origin = state.pop(ORIGIN, {}) if isinstance(state.get(ORIGIN), dict) else {}
     encoder = _Encoder(torch)
+    if about is not None:
+        values = about.get("objects")
+        if not isinstance(values, dict) or about.get("v") != 1:
+            raise _refused("what the export wrote beside its tensors is malformed", "export it again")
+        for name, value in values.items():
+            encoder.find(value, state.get(name), name)
+        origin = {key: value for key, value in about.items() if key not in ("v", "objects")}
+        return Contents("dcp", encoder.tensors, values, origin)
     if not origin and state and all(isinstance(value, torch.Tensor) for value in state.values()):
         for name, value in state.items():
             encoder.tensor(value, name, share=False)
-        return Contents("torch", encoder.tensors, None, {})
+        return Contents(kind, encoder.tensors, None, {})
     if origin:
         state.pop("tensors", None)  # those that no value refers to: nothing restores them
     objects = {}
     for name, value in state.items():
-        encoded = encoder.encode(value, name, 1)
+        encoded = encoder.encode(_renumbered(value) if converted else value, name, 1)
         objects[name] = encoded if isinstance(encoded, dict) and encoded else {"$value": encoded}
-    return Contents("torch", encoder.tensors, objects, origin)
+    return Contents(kind, encoder.tensors, objects, origin)
+
+
+def _renumbered(value: Any) -> Any:
+    """The state of an optimizer with numbers for keys again; anything else as it is."""
+    if not isinstance(value, dict) or set(value) != {"state", "param_groups"}:
+        return value
+    groups, state = value["param_groups"], value["state"]
+    if not isinstance(groups, list) or not isinstance(state, dict):
+        return value
+    numbers = {
+        str(number): number
+        for group in groups
+        if isinstance(group, dict)
+        for number in group.get("params", ())
+        if type(number) is int
+    }
+    if not state.keys() <= numbers.keys():
+        return value
+    return {**value, "state": {numbers[key]: part for key, part in state.items()}}
 
 
 class _Encoder:
@@ -109,7 +141,8 @@ class _Encoder:
         if kind in (dict, OrderedDict, Counter):
             return self._mapping(value, path, depth)
         if isinstance(value, self._torch.Tensor):
-            return {"$tensor": self.tensor(value, path)}
+            kept, original = self._kept(value)
+            return {"$tensor": self.tensor(kept, path), **({"dtype": original} if original else {})}
         raise _refused(f"{path} is a {kind.__name__}, neither a tensor nor a plain value", "leave it out")
 
     def _mapping(self, value: Any, path: str, depth: int) -> Any:
@@ -126,6 +159,43 @@ class _Encoder:
             flat.append(self.encode(key, f"{path}.<key>", depth + 2))
             flat.append(self.encode(part, f"{path}.{key}", depth + 2))
         return {"$ordered" if kind is OrderedDict else "$counter" if kind is Counter else "$dict": flat}
+
+    def _kept(self, value: Any) -> tuple[Any, str]:
+        """A tensor as it is stored, and the type that it is of where that is another one."""
+        name = str(value.dtype).removeprefix("torch.")
+        return (value.view(self._torch.uint8), name) if name in _AS_BYTES else (value, "")
+
+    def find(self, encoded: Any, value: Any, path: str, key: Any = None) -> None:
+        """Take the tensors that an encoded value refers to from a value of the same form."""
+        if key is not None:
+            # DCP knows keys as text only.
+            found = value.get(key, value.get(str(key))) if isinstance(value, dict) else None
+            if isinstance(value, list | tuple) and isinstance(key, int) and key < len(value):
+                found = value[key]
+            value, path = found, f"{path}.{key}"
+        if isinstance(encoded, list):
+            for index, part in enumerate(encoded):
+                self.find(part, value, path, index)
+            return
+        if not isinstance(encoded, dict):
+            return
+        form = next((form for form in ("$tuple", "$value") if form in encoded), "")
+        pairs = next((encoded[form] for form in ("$dict", "$ordered", "$counter") if form in encoded), None)
+        if "$tensor" in encoded:
+            if not isinstance(value, self._torch.Tensor):
+                raise _refused(f"{path} is not among the tensors", "export it again, and copy all of it")
+            if encoded["$tensor"] not in self.tensors:
+                self.tensor(self._kept(value)[0], encoded["$tensor"], share=False)
+        elif form:
+            self.find(encoded[form], value, path)
+        elif pairs is not None:
+            for inner, part in zip(pairs[::2], pairs[1::2], strict=True):
+                if isinstance(inner, str | int):
+                    self.find(part, value, path, inner)
+        else:
+            for inner, part in encoded.items():
+                if not inner.startswith("$"):
+                    self.find(part, value, path, inner)
 
     def tensor(self, value: Any, path: str, *, share: bool = True) -> str:
         """Keep a tensor; return the name it is kept under: that of another one, if both are tied."""

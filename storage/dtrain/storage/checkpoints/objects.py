@@ -5,8 +5,10 @@ forms that JSON lacks are objects with one key that begins with ``$``.
 """
 
 import base64
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from dtrain.protocol.checkpoint import Manifest
@@ -14,6 +16,9 @@ from dtrain.protocol.errors import ErrorCode, NotFound, Refused
 
 ABOUT = "import/about"
 """Where an imported checkpoint comes from: an object that nothing tracked can be called."""
+
+ABOUT_FILE = "checkpoint.json"
+"""In exported folders: values with their tensors' names, and where they come from."""
 
 OF_RANKS = "rng/"
 """What begins so is the state of one rank's generators: for resuming, of no use to anyone else."""
@@ -50,6 +55,12 @@ def about(manifest: Manifest) -> dict[str, Any]:
         "step": manifest.step,
         "world": saved_world(manifest),
     }
+
+
+def write_about(path: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Write the values of tracked names, and where they come from, beside exported tensors."""
+    values = {name: manifest.objects[name].value for name in names}
+    path.write_text(json.dumps({"v": 1, **about(manifest), "objects": values}, indent=1))
 
 
 def saved_world(manifest: Manifest) -> int:
