@@ -18,7 +18,7 @@ from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import CommitRecord, OpenRecord, Order, OrderKind, RankManifest
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import Attempt, Seq, Step, Uid
-from dtrain.protocol.job import JobPhase
+from dtrain.protocol.job import JobPhase, JobSpec
 from dtrain.protocol.pb import coordinator_pb2 as pb
 from dtrain.protocol.snapshot import DurablePart
 
@@ -141,3 +141,18 @@ def test_a_store_that_is_not_there_takes_the_request_back(
     assert run(words) != 0
     assert "--store" in capsys.readouterr().err
     assert replica.asked[-1].withdraw
+
+
+def test_a_job_is_submitted_to_wait_for_what_was_read_before(
+    replica: Replica, weights: str, tmp_path: Path, capsys: Out
+) -> None:
+    (tmp_path / "train.py").write_text("")
+    (tmp_path / "job.yaml").write_text("name: digits\nscript: train.py\n")
+    words = ["submit", str(tmp_path / "job.yaml"), "--from-checkpoint", weights]
+    assert run(words) == 2
+    assert "--weights-only" in capsys.readouterr().err
+    assert "Submit" not in replica.calls
+    assert run([*words, "--weights-only"]) == 0
+    assert "checkpoint 1 of step 0 is imported" in capsys.readouterr().err
+    assert codec.decode(JobSpec, next(iter(replica.submitted.values()))).checkpoint.await_import
+    assert run(["submit", str(tmp_path / "job.yaml"), "--weights-only"]) == 2

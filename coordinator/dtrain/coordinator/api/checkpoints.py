@@ -287,9 +287,9 @@ class CheckpointDesk:
                 continue
             if order.part is None or order.part == known.part:
                 return Importing(request_id, held.lease, found.revision)
-            guard = Compare(held.key, Target.MOD, held.mod_revision)
+            unchanged = Compare(held.key, Target.MOD, held.mod_revision)
             put = Put(held.key, codec.encode(replace(known, part=order.part)), held.lease)
-            result = self._etcd.txn(Txn((guard,), (put,)))
+            result = self._etcd.txn(Txn((unchanged,), (put,)))
             if result.succeeded:
                 return Importing(request_id, held.lease, result.revision)
         raise _contended(name)

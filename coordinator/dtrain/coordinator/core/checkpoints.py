@@ -510,7 +510,7 @@ def open_checkpoint(
 ) -> OpenRecord:
     """Write the intent under a number that was never used before."""
     timeout_s = draft.spec.checkpoint.timeout_s
-    status, name = draft.status, draft.job.name
+    status = draft.status
     seq = Seq(status.seq_last + 1)
     record = OpenRecord(
         draft.fleet.term,
@@ -528,17 +528,14 @@ def open_checkpoint(
         round(hold_s, 3),
         asked,
     )
-    draft.put(draft.keys.open(name, seq), record, 0)
-    # A number that has a commit record was given out before: a status from a backup, perhaps.
-    draft.guard(draft.keys.checkpoint(name, seq), 0)
-    draft.set(seq_last=seq)
+    _intend(draft, record)
     draft.say(f"opening checkpoint {seq} at step {step}" + (", which the script saves" if asked else ""))
     return record
 
 
 def open_import(draft: Draft, order_id: str, order: Order, world: int) -> None:
     """Write the intent of a checkpoint whose bytes come from elsewhere, of no attempt's ranks."""
-    status, name = draft.status, draft.job.name
+    status = draft.status
     seq = Seq(status.seq_last + 1)
     record = OpenRecord(
         draft.fleet.term,
@@ -553,14 +550,20 @@ def open_import(draft: Draft, order_id: str, order: Order, world: int) -> None:
         opened_at=iso(draft.moment.wall),
         imported=order_id,
     )
-    draft.put(draft.keys.open(name, seq), record, 0)
-    draft.guard(draft.keys.checkpoint(name, seq), 0)
-    draft.set(seq_last=seq)
+    _intend(draft, record)
     draft.event(
         EventReason.USER_REQUESTED,
         f"checkpoint {seq} of step {order.step} is being imported" + (f" by {order.by}" if order.by else ""),
         f"checkpoint/{seq}",
     )
+
+
+def _intend(draft: Draft, record: OpenRecord) -> None:
+    name, seq = draft.job.name, record.seq
+    draft.put(draft.keys.open(name, seq), record, 0)
+    # A number that has a commit record was given out before: a status from a backup, perhaps.
+    draft.guard(draft.keys.checkpoint(name, seq), 0)
+    draft.set(seq_last=seq)
 
 
 def _token(draft: Draft) -> str:
