@@ -238,8 +238,22 @@ def test_whole_states_are_renamed_with_their_structure(made: Made, tmp_path: Pat
     store, manifest = written(arranged)
     contents.close()
     assert content(store, manifest)["net.w"] == raw(W)
+    with pytest.raises(Refused, match="the name model"):
+        arrange(read(tmp_path / "folder"), maps=[("optimizer", "model")])
     with pytest.raises(Refused, match="has tracked names already"):
         arrange(read(tmp_path / "folder"), prefix="x.")
+
+
+def test_parts_of_ranks_go_by_the_name_that_they_are_tracked_under(tmp_path: Path) -> None:
+    state = {"data/0": {"at": 1}, "data/1": {"at": 2}, "model": {"w": W}, "lr": {"last": 3}}
+    torch.save(state, tmp_path / "x.pt")
+    arranged = arrange(read(tmp_path / "x.pt"), maps=[("data", "feed")])
+    assert sorted(arranged.objects) == ["feed/0", "feed/1", "lr", "model"]
+    arranged = arrange(read(tmp_path / "x.pt"), only=["data"], partial=True)
+    assert sorted(arranged.objects) == ["data/0", "data/1"]
+    torch.save({"lr": {"a": 1}, "rate": {"a": 2}}, tmp_path / "x.pt")
+    with pytest.raises(Refused, match="the name lr"):
+        arrange(read(tmp_path / "x.pt"), maps=[("rate", "lr")])
 
 
 # What cannot be read --------------------------------------------------------------------

@@ -131,18 +131,24 @@ def arrange(
     for name, value in (contents.objects or {}).items():
         entries, form = _flat(value)
         if entries is None or not maps:
-            objects[_renamed(name, [(old, new) for old, new in maps if old == name])] = value
+            # A state is renamed as a whole, with the parts of it that each rank saved for itself.
+            base, slash, rank = name.partition("/")
+            final = _renamed(base, [(old, new) for old, new in maps if old == base]) + slash + rank
+            if final in objects:
+                raise _collision([final])
+            objects[final] = value
         else:
             flat += [(f"{name}.{key}", node, form) for key, node in entries]
     sources: dict[str, str] = {}
     objects |= _grouped(flat, maps, objects, sources)
     wanted = list(dict.fromkeys(only))
-    missing = [name for name in wanted if name not in objects]
+    bases = {name: name.partition("/")[0] for name in objects}
+    missing = [name for name in wanted if name not in objects and name not in bases.values()]
     if missing:
         known = ", ".join(sorted(objects)[:20]) or "nothing"
         raise _refused(f"there is nothing under the name {missing[0]!r}", f"it has {known}")
     if wanted:
-        objects = {name: value for name, value in objects.items() if name in wanted}
+        objects = {name: value for name, value in objects.items() if {name, bases[name]} & set(wanted)}
     if not objects:
         raise _refused(f"this {contents.format} source holds nothing", "look whether it is the right one")
     if (contents.objects is None or wanted) and not partial:
@@ -205,8 +211,7 @@ def _grouped(
         if "" in group and len(group) > 1:
             collisions.append(tracked)
     if collisions:
-        told = ", ".join(sorted(set(collisions))[:_TOLD_MAX])
-        raise _refused(f"several things would have the name {told}", "change --map or --prefix")
+        raise _collision(collisions)
     found: dict[str, Any] = {}
     for tracked, group in groups.items():
         if "" in group:
@@ -217,6 +222,11 @@ def _grouped(
         else:
             found[tracked] = group
     return found
+
+
+def _collision(names: Iterable[str]) -> Refused:
+    told = ", ".join(sorted(set(names))[:_TOLD_MAX])
+    return _refused(f"several things would have the name {told}", "change --map or --prefix")
 
 
 def _check_name(name: str) -> None:
