@@ -38,6 +38,8 @@ BANNED_CALLS = {
     "torch.load": "checkpoints are safetensors files",
     "client.lock": "etcd3gw's lock runs its body without holding it",
 }
+# An operator's command reads the file that the operator names; tests/security holds it to weights_only.
+MAY_CALL = {"torch.load": {"storage/dtrain/storage/checkpoints/importing_torch.py"}}
 
 
 def run_python(code: str) -> str:
@@ -66,7 +68,10 @@ def test_no_banned_import_or_call(path):
                 assert top not in BANNED, f"{path}:{node.lineno}: {top}: {BANNED[top]}"
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in BANNED_CALLS, f"{path}:{node.lineno}: {called}: {BANNED_CALLS[called]}"
+            may = path.relative_to(ROOT).as_posix() in MAY_CALL.get(called, ())
+            assert may or called not in BANNED_CALLS, (
+                f"{path}:{node.lineno}: {called}: {BANNED_CALLS[called]}"
+            )
             shell = [k for k in node.keywords if k.arg == "shell"]
             assert not shell, f"{path}:{node.lineno}: processes are started without a shell"
 

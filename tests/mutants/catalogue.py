@@ -1019,6 +1019,27 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{ON_COORDINATOR}/test_api_checkpoints.py::test_a_checkpoint_that_is_retired_meanwhile_is_not_pinned",
     ),
     _mutant(
+        "attempt-starts-beside-an-import",
+        "G2: a job begins from scratch while the checkpoint that it is to begin from is written.",
+        f"{CORE}/phases.py",
+        ("    if importing.follow(draft):\n", "    if importing.follow(draft) and not draft.fleet.agents:\n"),
+        f"{ON_COORDINATOR}/test_plan_importing.py::test_a_job_that_waits_for_machines_takes_one_too_and_none_starts_meanwhile",
+    ),
+    _mutant(
+        "import-outlives-its-maker",
+        "G2: a checkpoint is open for ever because whoever wrote it was killed.",
+        f"{CORE}/importing.py",
+        ("    if order is None:\n", "    if order is None and draft.now < 0:\n"),
+        f"{ON_COORDINATOR}/test_plan_importing.py::test_a_request_that_is_gone_aborts_what_was_opened_for_it",
+    ),
+    _mutant(
+        "part-of-another-import",
+        "G2: what was written for an aborted import is committed as the next one.",
+        f"{CORE}/checkpoints.py",
+        ("if part is not None and _belongs(part, record) else {}", "if part is not None else {}"),
+        f"{ON_COORDINATOR}/test_plan_importing.py::test_a_part_of_anything_else_is_not_looked_at",
+    ),
+    _mutant(
         "verify-believes-the-store",
         "G2: verify and export pass on whatever the store returns.",
         "storage/dtrain/storage/checkpoints/reading.py",

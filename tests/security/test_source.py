@@ -143,7 +143,9 @@ def test_whatever_loads_tensors_loads_weights_only() -> None:
     for call in calls():
         if call.called.endswith("torch.load"):
             assert call.keywords.get("weights_only") == "True", call.place
-            assert call.place.startswith(("examples", "benchmarks")), f"{call.place}: use safetensors files"
+            # The last is an operator's command, about a file that the operator names.
+            may = ("examples", "benchmarks", "storage/dtrain/storage/checkpoints/importing_torch.py:")
+            assert call.place.startswith(may), f"{call.place}: use safetensors files"
         if call.called in ("np.load", "numpy.load"):
             assert call.keywords.get("allow_pickle", "False") == "False", call.place
         last = call.called.rpartition(".")[2]

@@ -138,6 +138,7 @@ class Harness:
         isolation_grace_s: float = 0.0,
         reschedule_grace_s: float = 0.0,
         marks: bool = True,
+        await_import: bool = False,
     ) -> JobName:
         """Submit a job; its ranks leave marks."""
         job = JobName(name)
@@ -156,6 +157,7 @@ class Harness:
                 timeout_s=timeout_s,
                 bandwidth_mb_s=bandwidth_mb_s,
                 keep_every_steps=keep_every_steps,
+                await_import=await_import,
             ),
             restarts=RestartPolicy(max_restarts=max_restarts),
             shutdown_grace_s=shutdown_grace_s,

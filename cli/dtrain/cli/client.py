@@ -22,6 +22,7 @@ from dtrain.protocol.checkpoint import CommitRecord
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, TimedOut, Unavailable
 from dtrain.protocol.pb import coordinator_pb2 as pb
 from dtrain.protocol.pb.coordinator_pb2_grpc import CoordinatorStub
+from dtrain.protocol.snapshot import DurablePart
 from dtrain.runtime import grpc_tls
 from dtrain.runtime.tls import TlsFiles
 
@@ -115,6 +116,14 @@ class ReplicaInfo:
     problems: tuple[str, ...] = ()
     """What is wrong now, in sentences for people."""
     etcd_version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Importing:
+    """A request to import; ``answered``: it is gone from the records, which tell what became of it."""
+
+    lease: int
+    answered: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,6 +360,43 @@ class Client:
         """Ask the leader to search the store for orphans now; return the id of the request."""
         request = pb.CollectGarbageRequest(job=job, request_id=request_id, by=by)
         return self._ordered(lambda stub, timeout: stub.CollectGarbage(request, timeout=timeout))
+
+    def import_checkpoint(
+        self,
+        job: str,
+        *,
+        request_id: str,
+        step: int,
+        ttl_s: int,
+        timeout_s: float,
+        lease: int = 0,
+        part: DurablePart | None = None,
+        by: str = "",
+    ) -> Importing:
+        """Ask for a checkpoint to be opened whose bytes the caller writes; or renew that, or report a part.
+
+        Raises:
+            NotFound: there is no such job.
+            Conflict: it has begun, or somebody else imports.
+        """
+        request = pb.ImportCheckpointRequest(
+            job=job,
+            request_id=request_id,
+            by=by,
+            step=step,
+            ttl_s=ttl_s,
+            lease=lease,
+            timeout_s=timeout_s,
+            part=b"" if part is None else codec.encode(part),
+        )
+        reply = self._call(lambda stub, timeout: stub.ImportCheckpoint(request, timeout=timeout))
+        self._seen_revision = max(self._seen_revision, int(reply.revision))
+        return Importing(reply.lease, bool(reply.answered))
+
+    def withdraw_import(self, job: str, request_id: str) -> None:
+        """Give an import up: nothing will come of it."""
+        request = pb.ImportCheckpointRequest(job=job, request_id=request_id, withdraw=True)
+        self._call(lambda stub, timeout: stub.ImportCheckpoint(request, timeout=timeout))
 
     def review_garbage(self, job: str, *, timeout_s: float = 60.0) -> Review:
         """What would be deleted now, and why; a large store takes a while to list.

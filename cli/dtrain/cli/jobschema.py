@@ -171,6 +171,12 @@ def _megabytes() -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _yes_or_no(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{_show(value)} is neither true nor false")
+    return value
+
+
 def _show(value: Any) -> str:
     if value is None:
         return "nothing"
@@ -195,6 +201,7 @@ class CheckpointSection(_Strict):
     keep_every_steps: Annotated[int, _integer(0)] = _CHECKPOINT.keep_every_steps
     timeout: Annotated[float, _seconds(above_zero=True)] = _CHECKPOINT.timeout_s
     bandwidth_mb_s: Annotated[float, _megabytes()] = _CHECKPOINT.bandwidth_mb_s
+    await_import: Annotated[bool, BeforeValidator(_yes_or_no)] = _CHECKPOINT.await_import
 
 
 class RestartsSection(_Strict):
@@ -258,6 +265,7 @@ def to_spec(model: JobModel, folder: Path) -> JobSpec:
             keep_every_steps=model.checkpoint.keep_every_steps,
             timeout_s=model.checkpoint.timeout,
             bandwidth_mb_s=model.checkpoint.bandwidth_mb_s,
+            await_import=model.checkpoint.await_import,
         ),
         restarts=RestartPolicy(max_restarts=model.restarts.max, window_s=model.restarts.window),
         shutdown_grace_s=model.shutdown_grace,

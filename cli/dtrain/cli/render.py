@@ -5,7 +5,7 @@ Tables are for people and may change; programs use ``-o json``.
 
 import datetime
 import signal as signals
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -224,6 +224,14 @@ def garbage(items: Sequence[GarbageItem], *, wide: bool = False) -> Table:
         )
         rows.append(row)
     return Table(("KIND", "SEQ", "SIZE", *(("DOES",) if wide else ()), "WHY", "WHAT"), tuple(rows))
+
+
+def imports(tensors: Mapping[str, tuple[str, Sequence[int], int]]) -> Table:
+    """``checkpoints import --dry-run``: dtype, shape and bytes by the name that each tensor gets."""
+    rows = [
+        (name, dtype, str(list(shape)), show_bytes(size)) for name, (dtype, shape, size) in tensors.items()
+    ]
+    return Table(("TENSOR", "TYPE", "SHAPE", "SIZE"), tuple(rows))
 
 
 def events(found: Iterable[tuple[str, EventRecord]], now: float, *, wide: bool = False) -> Table:

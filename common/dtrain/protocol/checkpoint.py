@@ -49,6 +49,8 @@ class OpenRecord:
     """The attempt ends with it: ranks stay at its step, at most so long. 0: they train on."""
     asked: bool = False
     """The script asked for exactly this step: each rank seals when its script comes to it."""
+    imported: str = ""
+    """Id of the order that brings its bytes from elsewhere, and names its part: no rank writes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,7 @@ class OrderKind(StrEnum):
     DELETE = "delete"
     INSPECT = "inspect"
     COLLECT = "collect"
+    IMPORT = "import"
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,9 @@ class Order:
 
     ``inspect`` has one chunk read again by the leader, after somebody found it
     damaged: only what the leader confirms is quarantined. ``collect`` has the
-    store searched for orphans now.
+    store searched for orphans now. ``import`` has a checkpoint opened for which
+    whoever asks writes the bytes: it hangs on a lease of the asker's, stays until
+    that checkpoint is committed or aborted, and is where its part is reported.
     """
 
     uid: Uid
@@ -163,6 +168,12 @@ class Order:
     chunk: int = 0
     by: str = ""
     at: str = ""
+    step: Step = Step(0)
+    """Of ``import``: the step that training goes on after."""
+    timeout_s: float = 0.0
+    """Of ``import``: seconds from its open record to its commit."""
+    part: DurablePart | None = None
+    """Of ``import``: what was written, once it is durable."""
 
 
 @dataclass(frozen=True, slots=True)

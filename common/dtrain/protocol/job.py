@@ -71,7 +71,8 @@ class CheckpointPolicy:
     or after each multiple of ``keep_every_steps`` (0: no others). ``timeout_s`` is the time from
     opening one to its commit, after which it is aborted. ``bandwidth_mb_s`` bounds
     what each agent sends to the store for this job, in megabytes (10^6) a second; 0:
-    not at all.
+    not at all. With ``await_import`` the job never begins from scratch: its first
+    attempt waits until a checkpoint has been imported.
     """
 
     store: str = ""
@@ -81,6 +82,7 @@ class CheckpointPolicy:
     timeout_s: float = 300.0
     bandwidth_mb_s: float = 0.0
     keep_every_steps: int = 0
+    await_import: bool = False
 
 
 @dataclass(frozen=True, slots=True)

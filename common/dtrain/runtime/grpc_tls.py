@@ -86,6 +86,7 @@ RULES: Mapping[str, Rule] = {
     f"{_COORDINATOR}DeleteCheckpoint": _OPERATORS,
     f"{_COORDINATOR}ReportDamage": _OPERATORS,
     f"{_COORDINATOR}CollectGarbage": _OPERATORS,
+    f"{_COORDINATOR}ImportCheckpoint": _OPERATORS,
     f"{_COORDINATOR}ReviewGarbage": _OPERATORS,
     f"{_COORDINATOR}Consult": Rule(frozenset({Role.AGENT}), own="agent"),
     f"{_AGENT}Execute": _COORDINATORS,

@@ -11,9 +11,10 @@ from dtrain.coordinator.work import Orphans
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, Order, OrderKind, Pin, Quarantine
 from dtrain.protocol.errors import Conflict, ErrorCode, NotFound, OutcomeUnknown, Refused, Unavailable
-from dtrain.protocol.ids import Attempt, ClusterName, JobName, Seq, Step, Term, Uid
+from dtrain.protocol.ids import Attempt, ClusterName, JobName, Rank, Seq, Step, Term, Uid
 from dtrain.protocol.job import CheckpointPolicy, Entry, EntryKind, JobPhase, JobSpec, JobStatus, RestorePoint
 from dtrain.protocol.keys import Keys
+from dtrain.protocol.snapshot import DurablePart
 from dtrain.runtime.clock import SystemClock
 from dtrain.storage.etcd.memory import MemoryEtcd
 from dtrain.storage.etcd.port import Delete, Put, Txn, TxnResult
@@ -173,7 +174,7 @@ def test_a_request_that_is_repeated_is_one(desk: CheckpointDesk, etcd: Etcd) -> 
     desk.report(JOB, 1, "c1/job/u1/blob", 3, request_id="r2", by="me")
     desk.collect(JOB, "r3", "me")
     kinds = {order.kind for order in etcd.orders()}
-    assert kinds == set(OrderKind)
+    assert kinds == set(OrderKind) - {OrderKind.IMPORT}
     assert {order.uid for order in etcd.orders()} == {UID}
 
 
@@ -204,3 +205,95 @@ def test_a_review_says_what_goes_and_why(desk: CheckpointDesk, etcd: Etcd) -> No
         ("upload", "up", 0),
     ]
     assert len(etcd.orders()) == 0
+
+
+# Imports -----------------------------------------------------------------------------
+
+IMPORT = Order(Uid(""), OrderKind.IMPORT, by="ann", step=Step(40), timeout_s=600.0)
+
+
+@pytest.fixture
+def queued(desk: CheckpointDesk, etcd: Etcd) -> CheckpointDesk:
+    etcd.put(KEYS.status(JOB), JobStatus(Term(1), UID, JobPhase.QUEUED))
+    return desk
+
+
+def imports(etcd: Etcd) -> dict[str, int]:
+    found = etcd.range(KEYS.orders(JOB), KEYS.orders(JOB)[:-1] + "0").items
+    return {kv.key.rpartition("/")[2]: kv.lease for kv in found}
+
+
+def test_a_request_to_import_lives_as_long_as_it_is_renewed(queued: CheckpointDesk, etcd: Etcd) -> None:
+    begun = queued.import_(JOB, "i1", IMPORT, ttl_s=30, lease=0)
+    assert imports(etcd) == {"i1": begun.lease}
+    (order,) = etcd.orders()
+    assert (order.uid, order.step, order.timeout_s, order.part) == (UID, 40, 600.0, None)
+    for _ in range(3):
+        etcd.at += 20
+        etcd.tick()
+        renewed = queued.import_(JOB, "i1", IMPORT, ttl_s=30, lease=begun.lease)
+        assert (renewed.lease, renewed.answered) == (begun.lease, False)
+    etcd.at += 40
+    etcd.tick()
+    assert not imports(etcd)
+    # Renewed too late, it is not made anew: what was opened for it is aborted by now.
+    assert queued.import_(JOB, "i1", IMPORT, ttl_s=30, lease=begun.lease).answered
+    assert not imports(etcd)
+
+
+def test_a_request_to_import_whose_answer_was_lost_is_one(queued: CheckpointDesk, etcd: Etcd) -> None:
+    etcd.lose = 1
+    with pytest.raises(OutcomeUnknown):
+        queued.import_(JOB, "i1", IMPORT, ttl_s=30, lease=0)
+    again = queued.import_(JOB, "i1", IMPORT, ttl_s=30, lease=0)
+    assert imports(etcd) == {"i1": again.lease}
+
+
+def test_a_part_is_reported_once_however_often_it_is_told(queued: CheckpointDesk, etcd: Etcd) -> None:
+    lease = queued.import_(JOB, "i1", IMPORT, ttl_s=30, lease=0).lease
+    part = DurablePart(Seq(6), Attempt(0), Step(40), Rank(0), "n", "key", "d" * 64, 9)
+    etcd.lose = 1
+    with pytest.raises(OutcomeUnknown):
+        queued.import_(JOB, "i1", replace(IMPORT, part=part), ttl_s=30, lease=lease)
+    revision = etcd.revision
+    assert not queued.import_(JOB, "i1", replace(IMPORT, part=part), ttl_s=30, lease=lease).answered
+    assert etcd.revision == revision
+    (order,) = etcd.orders()
+    assert order.part == part
+    assert imports(etcd) == {"i1": lease}
+
+
+def test_a_request_that_is_taken_back_is_gone_at_once(queued: CheckpointDesk, etcd: Etcd) -> None:
+    queued.import_(JOB, "i1", IMPORT, ttl_s=30, lease=0)
+    assert queued.withdraw_import(JOB, "i1").answered
+    assert not imports(etcd)
+    assert not etcd.leases()
+    assert queued.withdraw_import(JOB, "i1").answered
+
+
+def test_only_a_job_that_has_not_begun_is_imported_into_and_by_one_at_a_time(
+    queued: CheckpointDesk, etcd: Etcd
+) -> None:
+    queued.import_(JOB, "i1", IMPORT, ttl_s=30, lease=0)
+    with pytest.raises(Conflict, match="ann is importing"):
+        queued.import_(JOB, "i2", IMPORT, ttl_s=30, lease=0)
+    queued.withdraw_import(JOB, "i1")
+    for phase in (JobPhase.STARTING, JobPhase.RUNNING, JobPhase.RECOVERING, JobPhase.FAILED):
+        etcd.put(KEYS.status(JOB), JobStatus(Term(1), UID, phase))
+        with pytest.raises(Conflict, match="before its first attempt only") as caught:
+            queued.import_(JOB, "i3", IMPORT, ttl_s=30, lease=0)
+        assert "await_import" in caught.value.fix
+    # Of an earlier submission of this name: this one has not begun.
+    etcd.put(KEYS.status(JOB), JobStatus(Term(1), Uid("u0"), JobPhase.FAILED))
+    assert not queued.import_(JOB, "i4", IMPORT, ttl_s=30, lease=0).answered
+
+
+@pytest.mark.parametrize(
+    "bad", [{"timeout_s": 0.0}, {"timeout_s": 1e9}, {"step": Step(-1)}, {"step": 10**13}]
+)
+def test_numbers_that_cannot_be_are_refused(queued: CheckpointDesk, etcd: Etcd, bad: dict[str, Any]) -> None:
+    with pytest.raises(Refused):
+        queued.import_(JOB, "i1", replace(IMPORT, **bad), ttl_s=30, lease=0)
+    with pytest.raises(Refused):
+        queued.import_(JOB, "i1", IMPORT, ttl_s=1, lease=0)
+    assert not etcd.leases()

@@ -1,4 +1,4 @@
-"""``dtrain checkpoints``: list, verify, export, pin, unpin, delete, gc."""
+"""``dtrain checkpoints``: list, verify, export, import, pin, unpin, delete, gc."""
 
 import click
 
@@ -8,7 +8,7 @@ FORMATS = ("safetensors", "torch", "dcp")
 
 
 @click.group(
-    short_help="Verify, export, pin and delete committed checkpoints.",
+    short_help="Verify, export, import, pin and delete committed checkpoints.",
     epilog=examples(
         "dtrain checkpoints list digits",
         "dtrain checkpoints verify digits",
@@ -105,13 +105,23 @@ def verify(
     "dcp: a folder for torch.distributed.checkpoint.",
 )
 @click.option("--only", multiple=True, metavar="NAME", help="Only what is tracked under this name.")
+@click.option("--full", is_flag=True, help="With the ranks' random states: all that an import needs to go on "
+              "with the same bits.")  # fmt: skip
 @click.option("--shard-gb", type=click.FloatRange(0.001), default=5.0, show_default=True,
               help="Size of one of several safetensors files.")  # fmt: skip
 @click.option("--store", metavar="URI", default="", help="The job's store as it is reached from here.")
 @formatted("table", "json", "yaml", "name")
 @connected
 def export(
-    *, job: str, seq: int | None, to: str, kind: str, only: tuple[str, ...], shard_gb: float, store: str
+    *,
+    job: str,
+    seq: int | None,
+    to: str,
+    kind: str,
+    only: tuple[str, ...],
+    full: bool,
+    shard_gb: float,
+    store: str,
 ) -> int:
     """Write a checkpoint of JOB in a format of other programs; every byte is verified on the way."""
     from pathlib import Path
@@ -136,6 +146,7 @@ def export(
                         Path(to).absolute(),
                         Format(kind),
                         only=only,
+                        full=full,
                         shard_bytes=int(shard_gb * 1e9),
                         on_progress=progress,
                     )
@@ -150,6 +161,125 @@ def export(
     else:
         click.echo(f"{name}: checkpoint {record.seq} of step {record.step} is in {done.path}"
                    f" ({done.tensors} tensors, {show_bytes(done.bytes)})")  # fmt: skip
+    return 0
+
+
+@command.command(
+    "import",
+    epilog=examples(
+        "dtrain checkpoints import digits-2 exported-folder",
+        "dtrain checkpoints import finetune llama-folder --weights-only --map module.=model.",
+        "dtrain checkpoints import digits-2 state.pt --dry-run",
+    ),
+)
+@click.argument("job", shell_complete=complete_job)
+@click.argument("path", type=click.Path(exists=True))
+@click.option(
+    "--format", "kind", type=click.Choice(FORMATS), help="What PATH must be (default: told from its bytes)."
+)
+@click.option(
+    "--step", type=click.IntRange(0), help="Training goes on after it (default: the exported one, or 0)."
+)
+@click.option("--map", "maps", multiple=True, metavar="OLD=NEW",
+              help="Replace the beginning of full names; the first that fits counts.")  # fmt: skip
+@click.option(
+    "--prefix", metavar="NAME.", help="Put before tensors that have no tracked name (default: model.)."
+)
+@click.option("--only", multiple=True, metavar="NAME", help="Only what has this tracked name.")
+@click.option(
+    "--weights-only",
+    is_flag=True,
+    help="What is tracked and not imported begins fresh, with a line in the log.",
+)
+@click.option("--trust", is_flag=True, help="Let torch unpickle a DCP folder, in a process of its own: "
+              "whoever wrote the folder can run code in it.")  # fmt: skip
+@click.option("--scratch", type=click.Path(exists=True, file_okay=False),
+              help="Folder with room for a DCP folder's state (default: the temporary one).")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Read and name everything, show it, write nothing.")
+@click.option("--store", metavar="URI", default="", help="The job's store as it is reached from here.")
+@click.option("--timeout", type=SECONDS, default="6h", show_default=True, help="Longest time for all of it.")
+@formatted("table", "json", "yaml", "name")
+@connected
+def import_(
+    *,
+    job: str,
+    path: str,
+    kind: str | None,
+    step: int | None,
+    maps: tuple[str, ...],
+    prefix: str | None,
+    only: tuple[str, ...],
+    weights_only: bool,
+    trust: bool,
+    scratch: str | None,
+    dry_run: bool,
+    store: str,
+    timeout: float,
+) -> int:
+    """Make of PATH a committed checkpoint of JOB, which its first attempt begins from.
+
+    PATH is a safetensors file or folder, a file of torch.save, a DCP folder, or an export in one of these
+    formats. JOB must not have begun: submit it with checkpoint.await_import, and it waits.
+    """
+    from pathlib import Path
+
+    from dtrain.cli import context, importing, output, reading, render
+    from dtrain.cli.client import closing
+    from dtrain.cli.durations import show_bytes
+    from dtrain.cli.progress import Progress
+    from dtrain.storage.checkpoints.exporting import Format
+    from dtrain.storage.checkpoints.importing import arrange
+
+    pairs = [(old, new) for old, equals, new in (one.partition("=") for one in maps) if old and equals]
+    if len(pairs) != len(maps):
+        raise click.UsageError("--map takes OLD=NEW")
+    wanted = Format(kind) if kind else None
+    opened = importing.source(
+        Path(path).absolute(), wanted, trust=trust, scratch=Path(scratch) if scratch else None
+    )
+    with opened as contents:
+        arranged = arrange(contents, maps=pairs, prefix=prefix, only=only, partial=weights_only)
+        at = step if step is not None else int(contents.origin.get("step", 0))
+        told = {
+            "v": 1,
+            "kind": "CheckpointImport",
+            "job": job,
+            "step": at,
+            "format": contents.format,
+            "names": arranged.names,
+            "tensors": len(arranged.tensors),
+            "bytes": arranged.size_bytes,
+        }
+        form = settings().output
+        if dry_run:
+            rows = {n: (one.dtype, one.shape, one.size_bytes) for n, one in arranged.tensors.items()}
+            if form in ("json", "yaml"):
+                contents_told = {n: [dtype, list(shape)] for n, (dtype, shape, _) in rows.items()}
+                output.document({**told, "dry_run": True, "contents": contents_told}, form)
+            else:
+                for line in output.coloured(render.imports(rows).lines(0)):
+                    click.echo(line)
+                output.say(f"would be checkpoint of step {at} with {', '.join(arranged.names)}")
+            return 0
+        with closing(context.connect(settings())) as client:
+            name = reading.name(client, job)
+            with Progress(f"import into {name}") as progress:
+                done = importing.into(
+                    client,
+                    name,
+                    arranged,
+                    step=at,
+                    store_uri=store,
+                    timeout_s=timeout,
+                    on_progress=progress,
+                )
+    if form in ("json", "yaml"):
+        output.document({**told, "job": name, "seq": done.seq}, form)
+    elif form == "name":
+        click.echo(f"checkpoint/{name}/{done.seq}")
+    else:
+        click.echo(f"{name}: checkpoint {done.seq} of step {done.step} holds {', '.join(arranged.names)}"
+                   f" ({len(arranged.tensors)} tensors, {show_bytes(arranged.size_bytes)})")  # fmt: skip
     return 0
 
 

@@ -12,6 +12,7 @@ from dtrain.cli.options import connected, examples, formatted, settings
     epilog=examples(
         "dtrain submit job.yaml --follow",
         "dtrain submit job.yaml --set name=digits-2 --set nnodes=2:4",
+        "dtrain submit job.yaml --from-checkpoint exported-folder",
         "dtrain submit job.yaml --dry-run",
     ),
 )
@@ -20,13 +21,33 @@ from dtrain.cli.options import connected, examples, formatted, settings
 @click.option("--dry-run", is_flag=True, help="Check everything, change nothing, show what would differ.")
 @click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Change one setting; repeatable.")
 @click.option("--request-id", help="Submitting again with the same id changes nothing (default: random).")
+@click.option(
+    "--from-checkpoint",
+    type=click.Path(path_type=Path, exists=True),
+    metavar="PATH",
+    help="Have it wait, and import what it begins from: as 'dtrain checkpoints import' does.",
+)
+@click.option("--weights-only", is_flag=True, help="Of --from-checkpoint: what PATH lacks begins fresh.")
 @formatted("table", "json", "yaml", "name")
 @connected
-def command(file: Path, follow: bool, dry_run: bool, changes: tuple[str, ...], request_id: str | None) -> int:
+def command(
+    *,
+    file: Path,
+    follow: bool,
+    dry_run: bool,
+    changes: tuple[str, ...],
+    request_id: str | None,
+    from_checkpoint: Path | None,
+    weights_only: bool,
+) -> int:
     """Submit the job that FILE describes, through any replica, leader or not."""
     from dtrain.cli import context, jobfile, output, submitting
     from dtrain.cli.client import closing
 
+    if from_checkpoint is not None:
+        changes = (*changes, "checkpoint.await_import=true")
+    elif weights_only:
+        raise click.UsageError("--weights-only is of --from-checkpoint")
     job = jobfile.read(file, changes)
     for warning in job.warnings:
         output.say(f"warning: {warning}")
@@ -38,7 +59,16 @@ def command(file: Path, follow: bool, dry_run: bool, changes: tuple[str, ...], r
     with closing(context.connect(settings())) as client:
         if dry_run:
             return submitting.dry_run(client, job.spec, settings().output)
-        accepted = submitting.submit(client, job.spec, request_id, settings().output)
+        if from_checkpoint is None:
+            accepted = submitting.submit(client, job.spec, request_id, settings().output)
+        else:
+            from dtrain.cli import importing
+
+            # Read before anything is submitted: a job that waits for what cannot be read is of no use.
+            with importing.prepared(from_checkpoint.absolute(), partial=weights_only) as ready:
+                accepted = submitting.submit(client, job.spec, request_id, settings().output)
+                done = importing.prepared_into(client, accepted.name, ready)
+            output.say(f"checkpoint {done.seq} of step {done.step} is imported: the job begins from it")
         if not follow:
             return 0
         return submitting.follow(client, accepted, ranks=lambda _: [0], prefix=False)

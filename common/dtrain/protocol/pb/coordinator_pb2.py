@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64train/v1/coordinator.proto\x12\tdtrain.v1\"w\n\x14PinCheckpointRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x03\x12\x0e\n\x06holder\x18\x03 \x01(\t\x12\r\n\x05ttl_s\x18\x04 \x01(\x05\x12\r\n\x05lease\x18\x05 \x01(\x03\x12\x0b\n\x03why\x18\x06 \x01(\t\x12\n\n\x02\x62y\x18\x07 \x01(\t\"T\n\x12PinCheckpointReply\x12\x0e\n\x06record\x18\x01 \x01(\x0c\x12\r\n\x05store\x18\x02 \x01(\t\x12\r\n\x05lease\x18\x03 \x01(\x03\x12\x10\n\x08revision\x18\x04 \x01(\x03\"Q\n\x16UnpinCheckpointRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x03\x12\x0e\n\x06holder\x18\x03 \x01(\t\x12\r\n\x05lease\x18\x04 \x01(\x03\"9\n\x14UnpinCheckpointReply\x12\x0f\n\x07removed\x18\x01 \x01(\x08\x12\x10\n\x08revision\x18\x02 \x01(\x03\"S\n\x17\x44\x65leteCheckpointRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x03\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\n\n\x02\x62y\x18\x04 \x01(\t\"l\n\x13ReportDamageRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x03\x12\x0c\n\x04\x62lob\x18\x03 \x01(\t\x12\r\n\x05\x63hunk\x18\x04 \x01(\x03\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\n\n\x02\x62y\x18\x06 \x01(\t\"D\n\x15\x43ollectGarbageRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\n\n\x02\x62y\x18\x03 \x01(\t\"-\n\nOrderReply\x12\r\n\x05order\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\"#\n\x14ReviewGarbageRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\"c\n\x0bGarbageItem\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x03\x12\x0c\n\x04what\x18\x03 \x01(\t\x12\x0f\n\x07\x64\x65leted\x18\x04 \x01(\x08\x12\x0b\n\x03why\x18\x05 \x01(\t\x12\r\n\x05\x62ytes\x18\x06 \x01(\x03\"^\n\x12ReviewGarbageReply\x12%\n\x05items\x18\x01 \x03(\x0b\x32\x16.dtrain.v1.GarbageItem\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x0f\n\x07problem\x18\x03 \x01(\t\"B\n\rSubmitRequest\x12\x0c\n\x04spec\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\"P\n\x0bSubmitReply\x12\x0c\n\x04spec\x18\x01 \x01(\x0c\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x10\n\x08warnings\x18\x04 \x03(\t\"U\n\x10SetIntentRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0e\n\x06wanted\x18\x02 \x01(\t\x12\x18\n\x10\x63heckpoint_token\x18\x03 \x01(\t\x12\n\n\x02\x62y\x18\x04 \x01(\t\"2\n\x0eSetIntentReply\x12\x0e\n\x06intent\x18\x01 \x01(\x0c\x12\x10\n\x08revision\x18\x02 \x01(\x03\"F\n\x0bReadRequest\x12\x0e\n\x06prefix\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_revision\x18\x02 \x01(\x03\x12\x0f\n\x07wait_ms\x18\x03 \x01(\x05\"Q\n\x04Item\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\x17\n\x0f\x63reate_revision\x18\x03 \x01(\x03\x12\x14\n\x0cmod_revision\x18\x04 \x01(\x03\"L\n\tReadReply\x12\x1e\n\x05items\x18\x01 \x03(\x0b\x32\x0f.dtrain.v1.Item\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\r\n\x05\x61ge_s\x18\x03 \x01(\x01\"\x7f\n\rJobLogRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x03\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x0e\n\x06stream\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x03\x12\x11\n\tbytes_max\x18\x06 \x01(\x05\x12\x0f\n\x07wait_ms\x18\x07 \x01(\x05\"]\n\x0bJobLogChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x13\n\x0bnext_offset\x18\x02 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x03\x12\r\n\x05\x61gent\x18\x04 \x01(\t\x12\x0b\n\x03\x65of\x18\x05 \x01(\x08\"\r\n\x0bInfoRequest\"\xdc\x01\n\tInfoReply\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06leader\x18\x04 \x01(\x08\x12\x0c\n\x04term\x18\x05 \x01(\x03\x12\x10\n\x08revision\x18\x06 \x01(\x03\x12\x14\n\x0cmirror_age_s\x18\x07 \x01(\x01\x12\x16\n\x0eleader_replica\x18\x08 \x01(\t\x12\x16\n\x0eleader_address\x18\t \x01(\t\x12\x10\n\x08problems\x18\n \x03(\t\x12\x14\n\x0c\x65tcd_version\x18\x0b \x01(\t\"A\n\x0e\x43onsultRequest\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12 \n\x04jobs\x18\x02 \x03(\x0b\x32\x12.dtrain.v1.JobPart\"4\n\x07JobPart\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x03\"H\n\x0c\x43onsultReply\x12\x12\n\netcd_age_s\x18\x01 \x01(\x01\x12$\n\x04jobs\x18\x02 \x03(\x0b\x32\x16.dtrain.v1.JobStanding\"L\n\x0bJobStanding\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07\x63urrent\x18\x02 \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x03\x12\x0e\n\x06member\x18\x04 \x01(\x08\x32\xd0\x06\n\x0b\x43oordinator\x12:\n\x06Submit\x12\x18.dtrain.v1.SubmitRequest\x1a\x16.dtrain.v1.SubmitReply\x12\x43\n\tSetIntent\x12\x1b.dtrain.v1.SetIntentRequest\x1a\x19.dtrain.v1.SetIntentReply\x12\x34\n\x04Read\x12\x16.dtrain.v1.ReadRequest\x1a\x14.dtrain.v1.ReadReply\x12;\n\x07ReadLog\x12\x18.dtrain.v1.JobLogRequest\x1a\x16.dtrain.v1.JobLogChunk\x12\x34\n\x04Info\x12\x16.dtrain.v1.InfoRequest\x1a\x14.dtrain.v1.InfoReply\x12=\n\x07\x43onsult\x12\x19.dtrain.v1.ConsultRequest\x1a\x17.dtrain.v1.ConsultReply\x12O\n\rPinCheckpoint\x12\x1f.dtrain.v1.PinCheckpointRequest\x1a\x1d.dtrain.v1.PinCheckpointReply\x12U\n\x0fUnpinCheckpoint\x12!.dtrain.v1.UnpinCheckpointRequest\x1a\x1f.dtrain.v1.UnpinCheckpointReply\x12M\n\x10\x44\x65leteCheckpoint\x12\".dtrain.v1.DeleteCheckpointRequest\x1a\x15.dtrain.v1.OrderReply\x12\x45\n\x0cReportDamage\x12\x1e.dtrain.v1.ReportDamageRequest\x1a\x15.dtrain.v1.OrderReply\x12I\n\x0e\x43ollectGarbage\x12 .dtrain.v1.CollectGarbageRequest\x1a\x15.dtrain.v1.OrderReply\x12O\n\rReviewGarbage\x12\x1f.dtrain.v1.ReviewGarbageRequest\x1a\x1d.dtrain.v1.ReviewGarbageReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64train/v1/coordinator.proto\x12\tdtrain.v1\"w\n\x14PinCheckpointRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x03\x12\x0e\n\x06holder\x18\x03 \x01(\t\x12\r\n\x05ttl_s\x18\x04 \x01(\x05\x12\r\n\x05lease\x18\x05 \x01(\x03\x12\x0b\n\x03why\x18\x06 \x01(\t\x12\n\n\x02\x62y\x18\x07 \x01(\t\"T\n\x12PinCheckpointReply\x12\x0e\n\x06record\x18\x01 \x01(\x0c\x12\r\n\x05store\x18\x02 \x01(\t\x12\r\n\x05lease\x18\x03 \x01(\x03\x12\x10\n\x08revision\x18\x04 \x01(\x03\"Q\n\x16UnpinCheckpointRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x03\x12\x0e\n\x06holder\x18\x03 \x01(\t\x12\r\n\x05lease\x18\x04 \x01(\x03\"9\n\x14UnpinCheckpointReply\x12\x0f\n\x07removed\x18\x01 \x01(\x08\x12\x10\n\x08revision\x18\x02 \x01(\x03\"S\n\x17\x44\x65leteCheckpointRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x03\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\n\n\x02\x62y\x18\x04 \x01(\t\"l\n\x13ReportDamageRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x03\x12\x0c\n\x04\x62lob\x18\x03 \x01(\t\x12\r\n\x05\x63hunk\x18\x04 \x01(\x03\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\n\n\x02\x62y\x18\x06 \x01(\t\"D\n\x15\x43ollectGarbageRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\n\n\x02\x62y\x18\x03 \x01(\t\"\xa5\x01\n\x17ImportCheckpointRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\n\n\x02\x62y\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x03\x12\r\n\x05ttl_s\x18\x05 \x01(\x05\x12\r\n\x05lease\x18\x06 \x01(\x03\x12\x11\n\ttimeout_s\x18\x07 \x01(\x01\x12\x0c\n\x04part\x18\x08 \x01(\x0c\x12\x10\n\x08withdraw\x18\t \x01(\x08\"Y\n\x15ImportCheckpointReply\x12\r\n\x05order\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x03\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x10\n\x08\x61nswered\x18\x04 \x01(\x08\"-\n\nOrderReply\x12\r\n\x05order\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\"#\n\x14ReviewGarbageRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\"c\n\x0bGarbageItem\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x03\x12\x0c\n\x04what\x18\x03 \x01(\t\x12\x0f\n\x07\x64\x65leted\x18\x04 \x01(\x08\x12\x0b\n\x03why\x18\x05 \x01(\t\x12\r\n\x05\x62ytes\x18\x06 \x01(\x03\"^\n\x12ReviewGarbageReply\x12%\n\x05items\x18\x01 \x03(\x0b\x32\x16.dtrain.v1.GarbageItem\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x0f\n\x07problem\x18\x03 \x01(\t\"B\n\rSubmitRequest\x12\x0c\n\x04spec\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\"P\n\x0bSubmitReply\x12\x0c\n\x04spec\x18\x01 \x01(\x0c\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x10\n\x08warnings\x18\x04 \x03(\t\"U\n\x10SetIntentRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0e\n\x06wanted\x18\x02 \x01(\t\x12\x18\n\x10\x63heckpoint_token\x18\x03 \x01(\t\x12\n\n\x02\x62y\x18\x04 \x01(\t\"2\n\x0eSetIntentReply\x12\x0e\n\x06intent\x18\x01 \x01(\x0c\x12\x10\n\x08revision\x18\x02 \x01(\x03\"F\n\x0bReadRequest\x12\x0e\n\x06prefix\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_revision\x18\x02 \x01(\x03\x12\x0f\n\x07wait_ms\x18\x03 \x01(\x05\"Q\n\x04Item\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\x17\n\x0f\x63reate_revision\x18\x03 \x01(\x03\x12\x14\n\x0cmod_revision\x18\x04 \x01(\x03\"L\n\tReadReply\x12\x1e\n\x05items\x18\x01 \x03(\x0b\x32\x0f.dtrain.v1.Item\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\r\n\x05\x61ge_s\x18\x03 \x01(\x01\"\x7f\n\rJobLogRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x03\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x0e\n\x06stream\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x03\x12\x11\n\tbytes_max\x18\x06 \x01(\x05\x12\x0f\n\x07wait_ms\x18\x07 \x01(\x05\"]\n\x0bJobLogChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x13\n\x0bnext_offset\x18\x02 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x03\x12\r\n\x05\x61gent\x18\x04 \x01(\t\x12\x0b\n\x03\x65of\x18\x05 \x01(\x08\"\r\n\x0bInfoRequest\"\xdc\x01\n\tInfoReply\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06leader\x18\x04 \x01(\x08\x12\x0c\n\x04term\x18\x05 \x01(\x03\x12\x10\n\x08revision\x18\x06 \x01(\x03\x12\x14\n\x0cmirror_age_s\x18\x07 \x01(\x01\x12\x16\n\x0eleader_replica\x18\x08 \x01(\t\x12\x16\n\x0eleader_address\x18\t \x01(\t\x12\x10\n\x08problems\x18\n \x03(\t\x12\x14\n\x0c\x65tcd_version\x18\x0b \x01(\t\"A\n\x0e\x43onsultRequest\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12 \n\x04jobs\x18\x02 \x03(\x0b\x32\x12.dtrain.v1.JobPart\"4\n\x07JobPart\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x03\"H\n\x0c\x43onsultReply\x12\x12\n\netcd_age_s\x18\x01 \x01(\x01\x12$\n\x04jobs\x18\x02 \x03(\x0b\x32\x16.dtrain.v1.JobStanding\"L\n\x0bJobStanding\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07\x63urrent\x18\x02 \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x03\x12\x0e\n\x06member\x18\x04 \x01(\x08\x32\xaa\x07\n\x0b\x43oordinator\x12:\n\x06Submit\x12\x18.dtrain.v1.SubmitRequest\x1a\x16.dtrain.v1.SubmitReply\x12\x43\n\tSetIntent\x12\x1b.dtrain.v1.SetIntentRequest\x1a\x19.dtrain.v1.SetIntentReply\x12\x34\n\x04Read\x12\x16.dtrain.v1.ReadRequest\x1a\x14.dtrain.v1.ReadReply\x12;\n\x07ReadLog\x12\x18.dtrain.v1.JobLogRequest\x1a\x16.dtrain.v1.JobLogChunk\x12\x34\n\x04Info\x12\x16.dtrain.v1.InfoRequest\x1a\x14.dtrain.v1.InfoReply\x12=\n\x07\x43onsult\x12\x19.dtrain.v1.ConsultRequest\x1a\x17.dtrain.v1.ConsultReply\x12O\n\rPinCheckpoint\x12\x1f.dtrain.v1.PinCheckpointRequest\x1a\x1d.dtrain.v1.PinCheckpointReply\x12U\n\x0fUnpinCheckpoint\x12!.dtrain.v1.UnpinCheckpointRequest\x1a\x1f.dtrain.v1.UnpinCheckpointReply\x12M\n\x10\x44\x65leteCheckpoint\x12\".dtrain.v1.DeleteCheckpointRequest\x1a\x15.dtrain.v1.OrderReply\x12\x45\n\x0cReportDamage\x12\x1e.dtrain.v1.ReportDamageRequest\x1a\x15.dtrain.v1.OrderReply\x12I\n\x0e\x43ollectGarbage\x12 .dtrain.v1.CollectGarbageRequest\x1a\x15.dtrain.v1.OrderReply\x12X\n\x10ImportCheckpoint\x12\".dtrain.v1.ImportCheckpointRequest\x1a .dtrain.v1.ImportCheckpointReply\x12O\n\rReviewGarbage\x12\x1f.dtrain.v1.ReviewGarbageRequest\x1a\x1d.dtrain.v1.ReviewGarbageReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,44 +45,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REPORTDAMAGEREQUEST']._serialized_end=584
   _globals['_COLLECTGARBAGEREQUEST']._serialized_start=586
   _globals['_COLLECTGARBAGEREQUEST']._serialized_end=654
-  _globals['_ORDERREPLY']._serialized_start=656
-  _globals['_ORDERREPLY']._serialized_end=701
-  _globals['_REVIEWGARBAGEREQUEST']._serialized_start=703
-  _globals['_REVIEWGARBAGEREQUEST']._serialized_end=738
-  _globals['_GARBAGEITEM']._serialized_start=740
-  _globals['_GARBAGEITEM']._serialized_end=839
-  _globals['_REVIEWGARBAGEREPLY']._serialized_start=841
-  _globals['_REVIEWGARBAGEREPLY']._serialized_end=935
-  _globals['_SUBMITREQUEST']._serialized_start=937
-  _globals['_SUBMITREQUEST']._serialized_end=1003
-  _globals['_SUBMITREPLY']._serialized_start=1005
-  _globals['_SUBMITREPLY']._serialized_end=1085
-  _globals['_SETINTENTREQUEST']._serialized_start=1087
-  _globals['_SETINTENTREQUEST']._serialized_end=1172
-  _globals['_SETINTENTREPLY']._serialized_start=1174
-  _globals['_SETINTENTREPLY']._serialized_end=1224
-  _globals['_READREQUEST']._serialized_start=1226
-  _globals['_READREQUEST']._serialized_end=1296
-  _globals['_ITEM']._serialized_start=1298
-  _globals['_ITEM']._serialized_end=1379
-  _globals['_READREPLY']._serialized_start=1381
-  _globals['_READREPLY']._serialized_end=1457
-  _globals['_JOBLOGREQUEST']._serialized_start=1459
-  _globals['_JOBLOGREQUEST']._serialized_end=1586
-  _globals['_JOBLOGCHUNK']._serialized_start=1588
-  _globals['_JOBLOGCHUNK']._serialized_end=1681
-  _globals['_INFOREQUEST']._serialized_start=1683
-  _globals['_INFOREQUEST']._serialized_end=1696
-  _globals['_INFOREPLY']._serialized_start=1699
-  _globals['_INFOREPLY']._serialized_end=1919
-  _globals['_CONSULTREQUEST']._serialized_start=1921
-  _globals['_CONSULTREQUEST']._serialized_end=1986
-  _globals['_JOBPART']._serialized_start=1988
-  _globals['_JOBPART']._serialized_end=2040
-  _globals['_CONSULTREPLY']._serialized_start=2042
-  _globals['_CONSULTREPLY']._serialized_end=2114
-  _globals['_JOBSTANDING']._serialized_start=2116
-  _globals['_JOBSTANDING']._serialized_end=2192
-  _globals['_COORDINATOR']._serialized_start=2195
-  _globals['_COORDINATOR']._serialized_end=3043
+  _globals['_IMPORTCHECKPOINTREQUEST']._serialized_start=657
+  _globals['_IMPORTCHECKPOINTREQUEST']._serialized_end=822
+  _globals['_IMPORTCHECKPOINTREPLY']._serialized_start=824
+  _globals['_IMPORTCHECKPOINTREPLY']._serialized_end=913
+  _globals['_ORDERREPLY']._serialized_start=915
+  _globals['_ORDERREPLY']._serialized_end=960
+  _globals['_REVIEWGARBAGEREQUEST']._serialized_start=962
+  _globals['_REVIEWGARBAGEREQUEST']._serialized_end=997
+  _globals['_GARBAGEITEM']._serialized_start=999
+  _globals['_GARBAGEITEM']._serialized_end=1098
+  _globals['_REVIEWGARBAGEREPLY']._serialized_start=1100
+  _globals['_REVIEWGARBAGEREPLY']._serialized_end=1194
+  _globals['_SUBMITREQUEST']._serialized_start=1196
+  _globals['_SUBMITREQUEST']._serialized_end=1262
+  _globals['_SUBMITREPLY']._serialized_start=1264
+  _globals['_SUBMITREPLY']._serialized_end=1344
+  _globals['_SETINTENTREQUEST']._serialized_start=1346
+  _globals['_SETINTENTREQUEST']._serialized_end=1431
+  _globals['_SETINTENTREPLY']._serialized_start=1433
+  _globals['_SETINTENTREPLY']._serialized_end=1483
+  _globals['_READREQUEST']._serialized_start=1485
+  _globals['_READREQUEST']._serialized_end=1555
+  _globals['_ITEM']._serialized_start=1557
+  _globals['_ITEM']._serialized_end=1638
+  _globals['_READREPLY']._serialized_start=1640
+  _globals['_READREPLY']._serialized_end=1716
+  _globals['_JOBLOGREQUEST']._serialized_start=1718
+  _globals['_JOBLOGREQUEST']._serialized_end=1845
+  _globals['_JOBLOGCHUNK']._serialized_start=1847
+  _globals['_JOBLOGCHUNK']._serialized_end=1940
+  _globals['_INFOREQUEST']._serialized_start=1942
+  _globals['_INFOREQUEST']._serialized_end=1955
+  _globals['_INFOREPLY']._serialized_start=1958
+  _globals['_INFOREPLY']._serialized_end=2178
+  _globals['_CONSULTREQUEST']._serialized_start=2180
+  _globals['_CONSULTREQUEST']._serialized_end=2245
+  _globals['_JOBPART']._serialized_start=2247
+  _globals['_JOBPART']._serialized_end=2299
+  _globals['_CONSULTREPLY']._serialized_start=2301
+  _globals['_CONSULTREPLY']._serialized_end=2373
+  _globals['_JOBSTANDING']._serialized_start=2375
+  _globals['_JOBSTANDING']._serialized_end=2451
+  _globals['_COORDINATOR']._serialized_start=2454
+  _globals['_COORDINATOR']._serialized_end=3392
 # @@protoc_insertion_point(module_scope)

@@ -199,6 +199,74 @@ class CollectGarbageRequest(google.protobuf.message.Message):
 Global___CollectGarbageRequest: typing_extensions.TypeAlias = CollectGarbageRequest
 
 @typing.final
+class ImportCheckpointRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    BY_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
+    TTL_S_FIELD_NUMBER: builtins.int
+    LEASE_FIELD_NUMBER: builtins.int
+    TIMEOUT_S_FIELD_NUMBER: builtins.int
+    PART_FIELD_NUMBER: builtins.int
+    WITHDRAW_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    request_id: builtins.str
+    by: builtins.str
+    step: builtins.int
+    ttl_s: builtins.int
+    """the request is withdrawn so long after its last renewal"""
+    lease: builtins.int
+    """of the request to renew; 0: a new request"""
+    timeout_s: builtins.float
+    part: builtins.bytes
+    """the DurablePart, once it is written"""
+    withdraw: builtins.bool
+    """the caller gives up"""
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+        request_id: builtins.str = ...,
+        by: builtins.str = ...,
+        step: builtins.int = ...,
+        ttl_s: builtins.int = ...,
+        lease: builtins.int = ...,
+        timeout_s: builtins.float = ...,
+        part: builtins.bytes = ...,
+        withdraw: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["by", b"by", "job", b"job", "lease", b"lease", "part", b"part", "request_id", b"request_id", "step", b"step", "timeout_s", b"timeout_s", "ttl_s", b"ttl_s", "withdraw", b"withdraw"]) -> None: ...
+
+Global___ImportCheckpointRequest: typing_extensions.TypeAlias = ImportCheckpointRequest
+
+@typing.final
+class ImportCheckpointReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ORDER_FIELD_NUMBER: builtins.int
+    LEASE_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    ANSWERED_FIELD_NUMBER: builtins.int
+    order: builtins.str
+    lease: builtins.int
+    revision: builtins.int
+    answered: builtins.bool
+    """it is not, or no more, among the job's orders: see its records"""
+    def __init__(
+        self,
+        *,
+        order: builtins.str = ...,
+        lease: builtins.int = ...,
+        revision: builtins.int = ...,
+        answered: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["answered", b"answered", "lease", b"lease", "order", b"order", "revision", b"revision"]) -> None: ...
+
+Global___ImportCheckpointReply: typing_extensions.TypeAlias = ImportCheckpointReply
+
+@typing.final
 class OrderReply(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

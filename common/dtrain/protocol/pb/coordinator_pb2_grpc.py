@@ -91,6 +91,11 @@ class CoordinatorStub(object):
                 request_serializer=dtrain_dot_v1_dot_coordinator__pb2.CollectGarbageRequest.SerializeToString,
                 response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.OrderReply.FromString,
                 _registered_method=True)
+        self.ImportCheckpoint = channel.unary_unary(
+                '/dtrain.v1.Coordinator/ImportCheckpoint',
+                request_serializer=dtrain_dot_v1_dot_coordinator__pb2.ImportCheckpointRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ImportCheckpointReply.FromString,
+                _registered_method=True)
         self.ReviewGarbage = channel.unary_unary(
                 '/dtrain.v1.Coordinator/ReviewGarbage',
                 request_serializer=dtrain_dot_v1_dot_coordinator__pb2.ReviewGarbageRequest.SerializeToString,
@@ -180,6 +185,14 @@ class CoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ImportCheckpoint(self, request, context):
+        """Ask the leader to open a checkpoint whose bytes the caller writes; asked again
+        with the lease it returned, say that the caller lives, or what it has written.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReviewGarbage(self, request, context):
         """What retention and the collector would delete now, and why. Changes nothing.
         """
@@ -244,6 +257,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.CollectGarbage,
                     request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.CollectGarbageRequest.FromString,
                     response_serializer=dtrain_dot_v1_dot_coordinator__pb2.OrderReply.SerializeToString,
+            ),
+            'ImportCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.ImportCheckpoint,
+                    request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ImportCheckpointRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_coordinator__pb2.ImportCheckpointReply.SerializeToString,
             ),
             'ReviewGarbage': grpc.unary_unary_rpc_method_handler(
                     servicer.ReviewGarbage,
@@ -550,6 +568,33 @@ class Coordinator(object):
             '/dtrain.v1.Coordinator/CollectGarbage',
             dtrain_dot_v1_dot_coordinator__pb2.CollectGarbageRequest.SerializeToString,
             dtrain_dot_v1_dot_coordinator__pb2.OrderReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Coordinator/ImportCheckpoint',
+            dtrain_dot_v1_dot_coordinator__pb2.ImportCheckpointRequest.SerializeToString,
+            dtrain_dot_v1_dot_coordinator__pb2.ImportCheckpointReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -26,7 +26,7 @@ from dtrain.protocol.errors import (
     Unavailable,
 )
 from dtrain.protocol.ids import ClusterName, JobName, Seq, parse_name, parse_token
-from dtrain.protocol.job import TERMINAL_PHASES, JobSpec, JobStatus
+from dtrain.protocol.job import TERMINAL_PHASES, JobPhase, JobSpec, JobStatus
 from dtrain.protocol.keys import Keys
 from dtrain.runtime.clock import Clock, iso
 from dtrain.storage.etcd.port import (
@@ -52,6 +52,8 @@ ORDERS_MAX = 64
 """Requests of one job that wait for the leader."""
 
 PIN_TTL_S_MIN, PIN_TTL_S_MAX = 5, 3600
+IMPORT_S_MAX = 7 * 86400.0
+STEP_MAX = 10**12
 LEASE_BITS = 62
 
 KEY_CHARACTERS_MAX = 512
@@ -65,6 +67,16 @@ class Pinned:
     store: str
     lease: int
     revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Importing:
+    """A request to import: its id, the lease it hangs on, and whether it is gone from the records."""
+
+    order: str
+    lease: int
+    revision: int
+    answered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +113,7 @@ class _Job:
     verified: frozenset[Seq]
     garbage: frozenset[Seq]
     orders: Mapping[str, int]
+    imports: Mapping[str, KeyValue]
     revision: int
 
     def shelf(self) -> retention.Shelf:
@@ -247,6 +260,79 @@ class CheckpointDesk:
         found = self._read(name)
         return self._order(found, name, request_id, Order(found.spec.uid, OrderKind.COLLECT, by=by))
 
+    def import_(self, job: str, request_id: str, order: Order, *, ttl_s: int, lease: int) -> Importing:
+        """Ask the leader to open a checkpoint whose bytes the caller writes; or renew that request.
+
+        With a ``part`` in the order the caller says what it has written. A request
+        that is gone is not made again: its answer is in the job's records.
+
+        Raises:
+            NotFound: there is no such job.
+            Conflict: the job has begun, or somebody else imports.
+            Refused: a number that cannot be.
+        """
+        name = JobName(parse_name(job, "job"))
+        parse_token(request_id, "id of a request")
+        for _ in range(TRIES_MAX):
+            found = self._read(name)
+            held = found.imports.get(request_id)
+            if held is None:
+                if lease or order.part is not None:
+                    return Importing(request_id, lease, found.revision, answered=True)
+                return self._begin_import(found, name, request_id, order, ttl_s)
+            known = codec.decode(Order, held.value)
+            try:
+                self._etcd.keepalive(held.lease)
+            except NotFound:
+                continue
+            if order.part is None or order.part == known.part:
+                return Importing(request_id, held.lease, found.revision)
+            unchanged = Compare(held.key, Target.MOD, held.mod_revision)
+            put = Put(held.key, codec.encode(replace(known, part=order.part)), held.lease)
+            result = self._etcd.txn(Txn((unchanged,), (put,)))
+            if result.succeeded:
+                return Importing(request_id, held.lease, result.revision)
+        raise _contended(name)
+
+    def withdraw_import(self, job: str, request_id: str) -> Importing:
+        """Take a request to import back, and with it what was opened for it."""
+        name = JobName(parse_name(job, "job"))
+        found = self._read(name)
+        held = found.imports.get(request_id)
+        if held is not None:
+            self._etcd.revoke(held.lease)
+        return Importing(request_id, 0, found.revision, answered=True)
+
+    def _begin_import(
+        self, found: _Job, name: JobName, request_id: str, order: Order, ttl_s: int
+    ) -> Importing:
+        status = found.status
+        if status is not None and status.uid == found.spec.uid and status.phase is not JobPhase.QUEUED:
+            raise Conflict(
+                ErrorCode.CONFLICT,
+                f"job {name} is {status.phase}: a checkpoint is imported before its first attempt only",
+                fix="submit a job that waits for it: dtrain submit FILE --set name=NEW "
+                "--set checkpoint.await_import=true, then import into that one",
+            )
+        if found.imports:
+            other = codec.decode(Order, next(iter(found.imports.values())).value)
+            raise Conflict(
+                ErrorCode.CONFLICT,
+                f"{other.by or 'somebody'} is importing a checkpoint into {name} already",
+                fix="wait until that has ended; a request whose maker has gone ends within a minute",
+            )
+        if not PIN_TTL_S_MIN <= ttl_s <= PIN_TTL_S_MAX or not 1.0 <= order.timeout_s <= IMPORT_S_MAX:
+            raise Refused(
+                ErrorCode.USAGE,
+                f"an import cannot take {order.timeout_s:g} s, renewed every {ttl_s} s",
+                fix=f"allow it up to {IMPORT_S_MAX:g} s",
+            )
+        if not 0 <= order.step <= STEP_MAX:
+            raise Refused(ErrorCode.USAGE, f"{order.step} is no step", fix=f"use 0 to {STEP_MAX}")
+        lease = self._alive(0, ttl_s)
+        order_id, revision = self._order(found, name, request_id, replace(order, uid=found.spec.uid), lease)
+        return Importing(order_id, lease, revision)
+
     def review(self, job: str) -> Review:
         """Say what would be deleted now, and why; nothing is.
 
@@ -290,7 +376,9 @@ class CheckpointDesk:
 
     # Inside.
 
-    def _order(self, found: _Job, name: JobName, request_id: str, order: Order) -> tuple[str, int]:
+    def _order(
+        self, found: _Job, name: JobName, request_id: str, order: Order, lease: int = 0
+    ) -> tuple[str, int]:
         parse_token(request_id, "id of a request")
         if request_id in found.orders:
             return request_id, found.orders[request_id]
@@ -304,7 +392,7 @@ class CheckpointDesk:
         record = replace(order, by=_text(order.by), at=self._now())
         # The same request twice is one: what is there already has the same id.
         result = self._etcd.txn(
-            Txn((Compare(key, Target.CREATE, 0),), (Put(key, codec.encode(record)),), (Get(key),))
+            Txn((Compare(key, Target.CREATE, 0),), (Put(key, codec.encode(record), lease),), (Get(key),))
         )
         if result.succeeded:
             return request_id, result.revision
@@ -379,6 +467,8 @@ class CheckpointDesk:
             seqs("verified"),
             seqs("garbage"),
             {kv.key.rpartition("/")[2]: kv.mod_revision for kv in found.get("order", ())},
+            # Of all requests only these hang on a lease.
+            {kv.key.rpartition("/")[2]: kv for kv in found.get("order", ()) if kv.lease},
             result.revision,
         )
 

@@ -16,16 +16,26 @@ from dtrain.coordinator.api.records import Operators
 from dtrain.coordinator.dispatch import Channels
 from dtrain.coordinator.work import Stores
 from dtrain.protocol import codec
-from dtrain.protocol.checkpoint import Pin
+from dtrain.protocol.checkpoint import Order, OrderKind, Pin
 from dtrain.protocol.cluster import LeaderRecord
 from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, Refused, Unavailable
-from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId, Seq, Term, parse_name
+from dtrain.protocol.ids import (
+    AgentName,
+    ClusterName,
+    JobName,
+    ReplicaId,
+    Seq,
+    Step,
+    Term,
+    Uid,
+    parse_name,
+)
 from dtrain.protocol.job import TERMINAL_PHASES, JobSpec, JobStatus
 from dtrain.protocol.keys import Keys
 from dtrain.protocol.pb import agent_pb2 as agent_pb
 from dtrain.protocol.pb import agent_pb2_grpc, coordinator_pb2_grpc
 from dtrain.protocol.pb import coordinator_pb2 as pb
-from dtrain.protocol.snapshot import NodeRecord
+from dtrain.protocol.snapshot import DurablePart, NodeRecord
 from dtrain.runtime import grpc_tls, log, redact
 from dtrain.runtime.tls import Role
 from dtrain.storage.blobs.probe import SOON_S, probe_soon
@@ -268,6 +278,30 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         by = _who(request.by, context)
         order, revision = self._checkpoints.collect(request.job, request.request_id, by)
         return pb.OrderReply(order=order, revision=revision)
+
+    @translated
+    def ImportCheckpoint(  # noqa: N802
+        self, request: pb.ImportCheckpointRequest, context: grpc.ServicerContext
+    ) -> pb.ImportCheckpointReply:
+        by = _who(request.by, context)
+        if request.withdraw:
+            done = self._checkpoints.withdraw_import(request.job, request.request_id)
+        else:
+            part = codec.decode(DurablePart, request.part) if request.part else None
+            order = Order(
+                Uid(""),
+                OrderKind.IMPORT,
+                by=by,
+                step=Step(request.step),
+                timeout_s=request.timeout_s,
+                part=part,
+            )
+            done = self._checkpoints.import_(
+                request.job, request.request_id, order, ttl_s=request.ttl_s, lease=request.lease
+            )
+        return pb.ImportCheckpointReply(
+            order=done.order, lease=done.lease, revision=done.revision, answered=done.answered
+        )
 
     @translated
     def ReviewGarbage(  # noqa: N802

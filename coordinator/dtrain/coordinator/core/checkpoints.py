@@ -15,7 +15,7 @@ from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.liveness import Seat
 from dtrain.coordinator.core.stamps import iso, parse_iso
 from dtrain.coordinator.core.views import Stored, Verdict
-from dtrain.protocol.checkpoint import CommitRecord, Latest, OpenRecord
+from dtrain.protocol.checkpoint import CommitRecord, Latest, OpenRecord, Order
 from dtrain.protocol.commands import AbortCheckpoint, BeginCheckpoint, ConfirmCheckpoint
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import AgentName, Rank, Seq, Step
@@ -63,6 +63,10 @@ def durable_parts(draft: Draft, record: OpenRecord) -> dict[Rank, DurablePart]:
     A part counts only if seq, attempt, step and nonce are those of the intent:
     what a zombie of another attempt reports is not looked at.
     """
+    if record.imported:
+        order = draft.job.orders.get(record.imported)
+        part = None if order is None or order.value.uid != record.uid else order.value.part
+        return {part.rank: part} if part is not None and _belongs(part, record) else {}
     reports: list[Iterable[DurablePart]] = [record.reports]
     snapshots = [(name, draft.job.workers[name].value) for name in sorted(draft.job.workers)]
     snapshots += [(name, draft.job.departed[name]) for name in sorted(draft.job.departed)]
@@ -506,7 +510,7 @@ def open_checkpoint(
 ) -> OpenRecord:
     """Write the intent under a number that was never used before."""
     timeout_s = draft.spec.checkpoint.timeout_s
-    status, name = draft.status, draft.job.name
+    status = draft.status
     seq = Seq(status.seq_last + 1)
     record = OpenRecord(
         draft.fleet.term,
@@ -524,12 +528,42 @@ def open_checkpoint(
         round(hold_s, 3),
         asked,
     )
+    _intend(draft, record)
+    draft.say(f"opening checkpoint {seq} at step {step}" + (", which the script saves" if asked else ""))
+    return record
+
+
+def open_import(draft: Draft, order_id: str, order: Order, world: int) -> None:
+    """Write the intent of a checkpoint whose bytes come from elsewhere, of no attempt's ranks."""
+    status = draft.status
+    seq = Seq(status.seq_last + 1)
+    record = OpenRecord(
+        draft.fleet.term,
+        status.uid,
+        seq,
+        # Between attempts nobody runs under this number, and none begins before the outcome.
+        status.attempt,
+        order.step,
+        draft.moment.nonce,
+        world,
+        order.timeout_s,
+        opened_at=iso(draft.moment.wall),
+        imported=order_id,
+    )
+    _intend(draft, record)
+    draft.event(
+        EventReason.USER_REQUESTED,
+        f"checkpoint {seq} of step {order.step} is being imported" + (f" by {order.by}" if order.by else ""),
+        f"checkpoint/{seq}",
+    )
+
+
+def _intend(draft: Draft, record: OpenRecord) -> None:
+    name, seq = draft.job.name, record.seq
     draft.put(draft.keys.open(name, seq), record, 0)
     # A number that has a commit record was given out before: a status from a backup, perhaps.
     draft.guard(draft.keys.checkpoint(name, seq), 0)
     draft.set(seq_last=seq)
-    draft.say(f"opening checkpoint {seq} at step {step}" + (", which the script saves" if asked else ""))
-    return record
 
 
 def _token(draft: Draft) -> str:
@@ -686,6 +720,10 @@ def settle(draft: Draft, *, patient: bool) -> bool:
 
 def _settle_one(draft: Draft, stored: Stored[OpenRecord], patient: bool, deadline: float | None) -> bool:
     record = stored.value
+    if record.imported:
+        # Only before the first attempt, which is not to come.
+        abort(draft, stored, "the job ended while it was imported", warning=False)
+        return True
     parts = durable_parts(draft, record)
     verdict = verdict_of(draft, record)
     if not is_complete(parts, record):

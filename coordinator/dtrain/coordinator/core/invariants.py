@@ -47,7 +47,9 @@ def _numbers(job: JobView, status: JobStatus) -> list[str]:
     for record in records:
         if record.seq > status.seq_last:
             broken.append(f"checkpoint {record.seq} is newer than seq_last {status.seq_last}")
-        if not Attempt(1) <= record.attempt <= status.attempt:
+        # Of no attempt is only what was imported before the first one.
+        ranks = isinstance(record, OpenRecord) and not record.imported
+        if not Attempt(1 if ranks else 0) <= record.attempt <= status.attempt:
             broken.append(f"checkpoint {record.seq} is of attempt {record.attempt}, now is {status.attempt}")
     if job.events and job.events[-1] > status.event_last:
         broken.append(f"event {job.events[-1]} is newer than event_last {status.event_last}")

@@ -7,7 +7,7 @@ records show afterwards, and an event. Several are answered one after the other.
 
 from collections.abc import Callable
 
-from dtrain.coordinator.core import quarantine, retention
+from dtrain.coordinator.core import importing, quarantine, retention
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.scrubbing import Depth, inspect, inspection
 from dtrain.coordinator.core.views import Stored
@@ -30,6 +30,7 @@ def answer(draft: Draft) -> None:
         OrderKind.DELETE: _delete,
         OrderKind.INSPECT: _inspect,
         OrderKind.COLLECT: _collect,
+        OrderKind.IMPORT: importing.answer,
     }
     for order_id, stored in sorted(draft.job.orders.items(), key=lambda item: item[1].create_revision):
         if draft.has_writes:

@@ -9,7 +9,15 @@ next are one transaction.
 from collections.abc import Sequence, Set
 from dataclasses import replace
 
-from dtrain.coordinator.core import checkpoints, draining, failures, placement, quarantine, retention
+from dtrain.coordinator.core import (
+    checkpoints,
+    draining,
+    failures,
+    importing,
+    placement,
+    quarantine,
+    retention,
+)
 from dtrain.coordinator.core.decisions import ProbeStore
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.failures import Ending
@@ -53,10 +61,18 @@ RELEASE_S = 60.0
 def queued(draft: Draft) -> None:
     """Wait for a store that answers and for enough machines."""
     if wants_cancel(draft):
+        checkpoints.settle(draft, patient=False)
         cancelled(draft, "cancelled before it began")
         return
-    store = draft.spec.checkpoint.store or draft.fleet.default_store
+    if importing.follow(draft):
+        release_strays(draft)
+        return
+    # Where a checkpoint was imported to, the first attempt looks for it.
+    store = draft.status.store or draft.spec.checkpoint.store or draft.fleet.default_store
     if store and not _store_is_usable(draft, store):
+        release_strays(draft)
+        return
+    if importing.begin(draft, store):
         release_strays(draft)
         return
     found = placement.place(draft, join_window=True)
@@ -457,6 +473,10 @@ def recovering(draft: Draft, *, avoid: Set[AgentName] = frozenset()) -> None:
         return
     if not checkpoints.settle(draft, patient=True):
         stop_survivors(draft)
+        return
+    if importing.is_awaited(draft):
+        text = "no checkpoint of it is left that is not damaged, and it must not begin from scratch"
+        fail(draft, EventReason.DO_NOT_RETRY, text)
         return
     if not _charge(draft):
         return

@@ -51,6 +51,7 @@ def export(
     *,
     only: Iterable[str] = (),
     shard_bytes: int = SHARD_BYTES,
+    full: bool = False,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Exported:
     """Write the tracked names in ``only`` (default: all) to ``to``, which must not exist yet.
@@ -58,14 +59,14 @@ def export(
     ``safetensors``: one file if ``to`` ends in ``.safetensors``, else a folder of
     files with an index. ``torch``: one file for ``torch.load(weights_only=True)``.
     ``dcp``: a folder for ``torch.distributed.checkpoint.load``. The states of the
-    ranks' random generators are left out.
+    ranks' random generators are left out unless ``full``: only who imports them uses them.
 
     Raises:
         DamageFound: the checkpoint is damaged; nothing is left of the export.
         Conflict: ALREADY_EXISTS.
         Refused: it cannot be written there, or not in this format.
     """
-    names = objects.chosen(manifest, only)
+    names = objects.chosen(manifest, only, full=full)
     tensors = objects.tensor_names(manifest, names, everything=not list(only))
     total = sum(size_bytes(manifest.tensors[name]) for name in tensors)
     done = 0

@@ -5,12 +5,20 @@ forms that JSON lacks are objects with one key that begins with ``$``.
 """
 
 import base64
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from dtrain.protocol.checkpoint import Manifest
 from dtrain.protocol.errors import ErrorCode, NotFound, Refused
+
+ABOUT = "import/about"
+"""Where an imported checkpoint comes from: an object that nothing tracked can be called."""
+
+ABOUT_FILE = "checkpoint.json"
+"""In exported folders: values with their tensors' names, and where they come from."""
 
 OF_RANKS = "rng/"
 """What begins so is the state of one rank's generators: for resuming, of no use to anyone else."""
@@ -18,13 +26,14 @@ OF_RANKS = "rng/"
 _PAIRS: dict[str, Callable[[], Any]] = {"$dict": dict, "$ordered": OrderedDict, "$counter": dict}
 
 
-def chosen(manifest: Manifest, only: Iterable[str]) -> list[str]:
-    """Return the tracked names to export: those in ``only``, else all.
+def chosen(manifest: Manifest, only: Iterable[str], *, full: bool = False) -> list[str]:
+    """Return the tracked names to export: those in ``only``, else all; ``full``: the ranks' own, too.
 
     Raises:
         NotFound: the checkpoint has no such name.
     """
-    known = [name for name in manifest.objects if not name.startswith(OF_RANKS)]
+    known = [name for name in manifest.objects if full or not name.startswith(OF_RANKS)]
+    known = [name for name in known if name != ABOUT]
     wanted = list(dict.fromkeys(only))
     missing = [name for name in wanted if name not in known]
     if missing:
@@ -44,8 +53,21 @@ def about(manifest: Manifest) -> dict[str, Any]:
         "uid": manifest.uid,
         "seq": manifest.seq,
         "step": manifest.step,
-        "world": manifest.world,
+        "world": saved_world(manifest),
     }
+
+
+def write_about(path: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Write the values of tracked names, and where they come from, beside exported tensors."""
+    values = {name: manifest.objects[name].value for name in names}
+    path.write_text(json.dumps({"v": 1, **about(manifest), "objects": values}, indent=1))
+
+
+def saved_world(manifest: Manifest) -> int:
+    """Number of ranks that saved what a checkpoint holds, wherever it was imported from."""
+    about = manifest.objects.get(ABOUT)
+    world = about.value.get("world") if about is not None and isinstance(about.value, dict) else None
+    return world if isinstance(world, int) else manifest.world
 
 
 def tensor_names(manifest: Manifest, names: Iterable[str], *, everything: bool = False) -> list[str]:

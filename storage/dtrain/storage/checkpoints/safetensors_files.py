@@ -12,7 +12,6 @@ from dtrain.storage.checkpoints.reading import ITEM_BYTES, TensorReader, size_by
 
 HEADER_ALIGN = 64
 INDEX = "model.safetensors.index.json"
-ABOUT = "checkpoint.json"
 
 
 def write(
@@ -43,8 +42,7 @@ def write(
         total = sum(size_bytes(manifest.tensors[name]) for name in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
         (to / INDEX).write_text(json.dumps(index, indent=1))
-    values = {name: manifest.objects[name].value for name in names}
-    (to / ABOUT).write_text(json.dumps({"v": 1, **objects.about(manifest), "objects": values}, indent=1))
+    objects.write_about(to / objects.ABOUT_FILE, manifest, names)
 
 
 def _shards(manifest: Manifest, tensors: Sequence[str], shard_bytes: int) -> list[list[str]]:

@@ -3,7 +3,7 @@
 Tensors are first put together in a scratch file beside the target and mapped, so
 that memory stays small; torch itself then writes its format. Its folders have a
 pickled ``.metadata``: that is torch's, on the way out only, and nothing of dtrain
-ever reads one. The only place in this package that imports torch.
+ever reads one. With ``importing_torch`` the only place in this package that imports torch.
 """
 
 import mmap
@@ -88,6 +88,8 @@ def write_dcp(
         # There is no process group here, and none is wanted.
         warnings.simplefilter("ignore", UserWarning)
         save(stored.state(names), storage_writer=FileSystemWriter(to, thread_count=1), no_dist=True)
+    # DCP makes text of every key; whoever imports the folder again finds here how they were.
+    objects.write_about(to / objects.ABOUT_FILE, manifest, names)
 
 
 def _torch() -> Any:
