@@ -82,8 +82,9 @@ def run(harness: Harness, seconds: float) -> None:
     say(f"store back: committed {time.monotonic() - back_at:.1f} s later")
     assert record.seq == seqs[patient]
     assert not harness.events(patient, EventReason.CHECKPOINT_ABORTED)
+    # What was asked for during the outage may have been tried again, and committed, before this.
     again = ask(harness, hasty, "after")
-    assert harness.await_commit(hasty, after=int(seqs[hasty])).seq >= again
+    harness.await_commit(hasty, after=int(again) - 1)
     for name, job in jobs.items():
         assert harness.pids(job) == pids[job]
         harness.stop_file(name).touch()

@@ -47,6 +47,10 @@ DEMANDS_AT_ONCE = 64
 ASIDES_AT_ONCE = 4
 """What nobody waits for. It may hang with a store that is away, and must not take an upload's thread."""
 
+UPLOAD_NICE = 10
+"""A save has minutes, a step milliseconds: where cores are scarce, uploads take a tenth of what a rank
+gets. Restores keep the agent's own priority, as ranks wait for them."""
+
 _PR_SET_PDEATHSIG = 1
 
 _log = log.get("transfer")
@@ -68,7 +72,9 @@ class Transfer:
         self._fetcher = Fetcher(stores, emit, cache=self._cache)
         self._demands = ThreadPoolExecutor(DEMANDS_AT_ONCE, thread_name_prefix="demand")
         self._asides = ThreadPoolExecutor(ASIDES_AT_ONCE, thread_name_prefix="aside")
-        self._uploads = ThreadPoolExecutor(UPLOADS_AT_ONCE, thread_name_prefix="upload")
+        self._uploads = ThreadPoolExecutor(
+            UPLOADS_AT_ONCE, thread_name_prefix="upload", initializer=_give_way
+        )
         self._fetches = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch")
 
     def handle(self, order: TransferOrder) -> None:
@@ -140,6 +146,12 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, DtrainError):
         return f"{error} ({error.fix})" if error.fix else str(error)
     return f"{type(error).__name__}: {error}"
+
+
+def _give_way() -> None:
+    """Lower the priority of this thread, and of those that it starts: Linux keeps it by thread."""
+    thread = threading.get_native_id()
+    os.setpriority(os.PRIO_PROCESS, thread, max(UPLOAD_NICE, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 def _die_with_parent() -> None:

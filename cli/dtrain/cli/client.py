@@ -32,6 +32,9 @@ ERROR_KEY = "dtrain-error-bin"
 TRY_S_MAX = 3.0
 """One replica gets this long to answer before the next is asked: it may be frozen."""
 
+STORE_WAIT_S = 6.0
+"""How much longer a replica may take that asks a job's store first: it gives a store that is silent 5 s."""
+
 WAIT_S_MAX = 20.0
 """Longest single wait for a change; longer ones are several calls."""
 
@@ -230,7 +233,9 @@ class Client:
             Unavailable: no replica could be reached, or none reaches etcd.
         """
         request = pb.SubmitRequest(spec=spec, request_id=request_id, dry_run=dry_run)
-        reply = self._call(lambda stub, timeout: stub.Submit(request, timeout=timeout))
+        reply = self._call(
+            lambda stub, timeout: stub.Submit(request, timeout=timeout + STORE_WAIT_S), wait_s=STORE_WAIT_S
+        )
         return Submitted(reply.spec, reply.created, reply.revision, tuple(reply.warnings))
 
     def set_intent(self, job: str, *, wanted: str = "", checkpoint_token: str = "", by: str = "") -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from tests.unit.trainer.pipeline import merge
 
+from dtrain.agent.transfer import UPLOAD_NICE, Transfer
 from dtrain.agent.transfer_client import TransferClient
 from dtrain.agent.transfer_fetch import Fetcher
 from dtrain.agent.transfer_upload import Uploader
@@ -403,6 +404,48 @@ def test_orders_that_cannot_be_done_are_answered(tmp_path: Path, sealed: Sealed,
     refused = process.next()
     assert isinstance(refused, FetchFailed)
     assert refused.bad is None
+
+
+class Niceness(MemoryBlobs):
+    """Notes how nice the threads are that write and read."""
+
+    def __init__(self) -> None:
+        super().__init__("niceness")
+        self.of: dict[str, set[int]] = {"put": set(), "get": set()}
+
+    def note(self, call: str) -> None:
+        self.of[call].add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    def put(
+        self,
+        key: str,
+        parts: Sequence[bytes | memoryview],
+        *,
+        chunk_crcs: Sequence[int],
+        flow: Flow | None = None,
+    ) -> BlobInfo:
+        self.note("put")
+        return super().put(key, parts, chunk_crcs=chunk_crcs, flow=flow)
+
+    def get(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
+        self.note("get")
+        return super().get(key, offset=offset, length=length)
+
+
+def test_uploads_give_way_to_training_and_restores_do_not(sealed: Sealed) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    store = Niceness()
+    reports: queue.Queue[TransferReport] = queue.Queue()
+    transfer = Transfer(reports.put, lambda _uri: store)
+    transfer.handle(upload(sealed))
+    uploaded = reports.get(timeout=WAIT_S)
+    assert isinstance(uploaded, Uploaded)
+    assert store.of == {"put": {max(own, UPLOAD_NICE)}, "get": set()}
+    key, sha = merge(store, [uploaded.part])
+    store.of["get"].clear()
+    transfer.handle(Fetch("f1", JOB, UID, store.uri, sealed.seq, sealed.step, key, sha))
+    assert isinstance(reports.get(timeout=WAIT_S), Fetched)
+    assert store.of["get"] == {own}
 
 
 def test_a_killed_process_is_reported_once_and_can_be_started_again(

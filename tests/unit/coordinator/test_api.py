@@ -1,6 +1,7 @@
 """The Coordinator service over real gRPC: a replica's API on the model of etcd."""
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from concurrent import futures
@@ -39,6 +40,7 @@ from dtrain.protocol.pb import coordinator_pb2 as pb
 from dtrain.protocol.pb.coordinator_pb2_grpc import CoordinatorStub
 from dtrain.protocol.snapshot import NodeRecord
 from dtrain.runtime.clock import SystemClock
+from dtrain.storage.blobs.memory import MemoryBlobs
 from dtrain.storage.etcd.memory import MemoryEtcd
 from dtrain.storage.etcd.mirror import Mirror
 from dtrain.storage.etcd.port import Delete, Put, Txn, TxnResult
@@ -231,6 +233,21 @@ def test_a_dry_run_checks_the_store_and_stores_nothing(replica: Replica) -> None
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert told["fix"]
     assert not replica.etcd.range(KEYS.spec(JOB)).items
+
+
+def test_a_store_that_is_silent_leaves_time_to_answer_the_caller(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    silent = MemoryBlobs(fault=lambda _op, _key: release.wait(20))
+    monkeypatch.setattr(Stores, "get", lambda _self, _uri: silent)
+    document = json.dumps({**SPEC, "checkpoint": {"store": "s3://bucket"}}).encode()
+    try:
+        reply = replica.stub.Submit(pb.SubmitRequest(spec=document, request_id="q1"), timeout=2.5)
+    finally:
+        release.set()
+    assert reply.created
+    assert any("does not answer" in warning for warning in reply.warnings)
 
 
 def test_a_job_that_must_wait_for_agents_says_so(replica: Replica) -> None:

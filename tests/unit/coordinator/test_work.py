@@ -279,6 +279,29 @@ def test_a_sweep_deletes_what_no_record_names(store: Store, worker: Worker, etcd
     assert sweep(worker).deleted == 0
 
 
+def test_unfinished_uploads_stay_only_where_the_checkpoint_is_still_open(
+    store: Store, worker: Worker, etcd: MemoryEtcd
+) -> None:
+    commit(store, worker, etcd, 3, "cc")
+    put(etcd, KEYS.open(JOB, Seq(4)), opened(4, "ff"))
+
+    def die(op: str, _key: str) -> None:
+        if op == "put.begun":
+            raise Unavailable(ErrorCode.STORE_UNAVAILABLE, "the writer is gone")
+
+    store.fault = die
+    keys = [
+        blob_key(blob_prefix(ROOT, Seq(seq), Attempt(1), nonce), Rank(1), 0, "dd")
+        for seq, nonce in ((2, "dead"), (3, "cc"), (4, "ff"))
+    ]
+    for key in keys:
+        with pytest.raises(Unavailable):
+            store.write(key, b"half")
+    store.fault = lambda _op, _key: None
+    assert sweep(worker).deleted == 2
+    assert [token.partition("?")[0] for token in store.list_unfinished("")] == [keys[2]]
+
+
 def test_an_earlier_submission_is_swept_only_while_the_status_remembers_it(
     store: Store, worker: Worker, etcd: MemoryEtcd
 ) -> None:

@@ -38,7 +38,7 @@ from dtrain.protocol.pb import coordinator_pb2 as pb
 from dtrain.protocol.snapshot import DurablePart, NodeRecord
 from dtrain.runtime import grpc_tls, log, redact
 from dtrain.runtime.tls import Role
-from dtrain.storage.blobs.probe import probe, probe_soon
+from dtrain.storage.blobs.probe import SOON_S, probe_soon
 from dtrain.storage.etcd.mirror import Mirror
 from dtrain.storage.etcd.port import KeyValue
 
@@ -109,18 +109,18 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
     def Submit(  # noqa: N802
         self,
         request: pb.SubmitRequest,
-        context: grpc.ServicerContext,  # noqa: ARG002 - grpc's signature
+        context: grpc.ServicerContext,
     ) -> pb.SubmitReply:
         spec = self._operators.prepare(request.spec, request.request_id)
         warnings = self._warnings(spec)
         store = spec.checkpoint.store or self._default_store
+        if store:
+            # One that refuses would refuse every checkpoint; one that is away may be back when it is needed.
+            why = probe_soon(self._stores.get(store), limit_s=_patience_s(context))
+            if why:
+                warnings.append(f"{why}: the job waits until its store can be used")
         if request.dry_run:
-            if store:
-                probe(self._stores.get(store))
             return pb.SubmitReply(spec=codec.encode(spec), created=False, warnings=warnings)
-        # A store that refuses would refuse every checkpoint; one that is away may be back when it is needed.
-        if store and (why := probe_soon(self._stores.get(store))):
-            warnings.append(f"{why}: the job waits until its store can be used")
         done = self._operators.submit(spec)
         self._log.info("job submitted", job=done.spec.name, uid=done.spec.uid, created=done.created)
         return pb.SubmitReply(
@@ -496,6 +496,12 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
                 "the job waits for more"
             ]
         return [f"{alive} agents are alive, {spec.nnodes_min} are needed: the job waits for more"]
+
+
+def _patience_s(context: grpc.ServicerContext) -> float:
+    """How long a store may stay silent, so that the caller still hears what became of its call."""
+    left_s = context.time_remaining()
+    return SOON_S if left_s is None else min(SOON_S, max(0.1, left_s - 1.0))
 
 
 def _who(said: str, context: grpc.ServicerContext) -> str:

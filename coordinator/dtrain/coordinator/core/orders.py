@@ -75,17 +75,7 @@ def _inspect(draft: Draft, order_id: str, stored: Stored[Order]) -> None:
             _tell(draft, stored, text, warning=True)
         else:
             draft.guard(draft.keys.checkpoint(draft.job.name, order.seq), commit.mod_revision)
-            damage = seen.damage
-            quarantine.put_aside(
-                draft,
-                order.seq,
-                blob=damage.blob,
-                chunk=damage.chunk,
-                expected=damage.expected,
-                found=damage.found,
-                rank=damage.rank,
-                tensors=damage.tensors,
-            )
+            quarantine.put_aside(draft, order.seq, seen.damage)
         _done(draft, order_id, stored)
         return
     if draft.now >= stored.seen_at + INSPECT_S:

@@ -30,6 +30,7 @@ from dtrain.coordinator.core.liveness import (
     has_started,
     seats,
 )
+from dtrain.coordinator.core.views import Damage
 from dtrain.protocol.commands import Prepare, Start, Stop
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import AgentName, Attempt
@@ -434,16 +435,8 @@ def _bad_restore(draft: Draft, snapshots: Sequence[WorkerSnapshot]) -> tuple[Age
 
 
 def _quarantine(draft: Draft, agent: AgentName, bad: BadBlob) -> None:
-    quarantine.put_aside(
-        draft,
-        bad.seq,
-        blob=bad.blob,
-        chunk=bad.chunk,
-        expected=bad.expected,
-        found=bad.found,
-        agent=agent,
-        rank=bad.rank,
-    )
+    damage = Damage(bad.blob, bad.chunk, bad.expected, bad.found, bad.rank)
+    quarantine.put_aside(draft, bad.seq, damage, agent)
 
 
 # RECOVERING -----------------------------------------------------------------------

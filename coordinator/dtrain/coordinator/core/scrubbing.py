@@ -64,17 +64,7 @@ def conclude(draft: Draft) -> None:
             if seen.damage is not None:
                 # Not if it has been retired meanwhile: then its blobs are rightly gone.
                 draft.guard(draft.keys.checkpoint(draft.job.name, commit.seq), stored.mod_revision)
-                damage = seen.damage
-                quarantine.put_aside(
-                    draft,
-                    commit.seq,
-                    blob=damage.blob,
-                    chunk=damage.chunk,
-                    expected=damage.expected,
-                    found=damage.found,
-                    rank=damage.rank,
-                    tensors=damage.tensors,
-                )
+                quarantine.put_aside(draft, commit.seq, seen.damage)
                 break
             if depth is Depth.ALL:
                 _remember(draft, stored, seen)
