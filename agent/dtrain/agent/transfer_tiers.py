@@ -44,6 +44,7 @@ class Standing:
         self.tier = tier
         self.offset = offset
         self._fd = fd
+        self._size_bytes = size_bytes
         start = offset - offset % mmap.ALLOCATIONGRANULARITY
         mapping = mmap.mmap(fd, offset - start + size_bytes, offset=start, access=mmap.ACCESS_READ)
         self.view = memoryview(mapping)[offset - start :]
@@ -55,6 +56,25 @@ class Standing:
             with contextlib.suppress(OSError):
                 os.posix_fadvise(self._fd, self.offset + at, length, os.POSIX_FADV_WILLNEED)
         return self.view[at : at + length]
+
+    def copy_at(self, at: int, length: int) -> bytes:
+        """A copy of a part; shorter than asked for if the file ends before or cannot be read."""
+        found = bytearray()
+        try:
+            while len(found) < length:
+                part = os.pread(self._fd, length - len(found), self.offset + at + len(found))
+                if not part:
+                    break
+                found += part
+        except OSError:
+            pass
+        return bytes(found)
+
+    def expect(self) -> None:
+        """Have the kernel read all of it, if it is not in memory."""
+        if self.tier is not Tier.ARENA:
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._fd, self.offset, self._size_bytes, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Give the descriptor back; views stay valid."""
