@@ -99,14 +99,16 @@ class Chunks:
 
         What lies here is read from its disk, but not verified: most ranks do that themselves.
         """
-        for blob in blobs:
+        for index in blobs:
+            blob = self._blobs[index]
             with self._lock:
-                self._find(self._blobs[blob])
-                shared = self._blobs[blob].shared
+                self._find(blob)
+                shared = blob.shared
             if shared is None:
-                self._begin(blob, self._blobs[blob].numbers())
-            else:
-                shared.expect()
+                self._begin(index, blob.numbers())
+                continue
+            for number in blob.numbers():  # on lanes: a slow disk may hold the caller up
+                self._pool.submit(shared.expect, number * CHUNK_BYTES, blob.length(number))
 
     def supply(self, need: Need, *, private: bool = False) -> tuple[Held, ...]:
         """Return where the wanted chunks are once all of them are verified.

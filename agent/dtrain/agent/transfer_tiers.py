@@ -44,17 +44,14 @@ class Standing:
         self.tier = tier
         self.offset = offset
         self._fd = fd
-        self._size_bytes = size_bytes
         start = offset - offset % mmap.ALLOCATIONGRANULARITY
         mapping = mmap.mmap(fd, offset - start + size_bytes, offset=start, access=mmap.ACCESS_READ)
         self.view = memoryview(mapping)[offset - start :]
         self.path = f"/proc/{os.getpid()}/fd/{fd}"
 
     def bytes_at(self, at: int, length: int) -> memoryview:
-        """A part of the blob; the kernel is told to read all of it at once if it is not in memory."""
-        if self.tier is not Tier.ARENA:
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(self._fd, self.offset + at, length, os.POSIX_FADV_WILLNEED)
+        """A part of the blob."""
+        self.expect(at, length)
         return self.view[at : at + length]
 
     def copy_at(self, at: int, length: int) -> bytes:
@@ -70,11 +67,11 @@ class Standing:
             pass
         return bytes(found)
 
-    def expect(self) -> None:
-        """Have the kernel read all of it, if it is not in memory."""
+    def expect(self, at: int, length: int) -> None:
+        """Have the kernel read a part at once, if it is not in memory."""
         if self.tier is not Tier.ARENA:
             with contextlib.suppress(OSError):
-                os.posix_fadvise(self._fd, self.offset, self._size_bytes, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(self._fd, self.offset + at, length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Give the descriptor back; views stay valid."""
