@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import Result, result
+from dtrain.agent.launch.preload import provide_checksum
 from dtrain.agent.transfer_client import TransferClient
 from dtrain.agent.transferring import (
     Demand,
@@ -99,11 +100,17 @@ class Ours:
         return self._tiers
 
     def ask(
-        self, token: str, chunks: Sequence[ChunkSpan], *, whole: bool = False, again: bool = False
+        self,
+        token: str,
+        chunks: Sequence[ChunkSpan],
+        *,
+        whole: bool = False,
+        again: bool = False,
+        unverified: bool = False,
     ) -> Have | None:
         """What the link to the agent does."""
         self._number += 1
-        need = Need(token, self._number, tuple(chunks), whole, again)
+        need = Need(token, self._number, tuple(chunks), whole, again, unverified)
         self._client.send(Demand(self._id, Rank(0), need))
         supplied = self._take(Supplied)
         self._tiers = dict(supplied.tiers)
@@ -145,6 +152,7 @@ def measure(rounds: int = ROUNDS, tensors: int = TENSORS) -> list[Result]:
 
     torch.set_num_threads(1)
     torch.manual_seed(1)
+    provide_checksum()  # as the launcher does for its ranks
     saved, fresh = make_module(tensors), make_module(tensors)
     size = tensors * TENSOR_MIB * 1024**2
     wall: dict[str, list[float]] = {}

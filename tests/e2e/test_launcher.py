@@ -204,6 +204,11 @@ def test_launcher_imports_everything_heavy_and_stays_single_threaded(bench: Benc
     assert bench.out(attempt).split() == ["torch", "torch.distributed", "torch._dynamo", "dtrain.trainer"]
 
 
+def test_ranks_can_verify_what_they_restore(bench: Bench) -> None:
+    script = "from dtrain.protocol import checksum; import sys; sys.exit(7 if checksum.provided() else 8)\n"
+    assert bench.run(script).exit_code == 7
+
+
 def test_first_report_is_the_state_before_the_imports(bench: Bench) -> None:
     assert isinstance(bench.first, LauncherState)
     assert bench.first.process == bench.client.process

@@ -887,6 +887,13 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{ON_AGENT}/test_transfer.py::test_one_flipped_bit_is_found_and_named",
     ),
     _mutant(
+        "rank-believes-what-it-has-read",
+        "G2: bytes of an arena that changed after the agent told of it go into the weights.",
+        f"{TRAINER}/checkpoint/reading.py",
+        ('        return f"{value:08x}" == blob.chunks[number]\n', "        return True\n"),
+        "tests/unit/trainer/test_reading.py::test_only_what_was_bad_is_said_and_read_again",
+    ),
+    _mutant(
         "manifest-digest-not-verified-on-restore",
         "G2: a manifest that is not the committed one is restored from.",
         f"{AGENT}/transfer_fetch.py",

@@ -21,7 +21,7 @@ RANKS = Metric(
 RESTORED = Metric(
     "dtrain_agent_restored_bytes_total",
     "counter",
-    "Bytes of checkpoints verified for restarts, by source: snapshots in memory here, the cache, the store.",
+    "Bytes of checkpoints supplied to ranks, by source: snapshots in memory here, the cache, the store.",
     ("source",),
 )
 

@@ -1,14 +1,15 @@
 """The chunks of one checkpoint on their way to the ranks of this machine.
 
-A chunk is wanted by any number of ranks and brought once. If the whole blob
-lies in a file or arena here, its chunks are verified where they are and ranks
-read them there: no copy is made. Such a place is shared, others can write to it;
-so a rank copies what it needs and then has the same chunks verified *again*:
-bytes that were right before and after were right in between.
+If the whole blob lies in a file or arena here, ranks read it there: no copy is
+made. Such a place is shared, others can write to it. A rank that verifies what it
+has read is just told the place; if it found other bytes than were committed, this
+side looks for itself and tells it the next place. For a rank that cannot, the chunks
+are verified where they are, the rank copies what it needs and has the same chunks
+verified *again*: bytes that were right before and after were right in between.
 
 Where nothing lies here, or something of it is wrong, the blob's chunks come
-into a memfd that nobody else writes to, each verified there or on its way, from
-the nearest tier whose bytes fit.
+into a memfd that nobody else writes to, each once for all ranks, verified there or
+on its way, from the nearest tier whose bytes fit.
 """
 
 import mmap
@@ -86,7 +87,7 @@ class Chunks:
 
     @property
     def tiers(self) -> dict[str, int]:
-        """Bytes verified for the ranks so far, by the tier they came from."""
+        """Bytes supplied to the ranks so far, by the tier they came from."""
         with self._lock:
             found = dict.fromkeys((str(tier) for tier in Tier), 0)
             for (blob, number), tier in self._counted.items():
@@ -94,12 +95,25 @@ class Chunks:
         return found
 
     def bring(self, blobs: Iterable[int]) -> None:
-        """Begin with all chunks of these blobs, without waiting: a failure comes up when they are needed."""
-        for blob in blobs:
-            self._begin(blob, self._blobs[blob].numbers())
+        """Begin with all chunks of these blobs, without waiting: a failure comes up when they are needed.
+
+        What lies here is read from its disk, but not verified: most ranks do that themselves.
+        """
+        for index in blobs:
+            blob = self._blobs[index]
+            with self._lock:
+                self._find(blob)
+                shared = blob.shared
+            if shared is None:
+                self._begin(index, blob.numbers())
+                continue
+            for number in blob.numbers():  # on lanes: a slow disk may hold the caller up
+                self._pool.submit(shared.expect, number * CHUNK_BYTES, blob.length(number))
 
     def supply(self, need: Need, *, private: bool = False) -> tuple[Held, ...]:
         """Return where the wanted chunks are once all of them are verified.
+
+        ``need.unverified``: without looking at those that lie in shared places.
 
         Raises:
             Refused: BAD_RECORD; there is no such chunk.
@@ -110,32 +124,43 @@ class Chunks:
             for blob in wanted:
                 self._turn_private(blob)
         while True:
-            tasks = [task for blob, numbers in wanted.items() for task in self._begin(blob, numbers)]
+            with self._lock:
+                as_it_is = {blob for blob in wanted if need.unverified and self._lies_here(blob)}
+            brought = {blob: numbers for blob, numbers in wanted.items() if blob not in as_it_is}
+            tasks = [task for blob, numbers in brought.items() for task in self._begin(blob, numbers)]
             wait(tasks, return_when=FIRST_EXCEPTION)
             for task in tasks:
                 if task.done():
                     task.result()
             with self._lock:
                 # A bad chunk moves its whole blob to another place, and then nothing before counts.
-                if all(self._is_there(blob, numbers) for blob, numbers in wanted.items()):
+                if all(self._is_there(blob, numbers) for blob, numbers in brought.items()) and all(
+                    self._lies_here(blob) for blob in as_it_is
+                ):
+                    for blob in as_it_is:
+                        self._count_unverified(blob, wanted[blob])
                     return tuple(self._held(blob) for blob in wanted)
 
     def check_again(self, need: Need, given: Sequence[Held]) -> bool:
-        """Verify once more what a rank has read in shared places. False: it may have read something else.
+        """Verify what a rank has read in shared places. False: it may have read something else.
 
-        ``given`` is what ``supply`` had answered it.
+        ``given`` is what ``supply`` had answered it. Of a blob that is damaged the next place
+        is told then: to ranks that verify for themselves, else one that nobody else writes to.
         """
         wanted = self._chunks(need)
         checks: list[Future[bool]] = []
         with self._lock:
             for held in given:
                 blob = self._blobs[held.blob]
-                if not held.shared:
+                if not held.shared or held.blob not in wanted:
                     continue
                 if blob.shared is None or blob.shared.path != held.place.path:
                     return False
-                checks += [self._check(held.blob, number) for number in wanted.get(held.blob, ())]
-        return all(check.result() for check in checks)
+                numbers = wanted[held.blob]
+                checks += [self._check(held.blob, number, need.unverified) for number in numbers]
+        # Wait for all of them: each may move its blob.
+        results = [check.result() for check in checks]
+        return all(results)
 
     def copies(self) -> list[tuple[BlobEntry, int]]:
         """Blobs that lie whole in the memfd and came from the store, with their offsets there."""
@@ -191,6 +216,17 @@ class Chunks:
             if self._in_place and blob.places:
                 blob.shared = blob.places[0]
 
+    def _lies_here(self, index: int) -> bool:
+        blob = self._blobs[index]
+        self._find(blob)
+        return blob.shared is not None
+
+    def _count_unverified(self, index: int, numbers: Iterable[int]) -> None:
+        shared = self._blobs[index].shared
+        assert shared is not None
+        for number in numbers:
+            self._counted[index, number] = shared.tier
+
     def _turn_private(self, index: int) -> None:
         blob = self._blobs[index]
         with self._lock:
@@ -231,12 +267,11 @@ class Chunks:
             else:
                 with self._lock:
                     if blob.version == version:
-                        after = places.index(shared) + 1
-                        self._move(blob, places[after] if after < len(places) else None)
+                        self._move(blob, self._next(blob, shared))
             return
         for place in places:
             # A copy first, and then its digest: the place itself may change in between.
-            data = bytes(self._slice(blob, number, place))
+            data = place.copy_at(number * CHUNK_BYTES, blob.length(number))
             if digest.to_hex(digest.crc32c(data)) == blob.entry.chunks[number]:
                 write_all(self._fd, data, blob.target + number * CHUNK_BYTES)
                 self._count(index, number, place.tier)
@@ -244,15 +279,20 @@ class Chunks:
         self._read(blob.entry, number, self._private(blob, number))
         self._count(index, number, Tier.STORE)
 
-    def _check(self, index: int, number: int) -> Future[bool]:
+    def _next(self, blob: _Blob, place: Standing) -> Standing | None:
+        places = blob.places or []
+        after = places.index(place) + 1
+        return places[after] if after < len(places) else None
+
+    def _check(self, index: int, number: int, onward: bool) -> Future[bool]:
         blob = self._blobs[index]
         check = blob.checks.get(number)
         if check is None:
-            check = self._pool.submit(self._look_again, index, number, blob.version)
+            check = self._pool.submit(self._look_again, index, number, blob.version, onward)
             blob.checks[number] = check
         return check
 
-    def _look_again(self, index: int, number: int, version: int) -> bool:
+    def _look_again(self, index: int, number: int, version: int, onward: bool) -> bool:
         blob = self._blobs[index]
         with self._lock:
             if blob.version != version or blob.shared is None:
@@ -260,18 +300,22 @@ class Chunks:
             # From here on it is too early for whoever asks now.
             blob.checks.pop(number, None)
             shared = blob.shared
-        if self._fits(blob, number, shared):
+        if onward:
+            # Maybe it was cut short, and then a look through the mapping would end this process.
+            data = shared.copy_at(number * CHUNK_BYTES, blob.length(number))
+            fits = digest.to_hex(digest.crc32c(data)) == blob.entry.chunks[number]
+        else:
+            fits = self._fits(blob, number, shared)
+        if fits:
             return True
         with self._lock:
             if blob.version == version:
-                self._move(blob, None)
+                self._move(blob, self._next(blob, shared) if onward else None)
         return False
 
-    def _slice(self, blob: _Blob, number: int, place: Standing) -> memoryview:
-        return place.bytes_at(number * CHUNK_BYTES, blob.length(number))
-
     def _fits(self, blob: _Blob, number: int, place: Standing) -> bool:
-        return digest.to_hex(digest.crc32c(self._slice(blob, number, place))) == blob.entry.chunks[number]
+        view = place.bytes_at(number * CHUNK_BYTES, blob.length(number))
+        return digest.to_hex(digest.crc32c(view)) == blob.entry.chunks[number]
 
     def _private(self, blob: _Blob, number: int) -> memoryview:
         """The chunk's own place in the memfd: nobody looks there before the chunk is announced.

@@ -78,8 +78,8 @@ class _Held:
         self.manifest = manifest
         self.plan = plan
         self.released = False
-        self.given: dict[Rank, tuple[Held, ...]] = {}
-        """What each rank was told last."""
+        self.given: dict[Rank, dict[int, Held]] = {}
+        """What each rank was told last, by blob."""
 
     def close(self) -> None:
         self.released = True
@@ -148,13 +148,15 @@ class Fetcher:
         try:
             if need.again:
                 with self._lock:
-                    given = held.given.get(order.rank)
-                good = given is not None and held.chunks.check_again(need, given)
+                    given = list(held.given.get(order.rank, {}).values())
+                good = bool(given) and held.chunks.check_again(need, given)
                 have = Have(need.plan, need.number, good=good)
             else:
                 blobs = held.chunks.supply(need, private=order.private)
                 with self._lock:
-                    held.given[order.rank] = blobs
+                    told = {one.blob: one for one in blobs}
+                    # Who verifies for itself asks for the rest alone, and may doubt any of it.
+                    held.given[order.rank] = {**held.given.get(order.rank, {}), **told}
                 have = Have(need.plan, need.number, blobs)
         except Exception as error:
             if not self._tell(order.id, error):

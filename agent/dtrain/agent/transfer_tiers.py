@@ -50,11 +50,28 @@ class Standing:
         self.path = f"/proc/{os.getpid()}/fd/{fd}"
 
     def bytes_at(self, at: int, length: int) -> memoryview:
-        """A part of the blob; the kernel is told to read all of it at once if it is not in memory."""
+        """A part of the blob."""
+        self.expect(at, length)
+        return self.view[at : at + length]
+
+    def copy_at(self, at: int, length: int) -> bytes:
+        """A copy of a part; shorter than asked for if the file ends before or cannot be read."""
+        found = bytearray()
+        try:
+            while len(found) < length:
+                part = os.pread(self._fd, length - len(found), self.offset + at + len(found))
+                if not part:
+                    break
+                found += part
+        except OSError:
+            pass
+        return bytes(found)
+
+    def expect(self, at: int, length: int) -> None:
+        """Have the kernel read a part at once, if it is not in memory."""
         if self.tier is not Tier.ARENA:
             with contextlib.suppress(OSError):
                 os.posix_fadvise(self._fd, self.offset + at, length, os.POSIX_FADV_WILLNEED)
-        return self.view[at : at + length]
 
     def close(self) -> None:
         """Give the descriptor back; views stay valid."""

@@ -139,7 +139,7 @@ class Fetched:
     id: str
     plan: RestorePlan
     tiers: Mapping[str, int] = field(default_factory=dict)
-    """Bytes verified so far, by where they lay: see ``transfer_tiers.Tier``."""
+    """Bytes that ranks were given so far, by where they lay: see ``transfer_tiers.Tier``."""
 
 
 @dataclass(frozen=True, slots=True)

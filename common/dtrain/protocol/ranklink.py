@@ -92,6 +92,9 @@ class Need:
     Answered by ``Have`` with the same ``plan`` and ``number``. ``again``: it has
     copied what it needed out of places that others can write to; were the bytes
     there the right ones all the time?
+
+    ``unverified``: shared places are named as they are, the rank verifies what it has
+    read. With ``again``: it found something else than was committed in these chunks.
     """
 
     plan: str
@@ -100,6 +103,8 @@ class Need:
     whole: bool = False
     """All chunks of all blobs."""
     again: bool = False
+    unverified: bool = False
+    """Agents of a release that does not know it verify first: slower, and no less right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +183,8 @@ class BlobPlace:
 class Held:
     """Where the wanted chunks of one blob lie. ``shared``: not in a copy made for this restore.
 
-    Others can write to a shared place, so what was read there counts only once
-    ``Need.again`` has been answered with ``good``.
+    Others can write to a shared place, so what was read there counts only if the rank
+    verified what it has read, or once ``Need.again`` has been answered with ``good``.
     """
 
     blob: int
@@ -189,7 +194,10 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Have:
-    """All chunks of a ``Need`` are there and verified; ``blobs`` names each blob of it once."""
+    """All chunks of a ``Need`` are there and, unless it said otherwise, verified.
+
+    ``blobs`` names each blob of it once.
+    """
 
     plan: str
     number: int

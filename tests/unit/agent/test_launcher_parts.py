@@ -121,6 +121,16 @@ def test_launcher_and_client_load_no_heavy_library(module):
     assert not heavy & set(loaded.split())
 
 
+def test_ranks_are_given_a_crc32c_and_keep_the_name_of_its_library_for_themselves() -> None:
+    code = (
+        "import sys; from dtrain.agent.launch.preload import provide_checksum; "
+        "from dtrain.protocol import checksum; provide_checksum(); provide_checksum(); "
+        "print(checksum.provided()(memoryview(b'123456789'), 0), [n for n in sys.modules if 'crc32c' in n])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said == f"{0xE3069283} []\n"
+
+
 def test_a_process_lives_as_long_as_one_of_its_threads() -> None:
     """After SIGKILL the first thread of a stuck rank is a zombie at once; the one in the kernel is not."""
     program = (

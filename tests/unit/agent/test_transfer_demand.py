@@ -9,11 +9,12 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.unit.trainer.pipeline import merge
 
-from dtrain.agent import transfer_fetch, transfer_tiers
+from dtrain.agent import transfer_chunks, transfer_fetch, transfer_tiers
 from dtrain.agent.transfer_cache import Cache
 from dtrain.agent.transfer_fetch import Fetcher
 from dtrain.agent.transfer_upload import Uploader
@@ -30,12 +31,15 @@ from dtrain.agent.transferring import (
     Upload,
     Uploaded,
 )
+from dtrain.protocol import checksum
 from dtrain.protocol.checkpoint import CHUNK_BYTES
 from dtrain.protocol.ids import Attempt, ClusterName, JobName, Rank, Seq, Step, Uid
 from dtrain.protocol.ranklink import ChunkSpan, Have, Held, Need, RestorePlan, Sealed
+from dtrain.storage.blobs import digest
 from dtrain.storage.blobs.local import LocalBlobs
 from dtrain.storage.blobs.memory import MemoryBlobs
 from dtrain.storage.blobs.port import BlobStore
+from dtrain.trainer.checkpoint.reading import Into
 from dtrain.trainer.checkpoint.source import DemandSource, Range
 
 JOB, UID = JobName("j1"), Uid("u1")
@@ -103,17 +107,31 @@ class Machine:
         self.fetcher.demand(Demand(self.id, Rank(rank), need, private))
         return self.reports.pop()
 
-    def supplied(self, *chunks: ChunkSpan, **more: bool) -> tuple[Held, dict[str, int]]:
+    def supplied(self, *chunks: ChunkSpan, **more: Any) -> tuple[Held, dict[str, int]]:
         report = self.demand(*chunks, **more)
         assert isinstance(report, Supplied), report
         (held,) = report.have.blobs
         return held, {tier: size for tier, size in report.tiers.items() if size}
 
+    def shared_path(self) -> str:
+        """Where ranks read the blob now."""
+        blob = self.fetcher._held[self.id].chunks._blobs[0]
+        assert blob.shared is not None
+        return blob.shared.path
+
     # What the link of a rank does.
 
-    def ask(self, token: str, chunks: object, *, whole: bool = False, again: bool = False) -> Have | None:
+    def ask(
+        self,
+        token: str,
+        chunks: object,
+        *,
+        whole: bool = False,
+        again: bool = False,
+        unverified: bool = False,
+    ) -> Have | None:
         del token
-        report = self.demand(*chunks, whole=whole, again=again)  # type: ignore[misc]
+        report = self.demand(*chunks, whole=whole, again=again, unverified=unverified)  # type: ignore[misc]
         assert isinstance(report, Supplied), report
         return report.have
 
@@ -385,6 +403,131 @@ def test_an_arena_that_is_written_all_the_time_never_yields_other_bytes(far: Mac
         stop.set()
         writer.join()
     assert loaded == 12
+
+
+# Ranks that verify what they read ----------------------------------------------------
+
+
+def test_a_rank_that_verifies_is_told_the_place_as_it_is(near: Machine) -> None:
+    flip(near, 5)
+    near.fetch(kept=near.kept)
+    held, tiers = near.supplied(*WHOLE, unverified=True)
+    assert (held.shared, held.place.path, tiers) == (True, near.shared_path(), {"arena": SIZE})
+
+
+def test_a_place_that_such_a_rank_finds_good_stays_even_if_it_doubts_it(near: Machine) -> None:
+    near.fetch(kept=near.kept)
+    near.supplied(*WHOLE, unverified=True)
+    said = near.demand(ChunkSpan(0, 1, 1), again=True, unverified=True)
+    assert isinstance(said, Supplied)
+    assert said.have.good
+    assert near.supplied(*WHOLE, unverified=True)[0].place.path == near.shared_path()
+
+
+def test_bytes_that_such_a_rank_found_bad_come_from_the_next_tier_and_the_next(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    machine = cached(tmp_path, LocalBlobs(tmp_path / "store"))
+    flip(machine, CHUNK_BYTES)
+    (kept,) = cache_files(tmp_path)
+    kept.write_bytes(bytes(SIZE))
+    machine.fetch(kept=machine.kept)
+    bad = ChunkSpan(0, 1, 1)
+    machine.supplied(*WHOLE, unverified=True)
+    seen = []
+    for _ in range(2):
+        again = machine.demand(bad, again=True, unverified=True)
+        assert isinstance(again, Supplied)
+        assert not again.have.good
+        held, tiers = machine.supplied(bad, unverified=True)
+        seen.append(tiers)
+    # What came before the bad chunk was right, and is not fetched anew.
+    rest = SIZE - CHUNK_BYTES
+    assert seen == [{"arena": rest, "cache": CHUNK_BYTES}, {"arena": rest, "store": CHUNK_BYTES}]
+    assert (held.shared, content(held)) == (True, machine.blob)
+
+
+def test_where_no_tier_is_good_the_evidence_names_the_chunk_in_the_store(near: Machine) -> None:
+    data = bytearray(near.blob)
+    data[2 * CHUNK_BYTES] ^= 1
+    blob_file(near).write_bytes(data)
+    near.fetch()
+    bad = ChunkSpan(0, 2, 1)
+    near.supplied(*WHOLE, unverified=True)
+    again = near.demand(bad, again=True, unverified=True)
+    assert isinstance(again, Supplied)
+    assert not again.have.good
+    failed = near.demand(bad, unverified=True)
+    assert isinstance(failed, FetchFailed)
+    assert failed.bad is not None
+    assert (failed.bad.seq, failed.bad.chunk, failed.bad.blob) == (7, 2, near.kept[0].key)
+
+
+def test_a_file_that_is_cut_short_under_way_ends_nobody(near: Machine) -> None:
+    """Looked at through a mapping, it would end the transfer process."""
+    near.fetch()
+    near.supplied(*WHOLE, unverified=True)
+    os.truncate(blob_file(near), CHUNK_BYTES)
+    again = near.demand(*WHOLE, again=True, unverified=True)
+    assert isinstance(again, Supplied)
+    assert not again.have.good
+    failed = near.demand(ChunkSpan(0, 2, 1), unverified=True)
+    assert isinstance(failed, FetchFailed)
+    assert failed.bad is not None
+    assert (failed.bad.chunk, failed.bad.found) == (2, "short")
+
+
+def test_another_rank_is_sent_on_from_a_place_that_was_given_up(near: Machine) -> None:
+    near.fetch(kept=near.kept)
+    near.supplied(*WHOLE, unverified=True, rank=0)
+    near.supplied(*WHOLE, unverified=True, rank=1)
+    flip(near, 5)
+    for rank in (0, 1):
+        again = near.demand(ChunkSpan(0, 0, 1), rank=rank, again=True, unverified=True)
+        assert isinstance(again, Supplied)
+        assert not again.have.good
+        held, _ = near.supplied(ChunkSpan(0, 0, 1), rank=rank, unverified=True)
+        assert content(held) == near.blob
+
+
+def test_what_is_nowhere_near_is_verified_on_its_way_for_every_rank(far: Machine) -> None:
+    far.fetch()
+    held, tiers = far.supplied(*WHOLE, unverified=True)
+    assert (held.shared, content(held), tiers) == (False, far.blob, {"store": SIZE})
+
+
+def test_nothing_that_lies_here_is_verified_before_a_rank_has_asked(
+    near: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer_chunks.Chunks, "_fits", lambda *_: pytest.fail("it was looked at"))
+    near.fetch()
+    held, tiers = near.supplied(*WHOLE, unverified=True)
+    assert (held.shared, tiers) == (True, {"store": SIZE})
+
+
+def test_an_arena_that_is_written_all_the_time_fills_no_rank_with_other_bytes(
+    far: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checksum, "_provided", digest.crc32c)
+    stop = threading.Event()
+    rng = random.Random(5)
+
+    def scribble() -> None:
+        while not stop.wait(rng.random() / 50):
+            flip(far, rng.randrange(SIZE))
+
+    writer = threading.Thread(target=scribble)
+    writer.start()
+    try:
+        for number in range(12):
+            os.pwrite(far.arena, far.blob, 0)
+            source = DemandSource(far.fetch(kept=far.kept, ident=f"f{number}"), far)
+            held = bytearray(SIZE)
+            source.fill([Into(0, 0, memoryview(held))])
+            assert held == far.blob
+            far.fetcher.release(f"f{number}")()
+    finally:
+        stop.set()
+        writer.join()
 
 
 # The cache -----------------------------------------------------------------------

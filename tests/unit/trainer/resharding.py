@@ -7,6 +7,7 @@ go from the arena through the leader's merge into a ``Source`` without agents.
 """
 
 import gzip
+import itertools
 import json
 import logging
 import os
@@ -35,6 +36,7 @@ from dtrain.protocol.ids import Attempt, Rank, Seq, Step, Term
 from dtrain.protocol.ranklink import Begin, Sealed
 from dtrain.trainer.checkpoint import restore, state
 from dtrain.trainer.checkpoint.arena import Arena
+from dtrain.trainer.checkpoint.reading import by_chunk
 from dtrain.trainer.checkpoint.saver import Saver
 from dtrain.trainer.checkpoint.source import Range, chunks_of
 
@@ -44,10 +46,21 @@ WORLD = 4
 class BytesSource:
     """A ``Source`` over blobs in memory that counts what was asked for."""
 
-    def __init__(self, manifest: Manifest, blobs: list[memoryview]) -> None:
+    def __init__(self, manifest: Manifest, blobs: list[memoryview], *, fills: bool = False) -> None:
         self.manifest = manifest
+        self.fills = fills
         self._blobs = blobs
         self.wants: list[list[Range]] = []
+
+    def expect(self, ranges: Any) -> None:
+        self.want(ranges)
+
+    def fill(self, parts: Any) -> None:
+        for pieces in by_chunk(self.manifest, parts).values():
+            for piece in pieces:
+                piece.memory[:] = b"\xff" * len(piece.memory)  # none of it may stay
+        for part in parts:
+            part.memory[:] = self._blobs[part.blob][part.offset : part.offset + len(part.memory)]
 
     def want(self, ranges: Any) -> None:
         self.wants.append(list(ranges))
@@ -263,11 +276,13 @@ def matrix(rank: int, every: list[Way]) -> int:
         # What is replicated or tied is stored once.
         size = sum(t.nbytes for name, t in box[0].items() if name not in ("loss", "net.tied.weight"))
         assert stored_bytes(manifest) == size, saved.name
-        for loaded in every:
+        for number, loaded in enumerate(every):
             if rank < loaded.ranks:
                 after = forgetful[loaded.name]
                 after.forget()
-                source = BytesSource(manifest, blobs)
+                # Both ways to get bytes in turns, so that each pair of layouts has been through one of them
+                # and each layout through both.
+                source = BytesSource(manifest, blobs, fills=(pairs + number) % 2 == 0)
                 # Generators of other ranks than there were: what they become is another test's matter.
                 restore.load(source, after.tracked(), rank, loaded.ranks)
                 assert len(source.wants) == 1
@@ -358,12 +373,12 @@ def odd_ones(rank: int, meshes: Mapping[str, DeviceMesh]) -> None:
     ]
     for mesh, placements in layouts:
         manifest, blobs = seal_and_merge(spread(mesh, placements), rank, WORLD)
-        for other, other_placements in layouts:
+        for (other, other_placements), fills in itertools.product(layouts, (True, False)):
             blank = spread(other, other_placements)
             with torch.no_grad():
                 for tensor in (*(blank[name] for name in ODD), blank["dict"]["in"][0], blank["user"].value):
                     local(tensor).zero_()
-            restore.load(BytesSource(manifest, blobs), blank, rank, WORLD)
+            restore.load(BytesSource(manifest, blobs, fills=fills), blank, rank, WORLD)
             expected = {**ODD, "dict": ODD["columns"], "user": ODD["columns"]}
             for name, tensor in values(blank).items():
                 assert tensor.dtype == expected[name].dtype

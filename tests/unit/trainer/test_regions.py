@@ -16,9 +16,11 @@ from dtrain.coordinator.core.manifest import tiling_problem
 from dtrain.protocol.checkpoint import BlobEntry, ChunkEntry, Manifest, TensorEntry
 from dtrain.protocol.errors import Refused
 from dtrain.protocol.ids import Attempt, ClusterName, JobName, Rank, Seq, Step, Uid
+from dtrain.trainer.checkpoint import filling as fillings
 from dtrain.trainer.checkpoint import layout, regions
 from dtrain.trainer.checkpoint.filling import Filling, Target, merged
 from dtrain.trainer.checkpoint.layout import Spec
+from dtrain.trainer.checkpoint.reading import by_chunk
 from dtrain.trainer.checkpoint.regions import Box, Cut, Spread
 from dtrain.trainer.checkpoint.replicas import SAMPLE_BYTES, Replicas
 from dtrain.trainer.checkpoint.source import Range
@@ -143,14 +145,27 @@ def test_replicas_of_shards_are_shared_out_evenly() -> None:
 class Memory:
     """One blob that counts the bytes it was asked for."""
 
-    def __init__(self, blob: bytes, tensors: dict[str, TensorEntry], chunk_bytes: int) -> None:
+    def __init__(
+        self, blob: bytes, tensors: dict[str, TensorEntry], chunk_bytes: int, *, fills: bool = False
+    ) -> None:
         entry = BlobEntry("b", Rank(0), len(blob), "00", ("00",))
         self.manifest = Manifest(
             1, ClusterName("c"), JobName("j"), Uid("u"), Seq(1), Attempt(1), "n", Step(1), 1, chunk_bytes,
             "crc32c", len(blob), "", (entry,), tensors, {},
         )  # fmt: skip
         self._blob = memoryview(blob)
+        self.fills = fills
+        self.filled: list[Range] = []
         self.wanted: list[Range] = []
+
+    def expect(self, ranges: Any) -> None:
+        self.wanted += ranges
+
+    def fill(self, parts: Any) -> None:
+        by_chunk(self.manifest, parts)  # refuses what overlaps
+        for part in parts:
+            self.filled.append(Range(part.blob, part.offset, len(part.memory)))
+            part.memory[:] = self._blob[part.offset : part.offset + len(part.memory)]
 
     def want(self, ranges: Any) -> None:
         self.wanted += ranges
@@ -174,8 +189,9 @@ def random_tiling(draw: random.Random, box: Box, depth: int) -> Iterator[Box]:
     yield from random_tiling(draw, regions.slab(box, dim, at, box.shape[dim]), depth - 1)
 
 
+@pytest.mark.parametrize("fills", [True, False])
 @pytest.mark.parametrize("seed", range(150))
-def test_any_region_is_read_out_of_any_tiling(seed: int) -> None:
+def test_any_region_is_read_out_of_any_tiling(seed: int, fills: bool) -> None:
     draw = random.Random(seed)
     shape = tuple(draw.choice([1, 2, 5, 9]) for _ in range(draw.randrange(4)))
     whole = torch.arange(math.prod(shape), dtype=torch.int16).view(shape) + 1
@@ -184,7 +200,8 @@ def test_any_region_is_read_out_of_any_tiling(seed: int) -> None:
         data = whole[slices(box.origin, box.shape)].contiguous().numpy().tobytes()
         chunks.append(ChunkEntry(box.origin, box.shape, 0, len(blob), len(data)))
         blob += data
-    source = Memory(blob, {"t": TensorEntry("I16", shape, tuple(chunks))}, draw.choice([1, 8, 1 << 20]))
+    tensors = {"t": TensorEntry("I16", shape, tuple(chunks))}
+    source = Memory(blob, tensors, draw.choice([1, 8, 1 << 20]), fills=fills)
     origin = tuple(draw.randrange(size) for size in shape)
     size = tuple(draw.randrange(1, n - o + 1) for n, o in zip(shape, origin, strict=True))
     margin = tuple(draw.randrange(3) for _ in shape)
@@ -209,6 +226,57 @@ def test_only_rows_that_are_needed_are_asked_for() -> None:
     filling.fill()
     assert source.wanted == [Range(0, 800, 280)]
     assert torch.equal(rows, whole[20:25])
+
+
+def test_what_several_targets_need_is_read_for_each_and_never_twice_at_once() -> None:
+    whole = torch.arange(1000, dtype=torch.int32).view(100, 10)
+    entry = TensorEntry("I32", (100, 10), (ChunkEntry((0, 0), (100, 10), 0, 0, 4000),))
+    source = Memory(whole.numpy().tobytes(), {"t": entry}, 64, fills=True)
+    filling = Filling(source, 0)
+    places = [torch.zeros(5, 10, dtype=torch.int32) for _ in range(3)]
+    for number, place in enumerate(places):
+        filling.add(Target("t", place, (Box((20 + 2 * number, 0), (5, 10), (0, 0)),)))
+    filling.fill()
+    assert source.filled == [Range(0, at, 200) for at in (800, 880, 960)]
+    for number, place in enumerate(places):
+        assert torch.equal(place, whole[20 + 2 * number : 25 + 2 * number])
+
+
+def test_what_is_not_stored_as_it_lies_goes_past_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another dtype, gaps between the rows: a few regions at a time."""
+    monkeypatch.setattr(fillings, "STAGED_BYTES_MAX", 1000)
+    whole = torch.arange(1000, dtype=torch.int32).view(100, 10)
+    entry = TensorEntry("I32", (100, 10), (ChunkEntry((0, 0), (100, 10), 0, 0, 4000),))
+    source = Memory(whole.numpy().tobytes(), {"t": entry}, 64, fills=True)
+    sizes: list[int] = []
+    fill = source.fill
+
+    def counted(parts: Any) -> None:
+        sizes.append(sum(len(part.memory) for part in parts))
+        fill(parts)
+
+    source.fill = counted  # type: ignore[method-assign]
+    filling = Filling(source, 0)
+    other = torch.zeros(100, 10, dtype=torch.int64)
+    filling.add(Target("t", other, tuple(Box((at, 0), (20, 10), (at, 0)) for at in range(0, 100, 20))))
+    wide = torch.zeros(20, 30, dtype=torch.int32)
+    filling.add(Target("t", wide, (Box((0, 0), (20, 10), (0, 5)),)))
+    filling.fill()
+    assert torch.equal(other, whole.long())
+    assert torch.equal(wide[:, 5:15], whole[:20])
+    assert sizes == [800] * 6
+
+
+def test_memory_that_is_read_into_counts_as_written_to() -> None:
+    entry = TensorEntry("F32", (4,), (ChunkEntry((0,), (4,), 0, 0, 16),))
+    place = torch.ones(4)
+    leaf = torch.ones(4, requires_grad=True)
+    product = (leaf * place).sum()
+    filling = Filling(Memory(bytes(16), {"t": entry}, 64, fills=True), 0)
+    filling.add(Target("t", place, (regions.whole((4,)),)))
+    filling.fill()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
 
 
 def test_columns_are_asked_for_apart_only_where_much_lies_between() -> None:

@@ -189,7 +189,13 @@ class Session:
         return None
 
     def ask(
-        self, token: str, chunks: Sequence[ChunkSpan], *, whole: bool = False, again: bool = False
+        self,
+        token: str,
+        chunks: Sequence[ChunkSpan],
+        *,
+        whole: bool = False,
+        again: bool = False,
+        unverified: bool = False,
     ) -> Have | None:
         """Say what this rank needs of the plan with this token, and wait for the answer.
 
@@ -197,7 +203,7 @@ class Session:
         """
         with self._changed:
             self._asked += 1
-            need = self._need = Need(token, self._asked, tuple(chunks), whole, again)
+            need = self._need = Need(token, self._asked, tuple(chunks), whole, again, unverified)
             self._wake()
             while self._stop is None and self._plan is not None and self._plan.token == token:
                 have = self._have

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dtrain.agent.launch.processes import open_descriptors, thread_count
+from dtrain.protocol import checksum
 
 # DDP's constructor imports torch._dynamo, which takes longer than torch itself.
 TORCH_MODULES = ("torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo")
@@ -62,6 +63,8 @@ def preload(names: tuple[str, ...], working_dir: str, breathe: Callable[[], None
     """
     before = frozenset(open_descriptors())
     result = Preloaded()
+    # Before the job's own folder is on the path.
+    provide_checksum()
     # A job may preload modules of its own, which lie beside its script.
     sys.path.insert(0, working_dir)
     torch_is_missing = False
@@ -81,6 +84,20 @@ def preload(names: tuple[str, ...], working_dir: str, breathe: Callable[[], None
         sys.path.remove(working_dir)
     result.descriptors = frozenset(open_descriptors()) - before
     return result
+
+
+def provide_checksum() -> None:
+    """Give the ranks a CRC32C; without one they have their agent verify what they restore."""
+    if checksum.provided() is not None:
+        return
+    try:
+        digest = importlib.import_module("dtrain.storage.blobs.digest")
+        checksum.provide(digest.crc32c)
+    except (ImportError, ValueError):
+        return
+    # A script may have a module of that name beside it, and must get its own.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "crc32c"]:
+        del sys.modules[name]
 
 
 def _holds_gpu() -> bool:

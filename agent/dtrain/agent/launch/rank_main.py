@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dtrain.agent.launch import kernel, processes
+from dtrain.agent.launch.preload import provide_checksum
 from dtrain.protocol import codec
 from dtrain.protocol.ids import Rank
 from dtrain.protocol.job import Entry, EntryKind
@@ -326,6 +327,7 @@ def main() -> NoReturn:
     """The exec'd form: the spec lies in the file descriptor named on the command line."""
     with os.fdopen(int(sys.argv[1]), "rb") as file:
         spec = codec.decode(RankSpec, file.read(), bytes_max=_SPEC_BYTES_MAX)
+    provide_checksum()
     run_rank(spec)
 
 

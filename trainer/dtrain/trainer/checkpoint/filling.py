@@ -1,5 +1,6 @@
 """Stored chunks into memory: the bytes this rank needs, asked for once, each copied straight to its place."""
 
+import ctypes
 import math
 import os
 import warnings
@@ -12,11 +13,15 @@ from dtrain.protocol.checkpoint import Manifest, TensorEntry
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.trainer.checkpoint import regions
 from dtrain.trainer.checkpoint.dtypes import ITEM_BYTES, stored_dtype
+from dtrain.trainer.checkpoint.reading import Into
 from dtrain.trainer.checkpoint.regions import Box, Run
 from dtrain.trainer.checkpoint.source import Range, Source
 
 FILLS_MAX = 3
 """Bytes may lie where others can write to: what was copied while they changed is copied once more."""
+
+STAGED_BYTES_MAX = 128 * 1024**2
+"""Read at a time of what has to be copied to its place, to a GPU for example. One region may be larger."""
 
 COPY_LANES = min(4, os.cpu_count() or 1)
 LANES_FROM_BYTES = 64 * 1024**2
@@ -101,6 +106,9 @@ class Filling:
         Raises:
             Refused: RESTORE_FAILED.
         """
+        if self._source.fills:
+            self._read_straight()
+            return
         for _ in range(FILLS_MAX):
             self._source.want(merged(Range(read.blob, read.offset, read.length) for read in self._reads))
             self._copy()
@@ -111,6 +119,21 @@ class Filling:
             ErrorCode.RESTORE_FAILED,
             f"checkpoint {self._manifest.seq} changed {FILLS_MAX} times while it was read",
         )
+
+    def _read_straight(self) -> None:
+        """Each region to its place if its bytes lie there as they are stored, else past memory of its own."""
+        waiting = sorted((read for read in self._reads if read.length), key=lambda r: (r.blob, r.offset))
+        self._source.expect(merged(Range(read.blob, read.offset, read.length) for read in waiting))
+        while waiting:
+            batch, waiting = _batch([(read, _direct(read)) for read in waiting])
+            staged = [(read, _staging(read)) for read, place in batch if place is None]
+            parts = [Into(r.blob, r.offset, _memory(place)) for r, place in batch if place is not None]
+            parts += [Into(read.blob, read.offset, _memory(flat)) for read, flat in staged]
+            self._source.fill(parts)
+            _tell_changed([place for _, place in batch if place is not None])
+            for read, flat in staged:
+                self._put(read, flat)
+        self._reads = []
 
     def _copy(self) -> None:
         import torch
@@ -134,13 +157,14 @@ class Filling:
     def _copy_one(self, read: _Read) -> None:
         import torch
 
+        view = self._source.view(read.blob, read.offset, read.length)
+        self._put(read, torch.frombuffer(view, dtype=torch.uint8))
+
+    def _put(self, read: _Read, flat: Any) -> None:
+        import torch
+
         with torch.no_grad():  # of this thread
-            stored = self._stored(read)
-            place = read.tensor
-            if tuple(place.shape) != read.box.shape:
-                spans = zip(read.box.local, read.box.shape, strict=True)
-                place = place[tuple(slice(at, at + size) for at, size in spans)]
-            place.copy_(stored)
+            _place(read).copy_(_stored(read, flat))
 
     def _covering(self, target: Target, box: Box, entry: TensorEntry) -> Iterator[_Read]:
         item = ITEM_BYTES[entry.dtype]
@@ -164,15 +188,69 @@ class Filling:
                     strides,
                 )
 
-    def _stored(self, read: _Read) -> Any:
-        """The stored elements, as a tensor over the bytes themselves."""
-        import torch
 
-        view = self._source.view(read.blob, read.offset, read.length)
-        flat = torch.frombuffer(view, dtype=torch.uint8)
-        if flat.data_ptr() % ITEM_BYTES[read.dtype]:
-            flat = flat.clone()  # written by a release that did not align it
-        return flat.view(stored_dtype(read.dtype)).as_strided(read.box.shape, read.strides)
+def _place(read: _Read) -> Any:
+    """The part of the tensor that the read is for."""
+    if tuple(read.tensor.shape) == read.box.shape:
+        return read.tensor
+    spans = zip(read.box.local, read.box.shape, strict=True)
+    return read.tensor[tuple(slice(at, at + size) for at, size in spans)]
+
+
+def _stored(read: _Read, flat: Any) -> Any:
+    """The stored elements, as a tensor over their bytes."""
+    if flat.data_ptr() % ITEM_BYTES[read.dtype]:
+        flat = flat.clone()  # written by a release that did not align it
+    return flat.view(stored_dtype(read.dtype)).as_strided(read.box.shape, read.strides)
+
+
+def _direct(read: _Read) -> Any:
+    """The part of the tensor, if it is plain memory that holds just what is stored; else None."""
+    import torch
+
+    if type(read.tensor) not in (torch.Tensor, torch.nn.Parameter) or read.tensor.device.type != "cpu":
+        return None
+    if read.tensor.dtype is not stored_dtype(read.dtype):
+        return None
+    if read.length != read.box.elements * ITEM_BYTES[read.dtype]:
+        return None
+    place = _place(read)
+    return place if place.is_contiguous() else None
+
+
+def _staging(read: _Read) -> Any:
+    import torch
+
+    return torch.empty(read.length, dtype=torch.uint8)
+
+
+def _batch(waiting: list[tuple[_Read, Any]]) -> tuple[list[tuple[_Read, Any]], list[_Read]]:
+    """What can be read at once: no byte twice, and not too much that is staged. The rest comes later."""
+    batch: list[tuple[_Read, Any]] = []
+    later: list[_Read] = []
+    blob, end, staged = -1, 0, 0
+    for read, place in waiting:
+        too_much = place is None and staged and staged + read.length > STAGED_BYTES_MAX
+        if too_much or (read.blob == blob and read.offset < end):
+            later.append(read)
+            continue
+        batch.append((read, place))
+        blob, end = read.blob, read.offset + read.length
+        staged += read.length if place is None else 0
+    return batch, later
+
+
+def _memory(tensor: Any) -> memoryview:
+    """The bytes of a contiguous tensor, for as long as somebody holds it."""
+    size = tensor.numel() * tensor.element_size()
+    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
+
+
+def _tell_changed(tensors: list[Any]) -> None:
+    """Autograd must know that they were written to, as it does from any copy."""
+    import torch
+
+    torch.autograd.graph.increment_version([one for one in tensors if not one.is_inference()])
 
 
 def merged(ranges: Iterator[Range] | Sequence[Range]) -> list[Range]:

@@ -1,26 +1,35 @@
 """Where a restoring rank gets verified bytes from: it says once what it needs, then looks at it.
 
-``restore.load`` walks the tracked state, collects the ranges of the checkpoint's
-blobs that this rank needs, calls ``want`` once, copies each region straight
-from a ``view`` into its destination, and uses it if ``is_still_good``.
+``restore.load`` walks the tracked state and collects the ranges of the checkpoint's
+blobs that this rank needs. A source that ``fills`` reads them straight into their
+destinations and verifies them there. From any other one they are wanted once, each
+region is copied from a ``view``, and used if all ``is_still_good``.
 """
 
+import contextlib
+import logging
 import mmap
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from dtrain.protocol import codec
+from dtrain.protocol import checksum, codec
 from dtrain.protocol.checkpoint import Manifest
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused
 from dtrain.protocol.ranklink import BlobPlace, ChunkSpan, Have, Held, RestorePlan
+from dtrain.trainer.checkpoint.reading import Chunk, Into, Place, Reader, by_chunk
 
 SPANS_MAX = 8192
 """Beyond, all of the checkpoint is asked for: a report must fit its line."""
 
 OTHER_PLAN_S = 120.0
 """How long an agent that went away may take to come back with another plan."""
+
+READS_MAX = 6
+"""How often bytes that are not the committed ones are read: each time from the next place that has them."""
+
+log = logging.getLogger("dtrain.trainer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +50,23 @@ class Source(Protocol):
 
         Raises:
             Refused: RESTORE_FAILED.
+        """
+        ...
+
+    @property
+    def fills(self) -> bool:
+        """Whether ``fill`` may be called, in place of all that follows it."""
+        ...
+
+    def expect(self, ranges: Sequence[Range]) -> None:
+        """Say what will be filled, so that all of it can be on its way from the first ``fill`` on."""
+        ...
+
+    def fill(self, parts: Sequence[Into]) -> None:
+        """Return when all of them hold what was committed: verified where they are. No two may share bytes.
+
+        Raises:
+            Refused: RESTORE_FAILED; it cannot be had. The parts hold anything then.
         """
         ...
 
@@ -78,7 +104,13 @@ class Asker(Protocol):
     """The rank's side of the link: see ``session.Session``."""
 
     def ask(
-        self, token: str, chunks: Sequence[ChunkSpan], *, whole: bool = False, again: bool = False
+        self,
+        token: str,
+        chunks: Sequence[ChunkSpan],
+        *,
+        whole: bool = False,
+        again: bool = False,
+        unverified: bool = False,
     ) -> Have | None: ...
 
     def await_other_plan(self, token: str, at_most_s: float) -> RestorePlan | None: ...
@@ -104,6 +136,16 @@ class PlanSource:
                 )
         return self._manifest
 
+    @property
+    def fills(self) -> bool:
+        return False
+
+    def expect(self, ranges: Sequence[Range]) -> None:
+        raise NotImplementedError
+
+    def fill(self, parts: Sequence[Into]) -> None:
+        raise NotImplementedError
+
     def want(self, ranges: Sequence[Range]) -> None:
         for one in ranges:
             self._wanted.update((one.blob, number) for number in chunks_of(self.manifest, one))
@@ -123,10 +165,11 @@ class PlanSource:
 
 
 class DemandSource:
-    """Asks the agent for what is wanted, and maps it where it lies.
+    """Asks the agent for what is wanted, and reads it where it lies.
 
-    That may be a place which others can write to. So whoever has copied what it
-    needs must ask ``is_still_good``, and load everything anew if it is not.
+    That may be a place which others can write to. So ``fill`` verifies what it has
+    read. Without a CRC32C in this process everything is mapped, the agent verifies,
+    and whoever has copied what it needs must ask ``is_still_good``.
     """
 
     def __init__(self, plan: RestorePlan, asker: Asker) -> None:
@@ -137,6 +180,8 @@ class DemandSource:
         self._places: dict[int, Held] = {}
         self._maps: dict[int, memoryview] = {}
         self._moved = False
+        self._expected: set[Chunk] = set()
+        self._told: dict[Chunk, BlobPlace] = {}
 
     @property
     def manifest(self) -> Manifest:
@@ -146,6 +191,33 @@ class DemandSource:
             except _Gone as error:
                 self._follow(error)
         return self._manifest
+
+    @property
+    def fills(self) -> bool:
+        return checksum.provided() is not None
+
+    def expect(self, ranges: Sequence[Range]) -> None:
+        for one in ranges:
+            self._expected.update((one.blob, number) for number in chunks_of(self.manifest, one))
+
+    def fill(self, parts: Sequence[Into]) -> None:
+        crc32c = checksum.provided()
+        assert crc32c is not None, "see fills"
+        reader = Reader(self.manifest, crc32c)
+        left = by_chunk(self.manifest, parts)
+        reads = 0
+        while left:
+            try:
+                self._locate(left)
+                with contextlib.ExitStack() as files:
+                    bad = reader.read(left, self._opened(left, files))
+                left = {chunk: left[chunk] for chunk in bad}
+                reads += 1
+                if bad:
+                    self._report(bad, last=reads == READS_MAX)
+            except _Gone as error:
+                self._told = {}
+                self._follow(error)
 
     def want(self, ranges: Sequence[Range]) -> None:
         for one in ranges:
@@ -180,6 +252,55 @@ class DemandSource:
         if moved:
             self._places, self._maps = {}, {}
         return not moved
+
+    def _ask(self, chunks: Iterable[Chunk], *, again: bool = False) -> Have:
+        spans = spans_of(chunks)
+        whole = len(spans) > SPANS_MAX
+        have = self._asker.ask(
+            self._plan.token, () if whole else spans, whole=whole, again=again, unverified=True
+        )
+        if have is None:
+            raise _Gone(ErrorCode.RESTORE_FAILED, "the agent no longer holds the checkpoint")
+        return have
+
+    def _locate(self, wanted: Mapping[Chunk, object]) -> None:
+        """Know where these chunks lie. The first time, everything that is expected is asked for with them."""
+        if wanted.keys() <= self._told.keys():
+            return
+        asked = (self._expected | wanted.keys()) - self._told.keys()
+        places = {held.blob: held.place for held in self._ask(asked).blobs}
+        for blob, number in asked:
+            if blob not in places:
+                raise Refused(ErrorCode.RESTORE_FAILED, f"the agent does not say where blob {blob} is")
+            self._told[blob, number] = places[blob]
+
+    def _opened(self, wanted: Iterable[Chunk], files: contextlib.ExitStack) -> dict[Chunk, Place]:
+        """Where the blobs of these chunks begin; ``files`` closes them."""
+        fds: dict[str, int] = {}
+        found: dict[Chunk, Place] = {}
+        for chunk in wanted:
+            place = self._told[chunk]
+            fd = fds.get(place.path)
+            if fd is None:
+                fd = fds[place.path] = _open(place.path)
+                files.callback(os.close, fd)
+            found[chunk] = Place(fd, place.offset)
+        return found
+
+    def _report(self, bad: Sequence[Chunk], *, last: bool) -> None:
+        """Have the agent look at them: it tells another place, or ends the restore if there is none."""
+        blob, number = bad[0]
+        what = f"chunk {number} of {self.manifest.blobs[blob].key}, read from {self._told[bad[0]].path},"
+        log.warning("%s and %d more are not what was committed", what, len(bad) - 1)
+        if last:
+            raise Refused(
+                ErrorCode.RESTORE_FAILED,
+                f"{what} was not what was committed, {READS_MAX} times and wherever it lies",
+                fix="have the memory of this machine checked",
+            )
+        for chunk in bad:
+            del self._told[chunk]
+        self._ask(bad, again=True)
 
     def _take(self, have: Have) -> None:
         for held in have.blobs:
@@ -252,13 +373,22 @@ def _read_manifest(plan: RestorePlan) -> Manifest:
         raise Refused(ErrorCode.RESTORE_FAILED, message, fix=error.fix) from error
 
 
+def _open(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _Gone(
+            ErrorCode.RESTORE_FAILED, f"cannot open the fetched bytes at {path}: {error.strerror}"
+        ) from error
+
+
 def _mapped(place: BlobPlace) -> memoryview:
     """The bytes of ``place`` of a file or memfd, read-only; the mapping goes with the last view of it."""
     if place.size_bytes == 0:
         return memoryview(b"")
     start = place.offset - place.offset % mmap.ALLOCATIONGRANULARITY
     try:
-        fd = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = _open(place.path)
         try:
             if os.fstat(fd).st_size < place.offset + place.size_bytes:
                 raise Refused(ErrorCode.RESTORE_FAILED, f"{place.path} is shorter than announced")
