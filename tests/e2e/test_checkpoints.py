@@ -140,7 +140,7 @@ def test_an_export_holds_exactly_the_tensors_of_the_checkpoint(harness: Harness,
     values = json.loads((tmp_path / "folder" / "checkpoint.json").read_text())
     assert (values["step"], sorted(values["objects"])) == (record.step, ["data", "model", "optimizer"])
 
-    dtrain(harness, "export", job, "--format", "torch", "--to", str(tmp_path / "state.pt"))
+    dtrain(harness, "export", job, "--to", str(tmp_path / "state.pt"))
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert state["dtrain"]["step"] == record.step
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Dropout(0.2))

@@ -41,8 +41,12 @@ def listing(
     output: str,
     revision: int,
     single: bool = False,
+    nothing: str = "",
 ) -> None:
-    """Write a list in the format asked for; ``single``: one was named, so it is no list."""
+    """Write a list in the format asked for; ``single``: one was named, so it is no list.
+
+    ``nothing``: what is said of an empty one.
+    """
     if output in ("json", "yaml"):
         if single and len(items) == 1:
             document({**items[0], "revision": revision}, output)
@@ -52,7 +56,7 @@ def listing(
         for line in render.names(kind.lower(), names):
             click.echo(line)
     elif not table.rows:
-        say(f"no {kind.lower()}s")
+        say(nothing or f"no {kind.lower()}s")
     else:
         for line in coloured(table.lines(width() if output == "table" else 0)):
             click.echo(line)

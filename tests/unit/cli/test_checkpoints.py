@@ -27,6 +27,7 @@ class Replica(FakeReplica):
 
     asked: list[Any] = field(default_factory=list)
     answer: list[Any] = field(default_factory=list)
+    tidy: bool = False
 
     def PinCheckpoint(  # noqa: N802
         self, request: pb.PinCheckpointRequest, context: grpc.ServicerContext
@@ -58,6 +59,8 @@ class Replica(FakeReplica):
         self, request: pb.ReviewGarbageRequest, context: grpc.ServicerContext
     ) -> pb.ReviewGarbageReply:
         self._enter("ReviewGarbage", context)
+        if self.tidy:
+            return pb.ReviewGarbageReply(revision=self.revision)
         items = [
             pb.GarbageItem(kind="checkpoint", seq=3, what="step 30", deleted=True, why="old", bytes=7),
             pb.GarbageItem(kind="checkpoint", seq=4, what="step 40", deleted=False, why="the newest"),
@@ -163,6 +166,11 @@ class TestVerbs:
         items = json.loads(capsys.readouterr().out)["items"]
         assert [(one["seq"], one["deleted"]) for one in items] == [(3, True), (4, False), (0, True)]
         assert not replica.asked
+
+    def test_a_dry_run_that_finds_nothing_says_so(self, replica: Replica, capsys: Out) -> None:
+        replica.tidy = True
+        assert run(["checkpoints", "gc", "digits", "--dry-run"]) == 0
+        assert capsys.readouterr().err == "nothing of digits would be deleted\n"
 
     def test_a_collection_tells_what_the_leader_found(self, replica: Replica, capsys: Out) -> None:
         told = event(9, EventReason.GARBAGE_COLLECTED, "2 orphaned objects were deleted", 0)

@@ -16,7 +16,10 @@ FORMATS = ("safetensors", "torch", "dcp")
     ),
 )
 def command() -> None:
-    """Look after committed checkpoints. SEQ is a number as listed; without one it is the newest good one."""
+    """Look after committed checkpoints.
+
+    SEQ is a number as listed. Where it may be left out, the newest good one is meant.
+    """
 
 
 @command.command(
@@ -74,7 +77,8 @@ def verify(
         output.document(items[0] if len(items) == 1 else single, settings().output)
     for result in results if settings().output == "table" else []:
         damages = result.report.damages
-        state = f"{len(damages)} damaged chunks" if damages else "every byte is what was committed"
+        chunks = "chunk is" if len(damages) == 1 else "chunks are"
+        state = f"{len(damages)} {chunks} damaged" if damages else "every byte is what was committed"
         click.echo(f"{name}: checkpoint {result.seq} of step {result.record.step}: {state}"
                    f" ({show_bytes(result.report.bytes)})")  # fmt: skip
         for damage in damages:
@@ -99,10 +103,9 @@ def verify(
     "--format",
     "kind",
     type=click.Choice(FORMATS),
-    default="safetensors",
-    show_default=True,
     help="safetensors: one file, or a folder of several with an index; torch: one file for torch.load; "
-    "dcp: a folder for torch.distributed.checkpoint.",
+    "dcp: a folder for torch.distributed.checkpoint (default: torch for a name in .pt or .pth, else "
+    "safetensors).",
 )
 @click.option("--only", multiple=True, metavar="NAME", help="Only what is tracked under this name.")
 @click.option("--full", is_flag=True, help="With the ranks' random states: all that an import needs to go on "
@@ -117,7 +120,7 @@ def export(
     job: str,
     seq: int | None,
     to: str,
-    kind: str,
+    kind: str | None,
     only: tuple[str, ...],
     full: bool,
     shard_gb: float,
@@ -144,7 +147,7 @@ def export(
                         opened,
                         manifest,
                         Path(to).absolute(),
-                        Format(kind),
+                        Format(kind or ("torch" if to.endswith((".pt", ".pth")) else "safetensors")),
                         only=only,
                         full=full,
                         shard_bytes=int(shard_gb * 1e9),
@@ -402,6 +405,7 @@ def gc(job: str, dry_run: bool, yes: bool, timeout: float) -> int:
                 [f"{name}/{item.seq or item.what}" for item in shown],
                 output=wanted,
                 revision=review.revision,
+                nothing=f"nothing of {name} would be deleted",
             )
             if review.problem:
                 output.say(f"orphans would stay: {review.problem}")
