@@ -85,6 +85,22 @@ def test_parts_that_fit_become_one_manifest() -> None:
     assert manifest == merged(rank_manifest(0), rank_manifest(1))
 
 
+def test_ranks_with_other_names_are_told_which() -> None:
+    stages = [
+        rank_manifest(rank, layout=f"h{rank}", tensors={}, same={"norm": "1", f"layer.{rank}#2": "2"})
+        for rank in (0, 1)
+    ]
+    with pytest.raises(Refused) as told:
+        merged(*stages)
+    assert "only ranks 0 name layer.0 (" in told.value.message
+    assert "only ranks 1 name layer.1 (" in told.value.message
+    assert "norm" not in told.value.message
+    # Without the digests of replicas a rank names only what it writes: nothing follows from that.
+    with pytest.raises(Refused) as told:
+        merged(*(replace(stage, same={}) for stage in stages))
+    assert "only ranks" not in told.value.message
+
+
 def test_blob_indices_are_moved_past_those_of_earlier_ranks() -> None:
     zero = rank_manifest(0, blobs=(blob(0), replace(blob(0), key="blobs/0b.st")))
     zero = replace(zero, tensors={"w": tensor((4, 2), chunk((0, 0), (2, 2), b=1))})

@@ -8,7 +8,7 @@ repaired: a checkpoint whose parts disagree must not exist.
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import (
@@ -24,6 +24,7 @@ from dtrain.protocol.checkpoint import (
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.ids import ClusterName, JobName, Rank, Seq, Uid
 
+NAMES_TOLD_MAX = 3
 PROBLEMS_TOLD_MAX = 5
 
 ITEM_BITS = {
@@ -180,16 +181,46 @@ def _identity(
 
 
 def _layouts(manifests: Sequence[RankManifest]) -> list[str]:
-    by_layout: dict[str, list[int]] = {}
+    by_layout: dict[str, list[RankManifest]] = {}
     for manifest in manifests:
-        by_layout.setdefault(manifest.layout, []).append(manifest.rank)
+        by_layout.setdefault(manifest.layout, []).append(manifest)
     if len(by_layout) <= 1:
         return []
     groups = "; ".join(
-        f"ranks {', '.join(map(str, ranks[:8]))} have {layout or 'none'}"
-        for layout, ranks in by_layout.items()
+        f"ranks {_ranks(group)} have {layout or 'none'}" for layout, group in by_layout.items()
     )
-    return [f"ranks disagree about names, dtypes, shapes or meshes of the state: {groups}"]
+    problem = f"ranks disagree about names, dtypes, shapes or meshes of the state: {groups}"
+    return [problem, *_named_by_some(list(by_layout.values()))]
+
+
+def _named_by_some(groups: Sequence[Sequence[RankManifest]]) -> list[str]:
+    """Tensors that are known in one group only, for people who look for what differs."""
+    if not all(manifest.same for group in groups for manifest in group):
+        return []  # a rank tells of replicas that another one writes only where they are compared
+    names = [{name for manifest in group for name in _names(manifest)} for group in groups]
+    problems = []
+    for group, own in zip(groups, names, strict=True):
+        others = set().union(*(other for other in names if other is not own))
+        # Random generators are each rank's own, and named so.
+        alone = sorted(name for name in own - others if not name.startswith("rng/"))
+        if alone:
+            more = f" and {len(alone) - NAMES_TOLD_MAX} more" if len(alone) > NAMES_TOLD_MAX else ""
+            told = ", ".join(alone[:NAMES_TOLD_MAX])
+            problems.append(
+                f"only ranks {_ranks(group)} name {told}{more} (stages of a pipeline are saved by dcp.save)"
+            )
+    return problems
+
+
+def _names(manifest: RankManifest) -> Iterator[str]:
+    yield from manifest.tensors
+    for key in manifest.same:
+        name, _, part = key.rpartition("#")
+        yield name if name and part.isdecimal() else key
+
+
+def _ranks(group: Sequence[RankManifest]) -> str:
+    return ", ".join(str(manifest.rank) for manifest in group[:8])
 
 
 def _blobs(manifest: RankManifest) -> list[str]:
