@@ -48,7 +48,7 @@ class BytesSource:
 
     def __init__(self, manifest: Manifest, blobs: list[memoryview], *, fills: bool = False) -> None:
         self.manifest = manifest
-        self.fills = fills
+        self.filler = self if fills else None
         self._blobs = blobs
         self.wants: list[list[Range]] = []
 

@@ -278,7 +278,7 @@ def test_without_a_crc32c_a_rank_fills_nothing_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checksum, "_provided", None)
-    assert not Agent(tmp_path, BLOB).source().fills
+    assert Agent(tmp_path, BLOB).source().filler is None
 
 
 def test_an_answer_that_names_no_place_is_refused(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ class Memory:
             "crc32c", len(blob), "", (entry,), tensors, {},
         )  # fmt: skip
         self._blob = memoryview(blob)
-        self.fills = fills
+        self.filler = self if fills else None
         self.filled: list[Range] = []
         self.wanted: list[Range] = []
 

@@ -15,7 +15,7 @@ from dtrain.trainer.checkpoint import regions
 from dtrain.trainer.checkpoint.dtypes import ITEM_BYTES, stored_dtype
 from dtrain.trainer.checkpoint.reading import Into
 from dtrain.trainer.checkpoint.regions import Box, Run
-from dtrain.trainer.checkpoint.source import Range, Source
+from dtrain.trainer.checkpoint.source import Filler, Range, Source
 
 FILLS_MAX = 3
 """Bytes may lie where others can write to: what was copied while they changed is copied once more."""
@@ -106,8 +106,9 @@ class Filling:
         Raises:
             Refused: RESTORE_FAILED.
         """
-        if self._source.fills:
-            self._read_straight()
+        filler = self._source.filler
+        if filler is not None:
+            self._read_straight(filler)
             return
         for _ in range(FILLS_MAX):
             self._source.want(merged(Range(read.blob, read.offset, read.length) for read in self._reads))
@@ -120,16 +121,16 @@ class Filling:
             f"checkpoint {self._manifest.seq} changed {FILLS_MAX} times while it was read",
         )
 
-    def _read_straight(self) -> None:
+    def _read_straight(self, filler: Filler) -> None:
         """Each region to its place if its bytes lie there as they are stored, else past memory of its own."""
         waiting = sorted((read for read in self._reads if read.length), key=lambda r: (r.blob, r.offset))
-        self._source.expect(merged(Range(read.blob, read.offset, read.length) for read in waiting))
+        filler.expect(merged(Range(read.blob, read.offset, read.length) for read in waiting))
         while waiting:
             batch, waiting = _batch([(read, _direct(read)) for read in waiting])
             staged = [(read, _staging(read)) for read, place in batch if place is None]
             parts = [Into(r.blob, r.offset, _memory(place)) for r, place in batch if place is not None]
             parts += [Into(read.blob, read.offset, _memory(flat)) for read, flat in staged]
-            self._source.fill(parts)
+            filler.fill(parts)
             _tell_changed([place for _, place in batch if place is not None])
             for read, flat in staged:
                 self._put(read, flat)

@@ -1,7 +1,7 @@
 """Where a restoring rank gets verified bytes from: it says once what it needs, then looks at it.
 
 ``restore.load`` walks the tracked state and collects the ranges of the checkpoint's
-blobs that this rank needs. A source that ``fills`` reads them straight into their
+blobs that this rank needs. A source with a ``filler`` reads them straight into their
 destinations and verifies them there. From any other one they are wanted once, each
 region is copied from a ``view``, and used if all ``is_still_good``.
 """
@@ -41,6 +41,22 @@ class Range:
     length: int
 
 
+class Filler(Protocol):
+    """Reads bytes to where they belong and verifies them there."""
+
+    def expect(self, ranges: Sequence[Range]) -> None:
+        """Say what will be filled, so that all of it can be on its way from the first ``fill`` on."""
+        ...
+
+    def fill(self, parts: Sequence[Into]) -> None:
+        """Return when all of them hold what was committed. No two may share bytes.
+
+        Raises:
+            Refused: RESTORE_FAILED; it cannot be had. The parts hold anything then.
+        """
+        ...
+
+
 class Source(Protocol):
     """The bytes of one checkpoint."""
 
@@ -54,20 +70,8 @@ class Source(Protocol):
         ...
 
     @property
-    def fills(self) -> bool:
-        """Whether ``fill`` may be called, in place of all that follows it."""
-        ...
-
-    def expect(self, ranges: Sequence[Range]) -> None:
-        """Say what will be filled, so that all of it can be on its way from the first ``fill`` on."""
-        ...
-
-    def fill(self, parts: Sequence[Into]) -> None:
-        """Return when all of them hold what was committed: verified where they are. No two may share bytes.
-
-        Raises:
-            Refused: RESTORE_FAILED; it cannot be had. The parts hold anything then.
-        """
+    def filler(self) -> "Filler | None":
+        """Who reads straight into the destinations, in place of all that follows; None: nobody here."""
         ...
 
     def want(self, ranges: Sequence[Range]) -> None:
@@ -137,14 +141,8 @@ class PlanSource:
         return self._manifest
 
     @property
-    def fills(self) -> bool:
-        return False
-
-    def expect(self, ranges: Sequence[Range]) -> None:
-        raise NotImplementedError
-
-    def fill(self, parts: Sequence[Into]) -> None:
-        raise NotImplementedError
+    def filler(self) -> None:
+        return None
 
     def want(self, ranges: Sequence[Range]) -> None:
         for one in ranges:
@@ -193,8 +191,8 @@ class DemandSource:
         return self._manifest
 
     @property
-    def fills(self) -> bool:
-        return checksum.provided() is not None
+    def filler(self) -> "DemandSource | None":
+        return None if checksum.provided() is None else self
 
     def expect(self, ranges: Sequence[Range]) -> None:
         for one in ranges:
@@ -202,7 +200,7 @@ class DemandSource:
 
     def fill(self, parts: Sequence[Into]) -> None:
         crc32c = checksum.provided()
-        assert crc32c is not None, "see fills"
+        assert crc32c is not None, "see filler"
         reader = Reader(self.manifest, crc32c)
         left = by_chunk(self.manifest, parts)
         reads = 0
