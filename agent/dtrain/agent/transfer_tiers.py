@@ -15,9 +15,9 @@ from pathlib import Path
 from dtrain.agent.transferring import KeptBlob
 from dtrain.protocol.checkpoint import BlobEntry
 from dtrain.storage.blobs.local import LocalBlobs
+from dtrain.storage.blobs.mounts import MOUNTS, file_system
 from dtrain.storage.blobs.port import BlobStore
 
-MOUNTS = Path("/proc/self/mountinfo")
 LOCAL_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"})
 """Whose mapped pages are there once they have been read. Over a network they may have to come again,
 and a page that cannot come kills whoever looks at it."""
@@ -117,9 +117,4 @@ def _open(tier: Tier, path: Path, offset: int, size_bytes: int) -> Standing | No
 
 def lies_here(device: int, mounts: Path = MOUNTS) -> bool:
     """Whether a device number is of a file system of this machine. Unknown ones are not."""
-    number = f"{os.major(device)}:{os.minor(device)}"
-    for line in mounts.read_text(errors="replace").splitlines():
-        fields = line.split()
-        if len(fields) > 2 and fields[2] == number and "-" in fields:
-            return fields[fields.index("-") + 1] in LOCAL_FILE_SYSTEMS
-    return False
+    return file_system(device, mounts) in LOCAL_FILE_SYSTEMS

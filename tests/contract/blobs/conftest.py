@@ -6,6 +6,7 @@ import random
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class Backend:
     leave_unfinished: Callable[[str], None]
 
 
-def put(store: BlobStore, key: str, data: bytes) -> BlobInfo:
+def put(store: BlobStore, key: str, data: bytes | memoryview | mmap) -> BlobInfo:
     """Put ``data`` in the chunks that the port asks for."""
     view = memoryview(data)
     parts = [view[start : start + PART_BYTES] for start in range(0, len(data), PART_BYTES)]

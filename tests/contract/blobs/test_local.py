@@ -1,7 +1,10 @@
 """What a folder adds to the contract: durability, crashes, disks that refuse."""
 
 import errno
+import fcntl
+import mmap
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,10 +14,12 @@ import pytest
 from tests.contract.blobs.conftest import put
 
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused, Unavailable
+from dtrain.storage.blobs import local as local_module
 from dtrain.storage.blobs import outcomes
 from dtrain.storage.blobs.flow import PIECE_BYTES
-from dtrain.storage.blobs.local import LocalBlobs
+from dtrain.storage.blobs.local import BLOCK_BYTES, DIRECT_FROM_BYTES, LocalBlobs
 from dtrain.storage.blobs.open import open_store
+from dtrain.storage.blobs.port import PART_BYTES
 
 _DIES_HALF_WAY = """
 import sys, time
@@ -302,3 +307,66 @@ def test_its_uri_opens_it_again(tmp_path: Path) -> None:
     store = open_store(root.as_uri(), create=True)
     put(store, "a", b"x")
     assert open_store(store.uri).get("a") == open_store(str(root)).get("a") == b"x"
+
+
+class Writes:
+    """Length and kind of each write."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.direct: list[int] = []
+        self.buffered: list[int] = []
+        real = os.write
+
+        def write(fd: int, data: memoryview) -> int:
+            count = real(fd, data)
+            direct = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT
+            (self.direct if direct else self.buffered).append(count)
+            return count
+
+        patch.setattr(os, "write", write)
+
+
+@pytest.fixture
+def on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> bool:
+    """Whether this file system can be written past the page cache; the store takes it for one that can."""
+    monkeypatch.setattr(local_module, "file_system", lambda _device: "ext4")
+    fd = os.open(tmp_path / "probe", os.O_WRONLY | os.O_CREAT)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)
+        with mmap.mmap(-1, BLOCK_BYTES) as page:
+            os.write(fd, page)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+@pytest.mark.parametrize("over", [0, 1, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, PART_BYTES + 7])
+def test_large_blobs_pass_the_page_cache_by_but_for_their_tail(
+    local: LocalBlobs, monkeypatch: pytest.MonkeyPatch, on_disk: bool, over: int
+) -> None:
+    size = DIRECT_FROM_BYTES + over
+    memory = mmap.mmap(-1, size)
+    memory[:] = random.Random(over).randbytes(size)
+    writes = Writes(monkeypatch)
+    put(local, "a/b", memory)
+    assert local.get("a/b") == memory[:]
+    assert sum(writes.direct + writes.buffered) == size
+    assert sum(writes.buffered) <= BLOCK_BYTES if on_disk else not writes.direct
+
+
+def test_memory_that_suits_no_device_is_written_all_the_same(local: LocalBlobs, on_disk: bool) -> None:
+    data = memoryview(random.Random(1).randbytes(DIRECT_FROM_BYTES + BLOCK_BYTES))[3:]
+    put(local, "a/b", data)
+    assert local.get("a/b") == data
+
+
+def test_small_blobs_and_those_on_other_file_systems_go_through_the_page_cache(
+    local: LocalBlobs, monkeypatch: pytest.MonkeyPatch, on_disk: bool
+) -> None:
+    writes = Writes(monkeypatch)
+    put(local, "small", mmap.mmap(-1, DIRECT_FROM_BYTES - 1))
+    monkeypatch.setattr(local_module, "file_system", lambda _device: "nfs4")
+    put(local, "far", mmap.mmap(-1, DIRECT_FROM_BYTES))
+    assert writes.direct == []

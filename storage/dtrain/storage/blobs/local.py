@@ -14,6 +14,7 @@ one that holds something, and a writer that loses an empty one makes it again.
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import secrets
@@ -28,9 +29,20 @@ from pathlib import Path
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused, Unavailable
 from dtrain.storage.blobs import digest, outcomes
 from dtrain.storage.blobs.flow import PIECE_BYTES, Flow
+from dtrain.storage.blobs.mounts import file_system
 from dtrain.storage.blobs.port import PART_BYTES, BlobInfo, check_key, check_prefix
 
 INCOMING = ".incoming"
+
+DIRECT_FROM_BYTES = 4 * 1024 * 1024
+"""Blobs as long are written past the page cache, on ``DIRECT_ON``."""
+
+DIRECT_ON = frozenset({"ext4", "xfs"})
+"""Over a network each such write would be waited for."""
+
+BLOCK_BYTES = 4096
+"""Of such writes: a multiple of what any disk asks for."""
+
 _TOKEN = re.compile(r"(?P<key>.+)\?upload=(?P<nonce>[0-9a-f]{16})")
 _NONCE = re.compile(r"[0-9a-f]{16}")
 _EMPTY = re.compile(r"(?:(?P<folder>.+)/)?\?empty(?:=(?P<nonce>[0-9a-f]{16}))?")
@@ -370,18 +382,47 @@ def _keeps_being_removed(path: Path) -> Unavailable:
 
 def _write(fd: int, key: str, chunks: Sequence[memoryview], chunk_crcs: Sequence[int], flow: Flow) -> None:
     try:
+        direct = sum(map(len, chunks)) >= DIRECT_FROM_BYTES and _set_direct(fd, True)
         for index, chunk in enumerate(chunks):
             outcomes.check_or_hash(key, index, chunk, chunk_crcs)
             written = 0
             while written < len(chunk):
                 piece = chunk[written : written + PIECE_BYTES]
+                if direct and len(piece) > BLOCK_BYTES:
+                    piece = piece[: -(len(piece) % BLOCK_BYTES) or None]
+                elif direct:
+                    direct = _set_direct(fd, False)
                 flow.admit(len(piece))
-                written += os.write(fd, piece)
+                try:
+                    written += os.write(fd, piece)
+                except OSError as error:
+                    if not direct or error.errno != errno.EINVAL:
+                        raise
+                    direct = _set_direct(fd, False)  # memory or position do not suit the device
+                    written += os.write(fd, piece)
         os.fsync(fd)
         # A frozen disk may have held this up for long: an end that was asked for meanwhile still counts.
         flow.wait(0)
     finally:
         os.close(fd)
+
+
+def _set_direct(fd: int, wanted: bool) -> bool:
+    """Write past the page cache, or not; return which it is now.
+
+    The bytes are synced before anybody hears of them: a copy in the page cache costs half of a save's
+    CPU time, and takes the place of what training reads.
+    """
+    if wanted and file_system(os.fstat(fd).st_dev) not in DIRECT_ON:
+        return False
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if wanted else flags & ~os.O_DIRECT)
+    except OSError:
+        if wanted:
+            return False
+        raise
+    return wanted
 
 
 def _read(fd: int, key: str, offset: int, length: int) -> bytes:
