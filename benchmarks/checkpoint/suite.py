@@ -1,8 +1,8 @@
-"""All measures of saving, or those named."""
+"""All measures of checkpoints, or those named."""
 
 from collections.abc import Callable
 
-from benchmarks.checkpoint import balance, saving, tiny, training
+from benchmarks.checkpoint import balance, restore, saving, tiny, training
 from benchmarks.report import Result
 
 MEASURES: dict[str, Callable[[int], list[Result]]] = {
@@ -10,6 +10,7 @@ MEASURES: dict[str, Callable[[int], list[Result]]] = {
     "checkpoint-tiny": tiny.measure,
     "checkpoint-balance": balance.measure,
     "checkpoint-training": training.measure,
+    "checkpoint-restore": lambda rounds: restore.measure(max(rounds, restore.ROUNDS)),
 }
 
 
