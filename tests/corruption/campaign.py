@@ -12,21 +12,28 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dtrain.agent.transferring import Fetched, FetchFailed
+from dtrain.agent.transfer_fetch import Fetcher
+from dtrain.agent.transferring import Fetched, FetchFailed, TransferReport
+from dtrain.protocol import checksum
 from dtrain.protocol.errors import DtrainError
-from dtrain.protocol.ids import Seq, Step
+from dtrain.protocol.ids import Rank, Seq, Step
 from dtrain.protocol.ranklink import Begin
+from dtrain.storage.blobs import digest
 from dtrain.storage.blobs.port import BlobInfo, BlobStore
 from tests.corruption import damage as damages
-from tests.corruption import making
+from tests.corruption import making, ranks
 from tests.corruption.damage import Damage, Kind, Scene
 from tests.corruption.making import MIB, Committed, Shelf, Uploads
 
 BIG_BYTES = 72 * MIB
 """Of one tensor over two ranks: blobs of three chunks."""
+
+WAYS = ("rank", "agent", "rank", "whole")
+"""Who verifies: each rank what it has read (as in every job), the agent for a rank that cannot, or the
+agent before anybody reads (as for ``dcp_reader``)."""
 
 
 @dataclass(slots=True)
@@ -100,19 +107,34 @@ class Campaign:
 
     def _judge(self, scene: Scene, damage: Damage) -> str:
         target, where = scene.target, damages.touched(scene, damage)
-        with making.fetched(self.shelf.store, target.order) as report:
-            if isinstance(report, Fetched):
-                if where:
-                    return f"{sorted(where)[:3]} changed, and the fetch succeeded"
-                ranks = making.wrong_ranks(report.plan, target.uploads)
-                if ranks:
-                    return f"ranks {ranks} restored something else"
-                self.tally.harmless[damage.kind] += 1
-                return ""
-            problem = evidence_problem(target, report, where)
-        if not problem:
-            self.tally.caught[damage.kind] += 1
-        return problem
+        found = self._restored(target)
+        if isinstance(found, FetchFailed):
+            problem = evidence_problem(target, found, where)
+            if not problem:
+                self.tally.caught[damage.kind] += 1
+            return problem
+        if where:
+            return f"{sorted(where)[:3]} changed, and the restore succeeded"
+        if found:
+            return f"ranks {found} restored something else"
+        self.tally.harmless[damage.kind] += 1
+        return ""
+
+    def _restored(self, target: Committed) -> FetchFailed | Sequence[int]:
+        """Restore all ranks, each time in the next of the ways there are."""
+        store, way = self.shelf.store, WAYS[self.tally.cases % len(WAYS)]
+        if way == "whole":
+            with making.fetched(store, target.order) as report:
+                if isinstance(report, FetchFailed):
+                    return report
+                return making.wrong_ranks(report.plan, target.uploads)
+        reports: list[TransferReport] = []
+        fetcher = Fetcher(lambda _uri: store, reports.append, deadline_s=5.0)
+        world = target.uploads.world
+        everyone = tuple(Rank(rank) for rank in range(world))
+        order = replace(target.order, on_demand=True, ranks=everyone, world=world)
+        with _verifying(digest.crc32c if way == "rank" else None):
+            return ranks.restored(fetcher, reports, order, target.uploads)
 
     @contextmanager
     def _damaged(self, damage: Damage) -> Iterator[None]:
@@ -227,6 +249,15 @@ def before_digest(store: BlobStore, seq: int, rng: random.Random, *, index: bool
             return "unseen" if making.wrong_ranks(report.plan, uploads) else "right"
         except DtrainError:
             return "caught"
+
+
+@contextmanager
+def _verifying(crc32c: checksum.Crc32c | None) -> Iterator[None]:
+    before, checksum._provided = checksum._provided, crc32c
+    try:
+        yield
+    finally:
+        checksum._provided = before
 
 
 def evidence_problem(target: Committed, report: FetchFailed, where: set[tuple[str, int]]) -> str:

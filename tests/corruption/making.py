@@ -33,7 +33,7 @@ from dtrain.trainer import Sampler
 from dtrain.trainer.checkpoint import restore as restoring
 from dtrain.trainer.checkpoint.arena import Arena
 from dtrain.trainer.checkpoint.saver import Saver
-from dtrain.trainer.checkpoint.source import PlanSource
+from dtrain.trainer.checkpoint.source import PlanSource, Source
 
 CLUSTER, JOB, UID = ClusterName("c1"), JobName("j1"), Uid("u1")
 
@@ -247,20 +247,16 @@ def fetched(store: BlobStore, order: Fetch) -> Iterator[Fetched | FetchFailed]:
             fetcher.release(order.id)
 
 
-def load(plan: RestorePlan, state: Mapping[str, Any], rank: int, world: int) -> None:
-    """What a rank does with the plan of its agent."""
-    restoring.load(PlanSource(plan), state, rank, world)
+def restores_right(source: Source, uploads: Uploads, rank: int) -> bool:
+    """Whether a rank, restored from ``source``, holds exactly what it held when it saved."""
+    state = tracked(uploads.seed + 1, rank, uploads.world, big_bytes=uploads.big_bytes)
+    # The sampler checks that it is the same data.
+    state["sampler"] = Sampler(1000, 4, seed=uploads.seed, rank=rank, world_size=uploads.world)
+    stir(1)
+    restoring.load(source, state, rank, uploads.world)
+    return (fingerprint(state), generators()) == uploads.held[rank]
 
 
 def wrong_ranks(plan: RestorePlan, uploads: Uploads) -> Sequence[int]:
-    """Ranks that, restored from ``plan``, do not hold exactly what they held when they saved."""
-    wrong = []
-    for rank in range(uploads.world):
-        state = tracked(uploads.seed + 1, rank, uploads.world, big_bytes=uploads.big_bytes)
-        # The sampler checks that it is the same data.
-        state["sampler"] = Sampler(1000, 4, seed=uploads.seed, rank=rank, world_size=uploads.world)
-        stir(1)
-        load(plan, state, rank, uploads.world)
-        if (fingerprint(state), generators()) != uploads.held[rank]:
-            wrong.append(rank)
-    return wrong
+    """Ranks that, restored from a plan that is there as a whole, hold something else than they saved."""
+    return [rank for rank in range(uploads.world) if not restores_right(PlanSource(plan), uploads, rank)]

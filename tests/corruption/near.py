@@ -8,34 +8,23 @@ rank was told of it, and where the agent verifies, after that, before it is copi
 
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dtrain.agent.transfer_cache import Cache
 from dtrain.agent.transfer_fetch import Fetcher
-from dtrain.agent.transferring import Demand, Fetched, FetchFailed, KeptBlob, Supplied, TransferReport
+from dtrain.agent.transferring import FetchFailed, KeptBlob, TransferReport
 from dtrain.protocol.ids import Rank, Seq, Step
-from dtrain.protocol.ranklink import Begin, ChunkSpan, Have, Need, RestorePlan
-from dtrain.trainer import Sampler
-from dtrain.trainer.checkpoint import restore as restoring
+from dtrain.protocol.ranklink import Begin
 from dtrain.trainer.checkpoint.arena import Arena
 from dtrain.trainer.checkpoint.saver import Saver
-from dtrain.trainer.checkpoint.source import DemandSource
-from tests.corruption import making
+from tests.corruption import making, ranks
 from tests.corruption.making import Committed, Folder, Uploads
 
 CACHE_BYTES = 1 << 30
 SEED = 4242
-
-
-class Bad(Exception):
-    """The transfer process says that the checkpoint is damaged; the attempt would end."""
-
-    def __init__(self, report: FetchFailed) -> None:
-        super().__init__(report.message)
-        self.report = report
 
 
 @dataclass(slots=True)
@@ -58,9 +47,13 @@ class Place:
             KeptBlob(key, f"/proc/{os.getpid()}/fd/{fd}", 0, len(self.pristine[key]))
             for key, fd in (self.arenas if arenas else {}).items()
         )
-        ranks = tuple(Rank(rank) for rank in range(self.committed.uploads.world))
+        everyone = tuple(Rank(rank) for rank in range(self.committed.uploads.world))
         return replace(
-            self.committed.order, on_demand=True, kept=kept, ranks=ranks, world=self.committed.uploads.world
+            self.committed.order,
+            on_demand=True,
+            kept=kept,
+            ranks=everyone,
+            world=self.committed.uploads.world,
         )
 
     def close(self) -> None:
@@ -107,53 +100,6 @@ def new_place(folder: Path) -> Place:
     return place
 
 
-class Desk:
-    """The agent between one rank and the transfer process.
-
-    ``between`` runs after the rank was told where to look.
-    """
-
-    def __init__(
-        self,
-        fetcher: Fetcher,
-        fetch_id: str,
-        rank: int,
-        reports: list[TransferReport],
-        between: Callable[[], None],
-    ) -> None:
-        self._fetcher = fetcher
-        self._id = fetch_id
-        self._rank = rank
-        self._reports = reports
-        self._between = between
-        self._number = 0
-
-    def ask(
-        self,
-        token: str,
-        chunks: Sequence[ChunkSpan],
-        *,
-        whole: bool = False,
-        again: bool = False,
-        unverified: bool = False,
-    ) -> Have | None:
-        self._number += 1
-        need = Need(token, self._number, tuple(chunks), whole, again, unverified)
-        self._reports.clear()
-        self._fetcher.demand(Demand(self._id, Rank(self._rank), need))
-        for report in list(self._reports):
-            if isinstance(report, FetchFailed):
-                raise Bad(report)
-            if isinstance(report, Supplied):
-                if not again:
-                    self._between()
-                return report.have
-        return None
-
-    def await_other_plan(self, token: str, at_most_s: float) -> RestorePlan | None:
-        return None
-
-
 def restore(
     place: Place, *, arenas: bool, between: Callable[[], None] = lambda: None
 ) -> FetchFailed | list[int]:
@@ -163,38 +109,13 @@ def restore(
     fetcher = Fetcher(
         lambda _uri: store, reports.append, cache=Cache(place.cache, CACHE_BYTES), deadline_s=5.0
     )
-    order = place.order(arenas=arenas)
-    fetcher.run(order)
-    first = next(report for report in reports if isinstance(report, Fetched | FetchFailed))
-    if isinstance(first, FetchFailed):
-        return first
-    uploads, wrong = place.committed.uploads, []
     try:
-        for rank in range(uploads.world):
-            state = making.tracked(SEED + 1, rank, uploads.world)
-            state["sampler"] = Sampler(1000, 4, seed=SEED, rank=rank, world_size=uploads.world)
-            making.stir(1)
-            desk = Desk(fetcher, order.id, rank, reports, between)
-            try:
-                restoring.load(DemandSource(first.plan, desk), state, rank, uploads.world)
-            except Exception as error:
-                found = _cause(error)
-                if found is None:
-                    raise
-                return found.report
-            if (making.fingerprint(state), making.generators()) != uploads.held[rank]:
-                wrong.append(rank)
+        return ranks.restored(
+            fetcher, reports, place.order(arenas=arenas), place.committed.uploads, between=between
+        )
     finally:
         # Without what it would copy into the cache: the next case has its own.
         fetcher._cache = Cache()
-        fetcher.release(order.id)()
-    return wrong
-
-
-def _cause(error: BaseException | None) -> Bad | None:
-    while error is not None and not isinstance(error, Bad):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 # Damage -------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def test_the_campaign_notices_a_restore_that_checks_nothing(tmp_path: Path) -> N
     campaign = Campaign(Forgiving(tmp_path / "store"), big=False, worlds=(2,))
     campaign.play(campaign.small[0], damages.flip_data, random.Random(7))
     (sentence,) = campaign.tally.wrong
-    assert "the fetch succeeded" in sentence
+    assert "the restore succeeded" in sentence
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
