@@ -52,7 +52,8 @@ def build(root: Path, out: Path, *, epoch: str, names: Sequence[str] | None = No
             (tree / name).chmod(0o755 if os.access(root / name, os.X_OK) else 0o644)
         sdist = _hatchling("sdist", tree, out, epoch)
         with tarfile.open(sdist) as packed:
-            packed.extractall(made, filter="data")
+            packed.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4
+            packed.extractall(made)
         wheel = _hatchling("wheel", Path(made) / sdist.name.removesuffix(".tar.gz"), out, epoch)
     return sdist, wheel
 

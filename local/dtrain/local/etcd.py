@@ -295,8 +295,12 @@ class EtcdCluster:
             process.wait()
 
     def freeze(self, index: int = 0) -> None:
-        """SIGSTOP: it keeps its connections and answers nothing."""
-        self._signal(index, signal.SIGSTOP)
+        """SIGSTOP: it keeps its connections and answers nothing, from the return of this call on."""
+        process = self.members[index].process
+        if process is not None and process.poll() is None:
+            process.send_signal(signal.SIGSTOP)
+            # The signal reaches its threads one by one, and one that still runs may still answer.
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def thaw(self, index: int = 0) -> None:
         """SIGCONT."""

@@ -47,7 +47,9 @@ def _await_end(owner: int) -> None:
         return
     # It started us: anybody else under its pid means that it is gone.
     if os.getppid() == owner:
-        select.select([handle], [], [])
+        poller = select.poll()  # select() knows no descriptor above 1023
+        poller.register(handle, select.POLLIN)
+        poller.poll()
     os.close(handle)
 
 

@@ -29,6 +29,8 @@ CLUSTER, JOB = ClusterName("c1"), JobName("job")
 class Bytes:
     """A ``Source`` over a store."""
 
+    filler = None
+
     def __init__(self, store: MemoryBlobs, manifest: Manifest) -> None:
         self.manifest = manifest
         self._blobs = [store.get(blob.key) for blob in manifest.blobs]

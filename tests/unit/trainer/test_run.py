@@ -1,6 +1,7 @@
 """The SDK as a script sees it, against a small agent with a real socket, transfer process and store."""
 
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -108,6 +109,24 @@ def test_importing_it_brings_in_nothing_but_the_standard_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:3] == ["[]", "[]", "[]"]
+
+
+def test_a_script_with_thousands_of_open_files_keeps_its_agent(
+    tmp_path: Path, new_run: Callable[[FakeAgent], trainer.Run]
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1200)]
+    try:
+        with FakeAgent(tmp_path) as agent:
+            run = new_run(agent)
+            run.track(model=torch.nn.Linear(1, 1))
+            assert list(run.steps(2)) == [0, 1]
+            agent.wait_report(lambda report: report.step == 2)
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_resumed_run_ends_with_the_same_bits(

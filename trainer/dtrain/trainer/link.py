@@ -101,6 +101,10 @@ class AgentLink:
         self._socket = connection
         connection.connect(self._path)
         connection.sendall(ranklink.encode_line(self._hello))
+        # Not select(), which knows no descriptor above 1023: scripts open many files.
+        poller = select.poll()
+        poller.register(connection, select.POLLIN)
+        poller.register(self._wake_out, select.POLLIN)
         buffer = b""
         welcome = False
         self._sent = None
@@ -109,10 +113,10 @@ class AgentLink:
                 return
             # Closing with nothing to wait for still passes here once, to notice a dead agent.
             pause_s = REPORT_INTERVAL_S if not self._closing else 0.05
-            readable, _, _ = select.select([connection, self._wake_out], [], [], pause_s)
-            if self._wake_out in readable:
+            ready = {fd for fd, _ in poller.poll(pause_s * 1000)}
+            if self._wake_out.fileno() in ready:
                 self._wake_out.recv(4096)
-            if connection not in readable:
+            if connection.fileno() not in ready:
                 continue
             received = connection.recv(_RECEIVE_BYTES)
             if not received:
