@@ -3,7 +3,7 @@
 import gzip
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,20 @@ CLUSTER, JOB, UID = ClusterName("c1"), JobName("j1"), Uid("u1")
 NONCE = "n1"
 
 
+_held: list[Callable[[], None]] = []
+"""Lets go of the memory that a test made: every part of it is an open file."""
+
+
+def let_go() -> None:
+    """Close what this test has open."""
+    while _held:
+        _held.pop()()
+
+
 def new_arena() -> Arena:
-    return Arena(os.memfd_create("test-arena"))
+    fd = os.memfd_create("test-arena")
+    _held.append(lambda: os.close(fd))
+    return Arena(fd)
 
 
 def seal(tracked: Mapping[str, Any], rank: int, world: int, *, seq: int = 1, step: int = 10) -> Sealed:
@@ -86,7 +98,9 @@ def upload_all(root: Path, sealed: list[Sealed]) -> Fetch:
 def fetch(root: Path, order: Fetch) -> TransferReport:
     reports: list[TransferReport] = []
     store = LocalBlobs(root)
-    Fetcher(lambda _uri: store, reports.append, deadline_s=1.0).run(order)
+    fetcher = Fetcher(lambda _uri: store, reports.append, deadline_s=1.0)
+    fetcher.run(order)
+    _held.append(lambda: fetcher.release(order.id)())
     (report,) = reports
     return report
 
