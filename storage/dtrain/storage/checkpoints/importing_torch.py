@@ -14,33 +14,13 @@ from typing import Any
 
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.storage.checkpoints.importing import Contents, Tensor
+from dtrain.storage.checkpoints.torch_files import TORCH_DTYPES
 
 DEPTH_MAX = 24
 ORIGIN = "dtrain"
 """Key under which an export tells where it comes from."""
 
-_DTYPES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e8m0fnu": "F8_E8M0",
-    "uint16": "U16",
-    "int16": "I16",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "uint32": "U32",
-    "int32": "I32",
-    "float32": "F32",
-    "uint64": "U64",
-    "int64": "I64",
-    "float64": "F64",
-    "complex64": "C64",
-    "complex128": "C128",
-}
-
-
+_DTYPES = {name: stored for stored, name in TORCH_DTYPES.items()}
 _AS_BYTES = ("float8_e4m3fnuz", "float8_e5m2fnuz")
 
 

@@ -20,7 +20,7 @@ from dtrain.storage.checkpoints.reading import TensorReader, size_bytes
 
 ALIGN = 64
 
-_DTYPES = {
+TORCH_DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
     "I8": "int8",
@@ -40,6 +40,7 @@ _DTYPES = {
     "C64": "complex64",
     "C128": "complex128",
 }
+"""What torch calls the dtypes of checkpoints."""
 
 
 def write_torch(
@@ -148,7 +149,7 @@ class _Scratch:
 
     def _make(self, name: str, original: str) -> Any:
         torch, entry = self._torch, self._manifest.tensors[name]
-        dtype, size = _dtype(torch, _DTYPES[entry.dtype]), size_bytes(entry)
+        dtype, size = _dtype(torch, TORCH_DTYPES[entry.dtype]), size_bytes(entry)
         if size == 0:
             value = torch.empty(entry.shape, dtype=dtype)
         else:
