@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,34 +19,10 @@ from tests.unit.trainer.fake_agent import FakeAgent
 from dtrain import trainer
 from dtrain.protocol import ranklink
 from dtrain.protocol.errors import ErrorCode, Refused
-from dtrain.protocol.ids import Attempt, Rank, Seq
-from dtrain.protocol.ranklink import Hello, Outcome, StopRank
+from dtrain.protocol.ids import Seq
+from dtrain.protocol.ranklink import Outcome, StopRank
 from dtrain.protocol.snapshot import WorkerPhase
-from dtrain.trainer.link import EXIT_ATTEMPT_OVER, AgentLink
-
-
-@pytest.fixture
-def arena_fd(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    fd = os.memfd_create("test-arena")
-    monkeypatch.setenv(ranklink.ENV_ARENA_FD, str(fd))
-    yield fd
-    os.close(fd)
-
-
-@pytest.fixture
-def new_run(arena_fd: int) -> Iterator[Callable[[FakeAgent], trainer.Run]]:
-    runs: list[trainer.Run] = []
-
-    def make(agent: FakeAgent) -> trainer.Run:
-        hello = Hello(1, pipeline.JOB, pipeline.UID, Attempt(1), Rank(0), 0, os.getpid())
-        link = AgentLink(agent.socket_path, hello)
-        link.start()
-        runs.append(trainer.Run(0, 1, 0, link))
-        return runs[-1]
-
-    yield make
-    for run in runs:
-        run.close()
+from dtrain.trainer.link import EXIT_ATTEMPT_OVER
 
 
 class Training:

@@ -1,9 +1,8 @@
 """Saves that the script asks for, natively and through torch, against the small agent."""
 
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,32 +13,11 @@ from tests.unit.trainer.fake_agent import FakeAgent
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dtrain import trainer
-from dtrain.protocol import ranklink
 from dtrain.protocol.errors import ErrorCode, Refused
-from dtrain.protocol.ids import Attempt, Rank, Seq
-from dtrain.protocol.ranklink import Hello, Outcome
-from dtrain.trainer.link import AgentLink
+from dtrain.protocol.ids import Seq
+from dtrain.protocol.ranklink import Outcome
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
-
-@pytest.fixture
-def new_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[FakeAgent], trainer.Run]]:
-    fd = os.memfd_create("test-arena")
-    monkeypatch.setenv(ranklink.ENV_ARENA_FD, str(fd))
-    runs: list[trainer.Run] = []
-
-    def make(agent: FakeAgent) -> trainer.Run:
-        hello = Hello(1, pipeline.JOB, pipeline.UID, Attempt(1), Rank(0), 0, os.getpid())
-        link = AgentLink(agent.socket_path, hello)
-        link.start()
-        runs.append(trainer.Run(0, 1, 0, link))
-        return runs[-1]
-
-    yield make
-    for run in runs:
-        run.close()
-    os.close(fd)
 
 
 Runs = Callable[[FakeAgent], trainer.Run]
