@@ -53,11 +53,14 @@ VIOLATIONS_KEPT = 1000
 """Told in full; further ones are only counted."""
 
 PHASE_CHANGES: Mapping[JobPhase, frozenset[JobPhase]] = {
-    JobPhase.QUEUED: frozenset({JobPhase.STARTING, JobPhase.CANCELLED, JobPhase.FAILED, JobPhase.CANCELLING}),
+    JobPhase.QUEUED: frozenset(
+        {JobPhase.STARTING, JobPhase.SUSPENDED, JobPhase.CANCELLED, JobPhase.FAILED, JobPhase.CANCELLING}
+    ),
     JobPhase.STARTING: frozenset(
         {
             JobPhase.RUNNING,
             JobPhase.RECOVERING,
+            JobPhase.SUSPENDING,
             JobPhase.CANCELLING,
             JobPhase.CANCELLED,
             JobPhase.FAILED,
@@ -68,6 +71,7 @@ PHASE_CHANGES: Mapping[JobPhase, frozenset[JobPhase]] = {
         {
             JobPhase.STARTING,
             JobPhase.RECOVERING,
+            JobPhase.SUSPENDING,
             JobPhase.CANCELLING,
             JobPhase.CANCELLED,
             JobPhase.FAILED,
@@ -75,8 +79,19 @@ PHASE_CHANGES: Mapping[JobPhase, frozenset[JobPhase]] = {
         }
     ),
     JobPhase.RECOVERING: frozenset(
-        {JobPhase.STARTING, JobPhase.CANCELLING, JobPhase.CANCELLED, JobPhase.FAILED}
+        {
+            JobPhase.STARTING,
+            JobPhase.QUEUED,
+            JobPhase.SUSPENDED,
+            JobPhase.CANCELLING,
+            JobPhase.CANCELLED,
+            JobPhase.FAILED,
+        }
     ),
+    JobPhase.SUSPENDING: frozenset(
+        {JobPhase.SUSPENDED, JobPhase.QUEUED, JobPhase.CANCELLING, JobPhase.CANCELLED, JobPhase.FAILED}
+    ),
+    JobPhase.SUSPENDED: frozenset({JobPhase.QUEUED, JobPhase.CANCELLED}),
     JobPhase.CANCELLING: frozenset({JobPhase.CANCELLED}),
     JobPhase.CANCELLED: frozenset(),
     JobPhase.SUCCEEDED: frozenset(),

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from dtrain.protocol.ids import AgentName, ReplicaId
+from dtrain.protocol.ids import AgentName, Attempt, JobName, ReplicaId, Term, Uid
+from dtrain.protocol.snapshot import FailureKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +32,39 @@ class ReplicaRecord:
 
 @dataclass(frozen=True, slots=True)
 class Cordon:
-    """An agent that gets no new ranks."""
+    """An agent that gets no new ranks. One with an end is written under a lease, and goes by itself.
+
+    With ``drain`` the jobs that are there go on elsewhere, from a checkpoint taken now.
+    """
 
     agent: AgentName
     reason: str
     by: str = ""
     until: str = ""
+    drain: bool = False
+    auto: bool = False
+    """The leader wrote it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blame:
+    """One attempt that ended because of a machine."""
+
+    job: JobName
+    uid: Uid
+    attempt: Attempt
+    kind: FailureKind
+    at: float
+    """Wall time, epoch seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suspicion:
+    """What attempts of all jobs have ended because of one machine, oldest first."""
+
+    term: Term
+    agent: AgentName
+    blames: tuple[Blame, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

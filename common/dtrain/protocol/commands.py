@@ -41,6 +41,12 @@ class Prepare:
     world_size: int
     serve_store: bool
     max_restarts: int = 0
+    nproc: int = 0
+    """Ranks on this machine; 0: as the job file says, from coordinators that know nothing else."""
+
+    @property
+    def ranks_here(self) -> int:
+        return self.nproc or self.spec.nproc_per_node
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,5 +118,22 @@ class Stop:
     why: str
 
 
-Command = Prepare | Start | BeginCheckpoint | AbortCheckpoint | ConfirmCheckpoint | Stop
+@dataclass(frozen=True, slots=True)
+class Warm:
+    """Have a launcher of this job import everything, for a later PREPARE. ``nproc``: ranks it may get."""
+
+    header: Header
+    spec: JobSpec
+    nproc: int
+
+
+@dataclass(frozen=True, slots=True)
+class DumpStacks:
+    """Collect the stacks of all local ranks and show them in the snapshot, under the header's id."""
+
+    header: Header
+    why: str
+
+
+Command = Prepare | Start | BeginCheckpoint | AbortCheckpoint | ConfirmCheckpoint | Stop | Warm | DumpStacks
 """Every command there is; matches are closed with ``assert_never``."""

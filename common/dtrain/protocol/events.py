@@ -49,6 +49,18 @@ class EventReason(StrEnum):
     STORE_UNAVAILABLE = "StoreUnavailable"
     ETCD_RESTORED = "EtcdRestored"
     USER_REQUESTED = "UserRequested"
+    HANG_FOUND = "HangFound"
+    NON_FINITE = "NonFiniteMetric"
+    ROLLED_BACK = "RolledBack"
+    STRAGGLER = "Straggler"
+    USER_ERROR = "UserError"
+    MACHINE_SUSPECTED = "MachineSuspected"
+    CORDONED = "Cordoned"
+    GROWING = "Growing"
+    SHRINKING = "Shrinking"
+    PREEMPTED = "Preempted"
+    SUSPENDED = "Suspended"
+    RESUMED = "Resumed"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from dtrain.protocol.ids import AgentName, Attempt, JobName, Rank, Seq, Step, Term, Uid
-from dtrain.protocol.snapshot import Failure
+from dtrain.protocol.snapshot import Failure, FailureKind
 
 EXIT_CODE_DO_NOT_RETRY = 93
 """A rank that exits with it ends the job: the cluster-wide convention for 'do not requeue'."""
@@ -23,6 +23,8 @@ class JobPhase(StrEnum):
         QUEUED -> STARTING -> RUNNING -> SUCCEEDED
                       \          \
                        +-> RECOVERING -> STARTING ...      (a rank, agent or machine was lost)
+                       +-> SUSPENDING -> SUSPENDED -> QUEUED   (an operator asked)
+                       |             \-> QUEUED            (a job of higher priority needs its machines)
                        +-> CANCELLING -> CANCELLED         (an operator asked)
                        +-> FAILED                          (budget spent, or not to be retried)
     """
@@ -31,6 +33,8 @@ class JobPhase(StrEnum):
     STARTING = "STARTING"
     RUNNING = "RUNNING"
     RECOVERING = "RECOVERING"
+    SUSPENDING = "SUSPENDING"
+    SUSPENDED = "SUSPENDED"
     CANCELLING = "CANCELLING"
     CANCELLED = "CANCELLED"
     SUCCEEDED = "SUCCEEDED"
@@ -40,7 +44,7 @@ class JobPhase(StrEnum):
 TERMINAL_PHASES = frozenset({JobPhase.SUCCEEDED, JobPhase.FAILED, JobPhase.CANCELLED})
 """A job never leaves these; a new submission has a new uid."""
 
-PLACED_PHASES = frozenset({JobPhase.STARTING, JobPhase.RUNNING, JobPhase.CANCELLING})
+PLACED_PHASES = frozenset({JobPhase.STARTING, JobPhase.RUNNING, JobPhase.SUSPENDING, JobPhase.CANCELLING})
 """Phases in which ``JobStatus.members`` occupy slots."""
 
 
@@ -93,9 +97,105 @@ class RestartPolicy:
     window_s: float = 3600.0
 
 
+class RuleAction(StrEnum):
+    """What follows from a failure.
+
+    RESTART counts against the budget, RESTART_FREE does not. ELSEWHERE also leaves the
+    machine that failed out of the next attempt. ROLLBACK restores an older checkpoint.
+    FAIL ends the job.
+    """
+
+    RESTART = "restart"
+    RESTART_FREE = "restart-free"
+    ELSEWHERE = "elsewhere"
+    ROLLBACK = "rollback"
+    FAIL = "fail"
+
+
+RULE_REASONS: Mapping[str, frozenset[FailureKind]] = {
+    "signal": frozenset({FailureKind.SIGNAL}),
+    "exit": frozenset({FailureKind.EXIT}),
+    "exception": frozenset({FailureKind.EXCEPTION}),
+    "restore": frozenset({FailureKind.RESTORE}),
+    "hang": frozenset({FailureKind.HANG}),
+    "nonfinite": frozenset({FailureKind.NONFINITE}),
+    "collective": frozenset({FailureKind.COLLECTIVE}),
+    "node-lost": frozenset(
+        {
+            FailureKind.AGENT_LOST,
+            FailureKind.UNREACHABLE,
+            FailureKind.UNKILLABLE,
+            FailureKind.PREPARE,
+            FailureKind.ISOLATED,
+        }
+    ),
+    "user-error": frozenset(),
+}
+"""What a rule may be about, and the kinds of failure it covers. ``user-error``: an exception with the same
+traceback at the same step as one on another machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailureRule:
+    """If all it names is true of a failure, ``action`` follows. Rules are ordered, the first that fits wins.
+
+    An empty field fits anything. ``reasons``: keys of RULE_REASONS. ``message`` is a
+    regular expression, searched in the failure's message and its log's last lines.
+    """
+
+    action: RuleAction
+    reasons: tuple[str, ...] = ()
+    exit_codes: tuple[int, ...] = ()
+    signals: tuple[int, ...] = ()
+    message: str = ""
+    cordon_s: float = 0.0
+    """The machine that failed gets no new ranks, of any job, for so long."""
+    back: int = 1
+    """With ROLLBACK: how many checkpoints."""
+
+
+@dataclass(frozen=True, slots=True)
+class HangPolicy:
+    """When ranks that complete no step are taken for hung.
+
+    ``timeout_s`` 0: a deadline that follows the job's own step times. ``startup_s``
+    bounds the time from START to the first step.
+    """
+
+    enabled: bool = True
+    timeout_s: float = 0.0
+    startup_s: float = 1800.0
+
+
+class NonFiniteAction(StrEnum):
+    """What follows from a reported number that is NaN or infinite."""
+
+    WARN = "warn"
+    ROLLBACK = "rollback"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class NonFinitePolicy:
+    """``metrics``: reported numbers that must stay finite. ``back``: how many checkpoints to go back.
+
+    Whatever the action, what is reported so is never committed.
+    """
+
+    action: NonFiniteAction = NonFiniteAction.WARN
+    metrics: tuple[str, ...] = ("loss",)
+    back: int = 1
+
+
 @dataclass(frozen=True, slots=True)
 class JobSpec:
     """A validated job. ``nnodes_min`` to ``nnodes_max`` machines, ``nproc_per_node`` ranks on each.
+
+    ``nproc_per_node`` 0: on each machine as many ranks as it has slots.
+    ``spares`` machines beyond those are kept ready, without being reserved: one of them takes a
+    lost one's place without having to import anything. With fewer than ``nnodes_max`` machines a job
+    grows when others come free, at a checkpoint, at most every ``grow_cooldown_s``.
+    Jobs of higher ``priority`` are placed first, and may suspend others.
 
     ``isolation_grace_s`` is how long ranks go on, while they complete steps, on a
     machine that cannot reach etcd; 0: ten minutes or two checkpoint intervals,
@@ -117,6 +217,12 @@ class JobSpec:
     shutdown_grace_s: float = 30.0
     isolation_grace_s: float = 0.0
     reschedule_grace_s: float = 0.0
+    spares: int = 0
+    grow_cooldown_s: float = 60.0
+    priority: int = 0
+    hang: HangPolicy = HangPolicy()
+    nonfinite: NonFinitePolicy = NonFinitePolicy()
+    failure_rules: tuple[FailureRule, ...] = ()
     submitted_at: str = ""
     request_id: str = ""
     """Chosen by the client: submitting again with the same one changes nothing."""
@@ -126,18 +232,24 @@ class Wanted(StrEnum):
     """What an operator wants of a job."""
 
     RUN = "run"
+    SUSPEND = "suspend"
     CANCEL = "cancel"
 
 
 @dataclass(frozen=True, slots=True)
 class Intent:
-    """The operator's side. A new ``checkpoint_token`` asks for one checkpoint now."""
+    """The operator's side. A new ``checkpoint_token`` asks for one checkpoint now.
+
+    ``nnodes_min`` and ``nnodes_max`` replace those of the job file; 0: they do not.
+    """
 
     uid: Uid
     wanted: Wanted = Wanted.RUN
     checkpoint_token: str = ""
     by: str = ""
     at: str = ""
+    nnodes_min: int = 0
+    nnodes_max: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +289,17 @@ class Condition:
     reason: str = ""
     message: str = ""
     last_transition: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FailureMark:
+    """One earlier failure, as far as it is needed to know the same one again."""
+
+    attempt: Attempt
+    agent: AgentName
+    fingerprint: str
+    step: Step = Step(0)
+    rank: Rank | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +358,12 @@ class JobStatus:
     unknown_to: Seq = Seq(0)
     """Numbers that were given out and then forgotten by an etcd restored from a backup; 0: none. What the
     store holds of them is neither used nor deleted."""
+    marks: tuple[FailureMark, ...] = ()
+    """The last failures that have a traceback, oldest first."""
+    passed_over: tuple[Seq, ...] = ()
+    """Committed checkpoints that no attempt begins from any more: training was rolled back past them."""
+    preempted_by: str = ""
+    """With SUSPENDING, and QUEUED after it: the job that needs the machines."""
     unswept: tuple[Former, ...] = ()
     """Earlier submissions of this name that were used again before their last sweep."""
 

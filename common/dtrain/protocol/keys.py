@@ -16,7 +16,7 @@ SEQ_DIGITS = 20
 class Parsed:
     """One key taken apart: ``kind`` and the names in it.
 
-    ``kind`` is one of: leader, coordinator, node, worker, cordon, spec, intent,
+    ``kind`` is one of: leader, coordinator, node, worker, cordon, suspicion, spec, intent,
     status, open, checkpoint, latest, pin, garbage, bad, verified, order, event.
     """
 
@@ -65,6 +65,9 @@ class Keys:
 
     def cordon(self, agent: AgentName) -> str:
         return f"{self.root}cordons/{agent}"
+
+    def suspicion(self, agent: AgentName) -> str:
+        return f"{self.root}suspicions/{agent}"
 
     @property
     def jobs(self) -> str:
@@ -127,7 +130,7 @@ class Keys:
                 return Parsed("leader")
             case ["coordinators", name]:
                 return Parsed("coordinator", name=name)
-            case ["agents" | "cordons", agent, *_] if not is_name(agent):
+            case ["agents" | "cordons" | "suspicions", agent, *_] if not is_name(agent):
                 return None
             case ["agents", agent, "node"]:
                 return Parsed("node", agent=AgentName(agent))
@@ -135,6 +138,8 @@ class Keys:
                 return Parsed("worker", job=JobName(job), agent=AgentName(agent))
             case ["cordons", agent]:
                 return Parsed("cordon", agent=AgentName(agent))
+            case ["suspicions", agent]:
+                return Parsed("suspicion", agent=AgentName(agent))
             case ["jobs", job, ("spec" | "intent" | "status" | "latest") as kind]:
                 return Parsed(kind, job=JobName(job))
             case ["jobs", job, folder, seq] if folder in _SEQ_FOLDERS and _is_seq(seq):

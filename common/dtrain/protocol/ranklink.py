@@ -18,7 +18,7 @@ from typing import Any
 from dtrain.protocol import codec
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.ids import Attempt, JobName, Rank, Seq, Step, Uid
-from dtrain.protocol.snapshot import SaveProblem, WorkerPhase
+from dtrain.protocol.snapshot import SaveProblem, Timing, WorkerPhase
 
 LINE_BYTES_MAX = 1024 * 1024
 
@@ -134,6 +134,14 @@ class Report:
     """The script waits for ``Durable`` of what is sealed for this checkpoint."""
     need: Need | None = None
     """Set from a plan ``on_demand`` until the state is loaded."""
+    timing: Timing | None = None
+    nonfinite: tuple[str, ...] = ()
+    """Names of numbers that the script reported as NaN or infinite."""
+    section: str = ""
+    """What the script says it is doing: a phase in which no step is to be expected."""
+    beats: int = 0
+    """Counts what proves that the script goes on although its step stands still: sections entered and left,
+    snapshots taken."""
 
 
 @dataclass(frozen=True, slots=True)

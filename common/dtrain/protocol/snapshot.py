@@ -48,6 +48,10 @@ class FailureKind(StrEnum):
     RESTORE = "restore"
     ISOLATED = "isolated"
     """A machine was cut off: it ended its ranks in order, or those elsewhere have lost them."""
+    NONFINITE = "non-finite"
+    """A number that must stay finite was reported as NaN or infinite."""
+    HANG = "hang"
+    """No rank completed a step within its deadline; ``rank`` is the one that the others wait for."""
     COLLECTIVE = "collective"
     """An aborted collective: almost always the victim of another rank's end."""
 
@@ -69,6 +73,10 @@ class Failure:
     """Wall time, epoch seconds: orders failures across machines for people."""
     log_tail: str = ""
     """Last lines of the rank's log, at most 2 KiB."""
+    fingerprint: str = ""
+    """Of the traceback, without what differs between processes: the same error again has the same one."""
+    also: tuple[str, ...] = ()
+    """What else failed with it, in one sentence each: almost always because of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +132,59 @@ class StuckProcess:
 
 
 @dataclass(frozen=True, slots=True)
+class Timing:
+    """What a rank's steps took lately, medians in seconds.
+
+    ``own_s`` is the part that does not wait for other ranks, ``data_s`` of it the part that waits for
+    data. 0.0: not known.
+    """
+
+    step_s: float = 0.0
+    data_s: float = 0.0
+    own_s: float = 0.0
+
+
+class StackKind(StrEnum):
+    """What a rank that completes no step is doing, as its stack tells."""
+
+    COLLECTIVE = "collective"
+    DATA = "data"
+    CODE = "code"
+    """Python code that goes on without completing a step."""
+    KERNEL = "kernel"
+    """It sits in a system call that nothing ends."""
+    STOPPED = "stopped"
+    """It was stopped by a signal."""
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """One rank's stack, in short; the whole of it is in its log folder, stream ``stacks``.
+
+    ``dump`` is the id of the command that asked for it.
+    """
+
+    rank: Rank
+    kind: StackKind
+    where: str
+    """The innermost frame that says something: function, file and line."""
+    dump: str
+    step: Step = Step(0)
+    collective: str = ""
+    """From torch's flight recorder, if there is one: the last collective and its number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stall:
+    """A rank has completed no step for longer than its deadline, ``deadline_s``, while it could run."""
+
+    rank: Rank
+    step: Step
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class RankState:
     """One rank as its agent sees it.
 
@@ -142,6 +203,9 @@ class RankState:
     """The rank has joined through the SDK: it can be checkpointed."""
     save_at: Step | None = None
     """Its script saves this step and waits for a checkpoint of exactly it."""
+    timing: Timing | None = None
+    nonfinite: tuple[str, ...] = ()
+    """Reported numbers that are NaN or infinite now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +247,10 @@ class WorkerSnapshot:
     """Processes of older attempts that cannot be killed: no rank is started beside them."""
     at: float = 0.0
     """Wall time of writing, epoch seconds, for people."""
+    warm: bool = False
+    """IDLE with a launcher that has imported everything: PREPARE will be answered at once."""
+    stalls: tuple[Stall, ...] = ()
+    stacks: tuple[Stack, ...] = ()
     seq_over: Seq = Seq(0)
     """The highest checkpoint number of this submission that is over here: never to be given out again."""
 

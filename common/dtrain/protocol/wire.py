@@ -9,10 +9,12 @@ from dtrain.protocol.commands import (
     BeginCheckpoint,
     Command,
     ConfirmCheckpoint,
+    DumpStacks,
     Header,
     Prepare,
     Start,
     Stop,
+    Warm,
 )
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.ids import (
@@ -56,6 +58,7 @@ def command_to_pb(command: Command) -> pb.Command:
                     world_size=command.world_size,
                     serve_store=command.serve_store,
                     max_restarts=command.max_restarts,
+                    nproc=command.nproc,
                 )
             )
         case Start():
@@ -84,6 +87,10 @@ def command_to_pb(command: Command) -> pb.Command:
             )
         case Stop():
             message.stop.CopyFrom(pb.Stop(grace_s=command.grace_s, release=command.release, why=command.why))
+        case Warm():
+            message.warm.CopyFrom(pb.Warm(spec=codec.encode(command.spec), nproc=command.nproc))
+        case DumpStacks():
+            message.dump_stacks.CopyFrom(pb.DumpStacks(why=command.why))
         case _:
             assert_never(command)
     return message
@@ -117,6 +124,7 @@ def command_from_pb(message: pb.Command) -> Command:
                 prepare.world_size,
                 prepare.serve_store,
                 prepare.max_restarts,
+                prepare.nproc,
             )
         case "start":
             restore = message.start.restore if message.start.HasField("restore") else None
@@ -137,6 +145,10 @@ def command_from_pb(message: pb.Command) -> Command:
             return ConfirmCheckpoint(head, Seq(confirm.seq), confirm.final, confirm.manifest, confirm.digest)
         case "stop":
             return Stop(head, message.stop.grace_s, message.stop.release, message.stop.why)
+        case "warm":
+            return Warm(head, codec.decode(JobSpec, message.warm.spec), message.warm.nproc)
+        case "dump_stacks":
+            return DumpStacks(head, message.dump_stacks.why)
         case other:
             raise Refused(
                 ErrorCode.BAD_RECORD,

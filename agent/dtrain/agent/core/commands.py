@@ -13,9 +13,11 @@ from dtrain.protocol.commands import (
     BeginCheckpoint,
     Command,
     ConfirmCheckpoint,
+    DumpStacks,
     Prepare,
     Start,
     Stop,
+    Warm,
 )
 from dtrain.protocol.ids import Term
 from dtrain.protocol.ranklink import Outcome, StopRank
@@ -160,6 +162,8 @@ def _apply(state: AgentState, command: Command, now: float, out: list[Action]) -
             assert job is not None
             saving.keep_manifest(job, command, out)
             return saving.settle(job, Outcome(command.seq, committed=True, final=command.final), out)
+        case Warm() | DumpStacks():
+            return job
         case _:
             assert_never(command)
 

@@ -4,7 +4,9 @@ isort:skip_file
 """
 
 import builtins
+import collections.abc
 import google.protobuf.descriptor
+import google.protobuf.internal.containers
 import google.protobuf.message
 import sys
 import typing
@@ -15,6 +17,62 @@ else:
     import typing_extensions
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+@typing.final
+class StacksRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    UID_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    uid: builtins.str
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+        uid: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["job", b"job", "uid", b"uid"]) -> None: ...
+
+Global___StacksRequest: typing_extensions.TypeAlias = StacksRequest
+
+@typing.final
+class StacksReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class RankStacks(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        RANK_FIELD_NUMBER: builtins.int
+        KIND_FIELD_NUMBER: builtins.int
+        WHERE_FIELD_NUMBER: builtins.int
+        TEXT_FIELD_NUMBER: builtins.int
+        rank: builtins.int
+        kind: builtins.str
+        where: builtins.str
+        text: builtins.str
+        def __init__(
+            self,
+            *,
+            rank: builtins.int = ...,
+            kind: builtins.str = ...,
+            where: builtins.str = ...,
+            text: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["kind", b"kind", "rank", b"rank", "text", b"text", "where", b"where"]) -> None: ...
+
+    RANKS_FIELD_NUMBER: builtins.int
+    @property
+    def ranks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___StacksReply.RankStacks]: ...
+    def __init__(
+        self,
+        *,
+        ranks: collections.abc.Iterable[Global___StacksReply.RankStacks] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["ranks", b"ranks"]) -> None: ...
+
+Global___StacksReply: typing_extensions.TypeAlias = StacksReply
 
 @typing.final
 class Header(google.protobuf.message.Message):
@@ -57,6 +115,8 @@ class Command(google.protobuf.message.Message):
     ABORT_CHECKPOINT_FIELD_NUMBER: builtins.int
     CONFIRM_CHECKPOINT_FIELD_NUMBER: builtins.int
     STOP_FIELD_NUMBER: builtins.int
+    WARM_FIELD_NUMBER: builtins.int
+    DUMP_STACKS_FIELD_NUMBER: builtins.int
     @property
     def header(self) -> Global___Header: ...
     @property
@@ -71,6 +131,10 @@ class Command(google.protobuf.message.Message):
     def confirm_checkpoint(self) -> Global___ConfirmCheckpoint: ...
     @property
     def stop(self) -> Global___Stop: ...
+    @property
+    def warm(self) -> Global___Warm: ...
+    @property
+    def dump_stacks(self) -> Global___DumpStacks: ...
     def __init__(
         self,
         *,
@@ -81,10 +145,12 @@ class Command(google.protobuf.message.Message):
         abort_checkpoint: Global___AbortCheckpoint | None = ...,
         confirm_checkpoint: Global___ConfirmCheckpoint | None = ...,
         stop: Global___Stop | None = ...,
+        warm: Global___Warm | None = ...,
+        dump_stacks: Global___DumpStacks | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["abort_checkpoint", b"abort_checkpoint", "begin_checkpoint", b"begin_checkpoint", "body", b"body", "confirm_checkpoint", b"confirm_checkpoint", "header", b"header", "prepare", b"prepare", "start", b"start", "stop", b"stop"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["abort_checkpoint", b"abort_checkpoint", "begin_checkpoint", b"begin_checkpoint", "body", b"body", "confirm_checkpoint", b"confirm_checkpoint", "header", b"header", "prepare", b"prepare", "start", b"start", "stop", b"stop"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["body", b"body"]) -> typing.Literal["prepare", "start", "begin_checkpoint", "abort_checkpoint", "confirm_checkpoint", "stop"] | None: ...
+    def HasField(self, field_name: typing.Literal["abort_checkpoint", b"abort_checkpoint", "begin_checkpoint", b"begin_checkpoint", "body", b"body", "confirm_checkpoint", b"confirm_checkpoint", "dump_stacks", b"dump_stacks", "header", b"header", "prepare", b"prepare", "start", b"start", "stop", b"stop", "warm", b"warm"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["abort_checkpoint", b"abort_checkpoint", "begin_checkpoint", b"begin_checkpoint", "body", b"body", "confirm_checkpoint", b"confirm_checkpoint", "dump_stacks", b"dump_stacks", "header", b"header", "prepare", b"prepare", "start", b"start", "stop", b"stop", "warm", b"warm"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["body", b"body"]) -> typing.Literal["prepare", "start", "begin_checkpoint", "abort_checkpoint", "confirm_checkpoint", "stop", "warm", "dump_stacks"] | None: ...
 
 Global___Command: typing_extensions.TypeAlias = Command
 
@@ -100,6 +166,7 @@ class Prepare(google.protobuf.message.Message):
     WORLD_SIZE_FIELD_NUMBER: builtins.int
     SERVE_STORE_FIELD_NUMBER: builtins.int
     MAX_RESTARTS_FIELD_NUMBER: builtins.int
+    NPROC_FIELD_NUMBER: builtins.int
     spec: builtins.bytes
     """The job's spec record, as stored in etcd."""
     store: builtins.str
@@ -109,6 +176,8 @@ class Prepare(google.protobuf.message.Message):
     world_size: builtins.int
     serve_store: builtins.bool
     max_restarts: builtins.int
+    nproc: builtins.int
+    """Ranks on this machine; 0: as the job file says."""
     def __init__(
         self,
         *,
@@ -120,10 +189,46 @@ class Prepare(google.protobuf.message.Message):
         world_size: builtins.int = ...,
         serve_store: builtins.bool = ...,
         max_restarts: builtins.int = ...,
+        nproc: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["first_rank", b"first_rank", "max_restarts", b"max_restarts", "nnodes", b"nnodes", "node_rank", b"node_rank", "serve_store", b"serve_store", "spec", b"spec", "store", b"store", "world_size", b"world_size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["first_rank", b"first_rank", "max_restarts", b"max_restarts", "nnodes", b"nnodes", "node_rank", b"node_rank", "nproc", b"nproc", "serve_store", b"serve_store", "spec", b"spec", "store", b"store", "world_size", b"world_size"]) -> None: ...
 
 Global___Prepare: typing_extensions.TypeAlias = Prepare
+
+@typing.final
+class Warm(google.protobuf.message.Message):
+    """Import everything ahead of a PREPARE that may come."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: builtins.int
+    NPROC_FIELD_NUMBER: builtins.int
+    spec: builtins.bytes
+    nproc: builtins.int
+    def __init__(
+        self,
+        *,
+        spec: builtins.bytes = ...,
+        nproc: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["nproc", b"nproc", "spec", b"spec"]) -> None: ...
+
+Global___Warm: typing_extensions.TypeAlias = Warm
+
+@typing.final
+class DumpStacks(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WHY_FIELD_NUMBER: builtins.int
+    why: builtins.str
+    def __init__(
+        self,
+        *,
+        why: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["why", b"why"]) -> None: ...
+
+Global___DumpStacks: typing_extensions.TypeAlias = DumpStacks
 
 @typing.final
 class RestorePoint(google.protobuf.message.Message):
@@ -308,7 +413,7 @@ class ReadLogRequest(google.protobuf.message.Message):
     """0: the newest this agent has"""
     rank: builtins.int
     stream: builtins.str
-    """stdout or stderr"""
+    """stdout, stderr or stacks"""
     offset: builtins.int
     """negative: that many bytes before the end"""
     bytes_max: builtins.int

@@ -46,6 +46,11 @@ class AgentStub(object):
                 request_serializer=dtrain_dot_v1_dot_agent__pb2.ReadLogRequest.SerializeToString,
                 response_deserializer=dtrain_dot_v1_dot_agent__pb2.LogChunk.FromString,
                 _registered_method=True)
+        self.Stacks = channel.unary_unary(
+                '/dtrain.v1.Agent/Stacks',
+                request_serializer=dtrain_dot_v1_dot_agent__pb2.StacksRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_agent__pb2.StacksReply.FromString,
+                _registered_method=True)
 
 
 class AgentServicer(object):
@@ -68,6 +73,13 @@ class AgentServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Stacks(self, request, context):
+        """Collect the stacks of a job's local ranks now, for a person. Changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -80,6 +92,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.ReadLog,
                     request_deserializer=dtrain_dot_v1_dot_agent__pb2.ReadLogRequest.FromString,
                     response_serializer=dtrain_dot_v1_dot_agent__pb2.LogChunk.SerializeToString,
+            ),
+            'Stacks': grpc.unary_unary_rpc_method_handler(
+                    servicer.Stacks,
+                    request_deserializer=dtrain_dot_v1_dot_agent__pb2.StacksRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_agent__pb2.StacksReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -138,6 +155,33 @@ class Agent(object):
             '/dtrain.v1.Agent/ReadLog',
             dtrain_dot_v1_dot_agent__pb2.ReadLogRequest.SerializeToString,
             dtrain_dot_v1_dot_agent__pb2.LogChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Stacks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Agent/Stacks',
+            dtrain_dot_v1_dot_agent__pb2.StacksRequest.SerializeToString,
+            dtrain_dot_v1_dot_agent__pb2.StacksReply.FromString,
             options,
             channel_credentials,
             insecure,

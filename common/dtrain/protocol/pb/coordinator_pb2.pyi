@@ -19,6 +19,149 @@ else:
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
+class CordonRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    AGENT_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    BY_FIELD_NUMBER: builtins.int
+    TTL_S_FIELD_NUMBER: builtins.int
+    DRAIN_FIELD_NUMBER: builtins.int
+    agent: builtins.str
+    reason: builtins.str
+    by: builtins.str
+    ttl_s: builtins.int
+    """0: until it is lifted"""
+    drain: builtins.bool
+    """what runs there goes on elsewhere"""
+    def __init__(
+        self,
+        *,
+        agent: builtins.str = ...,
+        reason: builtins.str = ...,
+        by: builtins.str = ...,
+        ttl_s: builtins.int = ...,
+        drain: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["agent", b"agent", "by", b"by", "drain", b"drain", "reason", b"reason", "ttl_s", b"ttl_s"]) -> None: ...
+
+Global___CordonRequest: typing_extensions.TypeAlias = CordonRequest
+
+@typing.final
+class CordonReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RECORD_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    record: builtins.bytes
+    revision: builtins.int
+    def __init__(
+        self,
+        *,
+        record: builtins.bytes = ...,
+        revision: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["record", b"record", "revision", b"revision"]) -> None: ...
+
+Global___CordonReply: typing_extensions.TypeAlias = CordonReply
+
+@typing.final
+class UncordonRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    AGENT_FIELD_NUMBER: builtins.int
+    agent: builtins.str
+    def __init__(
+        self,
+        *,
+        agent: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["agent", b"agent"]) -> None: ...
+
+Global___UncordonRequest: typing_extensions.TypeAlias = UncordonRequest
+
+@typing.final
+class UncordonReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REMOVED_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    removed: builtins.bool
+    """false: it was not cordoned"""
+    revision: builtins.int
+    def __init__(
+        self,
+        *,
+        removed: builtins.bool = ...,
+        revision: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["removed", b"removed", "revision", b"revision"]) -> None: ...
+
+Global___UncordonReply: typing_extensions.TypeAlias = UncordonReply
+
+@typing.final
+class JobStacksRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["job", b"job"]) -> None: ...
+
+Global___JobStacksRequest: typing_extensions.TypeAlias = JobStacksRequest
+
+@typing.final
+class JobStacksReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class RankStacks(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        RANK_FIELD_NUMBER: builtins.int
+        AGENT_FIELD_NUMBER: builtins.int
+        KIND_FIELD_NUMBER: builtins.int
+        WHERE_FIELD_NUMBER: builtins.int
+        TEXT_FIELD_NUMBER: builtins.int
+        rank: builtins.int
+        agent: builtins.str
+        kind: builtins.str
+        where: builtins.str
+        text: builtins.str
+        def __init__(
+            self,
+            *,
+            rank: builtins.int = ...,
+            agent: builtins.str = ...,
+            kind: builtins.str = ...,
+            where: builtins.str = ...,
+            text: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["agent", b"agent", "kind", b"kind", "rank", b"rank", "text", b"text", "where", b"where"]) -> None: ...
+
+    RANKS_FIELD_NUMBER: builtins.int
+    PROBLEMS_FIELD_NUMBER: builtins.int
+    @property
+    def ranks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___JobStacksReply.RankStacks]: ...
+    @property
+    def problems(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """machines that did not answer, in one sentence each"""
+
+    def __init__(
+        self,
+        *,
+        ranks: collections.abc.Iterable[Global___JobStacksReply.RankStacks] | None = ...,
+        problems: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["problems", b"problems", "ranks", b"ranks"]) -> None: ...
+
+Global___JobStacksReply: typing_extensions.TypeAlias = JobStacksReply
+
+@typing.final
 class PinCheckpointRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -412,12 +555,17 @@ class SetIntentRequest(google.protobuf.message.Message):
     WANTED_FIELD_NUMBER: builtins.int
     CHECKPOINT_TOKEN_FIELD_NUMBER: builtins.int
     BY_FIELD_NUMBER: builtins.int
+    NNODES_MIN_FIELD_NUMBER: builtins.int
+    NNODES_MAX_FIELD_NUMBER: builtins.int
     job: builtins.str
     wanted: builtins.str
-    """run or cancel; empty: unchanged"""
+    """run, suspend or cancel; empty: unchanged"""
     checkpoint_token: builtins.str
     """non-empty: take a checkpoint now"""
     by: builtins.str
+    nnodes_min: builtins.int
+    """with nnodes_max: replace those of the job file; 0: unchanged"""
+    nnodes_max: builtins.int
     def __init__(
         self,
         *,
@@ -425,8 +573,10 @@ class SetIntentRequest(google.protobuf.message.Message):
         wanted: builtins.str = ...,
         checkpoint_token: builtins.str = ...,
         by: builtins.str = ...,
+        nnodes_min: builtins.int = ...,
+        nnodes_max: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["by", b"by", "checkpoint_token", b"checkpoint_token", "job", b"job", "wanted", b"wanted"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["by", b"by", "checkpoint_token", b"checkpoint_token", "job", b"job", "nnodes_max", b"nnodes_max", "nnodes_min", b"nnodes_min", "wanted", b"wanted"]) -> None: ...
 
 Global___SetIntentRequest: typing_extensions.TypeAlias = SetIntentRequest
 

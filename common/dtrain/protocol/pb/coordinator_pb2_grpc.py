@@ -101,6 +101,21 @@ class CoordinatorStub(object):
                 request_serializer=dtrain_dot_v1_dot_coordinator__pb2.ReviewGarbageRequest.SerializeToString,
                 response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ReviewGarbageReply.FromString,
                 _registered_method=True)
+        self.Cordon = channel.unary_unary(
+                '/dtrain.v1.Coordinator/Cordon',
+                request_serializer=dtrain_dot_v1_dot_coordinator__pb2.CordonRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.CordonReply.FromString,
+                _registered_method=True)
+        self.Uncordon = channel.unary_unary(
+                '/dtrain.v1.Coordinator/Uncordon',
+                request_serializer=dtrain_dot_v1_dot_coordinator__pb2.UncordonRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.UncordonReply.FromString,
+                _registered_method=True)
+        self.Stacks = channel.unary_unary(
+                '/dtrain.v1.Coordinator/Stacks',
+                request_serializer=dtrain_dot_v1_dot_coordinator__pb2.JobStacksRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.JobStacksReply.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServicer(object):
@@ -200,6 +215,26 @@ class CoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Cordon(self, request, context):
+        """Keep new ranks off a machine, or let them on again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Uncordon(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Stacks(self, request, context):
+        """Collect the stacks of a job's ranks now, of all its machines that answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -267,6 +302,21 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.ReviewGarbage,
                     request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ReviewGarbageRequest.FromString,
                     response_serializer=dtrain_dot_v1_dot_coordinator__pb2.ReviewGarbageReply.SerializeToString,
+            ),
+            'Cordon': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cordon,
+                    request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.CordonRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_coordinator__pb2.CordonReply.SerializeToString,
+            ),
+            'Uncordon': grpc.unary_unary_rpc_method_handler(
+                    servicer.Uncordon,
+                    request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.UncordonRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_coordinator__pb2.UncordonReply.SerializeToString,
+            ),
+            'Stacks': grpc.unary_unary_rpc_method_handler(
+                    servicer.Stacks,
+                    request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.JobStacksRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_coordinator__pb2.JobStacksReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -622,6 +672,87 @@ class Coordinator(object):
             '/dtrain.v1.Coordinator/ReviewGarbage',
             dtrain_dot_v1_dot_coordinator__pb2.ReviewGarbageRequest.SerializeToString,
             dtrain_dot_v1_dot_coordinator__pb2.ReviewGarbageReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cordon(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Coordinator/Cordon',
+            dtrain_dot_v1_dot_coordinator__pb2.CordonRequest.SerializeToString,
+            dtrain_dot_v1_dot_coordinator__pb2.CordonReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Uncordon(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Coordinator/Uncordon',
+            dtrain_dot_v1_dot_coordinator__pb2.UncordonRequest.SerializeToString,
+            dtrain_dot_v1_dot_coordinator__pb2.UncordonReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Stacks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Coordinator/Stacks',
+            dtrain_dot_v1_dot_coordinator__pb2.JobStacksRequest.SerializeToString,
+            dtrain_dot_v1_dot_coordinator__pb2.JobStacksReply.FromString,
             options,
             channel_credentials,
             insecure,

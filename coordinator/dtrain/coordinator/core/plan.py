@@ -17,21 +17,35 @@ from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobSpe
 
 TRANSITIONS: dict[JobPhase | None, frozenset[JobPhase]] = {
     None: frozenset({JobPhase.QUEUED, JobPhase.STARTING, JobPhase.CANCELLED}),
-    JobPhase.QUEUED: frozenset({JobPhase.STARTING, JobPhase.CANCELLED}),
+    JobPhase.QUEUED: frozenset({JobPhase.STARTING, JobPhase.SUSPENDED, JobPhase.CANCELLED}),
     JobPhase.STARTING: frozenset(
-        {JobPhase.RUNNING, JobPhase.RECOVERING, JobPhase.CANCELLING, JobPhase.CANCELLED, JobPhase.FAILED}
+        {
+            JobPhase.RUNNING,
+            JobPhase.RECOVERING,
+            JobPhase.SUSPENDING,
+            JobPhase.CANCELLING,
+            JobPhase.CANCELLED,
+            JobPhase.FAILED,
+        }
     ),
     JobPhase.RUNNING: frozenset(
         {
             JobPhase.STARTING,
             JobPhase.RECOVERING,
+            JobPhase.SUSPENDING,
             JobPhase.CANCELLING,
             JobPhase.CANCELLED,
             JobPhase.SUCCEEDED,
             JobPhase.FAILED,
         }
     ),
-    JobPhase.RECOVERING: frozenset({JobPhase.STARTING, JobPhase.CANCELLED, JobPhase.FAILED}),
+    JobPhase.RECOVERING: frozenset(
+        {JobPhase.STARTING, JobPhase.QUEUED, JobPhase.SUSPENDED, JobPhase.CANCELLED, JobPhase.FAILED}
+    ),
+    JobPhase.SUSPENDING: frozenset(
+        {JobPhase.SUSPENDED, JobPhase.QUEUED, JobPhase.CANCELLING, JobPhase.CANCELLED, JobPhase.FAILED}
+    ),
+    JobPhase.SUSPENDED: frozenset({JobPhase.QUEUED, JobPhase.CANCELLED}),
     JobPhase.CANCELLING: frozenset({JobPhase.CANCELLED}),
     JobPhase.CANCELLED: frozenset(),
     JobPhase.SUCCEEDED: frozenset(),
@@ -40,7 +54,9 @@ TRANSITIONS: dict[JobPhase | None, frozenset[JobPhase]] = {
 """From a stored phase to what one decision may make of it. Staying is always
 allowed; a new submission of a finished job's name counts as None."""
 
-_TAKEN_OVER = frozenset({JobPhase.STARTING, JobPhase.RUNNING, JobPhase.RECOVERING, JobPhase.CANCELLING})
+_TAKEN_OVER = frozenset(
+    {JobPhase.STARTING, JobPhase.RUNNING, JobPhase.RECOVERING, JobPhase.SUSPENDING, JobPhase.CANCELLING}
+)
 
 EVENTS_CLEARED_AT_ONCE = 40
 COMMITS_CLEARED_AT_ONCE = 10
@@ -110,6 +126,8 @@ def _decide(draft: Draft) -> None:
             phases.running(draft)
         case JobPhase.RECOVERING:
             phases.recovering(draft)
+        case JobPhase.SUSPENDING | JobPhase.SUSPENDED:
+            draft.say("suspended")
         case JobPhase.CANCELLING:
             phases.cancelling(draft)
         case JobPhase.SUCCEEDED | JobPhase.FAILED | JobPhase.CANCELLED:
