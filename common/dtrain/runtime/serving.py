@@ -127,7 +127,9 @@ class _Connection:
 class StatusServer:
     """Serves ``pages`` by path on ``listener``, which it closes in the end. ``run`` is a thread's body.
 
-    ``report`` gets an event and its fields: a page that failed.
+    ``report`` gets an event and its fields: a page that failed. ``gives_way`` is asked before each
+    connection is accepted: True leaves this one and all others to a process that has the same
+    socket, as ``set_accepting(False)`` does, which may come too late.
     """
 
     def __init__(
@@ -137,8 +139,10 @@ class StatusServer:
         *,
         report: Callable[..., Any],
         monotonic: Callable[[], float] = time.monotonic,
+        gives_way: Callable[[], bool] = lambda: False,
     ) -> None:
         self._listener = listener
+        self._gives_way = gives_way
         self._pages = pages
         self._report = report
         self._monotonic = monotonic
@@ -213,6 +217,9 @@ class StatusServer:
         return min(_LOOK_S, max(0.0, min(instants) - self._monotonic())) if instants else _LOOK_S
 
     def _accept(self) -> None:
+        if self._gives_way():
+            self._accepting = False
+            return
         try:
             accepted, _ = self._listener.accept()
         except (BlockingIOError, ConnectionError, InterruptedError):

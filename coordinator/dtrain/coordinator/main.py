@@ -217,6 +217,8 @@ class Coordinator:
         self._health_thread.start()
         self._server.start(self._servicer)
         self._serves = True
+        # Before its own status port answers: the guardian's falls silent by this.
+        self._session.set_started()
         if self._status is not None:
             threading.Thread(
                 target=self._guarded, args=(self._status.run,), name="status", daemon=True
@@ -444,7 +446,6 @@ def run(argv: Sequence[str]) -> int:
     code = EX_SOFTWARE
     try:
         coordinator.start()
-        session.set_started()
         session.set_ready()
         gc.collect()
         # What exists now lives as long as the process: collections need not walk it again.

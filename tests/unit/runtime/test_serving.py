@@ -26,10 +26,12 @@ class Port:
     def __init__(self) -> None:
         self.reported: list[tuple[str, dict[str, Any]]] = []
         self.good = True
+        self.other_serves = False
         self.server = StatusServer(
             bind("127.0.0.1:0"),
             {"/readyz": self.ready, "/broken": self.broken, "/big": lambda: Page(200, BIG, "text/plain")},
             report=lambda event, **fields: self.reported.append((event, fields)),
+            gives_way=lambda: self.other_serves,
         )
         self.address = self.server.address
         self.thread = threading.Thread(target=self.server.run, daemon=True)
@@ -156,6 +158,25 @@ def test_connections_are_left_to_another_process_while_it_answers(port: Port) ->
             second.close()
     other.close()
     port.server._listener.setblocking(False)
+    port.server.set_accepting(True)
+    assert port.ask("/readyz")[0] == 200
+
+
+def test_the_first_connection_after_another_process_began_to_serve_is_already_left_to_it(port: Port) -> None:
+    assert port.ask("/readyz")[0] == 200
+    other = port.server._listener.dup()
+    other.setblocking(True)
+    other.settimeout(20.0)
+    port.other_serves = True
+    with port.connect() as client:
+        client.sendall(b"GET /readyz HTTP/1.0\r\n\r\n")
+        accepted, _ = other.accept()
+        accepted.sendall(b"from the other one")
+        accepted.close()
+        assert client.recv(65536) == b"from the other one"
+    other.close()
+    port.server._listener.setblocking(False)
+    port.other_serves = False
     port.server.set_accepting(True)
     assert port.ask("/readyz")[0] == 200
 

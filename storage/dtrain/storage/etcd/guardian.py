@@ -168,7 +168,13 @@ class _Guardian:
         self._standing = "waiting for a lease from etcd"
         self._polled_at = boottime()
         pages = {"/livez": self._live, "/readyz": self._unready, "/metrics": self._unready}
-        self._status = StatusServer(health, pages, report=self._report) if health is not None else None
+        self._memory: SessionMemory | None = None
+        """The page shared with the child that lives."""
+        self._status = (
+            None
+            if health is None
+            else StatusServer(health, pages, report=self._report, gives_way=self._child_serves)
+        )
         self._signals = 0
         self._signalled_at = 0.0
         self._has_run = False
@@ -224,6 +230,7 @@ class _Guardian:
             clean = code == 0 and child.memory.has_flag(CLEAN_STOP)
             lived_s = boottime() - child.started_at
             self._keeper.share_with(None)
+            self._memory = None
             os.close(child.pidfd)
             child.memory.close()
             self._stand_in("the process has ended and is started again")
@@ -293,6 +300,7 @@ class _Guardian:
         )
         now = boottime()
         self._standing = "the process is starting"
+        self._memory = memory
         self._report("child started", pid=process.pid)
         return _Child(process, memory, os.pidfd_open(process.pid), now, beat_at=now, told=told)
 
@@ -400,6 +408,15 @@ class _Guardian:
         self._standing = why
         if self._status is not None:
             self._status.set_accepting(True)
+
+    def _child_serves(self) -> bool:
+        # Looked up at each connection: who was told by the child that it is ready must not be
+        # told by its guardian, a moment later, that it is starting.
+        memory = self._memory
+        try:
+            return memory is not None and memory.has_flag(STARTED)
+        except ValueError:  # closed since: the child has ended
+            return False
 
     def _answer_probes(self) -> None:
         assert self._status is not None
