@@ -62,8 +62,8 @@ EXIT_NOT_FORKED = 70
 def log(event: str, **fields: object) -> None:
     """One line to launcher.log. Not ``logging``: its handlers would be inherited by the ranks."""
     now = time.time()
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
-    line = " ".join([f"{stamp}.{int(now * 1000) % 1000:03d}Z", event, *(f"{name}={value!r}" for name, value in fields.items())])
+    stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now * 1000) % 1000:03d}Z"
+    line = " ".join([stamp, event, *(f"{name}={value!r}" for name, value in fields.items())])
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode())
 

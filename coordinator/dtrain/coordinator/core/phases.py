@@ -17,6 +17,7 @@ from dtrain.coordinator.core import (
     placement,
     quarantine,
     retention,
+    spares,
 )
 from dtrain.coordinator.core.decisions import ProbeStore
 from dtrain.coordinator.core.draft import Draft
@@ -265,6 +266,7 @@ def running(draft: Draft) -> None:
         checkpoints.drive(draft, members)
     checkpoints.tell_outcomes(draft, members)
     release_strays(draft)
+    spares.keep_warm(draft)
     if draft.status.store:
         retention.sweep(draft)
 
@@ -614,7 +616,7 @@ def release_strays(draft: Draft) -> None:
     members = {member.agent for member in draft.status.members}
     for agent, stored in sorted(draft.job.workers.items()):
         snapshot = stored.value
-        if agent in members or snapshot.attempt > draft.status.attempt:
+        if agent in members or snapshot.attempt > draft.status.attempt or spares.is_kept(draft, agent):
             continue
         why = "this agent is not part of the attempt"
         draft.command(agent, Stop(draft.header_of(snapshot), 0.0, release=True, why=why))
