@@ -101,7 +101,7 @@ def test_a_late_one_does_not_bring_a_released_job_back() -> None:
     assert not table.state.jobs
 
 
-def test_a_released_machine_may_be_warmed_again_in_the_same_attempt() -> None:
+def test_a_released_machine_is_warmed_again_in_the_next_attempt() -> None:
     table = warmed(Table())
     table.command(table.stop(1, release=True))
     assert table.launcher_orders() == [Quit(30.0)]
@@ -109,6 +109,8 @@ def test_a_released_machine_may_be_warmed_again_in_the_same_attempt() -> None:
     table.report(LauncherEnded(0))
     assert not table.state.jobs
     table.command(order(table))
+    assert not accepted(table)
+    table.command(order(table, attempt=2))
     assert accepted(table)
     assert table.wanted(EnsureLauncher)
 

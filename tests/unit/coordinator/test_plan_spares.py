@@ -96,6 +96,28 @@ def test_a_spare_is_not_reserved_another_job_may_have_its_slots() -> None:
     assert stage.receivers(Stop) == ["c"]
 
 
+def test_one_that_was_released_is_warmed_again_in_the_next_attempt_only() -> None:
+    stage = training("c", store="s3://b")
+    idle(stage, "c", warm=True)
+    gone = stage.workers.pop(AgentName("c"))
+    stage.departed[AgentName("c")] = gone.value
+    stage.decide()
+    assert stage.receivers(Warm) == []
+    stage.fail("b")
+    stage.run(step=50)
+    stage.decide()
+    assert stage.receivers(Warm) == ["c"]
+
+
+def test_a_spare_that_does_not_answer_for_a_moment_keeps_what_it_has() -> None:
+    stage = training("c", "d")
+    idle(stage, "c", warm=True)
+    stage.unreachable[AgentName("c")] = stage.now
+    stage.decide()
+    assert stage.receivers(Stop) == []
+    assert stage.receivers(Warm) == ["d"]
+
+
 def test_the_warm_machine_takes_the_place_of_a_lost_one() -> None:
     stage = training("c", "d", "e", store="s3://b")
     idle(stage, "d", warm=True)

@@ -25,7 +25,7 @@ def refusal(state: AgentState, job: JobState | None, command: Warm) -> str:
     head = command.header
     if state.drain is not None:
         return "this agent is draining"
-    if head.attempt < state.over.get(head.uid, 0):
+    if head.attempt <= state.over.get(head.uid, 0):
         return f"attempt {head.attempt} was released here"
     if job is None:
         return ""

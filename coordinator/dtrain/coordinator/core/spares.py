@@ -35,6 +35,8 @@ def warm(draft: Draft, name: AgentName) -> None:
     stored = draft.job.workers.get(name)
     if stored is not None and not _may_be_warmed(draft, name):
         return  # it is ready, or what is left there has to go first
+    if stored is None and _was_released(draft, name):
+        return  # a late order must not bring back what was released; the next attempt's is another one
     nproc = draft.spec.nproc_per_node or draft.fleet.agents[name].node.slots
     draft.command(name, Warm(draft.header(f"warm.{draft.status.attempt}"), draft.spec, nproc))
 
@@ -43,7 +45,21 @@ def is_kept(draft: Draft, name: AgentName) -> bool:
     """Whether what an agent shows of the job is a spare's launcher, which is wanted."""
     snapshot = draft.job.workers[name].value
     ours = snapshot.uid == draft.status.uid and snapshot.phase is WorkerPhase.IDLE
-    return ours and name in chosen(draft)
+    if not ours or not draft.spec.spares:
+        return False
+    view = draft.fleet.agents.get(name)
+    # One that did not answer lately is not chosen, but nothing is wrong with what it has imported.
+    return name in chosen(draft) or (view is not None and placement.resting(draft, name, view))
+
+
+def _was_released(draft: Draft, name: AgentName) -> bool:
+    """Whether this very life of the agent has let go of the job during the attempt."""
+    gone = draft.job.departed.get(name)
+    return (
+        gone is not None
+        and (gone.uid, gone.attempt) == (draft.status.uid, draft.status.attempt)
+        and gone.incarnation == draft.fleet.agents[name].node.incarnation
+    )
 
 
 def _may_be_warmed(draft: Draft, name: AgentName) -> bool:
