@@ -182,6 +182,7 @@ class LocalRank:
             self.metrics,
             self.sdk,
             self.save_at,
+            sealed=self.sealed.seq if self.sealed else Seq(0),
         )
 
 
