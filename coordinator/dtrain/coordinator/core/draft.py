@@ -173,9 +173,10 @@ class Draft:
         """Decide only if no key is under ``prefix``."""
         self._absent.append(NoKeysUnder(prefix))
 
-    def put(self, key: str, value: Any, expect_mod: int) -> None:
+    def put(self, key: str, value: Any, expect_mod: int, *, lease_ttl_s: float = 0.0) -> None:
+        """Write a record; with ``lease_ttl_s`` one that goes by itself after so long."""
         assert key not in self._writes, f"{key} is written twice in one decision"
-        self._writes[key] = PutRecord(key, value, expect_mod)
+        self._writes[key] = PutRecord(key, value, expect_mod, lease_ttl_s)
 
     def delete(self, key: str, expect_mod: int | None) -> None:
         assert key not in self._writes, f"{key} is written twice in one decision"
