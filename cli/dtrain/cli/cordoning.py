@@ -45,7 +45,8 @@ def await_empty(client: "Client", agent: str, *, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     revision = 0
     while True:
-        reading = client.read(f"agents/{agent}/", after_revision=revision, wait_s=POLL_S if revision else 0.0)
+        wait_s = max(0.0, min(POLL_S, deadline - time.monotonic())) if revision else 0.0
+        reading = client.read(f"agents/{agent}/", after_revision=revision, wait_s=wait_s)
         revision = reading.revision
         found = records.group(reading).agents.get(agent)
         workers = {} if found is None else found.workers
