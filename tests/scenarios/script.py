@@ -10,9 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from dtrain.protocol.checkpoint import CommitRecord
-from dtrain.protocol.cluster import Cordon
+from dtrain.protocol.cluster import Blame, Cordon, Suspicion
 from dtrain.protocol.events import EventReason
-from dtrain.protocol.ids import AgentName, JobName, Uid
+from dtrain.protocol.ids import AgentName, Attempt, JobName, Term, Uid
 from dtrain.protocol.job import (
     TERMINAL_PHASES,
     CheckpointPolicy,
@@ -23,6 +23,7 @@ from dtrain.protocol.job import (
     RestartPolicy,
     Wanted,
 )
+from dtrain.protocol.snapshot import FailureKind
 from dtrain.storage.etcd.port import Delete, Txn
 from tests.scenarios.stage import TICK_S, Stage, StageMachine
 from tests.sim.training import SimRank
@@ -262,6 +263,15 @@ class Script:
         self._stage.cordon_s = float(seconds)
         for coordinator in self._stage.coordinators.values():
             coordinator.driver.world._cordon_s = float(seconds)
+
+    def do_blamed(self, name: str, times: str) -> None:
+        """``blamed a2 2``: so many attempts of other jobs have ended because of it."""
+        agent, began = AgentName(name), 1_800_000_000.0
+        blames = tuple(
+            Blame(JobName(f"other-{n}"), Uid(f"o{n}"), Attempt(1), FailureKind.SIGNAL, began)
+            for n in range(int(times))
+        )
+        self._stage.put(self._stage.keys.suspicion(agent), Suspicion(Term(1), agent, blames))
 
     def do_cordon(self, name: str, *words: str) -> None:
         """``cordon a2 [drain] new disk``: an operator wants it free of new ranks, or empty."""

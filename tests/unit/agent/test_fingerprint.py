@@ -16,7 +16,7 @@ STACK = """Traceback (most recent call last):
 
 
 def error(
-    home: str = "/home/ann/x", last: str = "ValueError: bad batch 17 at 0x7f3a", message: str = ""
+    home: str = "/data/ann/x", last: str = "ValueError: bad batch 17 at 0x7f3a", message: str = ""
 ) -> str:
     stack = STACK.format(home=home, last=last)
     return json.dumps({"message": {"message": message or last, "extraInfo": {"py_callstack": stack}}})
