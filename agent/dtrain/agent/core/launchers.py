@@ -171,7 +171,7 @@ def _ended(state: AgentState, job: JobState, report: RankEnded, now: float) -> J
     job = replace_rank(job, rank)
     if good or job.stopping is not None or job.phase not in (*_RUNNING, WorkerPhase.ERROR):
         return job
-    return fail(job, rank_failure(state.machine.agent, job, rank, report), now)
+    return fail(job, rank_failure(state.machine.agent, job, rank, report, now=now), now)
 
 
 def _launcher_ended(

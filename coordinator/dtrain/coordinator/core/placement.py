@@ -32,17 +32,27 @@ class Placement:
     why: str = ""
 
 
-def place(draft: Draft, *, avoid: Set[AgentName] = frozenset(), join_window: bool) -> Placement:
+def place(
+    draft: Draft,
+    *,
+    avoid: Set[AgentName] = frozenset(),
+    without: Set[AgentName] = frozenset(),
+    join_window: bool,
+) -> Placement:
     """Choose members for the next attempt.
 
-    ``avoid`` is used only if nothing else is there. With ``join_window`` fewer
-    than ``nnodes_max`` machines are taken only after JOIN_WINDOW_S.
+    ``avoid`` is used only if nothing else is there, ``without`` only if there are not enough others
+    for the smallest size. With ``join_window`` fewer than ``nnodes_max`` machines are taken only after
+    JOIN_WINDOW_S.
     """
     spec = draft.spec
     if draft.fleet.brake:
         draft.say(draft.fleet.brake)  # its numbers change: they are not stored
         return Placement(why="nothing is placed while the brake is on")
     usable = candidates(draft)
+    others = {name: view for name, view in usable.items() if name not in without}
+    if len(others) >= spec.nnodes_min:
+        usable = others
     if len(usable) < spec.nnodes_min:
         return Placement(why=_short_of(draft, usable))
     if join_window and len(usable) < spec.nnodes_max:
