@@ -173,7 +173,8 @@ MEANINGS = {
     "CommitRecord.parent": "newest good checkpoint before it",
     "Condition.last_transition": "when `status` changed (UTC)",
     "Condition.reason": "CamelCase, for programs",
-    "Condition.type": "Accepted, Placed, RanksReady, Progressing, Checkpointed, Degraded or Finished",
+    "Condition.type": "Accepted, Placed, RanksReady, Progressing, Checkpointed, Degraded, NonFinite, "
+    "Straggling or Finished",
     "DurablePart.size_bytes": "bytes of the rank's blobs",
     "Entry.args": "its arguments",
     "Entry.kind": "script, module or command",

@@ -362,6 +362,8 @@ class JobStatus:
     """The last failures that have a traceback, oldest first."""
     passed_over: tuple[Seq, ...] = ()
     """Committed checkpoints that no attempt begins from any more: training was rolled back past them."""
+    nonfinite_step: Step = Step(0)
+    """Up to which step of this attempt numbers that are not finite have been told of."""
     preempted_by: str = ""
     """With SUSPENDING, and QUEUED after it: the job that needs the machines."""
     unswept: tuple[Former, ...] = ()

@@ -105,6 +105,8 @@ class SaveProblem:
     late: bool
     step: Step
     message: str
+    unfit: bool = False
+    """A number that must stay finite is not: what was sealed for it, durable or not, does not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +208,8 @@ class RankState:
     timing: Timing | None = None
     nonfinite: tuple[str, ...] = ()
     """Reported numbers that are NaN or infinite now."""
+    nonfinite_seen: Mapping[str, Step] = field(default_factory=dict)
+    """Those that ever were in this attempt, and the step that it happened in last."""
 
 
 @dataclass(frozen=True, slots=True)
