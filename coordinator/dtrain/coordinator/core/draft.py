@@ -104,10 +104,13 @@ class Draft:
         return [commit for commit in self.job.commits if commit.value.uid == self.status.uid]
 
     def newest_good(self) -> CommitRecord | None:
-        """What the next attempt would restore: the newest commit that is not quarantined."""
-        bad = self.quarantined | set(self.job.bad)
-        good = [c.value for c in self.commits()] + self.committed
-        return max((c for c in good if c.seq not in bad), key=lambda c: c.seq, default=None)
+        """What the next attempt would restore: the newest commit that is neither damaged nor passed over."""
+        return max(self.good_commits(), key=lambda c: c.seq, default=None)
+
+    def good_commits(self) -> list[CommitRecord]:
+        """Commits that an attempt may begin from."""
+        unfit = self.quarantined | set(self.job.bad) | set(self.status.passed_over)
+        return [c for c in [*(s.value for s in self.commits()), *self.committed] if c.seq not in unfit]
 
     # Deciding -----------------------------------------------------------------
 
