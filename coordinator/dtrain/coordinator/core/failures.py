@@ -92,16 +92,23 @@ def event_of(failure: Failure) -> tuple[EventReason, str]:
             return EventReason.PROCESS_UNKILLABLE, about
         case FailureKind.UNREACHABLE | FailureKind.PREPARE:
             return EventReason.PREPARE_TIMEOUT, about
+        case FailureKind.NONFINITE:
+            return EventReason.NON_FINITE, about
         case _:
             return EventReason.RANK_EXITED, about
 
 
 def within_window(draft: Draft) -> tuple[float, ...]:
-    """Restarts that still count; a commit of the attempt gives all of them back."""
+    """Restarts that still count; a commit of the attempt gives all of them back.
+
+    Not if training is to go back past it: it would go that way for ever.
+    """
     newest = max(
         [commit.value for commit in draft.commits()] + draft.committed, key=lambda c: c.seq, default=None
     )
-    if newest is not None and newest.attempt == draft.status.attempt:
+    cause = draft.status.failure
+    rolled = draft.status.charge and cause is not None and cause.kind is FailureKind.NONFINITE
+    if newest is not None and newest.attempt == draft.status.attempt and not rolled:
         return ()
     horizon = draft.moment.wall - draft.spec.restarts.window_s
     return tuple(at for at in draft.status.restarts if at > horizon)

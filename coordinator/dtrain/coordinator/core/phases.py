@@ -14,9 +14,12 @@ from dtrain.coordinator.core import (
     draining,
     failures,
     importing,
+    nonfinite,
     placement,
     quarantine,
     retention,
+    rollback,
+    stragglers,
 )
 from dtrain.coordinator.core.decisions import ProbeStore
 from dtrain.coordinator.core.draft import Draft
@@ -33,8 +36,8 @@ from dtrain.coordinator.core.liveness import (
 from dtrain.coordinator.core.views import Damage
 from dtrain.protocol.commands import Prepare, Start, Stop
 from dtrain.protocol.events import EventReason
-from dtrain.protocol.ids import AgentName, Attempt
-from dtrain.protocol.job import JobPhase, Member, RestorePoint, Wanted
+from dtrain.protocol.ids import AgentName, Attempt, Step
+from dtrain.protocol.job import JobPhase, Member, NonFiniteAction, RestorePoint, Wanted
 from dtrain.protocol.snapshot import BadBlob, Failure, FailureKind, WorkerPhase, WorkerSnapshot
 
 SILENT_S = 10.0
@@ -128,6 +131,8 @@ def start_attempt(draft: Draft, members: tuple[Member, ...], store: str) -> None
         late_saves=0,
         failed_saves=0,
         final_tries=0,
+        nonfinite_step=Step(0),
+        stragglers=(),
     )
     names = ", ".join(member.agent for member in members[:8]) + (", ..." if len(members) > 8 else "")
     draft.event(
@@ -264,6 +269,8 @@ def running(draft: Draft) -> None:
     if not going:
         checkpoints.drive(draft, members)
     checkpoints.tell_outcomes(draft, members)
+    nonfinite.note(draft, members)
+    stragglers.note(draft, members)
     release_strays(draft)
     if draft.status.store:
         retention.sweep(draft)
@@ -278,6 +285,8 @@ def succeed(draft: Draft) -> None:
         reason = f"training ended; checkpoint {last.seq} of step {step} is the last one"
     elif not draft.status.store:
         reason = "training ended; no store is configured, so there is no checkpoint of its end"
+    elif unfit := nonfinite.unfit_at_end(draft):
+        reason = f"training ended; there is no checkpoint of its end, as {unfit}"
     elif checkpoints.gave_up_final(draft):
         reason = "training ended; the checkpoint of its end failed too often"
     else:
@@ -306,6 +315,9 @@ def _why_over(draft: Draft, members: Sequence[Seat]) -> Ending | None:
             failures.root_cause(final) if final else _leader_failure(draft, FailureKind.EXIT, "exit code 93")
         )
         return Ending(cause, charge=True, do_not_retry=True)
+    if (sick := nonfinite.failure(draft, members)) is not None:
+        # A script that ends because of it only says the same again.
+        return Ending(sick, charge=True)
     # Machines that go away or do not answer are nobody's fault: they cost no restart.
     free = _losses(draft, members)
     if draft.status.phase is JobPhase.STARTING:
@@ -454,6 +466,13 @@ def attempt_over(draft: Draft, ending: Ending, *, avoid: Set[AgentName] = frozen
         text = f"{failures.sentence(failure)}; exit code 93 means do not retry"
         fail(draft, EventReason.DO_NOT_RETRY, text)
         return
+    if failure.kind is FailureKind.NONFINITE:
+        policy = draft.spec.nonfinite
+        if policy.action is NonFiniteAction.FAIL:
+            checkpoints.settle(draft, patient=False)
+            fail(draft, EventReason.NON_FINITE, failures.sentence(failure))
+            return
+        rollback.pass_over(draft, policy.back, to_scratch=True)
     draft.enter(JobPhase.RECOVERING, f"recovering from: {failures.sentence(failure)}", members=())
     recovering(draft, avoid=avoid)
 
