@@ -14,15 +14,26 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from dtrain.cli.durations import parse_s
 from dtrain.protocol.errors import Refused
 from dtrain.protocol.ids import JobName, Uid, parse_name
-from dtrain.protocol.job import CheckpointPolicy, Entry, EntryKind, JobSpec, RestartPolicy
+from dtrain.protocol.job import (
+    CheckpointPolicy,
+    Entry,
+    EntryKind,
+    JobSpec,
+    NonFiniteAction,
+    NonFinitePolicy,
+    RestartPolicy,
+)
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _RANGE = re.compile(r"(\d+)\s*:\s*(\d+)")
 
 NPROC_WORDS = ("auto", "cpu", "gpu")
-_CHECKPOINT, _RESTARTS = CheckpointPolicy(), RestartPolicy()
+_CHECKPOINT, _RESTARTS, _NONFINITE = CheckpointPolicy(), RestartPolicy(), NonFinitePolicy()
 
+
+METRIC_NAME_CHARS_MAX = 64
+"""Of reported numbers: agents cut longer names."""
 
 BANDWIDTH_MB_S_MIN, BANDWIDTH_MB_S_MAX = 0.1, 1_000_000.0
 
@@ -177,6 +188,23 @@ def _yes_or_no(value: Any) -> bool:
     return value
 
 
+def _nonfinite_action(value: Any) -> str:
+    allowed = [action.value for action in NonFiniteAction]
+    if value not in allowed:
+        raise ValueError(f"{_show(value)} is none of {', '.join(allowed)}")
+    return str(value)
+
+
+def _metrics(value: Any) -> tuple[str, ...]:
+    names = _words(value)
+    for name in names:
+        if not name or len(name) > METRIC_NAME_CHARS_MAX:
+            raise ValueError(
+                f"{name!r} is not the name of a number of at most {METRIC_NAME_CHARS_MAX} characters"
+            )
+    return names
+
+
 def _show(value: Any) -> str:
     if value is None:
         return "nothing"
@@ -211,6 +239,14 @@ class RestartsSection(_Strict):
     window: Annotated[float, _seconds(above_zero=True)] = _RESTARTS.window_s
 
 
+class NonFiniteSection(_Strict):
+    """``nonfinite:``, what follows from a reported number that is NaN or infinite."""
+
+    action: Annotated[str, BeforeValidator(_nonfinite_action)] = _NONFINITE.action.value
+    metrics: Annotated[tuple[str, ...], BeforeValidator(_metrics)] = _NONFINITE.metrics
+    back: Annotated[int, _integer(1, 1000)] = _NONFINITE.back
+
+
 class JobModel(_Strict):
     """A whole job file."""
 
@@ -226,6 +262,7 @@ class JobModel(_Strict):
     preload: Annotated[tuple[str, ...], BeforeValidator(_modules)] = ()
     checkpoint: CheckpointSection = CheckpointSection()
     restarts: RestartsSection = RestartsSection()
+    nonfinite: NonFiniteSection = NonFiniteSection()
     shutdown_grace: Annotated[float, _seconds()] = 30.0
     isolation_grace: Annotated[float, _seconds()] = 0.0
     reschedule_grace: Annotated[float, _seconds()] = 0.0
@@ -268,6 +305,11 @@ def to_spec(model: JobModel, folder: Path) -> JobSpec:
             await_import=model.checkpoint.await_import,
         ),
         restarts=RestartPolicy(max_restarts=model.restarts.max, window_s=model.restarts.window),
+        nonfinite=NonFinitePolicy(
+            action=NonFiniteAction(model.nonfinite.action),
+            metrics=model.nonfinite.metrics,
+            back=model.nonfinite.back,
+        ),
         shutdown_grace_s=model.shutdown_grace,
         isolation_grace_s=model.isolation_grace,
         reschedule_grace_s=model.reschedule_grace,

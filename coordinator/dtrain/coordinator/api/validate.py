@@ -4,7 +4,7 @@ import math
 
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.ids import parse_name
-from dtrain.protocol.job import JobSpec
+from dtrain.protocol.job import JobSpec, NonFiniteAction
 from dtrain.runtime import redact
 
 NODES_MAX = 10_000
@@ -18,6 +18,8 @@ SPEC_BYTES_MAX = 250 * 1024
 """As stored; below what anybody reads, so that no accepted job is unreadable."""
 PRELOAD_MAX = 64
 KEEP_LAST_MAX = 1_000
+METRICS_MAX = 8
+"""Numbers that must stay finite: agents tell of no more."""
 STORES = ("/", "file:///", "s3://", "memory://")
 
 
@@ -72,6 +74,15 @@ def check(spec: JobSpec) -> None:
     _seconds("checkpoint.timeout", policy.timeout_s, 1.0)
     _between("restarts.max", spec.restarts.max_restarts, 0, 10**6)
     _seconds("restarts.window", spec.restarts.window_s, 1.0)
+    policy_of_numbers = spec.nonfinite
+    _between("nonfinite.back", policy_of_numbers.back, 1, KEEP_LAST_MAX)
+    _between("nonfinite.metrics", len(policy_of_numbers.metrics), 0, METRICS_MAX)
+    if policy_of_numbers.action is NonFiniteAction.ROLLBACK and policy_of_numbers.back >= policy.keep_last:
+        raise _bad(
+            "nonfinite.back",
+            f"is {policy_of_numbers.back}, and only {policy.keep_last} checkpoints are kept",
+            f"set checkpoint.keep_last to {policy_of_numbers.back + 1} or more",
+        )
     _seconds("shutdown_grace", spec.shutdown_grace_s, 0.0)
     _seconds("isolation_grace", spec.isolation_grace_s, 0.0)
     _seconds("reschedule_grace", spec.reschedule_grace_s, 0.0)

@@ -25,8 +25,8 @@ FINE_RATIO = 1.25
 SHARE = 0.1
 """Of the step: a rank that costs the others less is not worth a word."""
 
-NAMED_AFTER_S = 15.0
-FINE_AFTER_S = 15.0
+NAMED_AFTER_S = 10.0
+FINE_AFTER_S = 10.0
 """So long without a pause, on top of the steps that the reported medians are of."""
 
 SHOWN_MAX = 8
@@ -69,10 +69,9 @@ def compare(snapshots: Iterable[WorkerSnapshot]) -> dict[Rank, Slow]:
     ]
     if len(known) < 2:
         return {}
-    # Of two, the other one is the measure; of more, a single slow one does not move the median.
-    middle = min if len(known) == 2 else statistics.median
-    usual_s = middle([timing.own_s for _, _, timing in known])
-    data_s = middle([timing.data_s for _, _, timing in known])
+    # The lower one: of two ranks the other is the measure, and half of them may be slow.
+    usual_s = statistics.median_low([timing.own_s for _, _, timing in known])
+    data_s = statistics.median_low([timing.data_s for _, _, timing in known])
     least = max(FINE_RATIO * usual_s, usual_s + SHARE * max(timing.step_s for _, _, timing in known))
     return {
         rank: Slow(rank, agent, timing.own_s, usual_s, max(0.0, timing.data_s - data_s))
