@@ -20,6 +20,8 @@ from dtrain.protocol.job import (
     EntryKind,
     Intent,
     JobSpec,
+    NonFiniteAction,
+    NonFinitePolicy,
     RestartPolicy,
     Wanted,
 )
@@ -117,10 +119,11 @@ class Script:
     def do_submit(self, name: str, *words: str) -> None:
         """``submit JOB nnodes=1[:2] nproc=1 every_steps=0 steps=1000 keep=3 restarts=10 timeout=60``,
 
-        ``isolation_grace=0 reschedule_grace=0 spares=0``.
+        ``isolation_grace=0 reschedule_grace=0 spares=0 nonfinite=warn|fail|rollback:2``.
         """
         _, options = _options(words)
         low, _, high = options.get("nnodes", "1").partition(":")
+        action, _, back = options.get("nonfinite", "warn").partition(":")
         stage, job = self._stage, JobName(name)
         saves: dict[tuple[int, int], int] = {}
         stage.jobs[job] = SimpleNamespace(
@@ -145,6 +148,7 @@ class Script:
             isolation_grace_s=float(options.get("isolation_grace", "0")),
             reschedule_grace_s=float(options.get("reschedule_grace", "0")),
             spares=int(options.get("spares", "0")),
+            nonfinite=NonFinitePolicy(NonFiniteAction(action), back=int(back or "1")),
         )
         stage.jobs[job].spec = spec
         # The simulation's checks find a job by its submission.
@@ -243,6 +247,11 @@ class Script:
             self._stage.leader().crash()
         else:
             raise ScriptError(f"nobody knows how to crash {what!r}")
+
+    def do_nan(self, _rank: str, number: str, *words: str) -> None:
+        """``nan rank 1 steps=1``: its loss is NaN in the steps to come."""
+        _, options = _options(words)
+        self._rank(int(number)).sick_steps = int(options.get("steps", "1"))
 
     def do_exit(self, _rank: str, number: str, code: str, *words: str) -> None:
         """``exit rank 2 1 ValueError: bad batch``: a rank ends with a code and an error."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dtrain.coordinator.core import invariants
+from dtrain.coordinator.core import invariants, stragglers
 from dtrain.coordinator.core.decisions import Decision, Directed, PutRecord, Work
 from dtrain.coordinator.core.plan import plan
 from dtrain.coordinator.core.views import (
@@ -13,6 +13,7 @@ from dtrain.coordinator.core.views import (
     Inspection,
     JobView,
     Moment,
+    Sightings,
     Stored,
     SweepFound,
     Verdict,
@@ -170,6 +171,7 @@ class Stage:
     swept_at: float | None = None
     swept_former: set[Uid] = field(default_factory=set)
     step_rate: float = 0.0
+    sightings: Sightings = Sightings()
     last: Decision = field(default_factory=Decision)
     decisions: int = 0
     history: list[JobPhase] = field(default_factory=list)
@@ -274,7 +276,16 @@ class Stage:
             store_ok=self.store_ok,
             store_problem=self.store_problem,
             step_rate=self.step_rate,
+            sightings=self._sightings(),
         )
+
+    def _sightings(self) -> Sightings:
+        stored = next(iter(self.of("status").values()), None)
+        if stored is not None:
+            of = (stored.value.uid, stored.value.attempt)
+            shown = [one.value for one in self.workers.values() if (one.value.uid, one.value.attempt) == of]
+            self.sightings = stragglers.observe(self.sightings, stored.value, shown, self.now)
+        return self.sightings
 
     def fleet(self) -> FleetView:
         """The machines as the leader sees them."""
@@ -587,6 +598,7 @@ class Stage:
         self.unreachable.clear()
         self.swept_at = None
         self.swept_former.clear()
+        self.sightings = Sightings()
         for cell in self.cells.values():
             cell.seen_at = self.now
         self.agents = {

@@ -36,6 +36,7 @@ from dtrain.protocol.job import (
     JobPhase,
     JobSpec,
     JobStatus,
+    NonFinitePolicy,
     RestartPolicy,
 )
 from dtrain.protocol.snapshot import RankState, WorkerPhase, WorkerSnapshot
@@ -143,6 +144,7 @@ class Harness:
         reschedule_grace_s: float = 0.0,
         marks: bool = True,
         await_import: bool = False,
+        nonfinite: NonFinitePolicy = NonFinitePolicy(),  # noqa: B008 - immutable
     ) -> JobName:
         """Submit a job; its ranks leave marks."""
         job = JobName(name)
@@ -167,6 +169,7 @@ class Harness:
             shutdown_grace_s=shutdown_grace_s,
             isolation_grace_s=isolation_grace_s,
             reschedule_grace_s=reschedule_grace_s,
+            nonfinite=nonfinite,
         )
         self.client.submit(codec.encode(self._specs[job]), uuid.uuid4().hex)
         return job

@@ -383,7 +383,7 @@ def _cut_logs(snapshot: WorkerSnapshot) -> WorkerSnapshot:
 
 def _cut_metrics(snapshot: WorkerSnapshot) -> WorkerSnapshot:
     return dataclasses.replace(
-        snapshot, ranks=tuple(dataclasses.replace(rank, metrics={}) for rank in snapshot.ranks)
+        snapshot, ranks=tuple(dataclasses.replace(rank, metrics={}, timing=None) for rank in snapshot.ranks)
     )
 
 

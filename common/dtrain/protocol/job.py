@@ -362,6 +362,10 @@ class JobStatus:
     """The last failures that have a traceback, oldest first."""
     passed_over: tuple[Seq, ...] = ()
     """Committed checkpoints that no attempt begins from any more: training was rolled back past them."""
+    nonfinite_step: Step = Step(0)
+    """Numbers of this attempt that were not finite have been told of up to here, this step not included."""
+    stragglers: tuple[Rank, ...] = ()
+    """Ranks of this attempt that are persistently slower than the others."""
     preempted_by: str = ""
     """With SUSPENDING, and QUEUED after it: the job that needs the machines."""
     unswept: tuple[Former, ...] = ()

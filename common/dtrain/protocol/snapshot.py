@@ -105,6 +105,8 @@ class SaveProblem:
     late: bool
     step: Step
     message: str
+    unfit: bool = False
+    """A number that must stay finite is not: what was sealed for it, durable or not, does not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +210,8 @@ class RankState:
     """Reported numbers that are NaN or infinite now."""
     sealed: Seq = Seq(0)
     """The newest checkpoint that lies complete in this rank's arena; known for sure once it has ended."""
+    nonfinite_seen: Mapping[str, Step] = field(default_factory=dict)
+    """Those that ever were in this attempt, and the step that it happened in last."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
+from dtrain.coordinator.core import stragglers
 from dtrain.coordinator.core.decisions import InspectCheckpoint
 from dtrain.coordinator.core.views import (
     AgentView,
     FleetView,
     Inspection,
     JobView,
+    Sightings,
     Stored,
     SweepFound,
     Verdict,
@@ -108,6 +110,7 @@ class _Job:
     """(instant, step) of the current attempt, oldest first."""
     progress_of: tuple[str, int] = ("", 0)
     """The uid and attempt that ``progress`` is of."""
+    sightings: Sightings = Sightings()
     broken: dict[str, str] = field(default_factory=dict)
     """Why a record cannot be used, by key."""
     status: JobStatus | None = None
@@ -331,6 +334,7 @@ class World:
             store_problem=job.store_problem,
             store_probed_at=job.store_probed_at,
             step_rate=_step_rate(job, workers.values()),
+            sightings=_sightings(job, workers.values()),
             quarantined=self.quarantine(name),
         )
 
@@ -705,6 +709,17 @@ def _uid(cell: _Cell[Any]) -> str:
 
 def _is_current(snapshot: WorkerSnapshot, status: JobStatus | None) -> bool:
     return status is not None and snapshot.uid == status.uid and snapshot.attempt >= status.attempt
+
+
+def _sightings(job: _Job, workers: Iterable[Stored[WorkerSnapshot]]) -> Sightings:
+    """Which ranks are slower than the others, and since when, by all snapshots seen so far."""
+    if job.status is not None:
+        of = (str(job.status.uid), int(job.status.attempt))
+        shown = [stored for stored in workers if (stored.value.uid, stored.value.attempt) == of]
+        at = max((stored.seen_at for stored in shown), default=0.0)
+        values = [stored.value for stored in shown]
+        job.sightings = stragglers.observe(job.sightings, job.status, values, at)
+    return job.sightings
 
 
 def _step_rate(job: _Job, workers: Iterable[Stored[WorkerSnapshot]]) -> float:

@@ -7,7 +7,7 @@ import pytest
 from dtrain.cli import jobfile
 from dtrain.cli.jobfile import BadJobFile
 from dtrain.protocol.errors import ErrorCode, NotFound
-from dtrain.protocol.job import EntryKind, FailureRule, JobSpec, RuleAction
+from dtrain.protocol.job import EntryKind, FailureRule, JobSpec, NonFiniteAction, NonFinitePolicy, RuleAction
 
 MINIMAL = "name: digits\nscript: train.py\n"
 
@@ -74,6 +74,14 @@ reschedule_grace: 20
     assert (spec.restarts.max_restarts, spec.restarts.window_s) == (3, 5400.0)
     assert spec.shutdown_grace_s == 0.5
     assert (spec.isolation_grace_s, spec.reschedule_grace_s) == (1800.0, 20.0)
+
+
+def test_what_follows_from_numbers_that_are_not_finite() -> None:
+    spec = parse(MINIMAL + "nonfinite: {action: rollback, metrics: [loss, norm], back: 2}")
+    assert spec.nonfinite == NonFinitePolicy(NonFiniteAction.ROLLBACK, ("loss", "norm"), 2)
+    assert parse(MINIMAL).nonfinite == NonFinitePolicy()
+    (found,) = errors(MINIMAL + "nonfinite: {action: ignore}")
+    assert "nonfinite.action: 'ignore' is none of warn, rollback, fail" in found
 
 
 def test_a_range_of_nodes_is_not_read_as_a_sexagesimal_number() -> None:

@@ -217,6 +217,9 @@ def test_submissions_at_once_create_one_job(replica: Replica) -> None:
         ({"checkpoint": {"store": "ftp://x"}}, "not a store"),
         ({"checkpoint": {"keep_last": 0}}, "keep_last"),
         ({"working_dir": "here"}, "working_dir"),
+        ({"nonfinite": {"action": "rollback", "back": 3}}, "only 3 checkpoints are kept"),
+        ({"nonfinite": {"back": 0}}, "nonfinite.back"),
+        ({"nonfinite": {"metrics": list("abcdefghi")}}, "nonfinite.metrics"),
     ],
 )
 def test_a_job_that_cannot_run_is_refused_by_name_of_its_field(

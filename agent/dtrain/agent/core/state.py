@@ -31,6 +31,7 @@ from dtrain.protocol.snapshot import (
     Failure,
     RankState,
     SaveProblem,
+    Timing,
     WorkerPhase,
 )
 
@@ -165,6 +166,13 @@ class LocalRank:
     """The last outcome that it knew of when it said so."""
     wants_durable: Seq | None = None
     durable_told: Seq | None = None
+    timing: Timing | None = None
+    nonfinite: tuple[str, ...] = ()
+    nonfinite_seen: Mapping[str, Step] = field(default_factory=dict)
+    section: str = ""
+    """What its script says it is doing."""
+    beats: int = 0
+    """Counts its signs of life beside steps."""
 
     @property
     def pid(self) -> int:
@@ -182,7 +190,10 @@ class LocalRank:
             self.metrics,
             self.sdk,
             self.save_at,
+            self.timing,
+            self.nonfinite,
             sealed=self.sealed.seq if self.sealed else Seq(0),
+            nonfinite_seen=self.nonfinite_seen,
         )
 
 

@@ -4,19 +4,35 @@ A condition's time moves only with its status. Conditions are derived when the
 status is written anyway; they never cause a write.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from dtrain.coordinator.core.stamps import iso
 from dtrain.coordinator.core.views import FleetView, Moment
 from dtrain.protocol.checkpoint import CommitRecord
 from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, Condition, JobPhase, JobSpec, JobStatus
+
+OF_RANKS = ("NonFinite", "Straggling")
+"""Conditions that only some jobs ever have."""
 
 BRAKE_ON = "BrakeOn"
 """Reason of the condition Degraded while the brake is on."""
 
 
 def derive(
-    fleet: FleetView, moment: Moment, spec: JobSpec, status: JobStatus, *, newest: CommitRecord | None
+    fleet: FleetView,
+    moment: Moment,
+    spec: JobSpec,
+    status: JobStatus,
+    *,
+    newest: CommitRecord | None,
+    noted: Mapping[str, Condition] = MappingProxyType({}),
 ) -> tuple[Condition, ...]:
-    """All conditions of ``status``, in a fixed order; ``newest`` is its newest checkpoint."""
+    """All conditions of ``status``, in a fixed order; ``newest`` is its newest checkpoint.
+
+    ``noted`` are those that its ranks' reports have brought about: they stay while training does,
+    and are shown as over after that.
+    """
     before = {condition.type: condition for condition in status.conditions}
     stamp = iso(moment.wall)
     found = [
@@ -26,6 +42,7 @@ def derive(
         _progressing(status),
         _checkpointed(status, newest),
         _degraded(fleet, spec, status),
+        *_of_ranks(status, noted, before),
         _finished(status),
     ]
     result = []
@@ -34,6 +51,20 @@ def derive(
         since = old.last_transition if old is not None and old.status == condition.status else stamp
         result.append(Condition(condition.type, condition.status, condition.reason, condition.message, since))
     return tuple(result)
+
+
+def _of_ranks(
+    status: JobStatus, noted: Mapping[str, Condition], before: Mapping[str, Condition]
+) -> list[Condition]:
+    found = []
+    for name in OF_RANKS:
+        condition = noted.get(name) or before.get(name)
+        if condition is None:
+            continue
+        if status.phase is not JobPhase.RUNNING:
+            condition = Condition(name, "False", "NotTraining")
+        found.append(condition)
+    return found
 
 
 def _placed(status: JobStatus) -> Condition:

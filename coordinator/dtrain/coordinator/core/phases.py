@@ -14,12 +14,14 @@ from dtrain.coordinator.core import (
     draining,
     failures,
     importing,
+    nonfinite,
     placement,
     quarantine,
     retention,
     rollback,
     rules,
     spares,
+    stragglers,
     suspicion,
 )
 from dtrain.coordinator.core.decisions import ProbeStore
@@ -37,7 +39,7 @@ from dtrain.coordinator.core.liveness import (
 from dtrain.coordinator.core.views import Damage
 from dtrain.protocol.commands import Prepare, Start, Stop
 from dtrain.protocol.events import EventReason
-from dtrain.protocol.ids import AgentName, Attempt
+from dtrain.protocol.ids import AgentName, Attempt, Step
 from dtrain.protocol.job import EXIT_CODE_DO_NOT_RETRY, JobPhase, Member, RestorePoint, RuleAction, Wanted
 from dtrain.protocol.snapshot import BadBlob, Failure, FailureKind, WorkerPhase, WorkerSnapshot
 
@@ -132,6 +134,8 @@ def start_attempt(draft: Draft, members: tuple[Member, ...], store: str) -> None
         late_saves=0,
         failed_saves=0,
         final_tries=0,
+        nonfinite_step=Step(0),
+        stragglers=(),
     )
     names = ", ".join(member.agent for member in members[:8]) + (", ..." if len(members) > 8 else "")
     draft.event(
@@ -268,6 +272,8 @@ def running(draft: Draft) -> None:
     if not going:
         checkpoints.drive(draft, members)
     checkpoints.tell_outcomes(draft, members)
+    nonfinite.note(draft, members)
+    stragglers.note(draft, members)
     release_strays(draft)
     spares.keep_warm(draft)
     if draft.status.store:
@@ -283,6 +289,8 @@ def succeed(draft: Draft) -> None:
         reason = f"training ended; checkpoint {last.seq} of step {step} is the last one"
     elif not draft.status.store:
         reason = "training ended; no store is configured, so there is no checkpoint of its end"
+    elif unfit := nonfinite.unfit_at_end(draft):
+        reason = f"training ended; there is no checkpoint of its end, as {unfit}"
     elif checkpoints.gave_up_final(draft):
         reason = "training ended; the checkpoint of its end failed too often"
     else:
@@ -313,6 +321,9 @@ def _why_over(draft: Draft, members: Sequence[Seat]) -> Ending | None:
         )
         others = tuple(failure for failure in found if failure is not cause)
         return Ending(cause, charge=True, do_not_retry=True, others=others)
+    if (sick := nonfinite.failure(draft, members)) is not None:
+        # A script that ends because of it only says the same again.
+        return Ending(sick, charge=True)
     # Machines that go away or do not answer are nobody's fault: they cost no restart.
     free = _losses(draft, members)
     if draft.status.phase is JobPhase.STARTING:
@@ -471,8 +482,11 @@ def attempt_over(draft: Draft, ending: Ending, *, avoid: Set[AgentName] = frozen
         checkpoints.settle(draft, patient=False)
         fail(draft, consequence.event, text)
         return
-    if consequence.action is RuleAction.ROLLBACK and not rollback.pass_over(draft, consequence.back):
-        draft.say("there is no older checkpoint to go back to")
+    if consequence.action is RuleAction.ROLLBACK:
+        # Numbers that went wrong may have begun to before the oldest checkpoint.
+        to_scratch = failure.kind is FailureKind.NONFINITE
+        if not rollback.pass_over(draft, consequence.back, to_scratch=to_scratch):
+            draft.say("there is no older checkpoint to go back to")
     draft.enter(JobPhase.RECOVERING, f"recovering from: {failures.sentence(failure)}", members=())
     recovering(draft, avoid=avoid)
 

@@ -99,6 +99,16 @@ class SweepFound:
 
 
 @dataclass(frozen=True, slots=True)
+class Sightings:
+    """What this leader has seen of an attempt: since when ranks are slow, or named ones are not any more."""
+
+    of: tuple[str, int] = ("", 0)
+    """Its uid and number."""
+    slow: Mapping[Rank, float] = field(default_factory=dict)
+    fine: Mapping[Rank, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class JobView:
     """Everything known of one job."""
 
@@ -142,6 +152,8 @@ class JobView:
     """When the last probe of the store ended; None: unknown, or never."""
     step_rate: float = 0.0
     """Steps per second of the current attempt, from its snapshots; 0.0: not known yet."""
+    sightings: Sightings = Sightings()
+    """Which ranks have been slower than the others, and since when."""
     quarantined: str = ""
     """Not empty: deciding about this job crashed repeatedly; leave it alone."""
 
