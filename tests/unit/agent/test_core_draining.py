@@ -153,3 +153,17 @@ def test_a_rank_that_connects_again_is_told_to_hold_again() -> None:
 
 def _begin() -> tuple[int, str, int]:
     return 1, "n1", 10
+
+
+def test_a_wish_with_less_time_shortens_the_first_one_and_one_with_more_changes_nothing() -> None:
+    table = drained(Table().training())
+    table.tick(10.0)
+    table.feed(DrainAsked("AWS: terminate", table.now, "2026-01-01T00:00:10Z", 20.0))
+    assert table.wanted(PublishDraining) == [PublishDraining(Draining("AWS: terminate", SINCE, 30.0))]
+    table.feed(DrainAsked("SIGTERM", table.now, "2026-01-01T00:00:10Z", GRACE_S))
+    assert not table.wanted(PublishDraining)
+    table.command(replace(table.begin(), hold_s=18.0))
+    table.tick(19.9)
+    assert not over(table)
+    table.tick(0.2)
+    assert "grace of 30 s" in over(table)

@@ -24,11 +24,19 @@ ANSWER_S_LEAST = 5.0
 
 
 def begin(state: AgentState, event: DrainAsked, now: float, out: list[Action]) -> AgentState:
-    """Start to drain; asked again, nothing changes."""
-    if state.drain is not None:
+    """Start to drain; asked again, only less time than before changes anything."""
+    until, known = event.at + event.grace_s, state.drain
+    if known is None:
+        drain = Drain(until, event.grace_s, heard_at=now, since=event.since)
+    elif known.over or until >= known.until:
         return state
-    out.append(PublishDraining(Draining(event.reason, event.since, event.grace_s)))
-    return dataclasses.replace(state, drain=Drain(event.at + event.grace_s, event.grace_s, heard_at=now))
+    else:
+        # Graces count from the first wish on: the leader has seen that one. Its silence counts anew, as the
+        # share of a shorter grace may have passed already.
+        grace_s = max(0.0, known.grace_s - (known.until - until))
+        drain = dataclasses.replace(known, until=until, grace_s=grace_s, heard_at=now)
+    out.append(PublishDraining(Draining(event.reason, drain.since, drain.grace_s)))
+    return dataclasses.replace(state, drain=drain)
 
 
 def heard(state: AgentState, command: Command, now: float) -> AgentState:

@@ -323,6 +323,8 @@ class Drain:
     grace_s: float
     heard_at: float
     """When a leader last ordered anything here."""
+    since: str = ""
+    """UTC time of the first wish, for people."""
     answered: bool = False
     """A leader has ordered what the one that knows of it does."""
     over: str = ""
