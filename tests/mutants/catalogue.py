@@ -233,9 +233,16 @@ MUTANTS: tuple[Mutant, ...] = (
         "notice-with-less-time-ignored",
         "A machine that drains by its own clock is taken away in the middle of it: the notice was heard and not heeded.",
         f"{AGENT}/core/draining.py",
-        ("    elif known.over or until >= known.until:\n", "    elif known is not None:\n"),
+        ("    elif until >= known.until:\n", "    elif known is not None:\n"),
         f"{ON_AGENT}/test_core_draining.py::"
         "test_a_wish_with_less_time_shortens_the_first_one_and_one_with_more_changes_nothing",
+    ),
+    _mutant(
+        "notice-given-up-before-its-time",
+        "Ranks on a machine that goes in two minutes are ended after ten seconds without a leader, instead of saved by the next.",
+        f"{AGENT}/core/draining.py",
+        ('    if drain.stays:\n        return ""\n', ""),
+        f"{ON_AGENT}/test_core_draining.py::test_ranks_on_a_machine_that_goes_are_not_ended_before_it_does",
     ),
     _mutant(
         "notice-looked-at-after-registering",

@@ -303,7 +303,8 @@ class Agent:
         """Take in, in whichever thread, that the machine is about to go; the loop drains."""
         at = self._clock.monotonic()
         grace_s = notices.grace_s(notice, self._settings.notice_grace_s)
-        self._noticed.append(DrainAsked(notice.reason, at, iso(self._clock.wall()), grace_s))
+        since = iso(self._clock.wall())
+        self._noticed.append(DrainAsked(notice.reason, at, since, grace_s, stays=True))
 
     def _stays(self) -> bool:
         """Whether it stays, drained by a notice and not told to end, until the machine goes.
