@@ -294,6 +294,12 @@ class Script:
         self._stage.etcd.txn(Txn(success=(Delete(self._stage.keys.cordon(AgentName(name))),)))
         self._stage.publish()
 
+    def do_notice(self, *words: str) -> None:
+        """``notice a2 grace=25``: its cloud says that the machine goes; it goes by ``power off``."""
+        names, options = _options(words)
+        for name in names:
+            self._stage.machines[name].notice(float(options.get("grace", "25")))
+
     def do_cut(self, name: str) -> None:
         """``cut a2``: its agent reaches neither etcd nor a coordinator; its ranks reach the others."""
         self._stage.machines[name].cut()

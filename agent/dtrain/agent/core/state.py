@@ -339,6 +339,10 @@ class Drain:
     grace_s: float
     heard_at: float
     """When a leader last ordered anything here."""
+    since: str = ""
+    """UTC time of the first wish, for people."""
+    stays: bool = False
+    """Nobody waits for the agent to end: its ranks go on until they have moved, or the grace is over."""
     answered: bool = False
     """A leader has ordered what the one that knows of it does."""
     over: str = ""
