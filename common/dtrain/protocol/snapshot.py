@@ -254,7 +254,7 @@ class WorkerSnapshot:
     at: float = 0.0
     """Wall time of writing, epoch seconds, for people."""
     warm: bool = False
-    """IDLE with a launcher that has imported everything: PREPARE will be answered at once."""
+    """IDLE or ERROR, with a launcher that has imported everything: PREPARE will be answered at once."""
     stalls: tuple[Stall, ...] = ()
     stacks: tuple[Stack, ...] = ()
     seq_over: Seq = Seq(0)

@@ -170,7 +170,7 @@ def _apply(state: AgentState, command: Command, now: float, out: list[Action]) -
             saving.keep_manifest(job, command, out)
             return saving.settle(job, Outcome(command.seq, committed=True, final=command.final), out)
         case Warm():
-            return warming.warm(job, command)
+            return warming.warm(job, command, out)
         case DumpStacks():
             return job
         case _:

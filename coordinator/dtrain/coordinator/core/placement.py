@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from dtrain.coordinator.core.draft import Draft
+from dtrain.coordinator.core.liveness import STARTED_PHASES
 from dtrain.coordinator.core.views import AgentView
 from dtrain.protocol.ids import AgentName, Rank
 from dtrain.protocol.job import Member
@@ -142,7 +143,8 @@ def is_warm(draft: Draft, name: AgentName) -> bool:
     if stored is None or view is None or stored.value.uid != draft.status.uid:
         return False
     snapshot = stored.value
-    runs = bool(snapshot.ranks) or snapshot.phase is WorkerPhase.READY
+    # Of a failed attempt the launcher may be what failed: its agent says whether there is one.
+    runs = snapshot.phase in STARTED_PHASES - {WorkerPhase.ERROR} or snapshot.phase is WorkerPhase.READY
     return snapshot.incarnation == view.node.incarnation and (snapshot.warm or runs)
 
 
