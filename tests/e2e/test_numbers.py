@@ -20,7 +20,7 @@ def test_a_loss_that_is_nan_in_one_step_takes_training_back_two_checkpoints(harn
     job = harness.start(
         "sick",
         f"--nan-file {trigger} --stop-file {harness.stop_file('sick')}",
-        script="numbers.py",
+        script="uneven.py",
         every_steps=20,
         keep_last=5,
         nonfinite=NonFinitePolicy(NonFiniteAction.ROLLBACK, back=2),
@@ -49,7 +49,7 @@ def test_slow_ranks_are_named_with_the_cause_and_cleared(harness: Harness) -> No
     job = harness.start(
         "uneven",
         f"--slow-file {slow} --stop-file {harness.stop_file('uneven')}",
-        script="numbers.py",
+        script="uneven.py",
         every_steps=0,
     )
     slow.write_text("1 step 150\n2 data 150\n")

@@ -133,3 +133,41 @@ def test_what_somebody_else_has_replaced_since_is_left_alone(
     timing.remove()
     assert torch.autograd.backward is theirs
     monkeypatch.setattr(torch.autograd, "backward", original)
+
+
+class Event:
+    """One on the GPU's time line, which is ``lag`` behind the Python thread until ``catch_up``."""
+
+    passed = False
+    clock: Clock
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = self.clock.now
+
+    def query(self) -> bool:
+        return type(self).passed
+
+    def elapsed_time(self, end: "Event") -> float:
+        return (end.at - self.at) * 1e3
+
+
+def test_on_a_gpu_its_own_time_line_counts_and_nobody_waits_for_it(
+    watch: Stopwatch, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Event.clock, Event.passed = clock, False
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    watch.use_gpu()
+
+    def body() -> None:
+        with watch.span("data"):
+            clock.now += 0.1
+        clock.now += 0.2
+        with watch.span("wait"):
+            clock.now += 0.4
+
+    assert steps(watch, body) == Timing(0.7, 0.1, 0.0)  # not known yet
+    Event.passed = True
+    assert steps(watch, body, 100) == Timing(0.7, 0.1, 0.3)

@@ -1,6 +1,7 @@
 """A state that a number speaks against is no checkpoint, by whatever path."""
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,3 +161,33 @@ def test_sections_are_shown_while_they_last_and_are_signs_of_life(
                 beats = agent.wait_report(lambda report: report.section == "evaluate").beats
             last = agent.wait_report(lambda report: not report.section and report.beats > 1)
             assert last.beats > beats
+
+
+def test_waiting_for_data_is_no_section_in_which_no_step_is_expected(
+    tmp_path: Path, new_run: Callable[[FakeAgent], trainer.Run]
+) -> None:
+    with FakeAgent(tmp_path) as agent:
+        run = new_run(agent)
+        run.track(x=torch.zeros(3))
+        for step in run.steps(20):
+            with run.section("data"):
+                time.sleep(0.01)
+            if step == 19:
+                found = agent.wait_report(lambda report: report.timing is not None)
+        assert not any(report.section for report in agent.reports)
+        assert found.timing is not None
+        assert found.timing.data_s >= 0.01
+
+
+def test_what_dcp_saves_is_judged_by_the_step_it_was_taken_at(session: Session) -> None:
+    session.handle(begin(1, 11, asked=True))
+    session.intend(11)
+    session.complete(11)
+    session.set_nonfinite(NAN, NAN)  # computed from it, while the save goes on behind training
+    session.complete(12)
+    ask = session.request(11)
+    order = session.granted(ask)
+    assert order is not None
+    session.keep(sealed(1, 11))
+    assert refused(session, 1)
+    assert session.report().sealed is None

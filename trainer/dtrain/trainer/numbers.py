@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 STEPS_KEPT = 1024
 """Boundaries that are remembered: a copy of one is taken that much later at most."""
 
-NAMES_MAX = 8
+NAMES_MAX = 64
 
 
 class Unfit:

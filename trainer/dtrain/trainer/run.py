@@ -306,18 +306,22 @@ class Run:
 
     @contextlib.contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """Name what happens inside, such as ``data`` or ``evaluate``: it is shown while it lasts.
+        """Name what happens inside, such as ``evaluate``: it does not count as time of the step.
 
-        ``data`` is waiting for data and counts as such; nothing else counts as time of the step, and no
-        step is expected until it is over.
+        No step is expected until it is over. ``data`` is waiting for data: it counts as that part of the
+        step, which has to go on.
         """
         session = self._session
         if session is None:
             yield
             return
+        if name == "data":
+            with self._watch.span("data"):
+                yield
+            return
         before, session.section = session.section, name
         try:
-            with self._watch.span("data" if name == "data" else "aside"):
+            with self._watch.span("aside"):
                 yield
         finally:
             session.section = before

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from dtrain.agent.core import isolation, saving
 from dtrain.agent.core.decisions import Action, DropConnection, RankMessage
@@ -74,8 +74,8 @@ def reported(
         last_step=report.last_step,
         metrics=_metrics(report.metrics),
         timing=report.timing,
-        nonfinite=tuple(name[:METRIC_NAME_CHARS_MAX] for name in report.nonfinite[:NONFINITE_KEPT]),
-        nonfinite_seen=_seen(report.nonfinite_seen),
+        nonfinite=_kept(job, report.nonfinite),
+        nonfinite_seen={name: report.nonfinite_seen[name] for name in _kept(job, report.nonfinite_seen)},
         section=report.section[:METRIC_NAME_CHARS_MAX],
         beats=report.beats,
         restored=rank.restored or report.phase is not WorkerPhase.RESTORING,
@@ -141,9 +141,11 @@ def _phase(report: Report) -> WorkerPhase:
     return WorkerPhase.TRAINING
 
 
-def _seen(seen: Mapping[str, Step]) -> dict[str, Step]:
-    kept = list(seen.items())[:NONFINITE_KEPT]
-    return {name[:METRIC_NAME_CHARS_MAX]: step for name, step in kept}
+def _kept(job: JobState, names: Iterable[str]) -> tuple[str, ...]:
+    """A few names, those first that the job wants to be finite: the leader must hear of them."""
+    wanted = job.prepare.spec.nonfinite.metrics if job.prepare else ()
+    fitting = (name for name in names if len(name) <= METRIC_NAME_CHARS_MAX)
+    return tuple(sorted(fitting, key=lambda name: (name not in wanted, name))[:NONFINITE_KEPT])
 
 
 def _metrics(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -23,7 +23,7 @@ from dtrain.coordinator.core.liveness import TRAINING_PHASES, Standing, seats
 from dtrain.coordinator.core.views import FleetView, JobView
 from dtrain.protocol.commands import Header, Stop
 from dtrain.protocol.events import EventReason
-from dtrain.protocol.ids import AgentName, Attempt, Rank, Seq
+from dtrain.protocol.ids import AgentName, Attempt, Rank, Seq, Step
 from dtrain.protocol.job import TERMINAL_PHASES, JobPhase, Member
 from dtrain.protocol.snapshot import Failure, FailureKind, WorkerPhase, WorkerSnapshot
 
@@ -240,6 +240,8 @@ def _take_over(draft: Draft, found: _Found) -> None:
         late_saves=0,
         failed_saves=0,
         final_tries=0,
+        nonfinite_step=Step(0),
+        stragglers=(),
     )
     draft.event(
         EventReason.ETCD_RESTORED,
