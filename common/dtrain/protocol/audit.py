@@ -89,7 +89,14 @@ PHASE_CHANGES: Mapping[JobPhase, frozenset[JobPhase]] = {
         }
     ),
     JobPhase.SUSPENDING: frozenset(
-        {JobPhase.SUSPENDED, JobPhase.QUEUED, JobPhase.CANCELLING, JobPhase.CANCELLED, JobPhase.FAILED}
+        {
+            JobPhase.SUSPENDED,
+            JobPhase.QUEUED,
+            JobPhase.CANCELLING,
+            JobPhase.CANCELLED,
+            JobPhase.SUCCEEDED,
+            JobPhase.FAILED,
+        }
     ),
     JobPhase.SUSPENDED: frozenset({JobPhase.QUEUED, JobPhase.CANCELLED}),
     JobPhase.CANCELLING: frozenset({JobPhase.CANCELLED}),

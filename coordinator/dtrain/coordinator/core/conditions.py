@@ -9,6 +9,8 @@ from dtrain.coordinator.core.views import FleetView, Moment
 from dtrain.protocol.checkpoint import CommitRecord
 from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, Condition, JobPhase, JobSpec, JobStatus
 
+_SUSPENDED = (JobPhase.SUSPENDING, JobPhase.SUSPENDED)
+
 BRAKE_ON = "BrakeOn"
 """Reason of the condition Degraded while the brake is on."""
 
@@ -28,6 +30,8 @@ def derive(
         _degraded(fleet, spec, status),
         _finished(status),
     ]
+    if status.phase in _SUSPENDED or "Suspended" in before:
+        found.append(_suspended(status))
     result = []
     for condition in found:
         old = before.get(condition.type)
@@ -79,6 +83,14 @@ def _degraded(fleet: FleetView, spec: JobSpec, status: JobStatus) -> Condition:
     if status.failed_saves:
         return Condition("Degraded", "True", "CheckpointFailed", "the last checkpoint failed")
     return Condition("Degraded", "False", "AsWanted")
+
+
+def _suspended(status: JobStatus) -> Condition:
+    if status.phase is JobPhase.SUSPENDED:
+        return Condition("Suspended", "True", "AsAsked", status.reason)
+    if status.phase is JobPhase.QUEUED and status.preempted_by:
+        return Condition("Suspended", "True", "Preempted", f"it made room for {status.preempted_by}")
+    return Condition("Suspended", "False", status.phase.value.capitalize())
 
 
 def _finished(status: JobStatus) -> Condition:

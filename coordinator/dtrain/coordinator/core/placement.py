@@ -41,6 +41,8 @@ def place(draft: Draft, *, avoid: Set[AgentName] = frozenset(), join_window: boo
     if draft.fleet.brake:
         draft.say(draft.fleet.brake)  # its numbers change: they are not stored
         return Placement(why="nothing is placed while the brake is on")
+    if why := _behind_others(draft):
+        return Placement(why=why)
     usable = candidates(draft)
     if len(usable) < spec.nnodes_min:
         return Placement(why=_short_of(draft, usable))
@@ -54,14 +56,22 @@ def place(draft: Draft, *, avoid: Set[AgentName] = frozenset(), join_window: boo
     return Placement(_seat_ranks(draft, usable, avoid))
 
 
+def _behind_others(draft: Draft) -> str:
+    """Why it is not its turn; "": it is, or nobody else waits."""
+    if draft.fleet.queue.changes_at is not None:
+        draft.wake(draft.fleet.queue.changes_at)
+    return draft.fleet.queue.why(draft.job.name)
+
+
 def candidates(draft: Draft) -> dict[AgentName, AgentView]:
     """Agents that could take this job's ranks now."""
     fleet = draft.fleet
+    held = fleet.queue.held_from(draft.job.name)
     found = {}
     for name, view in fleet.agents.items():
         if name in fleet.cordoned or blocked(draft, name, view) or view.draining_at is not None:
             continue
-        if view.node.slots - fleet.used.get(name, 0) < draft.spec.nproc_per_node:
+        if view.node.slots - fleet.used.get(name, 0) - held.get(name, 0) < draft.spec.nproc_per_node:
             continue
         if resting(draft, name, view):
             continue

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from dtrain.coordinator.core.queue import Queue
 from dtrain.protocol.checkpoint import (
     CommitRecord,
     Garbage,
@@ -22,6 +23,8 @@ from dtrain.protocol.job import Intent, JobSpec, JobStatus
 from dtrain.protocol.snapshot import NodeRecord, WorkerSnapshot
 
 T = TypeVar("T")
+
+NO_QUEUE = Queue()
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +185,8 @@ class FleetView:
     """Of ``lost_at``, those that drained: they end their ranks before they go and are not waited for."""
     scrub_interval_s: float = 0.0
     """How often committed checkpoints are read whole; 0: never."""
+    queue: Queue = NO_QUEUE
+    """The jobs that wait for machines, what is claimed for them, and who makes room."""
 
 
 @dataclass(frozen=True, slots=True)
