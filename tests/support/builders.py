@@ -7,6 +7,7 @@ from typing import Any
 from dtrain.coordinator.core import invariants
 from dtrain.coordinator.core.decisions import Decision, Directed, PutRecord, Work
 from dtrain.coordinator.core.plan import plan
+from dtrain.coordinator.core.queue import Queue
 from dtrain.coordinator.core.views import (
     AgentView,
     FleetView,
@@ -163,6 +164,7 @@ class Stage:
     pinned: set[Seq] = field(default_factory=set)
     inspections: dict[tuple[Seq, str, str, int], Inspection] = field(default_factory=dict)
     scrub_interval_s: float = 0.0
+    queue: Queue = Queue()
     swept_found: SweepFound = SweepFound()
     store_ok: bool | None = True
     store_problem: str = ""
@@ -293,6 +295,7 @@ class Stage:
             self.losses_settle_at,
             frozenset(self.left),
             self.scrub_interval_s,
+            self.queue,
         )
 
     # Deciding.

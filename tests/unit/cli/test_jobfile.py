@@ -48,6 +48,7 @@ restarts: {max: 3, window: 1h30m}
 shutdown_grace: 500ms
 isolation_grace: 30m
 reschedule_grace: 20
+priority: -5
 """
     )
     assert (spec.nnodes_min, spec.nnodes_max, spec.nproc_per_node) == (2, 4, 8)
@@ -62,6 +63,7 @@ reschedule_grace: 20
     assert (spec.restarts.max_restarts, spec.restarts.window_s) == (3, 5400.0)
     assert spec.shutdown_grace_s == 0.5
     assert (spec.isolation_grace_s, spec.reschedule_grace_s) == (1800.0, 20.0)
+    assert spec.priority == -5
 
 
 def test_a_range_of_nodes_is_not_read_as_a_sexagesimal_number() -> None:

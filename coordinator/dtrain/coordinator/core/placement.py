@@ -153,6 +153,7 @@ def draining(names: Sequence[AgentName]) -> str:
 
 def _short_of(draft: Draft, usable: dict[AgentName, AgentView]) -> str:
     spec, fleet = draft.spec, draft.fleet
+    held = fleet.queue.held_from(draft.job.name)
     missing = spec.nnodes_min - len(usable)
     plural = "" if spec.nnodes_min == 1 else "s"
     slots = f"{spec.nproc_per_node} free slot{'' if spec.nproc_per_node == 1 else 's'}"
@@ -168,7 +169,7 @@ def _short_of(draft: Draft, usable: dict[AgentName, AgentView]) -> str:
         for name, view in staying.items()
         if name not in fleet.cordoned
         and not blocked(draft, name, view)
-        and view.node.slots - fleet.used.get(name, 0) < draft.spec.nproc_per_node
+        and view.node.slots - fleet.used.get(name, 0) - held.get(name, 0) < draft.spec.nproc_per_node
     )
     silent = len(staying) - cordoned - stuck - full - len(usable)
     if leaving:
