@@ -693,6 +693,7 @@ class World:
             (0 if wanted is None else wanted.nnodes_max) or of.nnodes_max,
             of.nproc_per_node,
             restarts=restarts,
+            after="" if status is None else status.preempted_by,
             ready=restarts or not store or bool(job.store_ok),
         )
 

@@ -152,6 +152,12 @@ def test_no_more_jobs_make_room_than_needed() -> None:
     assert set(arranged([waits("big", priority=7)], full).victims) == {"b2"}
 
 
+def test_who_made_room_comes_after_it_whatever_the_clocks_say() -> None:
+    small = replace(waits("small", since=-1e6), after="big")
+    assert order(small, waits("big", priority=1, since=0)) == ["big", "small"]
+    assert order(small, waits("other")) == ["small", "other"]
+
+
 def test_who_cannot_be_saved_makes_room_last_of_equals() -> None:
     lossy = replace(runs("lossy", "a", since=9), saves=False)
     queue = arranged([waits("big", priority=1)], [lossy, runs("saved", "b", since=1)])

@@ -55,6 +55,8 @@ class Waiting:
     nodes_max: int = 1
     ranks: int = 1
     restarts: bool = False
+    after: str = ""
+    """It made room for this job, and comes after it, whatever clocks say of how long either has waited."""
     ready: bool = True
     """Nothing but machines is missing, as far as is known: nobody makes room for one that could not begin."""
 
@@ -161,7 +163,8 @@ def arrange(
 
     ``fitting``: what an earlier ``Queue`` said.
     """
-    order = sorted(waiting, key=lambda one: one.key)
+    keys: dict[str, tuple[float, int, str]] = {one.job: one.key for one in waiting}
+    order = sorted(waiting, key=lambda one: (max(one.key, keys.get(one.after, one.key)), one.after in keys))
     room = _Room(machines, running, now)
     claims: dict[JobName, Mapping[AgentName, int]] = {}
     fits: dict[JobName, float] = {}
