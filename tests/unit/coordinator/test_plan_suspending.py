@@ -9,9 +9,9 @@ from dtrain.coordinator.core.queue import Place, Queue, Waiting
 from dtrain.coordinator.core.suspending import STOP_SLACK_S
 from dtrain.protocol.commands import BeginCheckpoint, Prepare, Stop
 from dtrain.protocol.events import EventReason
-from dtrain.protocol.ids import AgentName, JobName, Uid
+from dtrain.protocol.ids import AgentName, Attempt, Incarnation, JobName, Uid
 from dtrain.protocol.job import Intent, JobPhase, Wanted
-from dtrain.protocol.snapshot import FailureKind, WorkerPhase
+from dtrain.protocol.snapshot import FailureKind, WorkerPhase, WorkerSnapshot
 
 BIG = JobName("big")
 
@@ -191,6 +191,28 @@ def test_what_cannot_be_saved_is_stopped_at_once(how: str) -> None:
     assert stage.receivers(Stop) == ["a", "b"]
     stopped(stage)
     assert stage.phase is JobPhase.SUSPENDED
+
+
+def test_an_attempt_that_nobody_has_heard_of_yet_is_ended_by_its_agents_when_they_do() -> None:
+    stage = Stage(make_spec(store="s3://b")).join("a", "b")
+    stage.decide()
+    stage.want(Wanted.SUSPEND)
+    stage.decide()
+    assert stage.phase is JobPhase.SUSPENDING
+    members = stage.status.members
+    stage.decide()
+    assert stage.phase is JobPhase.SUSPENDED
+    # PREPARE was on its way.
+    snapshot = WorkerSnapshot(
+        members[0].agent,
+        stage.spec.uid,
+        Incarnation(members[0].incarnation),
+        stage.status.attempt,
+        WorkerPhase.STARTING,
+    )
+    stage.put_snapshot(snapshot)
+    stage.decide()
+    assert stage.receivers(Stop) == ["a"]
 
 
 def test_a_rank_that_fails_meanwhile_ends_the_wait_and_costs_no_restart() -> None:
@@ -399,7 +421,7 @@ def test_a_draining_machine_shortens_the_time_for_the_checkpoint() -> None:
 def test_what_a_restored_etcd_has_forgotten_is_stopped_as_well() -> None:
     stage = suspended()
     snapshot = stage.workers[AgentName("a")].value
-    newer = replace(snapshot, attempt=stage.status.attempt + 1, phase=WorkerPhase.TRAINING)
+    newer = replace(snapshot, attempt=Attempt(stage.status.attempt + 1), phase=WorkerPhase.TRAINING)
     stage.workers.clear()
     stage.put_snapshot(newer)
     stage.took_office_at = stage.now - 100

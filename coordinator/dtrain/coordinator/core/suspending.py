@@ -141,7 +141,8 @@ def _stop(draft: Draft, members: Sequence[Seat]) -> None:
     due = (draft.now if since is None else since) + grace + STOP_SLACK_S
     settled = checkpoints.settle(draft, patient=draft.now < due)
     alive = phases.still_alive(members)
-    if settled and (not alive or draft.now >= due):
+    # One phase after the other: where no rank lives yet, it would begin and end in one decision.
+    if settled and since is not None and (not alive or draft.now >= due):
         _end(draft)
         return
     draft.wake(due)
