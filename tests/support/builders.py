@@ -7,6 +7,7 @@ from typing import Any
 from dtrain.coordinator.core import invariants, stragglers
 from dtrain.coordinator.core.decisions import Decision, Directed, PutRecord, Work
 from dtrain.coordinator.core.plan import plan
+from dtrain.coordinator.core.queue import Queue
 from dtrain.coordinator.core.views import (
     AgentView,
     FleetView,
@@ -165,6 +166,7 @@ class Stage:
     inspections: dict[tuple[Seq, str, str, int], Inspection] = field(default_factory=dict)
     scrub_interval_s: float = 0.0
     cordon_s: float = 0.0
+    queue: Queue = Queue()
     swept_found: SweepFound = SweepFound()
     store_ok: bool | None = True
     store_problem: str = ""
@@ -312,6 +314,7 @@ class Stage:
                 if (parsed := KEYS.parse(key)) and parsed.kind == "suspicion"
             },
             self.cordon_s,
+            self.queue,
         )
 
     # Deciding.

@@ -146,6 +146,7 @@ class Harness:
         marks: bool = True,
         await_import: bool = False,
         nonfinite: NonFinitePolicy = NonFinitePolicy(),  # noqa: B008 - immutable
+        priority: int = 0,
     ) -> JobName:
         """Submit a job; its ranks leave marks."""
         job = JobName(name)
@@ -172,6 +173,7 @@ class Harness:
             reschedule_grace_s=reschedule_grace_s,
             nonfinite=nonfinite,
             spares=spares,
+            priority=priority,
         )
         self.client.submit(codec.encode(self._specs[job]), uuid.uuid4().hex)
         return job

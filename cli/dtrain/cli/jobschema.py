@@ -42,6 +42,7 @@ _CHECKPOINT, _RESTARTS, _NONFINITE = CheckpointPolicy(), RestartPolicy(), NonFin
 METRIC_NAME_CHARS_MAX = 64
 """Of reported numbers: agents cut longer names."""
 
+PRIORITY_MAX = 1000
 BANDWIDTH_MB_S_MIN, BANDWIDTH_MB_S_MAX = 0.1, 1_000_000.0
 
 
@@ -352,6 +353,7 @@ class JobModel(_Strict):
     shutdown_grace: Annotated[float, _seconds()] = 30.0
     isolation_grace: Annotated[float, _seconds()] = 0.0
     reschedule_grace: Annotated[float, _seconds()] = 0.0
+    priority: Annotated[int, _integer(-PRIORITY_MAX, PRIORITY_MAX)] = 0
 
 
 PROGRAMS = ("script", "module", "command")
@@ -412,4 +414,5 @@ def to_spec(model: JobModel, folder: Path) -> JobSpec:
         shutdown_grace_s=model.shutdown_grace,
         isolation_grace_s=model.isolation_grace,
         reschedule_grace_s=model.reschedule_grace,
+        priority=model.priority,
     )

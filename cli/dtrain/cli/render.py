@@ -59,7 +59,7 @@ def ago(since: str, now: float) -> str:
 def jobs(cluster: Cluster, now: float, *, wide: bool = False) -> Table:
     """``get jobs``."""
     headings = ("NAME", "PHASE", "STEP", "ATTEMPT", "RANKS", "LAST-CKPT", "AGE")
-    extra = ("UID", "MEMBERS", "RESTARTS")
+    extra = ("UID", "MEMBERS", "RESTARTS", "PRIORITY")
     rows = []
     for job in cluster.jobs.values():
         submitted = job.spec.submitted_at if job.spec else ""
@@ -77,6 +77,7 @@ def jobs(cluster: Cluster, now: float, *, wide: bool = False) -> Table:
                 (job.spec.uid if job.spec else "") or UNKNOWN,
                 ",".join(member.agent for member in job.status.members) if job.status else UNKNOWN,
                 restarts(job, now),
+                str(job.spec.priority) if job.spec else UNKNOWN,
             )
         rows.append((*row, reason(job)))
     return Table((*headings, *(extra if wide else ()), "REASON"), tuple(rows))

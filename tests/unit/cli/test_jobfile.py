@@ -55,6 +55,7 @@ failure_rules:
 shutdown_grace: 500ms
 isolation_grace: 30m
 reschedule_grace: 20
+priority: -5
 """
     )
     assert (spec.nnodes_min, spec.nnodes_max, spec.nproc_per_node, spec.spares) == (2, 4, 8, 1)
@@ -74,6 +75,7 @@ reschedule_grace: 20
     assert (spec.restarts.max_restarts, spec.restarts.window_s) == (3, 5400.0)
     assert spec.shutdown_grace_s == 0.5
     assert (spec.isolation_grace_s, spec.reschedule_grace_s) == (1800.0, 20.0)
+    assert spec.priority == -5
 
 
 def test_what_follows_from_numbers_that_are_not_finite() -> None:

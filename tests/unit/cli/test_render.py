@@ -32,7 +32,7 @@ def test_get_jobs() -> None:
         "NAME     PHASE     STEP   ATTEMPT   RANKS   LAST-CKPT     AGE    REASON",
         "digits   RUNNING   45     3         4/4     4 (step 40)   1h1m   all 4 ranks train",
     ]
-    assert render.jobs(cluster, NOW, wide=True).rows[0][7:10] == ("u1", "a1,a2", "1/10")
+    assert render.jobs(cluster, NOW, wide=True).rows[0][7:11] == ("u1", "a1,a2", "1/10", "0")
 
 
 def test_a_job_no_leader_has_seen_is_queued_and_says_so() -> None:

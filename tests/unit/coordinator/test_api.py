@@ -289,6 +289,16 @@ def test_an_ended_job_wants_nothing_more(replica: Replica) -> None:
     assert "FAILED" in told["message"]
 
 
+def test_a_job_is_suspended_and_resumed_but_a_cancelled_one_is_not(replica: Replica) -> None:
+    replica.submit()
+    for wanted in (Wanted.SUSPEND, Wanted.RUN, Wanted.CANCEL):
+        replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, wanted=wanted.value))
+        assert replica.stored(KEYS.intent(JOB), Intent).wanted is wanted
+    code, told = refusal(lambda: replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, wanted="run")))
+    assert code is grpc.StatusCode.ABORTED
+    assert "cannot be undone" in told["message"]
+
+
 def test_a_lost_answer_to_an_intent_is_resolved(replica: Replica) -> None:
     replica.submit()
     replica.etcd.lose = ["after"]

@@ -18,6 +18,7 @@ TEXT_BYTES_MAX = 100 * 1024
 SPEC_BYTES_MAX = 250 * 1024
 """As stored; below what anybody reads, so that no accepted job is unreadable."""
 PRELOAD_MAX = 64
+PRIORITY_MAX = 1000
 KEEP_LAST_MAX = 1_000
 RULES_MAX = 32
 CORDON_S_MAX = 30 * 86_400.0
@@ -105,6 +106,7 @@ def check(spec: JobSpec) -> None:
     _seconds("shutdown_grace", spec.shutdown_grace_s, 0.0)
     _seconds("isolation_grace", spec.isolation_grace_s, 0.0)
     _seconds("reschedule_grace", spec.reschedule_grace_s, 0.0)
+    _between("priority", spec.priority, -PRIORITY_MAX, PRIORITY_MAX)
 
 
 def holds_credentials(uri: str) -> bool:

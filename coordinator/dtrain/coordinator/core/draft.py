@@ -82,14 +82,15 @@ class Draft:
 
     @property
     def in_phase_since(self) -> float | None:
-        """First sight of the stored status if it is of the draft's phase and attempt, else None.
+        """First sight of the stored status if it is of the draft's phase, stage of it and attempt, else None.
 
         None means that this decision itself brings the phase about: deadlines
         begin with its first sight in the next view.
         """
         stored = self.stored
-        if stored is None or (stored.phase, stored.attempt, stored.uid) != (
+        if stored is None or (stored.phase, stored.stopping, stored.attempt, stored.uid) != (
             self.status.phase,
+            self.status.stopping,
             self.status.attempt,
             self.status.uid,
         ):

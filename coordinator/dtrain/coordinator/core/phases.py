@@ -153,7 +153,7 @@ def starting(draft: Draft) -> None:
         cancel(draft)
         return
     members = seats(draft)
-    ending = _why_over(draft, members)
+    ending = why_over(draft, members)
     if ending is not None:
         attempt_over(draft, ending, avoid=_not_ready(members))
         return
@@ -251,7 +251,7 @@ def running(draft: Draft) -> None:
         cancel(draft)
         return
     members = seats(draft)
-    ending = _why_over(draft, members)
+    ending = why_over(draft, members)
     if ending is not None:
         attempt_over(draft, ending)
         return
@@ -302,7 +302,7 @@ def succeed(draft: Draft) -> None:
 # Why an attempt ends ----------------------------------------------------------------
 
 
-def _why_over(draft: Draft, members: Sequence[Seat]) -> Ending | None:
+def why_over(draft: Draft, members: Sequence[Seat]) -> Ending | None:
     """What ends the attempt now, if anything does."""
     if not members:
         return Ending(_leader_failure(draft, FailureKind.PREPARE, "the attempt has no members"), charge=False)
@@ -583,12 +583,7 @@ def cancelling(draft: Draft) -> None:
     grace = draft.spec.shutdown_grace_s
     since = draft.in_phase_since
     due = (draft.now if since is None else since) + grace + CANCEL_SLACK_S
-    alive = []
-    for seat in seats(draft):
-        if seat.standing is Standing.LOST:
-            continue
-        if seat.phase in LIVE_PHASES or (seat.agent is None and seat.standing is Standing.SETTLING):
-            alive.append(seat.member.agent)
+    alive = still_alive(seats(draft))
     if not alive or draft.now >= due:
         checkpoints.settle(draft, patient=False)
         cancelled(draft, "cancelled")
@@ -598,6 +593,16 @@ def cancelling(draft: Draft) -> None:
     header = draft.header(f"cancel.{draft.status.attempt}")
     for agent in alive:
         draft.command(agent, Stop(header, grace, release=False, why="the job was cancelled"))
+
+
+def still_alive(members: Sequence[Seat]) -> list[AgentName]:
+    """Machines on which ranks of the attempt live, or may live for all that is known."""
+    return [
+        seat.member.agent
+        for seat in members
+        if seat.standing is not Standing.LOST
+        and (seat.phase in LIVE_PHASES or (seat.agent is None and seat.standing is Standing.SETTLING))
+    ]
 
 
 def cancelled(draft: Draft, reason: str) -> None:

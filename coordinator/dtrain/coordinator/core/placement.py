@@ -50,6 +50,8 @@ def place(
     if draft.fleet.brake:
         draft.say(draft.fleet.brake)  # its numbers change: they are not stored
         return Placement(why="nothing is placed while the brake is on")
+    if why := _behind_others(draft):
+        return Placement(why=why)
     usable = candidates(draft)
     others = {name: view for name, view in usable.items() if name not in without}
     if len(others) >= spec.nnodes_min:
@@ -66,14 +68,22 @@ def place(
     return Placement(_seat_ranks(draft, usable, avoid))
 
 
+def _behind_others(draft: Draft) -> str:
+    """Why it is not its turn; "": it is, or nobody else waits."""
+    if draft.fleet.queue.changes_at is not None:
+        draft.wake(draft.fleet.queue.changes_at)
+    return draft.fleet.queue.why(draft.job.name)
+
+
 def candidates(draft: Draft) -> dict[AgentName, AgentView]:
     """Agents that could take this job's ranks now."""
     fleet = draft.fleet
+    held = fleet.queue.held_from(draft.job.name)
     found = {}
     for name, view in fleet.agents.items():
         if name in fleet.cordoned or blocked(draft, name, view) or view.draining_at is not None:
             continue
-        if view.node.slots - fleet.used.get(name, 0) < draft.spec.nproc_per_node:
+        if view.node.slots - fleet.used.get(name, 0) - held.get(name, 0) < draft.spec.nproc_per_node:
             continue
         if resting(draft, name, view):
             continue
@@ -174,6 +184,7 @@ def draining(names: Sequence[AgentName]) -> str:
 
 def _short_of(draft: Draft, usable: dict[AgentName, AgentView]) -> str:
     spec, fleet = draft.spec, draft.fleet
+    held = fleet.queue.held_from(draft.job.name)
     missing = spec.nnodes_min - len(usable)
     plural = "" if spec.nnodes_min == 1 else "s"
     slots = f"{spec.nproc_per_node} free slot{'' if spec.nproc_per_node == 1 else 's'}"
@@ -189,7 +200,7 @@ def _short_of(draft: Draft, usable: dict[AgentName, AgentView]) -> str:
         for name, view in staying.items()
         if name not in fleet.cordoned
         and not blocked(draft, name, view)
-        and view.node.slots - fleet.used.get(name, 0) < draft.spec.nproc_per_node
+        and view.node.slots - fleet.used.get(name, 0) - held.get(name, 0) < draft.spec.nproc_per_node
     )
     silent = len(staying) - cordoned - stuck - full - len(usable)
     if leaving:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from dtrain.coordinator.core.queue import Queue
 from dtrain.protocol.checkpoint import (
     CommitRecord,
     Garbage,
@@ -23,6 +24,8 @@ from dtrain.protocol.job import Intent, JobSpec, JobStatus
 from dtrain.protocol.snapshot import NodeRecord, WorkerSnapshot
 
 T = TypeVar("T")
+
+NO_QUEUE = Queue()
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +204,8 @@ class FleetView:
     suspicions: Mapping[AgentName, Stored[Suspicion]] = field(default_factory=dict)
     cordon_s: float = 0.0
     """How long a suspected machine is cordoned; 0: machines are not suspected."""
+    queue: Queue = NO_QUEUE
+    """The jobs that wait for machines, what is claimed for them, and who makes room."""
 
 
 @dataclass(frozen=True, slots=True)
