@@ -362,6 +362,11 @@ class JobStatus:
     """The last failures that have a traceback, oldest first."""
     passed_over: tuple[Seq, ...] = ()
     """Committed checkpoints that no attempt begins from any more: training was rolled back past them."""
+    joining: tuple[AgentName, ...] = ()
+    """Machines that get ready to join a running job, in order of name."""
+    joining_since: str = ""
+    grown_at: str = ""
+    """When it last grew: it does not again before its cooldown is over."""
     preempted_by: str = ""
     """With SUSPENDING, and QUEUED after it: the job that needs the machines."""
     unswept: tuple[Former, ...] = ()

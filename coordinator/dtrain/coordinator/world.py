@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
+from dtrain.coordinator.core import elastic
 from dtrain.coordinator.core.decisions import InspectCheckpoint
 from dtrain.coordinator.core.views import (
     AgentView,
@@ -629,9 +630,16 @@ class World:
     def _note_waiting(self, job: _Job) -> None:
         spec = job.single.get("spec")
         waits = spec is not None and (
-            job.status is None or job.status.phase in _WAITING_PHASES or job.status.uid != _uid(spec)
+            job.status is None
+            or job.status.phase in _WAITING_PHASES
+            or job.status.uid != _uid(spec)
+            or self._may_grow(job, job.status)
         )
         (self._waiting.add if waits else self._waiting.discard)(job.name)
+
+    def _may_grow(self, job: _Job, status: JobStatus) -> bool:
+        spec = self._record(job, "spec", JobSpec)
+        return spec is not None and elastic.may_grow(spec.value, self._record(job, "intent", Intent), status)
 
     def _touch_fleet(self, agent: AgentName) -> None:
         self._touched |= self._waiting

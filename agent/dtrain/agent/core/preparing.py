@@ -72,7 +72,7 @@ def ensure_launcher(machine: Machine, job: JobState, now: float, out: list[Actio
         env=launcher_env(machine, job.prepare),
         preload=spec.preload,
         orphan_grace_s=machine.orphan_grace_s,
-        nproc=spec.nproc_per_node,
+        nproc=job.prepare.ranks_here,
     )
     out.append(EnsureLauncher(job.name, job.uid, settings))
     job = dataclasses.replace(job, launcher=Launcher(LauncherStatus.STARTING, folder), cleared=False)

@@ -34,8 +34,8 @@ def rank_env(
     machine: Machine, prepare: Prepare, start: Start, log_dir: str, local_rank: int
 ) -> dict[str, str]:
     """Return the whole environment of one rank."""
-    spec, head = prepare.spec, prepare.header
-    nproc = spec.nproc_per_node
+    head = prepare.header
+    nproc = prepare.ranks_here
     rank = prepare.first_rank + local_rank
     host, port = split_endpoint(start.rendezvous)
     env = launcher_env(machine, prepare)

@@ -50,14 +50,15 @@ def is_due(draft: Draft, members: Sequence[Seat], going: Sequence[Seat]) -> bool
     if draft.now >= until or checkpoints.is_pointless(draft, members):
         return True
     draft.wake(until)
-    if not checkpoints.own_open(draft) and (deaf := _not_answering(draft, members)):
+    if not checkpoints.own_open(draft) and (deaf := not_answering(draft, members)):
         # Its ranks would hear of the step when the others hold at it already, and that is too late.
         draft.say(f"agent {deaf} does not answer; the checkpoint waits for it")
         return False
     return _is_decided(draft, members, until)
 
 
-def _not_answering(draft: Draft, members: Sequence[Seat]) -> str:
+def not_answering(draft: Draft, members: Sequence[Seat]) -> str:
+    """A member that would not hear of a checkpoint now; "" if all would."""
     found = [
         seat.member.agent
         for seat in members

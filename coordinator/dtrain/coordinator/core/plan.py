@@ -7,7 +7,16 @@ the status record, what this leader saw for itself is in the views.
 
 from typing import assert_never
 
-from dtrain.coordinator.core import checkpoints, conditions, orders, phases, restored, retention, scrubbing
+from dtrain.coordinator.core import (
+    checkpoints,
+    conditions,
+    elastic,
+    orders,
+    phases,
+    restored,
+    retention,
+    scrubbing,
+)
 from dtrain.coordinator.core.decisions import Decision, Reason
 from dtrain.coordinator.core.draft import OPERATIONS_MAX, Draft
 from dtrain.coordinator.core.views import FleetView, JobView, Moment
@@ -78,7 +87,7 @@ def plan(job: JobView, fleet: FleetView, moment: Moment) -> Decision:
         return _nothing("there is no job file under this name" if status is None else "its job file is gone")
     if status is not None and status.term > fleet.term:
         return _nothing(f"leader {status.term} has decided about it: this one is over")
-    spec = job.spec.value
+    spec = elastic.effective(job.spec.value, job.intent)
     if status is None:
         return _checked(_submitted(job, fleet, moment, spec, None))
     draft = Draft(job, fleet, moment, spec, status)
