@@ -143,6 +143,7 @@ class Harness:
         reschedule_grace_s: float = 0.0,
         marks: bool = True,
         await_import: bool = False,
+        grow_cooldown_s: float = 60.0,
     ) -> JobName:
         """Submit a job; its ranks leave marks."""
         job = JobName(name)
@@ -167,6 +168,7 @@ class Harness:
             shutdown_grace_s=shutdown_grace_s,
             isolation_grace_s=isolation_grace_s,
             reschedule_grace_s=reschedule_grace_s,
+            grow_cooldown_s=grow_cooldown_s,
         )
         self.client.submit(codec.encode(self._specs[job]), uuid.uuid4().hex)
         return job
