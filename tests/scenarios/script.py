@@ -114,7 +114,7 @@ class Script:
     def do_submit(self, name: str, *words: str) -> None:
         """``submit JOB nnodes=1[:2] nproc=1 every_steps=0 steps=1000 keep=3 restarts=10 timeout=60``,
 
-        ``isolation_grace=0 reschedule_grace=0``.
+        ``isolation_grace=0 reschedule_grace=0 spares=0``.
         """
         _, options = _options(words)
         low, _, high = options.get("nnodes", "1").partition(":")
@@ -141,6 +141,7 @@ class Script:
             shutdown_grace_s=5.0,
             isolation_grace_s=float(options.get("isolation_grace", "0")),
             reschedule_grace_s=float(options.get("reschedule_grace", "0")),
+            spares=int(options.get("spares", "0")),
         )
         stage.jobs[job].spec = spec
         # The simulation's checks find a job by its submission.

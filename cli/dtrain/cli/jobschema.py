@@ -221,6 +221,7 @@ class JobModel(_Strict):
     nnodes: Annotated[tuple[int, int], BeforeValidator(_nodes)] = (1, 1)
     nproc_per_node: Annotated[int, BeforeValidator(_nproc)] = 1
     grow_cooldown: Annotated[float, _seconds()] = _JOB_GROW_COOLDOWN_S
+    spares: Annotated[int, _integer(0)] = 0
     script: Annotated[str, BeforeValidator(_filled)] | None = None
     module: Annotated[str, BeforeValidator(_module)] | None = None
     command: Annotated[tuple[str, ...], BeforeValidator(_command)] | None = None
@@ -259,6 +260,7 @@ def to_spec(model: JobModel, folder: Path) -> JobSpec:
         nnodes_max=model.nnodes[1],
         nproc_per_node=model.nproc_per_node,
         grow_cooldown_s=model.grow_cooldown,
+        spares=model.spares,
         working_dir=str((folder / Path(model.working_dir).expanduser()).resolve()),
         env=model.env,
         preload=model.preload,

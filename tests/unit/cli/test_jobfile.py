@@ -38,6 +38,7 @@ def test_every_field_reaches_the_spec() -> None:
 name: digits
 nnodes: 2:4
 nproc_per_node: 8
+spares: 1
 module: mypackage.train
 args: --lr 1e-3 --name "two words"
 env: {OMP_NUM_THREADS: 1, MODE: on, DEBUG: true, RATE: 1e-3}
@@ -52,7 +53,7 @@ reschedule_grace: 20
 grow_cooldown: 5m
 """
     )
-    assert (spec.nnodes_min, spec.nnodes_max, spec.nproc_per_node) == (2, 4, 8)
+    assert (spec.nnodes_min, spec.nnodes_max, spec.nproc_per_node, spec.spares) == (2, 4, 8, 1)
     assert (spec.entry.kind, spec.entry.target) == (EntryKind.MODULE, "mypackage.train")
     assert spec.entry.args == ("--lr", "1e-3", "--name", "two words")
     assert spec.env == {"OMP_NUM_THREADS": "1", "MODE": "on", "DEBUG": "true", "RATE": "1e-3"}

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from dtrain.agent.launching import ProcessId
 from dtrain.agent.transferring import KeptBlob
-from dtrain.protocol.commands import Prepare, Start
+from dtrain.protocol.commands import Prepare, Start, Warm
 from dtrain.protocol.ids import (
     AgentName,
     Attempt,
@@ -267,6 +267,10 @@ class JobState:
     sdk: bool = False
     """A rank of this job has joined through the SDK, in this attempt or before."""
     pace: Pace = Pace()
+    warm: Warm | None = None
+    """A launcher is kept ready for a PREPARE that may come; nothing else is here."""
+    warm_at: float = 0.0
+    """Not before is one started (monotonic): the last one ended by itself."""
     note: str = ""
     """What was last done with it without an order, for people."""
 
@@ -397,6 +401,7 @@ def durable_view(job: JobState) -> JobState:
         restore=dataclasses.replace(job.restore, plan=None, tries=0, ordered=False, tiers={}),
         uploads=(),
         pace=Pace(),
+        warm_at=0.0,
         held=(),
         kill_at=None,
         stopping=dataclasses.replace(job.stopping, kill_at=0.0) if job.stopping else None,

@@ -9,12 +9,11 @@ import everything before, while the others go on training, and they join togethe
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dtrain.coordinator.core import checkpoints, draining, placement
+from dtrain.coordinator.core import checkpoints, draining, placement, spares
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.liveness import Seat, Standing
 from dtrain.coordinator.core.stamps import iso, parse_iso
 from dtrain.coordinator.core.views import Stored
-from dtrain.protocol.commands import Warm
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import AgentName, Seq
 from dtrain.protocol.job import Intent, JobPhase, JobSpec, JobStatus
@@ -116,7 +115,6 @@ def _note(draft: Draft, joining: tuple[AgentName, ...]) -> None:
 
 def _ready(draft: Draft, joining: Sequence[AgentName], room: int) -> tuple[AgentName, ...]:
     """Who joins now, as far as they alone decide it; () while it is worth waiting for more."""
-    header = draft.header(f"warm.{draft.status.attempt}")
     asked_s = _since_s(draft, draft.status.joining_since)
     waiting: list[AgentName] = []
     warm: list[AgentName] = []
@@ -125,9 +123,7 @@ def _ready(draft: Draft, joining: Sequence[AgentName], room: int) -> tuple[Agent
         if placement.is_warm(draft, name):
             warm.append(name)
             continue
-        draft.command(
-            name, Warm(header, draft.spec, placement.ranks_on(draft.spec, draft.fleet.agents[name]))
-        )
+        spares.warm(draft, name)
         stored = draft.job.workers.get(name)
         patience_s = WARM_S if stored is not None and stored.value.uid == draft.status.uid else SILENT_S
         (waiting if asked_s < patience_s else cold).append(name)

@@ -18,6 +18,7 @@ from dtrain.coordinator.core import (
     placement,
     quarantine,
     retention,
+    spares,
 )
 from dtrain.coordinator.core.decisions import ProbeStore
 from dtrain.coordinator.core.draft import Draft
@@ -278,6 +279,7 @@ def running(draft: Draft) -> None:
         checkpoints.drive(draft, members)
     checkpoints.tell_outcomes(draft, members)
     release_strays(draft)
+    spares.keep_warm(draft)
     if draft.status.store:
         retention.sweep(draft)
 
@@ -637,7 +639,9 @@ def release_strays(draft: Draft) -> None:
     members = {member.agent for member in draft.status.members}
     for agent, stored in sorted(draft.job.workers.items()):
         snapshot = stored.value
-        if agent in members or snapshot.attempt > draft.status.attempt or elastic.is_joining(draft, agent):
+        if agent in members or snapshot.attempt > draft.status.attempt:
+            continue
+        if spares.is_kept(draft, agent) or elastic.is_joining(draft, agent):
             continue
         why = "this agent is not part of the attempt"
         draft.command(agent, Stop(draft.header_of(snapshot), 0.0, release=True, why=why))

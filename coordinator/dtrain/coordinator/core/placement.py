@@ -4,7 +4,7 @@ All or nothing (gang), one member per machine. Machines that held ranks keep
 their place where possible, so that warm launchers and caches are of use.
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from dtrain.coordinator.core.draft import Draft
@@ -89,16 +89,6 @@ def has_room(spec: JobSpec, view: AgentView, used: int) -> bool:
     return 0 < ranks_on(spec, view) <= view.node.slots - used
 
 
-def is_warm(draft: Draft, name: AgentName) -> bool:
-    """Whether the agent, in its present life, has a launcher of this submission that could fork at once."""
-    stored, view = draft.job.workers.get(name), draft.fleet.agents.get(name)
-    if stored is None or view is None or stored.value.uid != draft.status.uid:
-        return False
-    snapshot = stored.value
-    runs = bool(snapshot.ranks) or snapshot.phase is WorkerPhase.READY
-    return snapshot.incarnation == view.node.incarnation and (snapshot.warm or runs)
-
-
 def candidates(draft: Draft) -> dict[AgentName, AgentView]:
     """Agents that could take this job's ranks now."""
     fleet = draft.fleet
@@ -132,14 +122,9 @@ def resting(draft: Draft, name: AgentName, view: AgentView) -> bool:
 def _seat_ranks(
     draft: Draft, usable: dict[AgentName, AgentView], avoid: Set[AgentName]
 ) -> tuple[Member, ...]:
-    spec, fleet = draft.spec, draft.fleet
+    spec = draft.spec
     before = previous_places(draft)
-
-    def preference(name: AgentName) -> tuple[bool, int, str]:
-        doubtful = name in avoid or name in fleet.unreachable
-        return doubtful, before.get(name, len(fleet.agents) + len(before)), name
-
-    chosen = sorted(usable, key=preference)[: spec.nnodes_max]
+    chosen = sorted(usable, key=lambda name: preference(draft, name, before, avoid))[: spec.nnodes_max]
     places: dict[int, AgentName] = {}
     for name in chosen:
         place_before = before.get(name)
@@ -157,6 +142,29 @@ def _seat_ranks(
         members.append(Member(places[node_rank], node_rank, Rank(first), nproc, view.node.incarnation))
         first += nproc
     return tuple(members)
+
+
+def preference(
+    draft: Draft,
+    name: AgentName,
+    before: Mapping[AgentName, int] | None = None,
+    avoid: Set[AgentName] = frozenset(),
+) -> tuple[bool, bool, int, str]:
+    """Sorts machines: those that answer, those whose launcher is warm, those that held ranks before."""
+    places = before or {}
+    doubtful = name in avoid or name in draft.fleet.unreachable
+    place = places.get(name, len(draft.fleet.agents) + len(places))
+    return doubtful, not is_warm(draft, name), place, name
+
+
+def is_warm(draft: Draft, name: AgentName) -> bool:
+    """Whether the agent, in its present life, has a launcher of this submission that could fork at once."""
+    stored, view = draft.job.workers.get(name), draft.fleet.agents.get(name)
+    if stored is None or view is None or stored.value.uid != draft.status.uid:
+        return False
+    snapshot = stored.value
+    runs = bool(snapshot.ranks) or snapshot.phase is WorkerPhase.READY
+    return snapshot.incarnation == view.node.incarnation and (snapshot.warm or runs)
 
 
 def previous_places(draft: Draft) -> dict[AgentName, int]:
