@@ -6,6 +6,7 @@ every sample is seen once per epoch, and that the loss goes on where it was.
 """
 
 import contextlib
+import itertools
 import tempfile
 import time
 import uuid
@@ -186,7 +187,7 @@ def _judge(found: Found, steps: Path) -> None:
     before = [line for line in lines if line.attempt < newest]
     found.repeated.append(float(before[-1].step + 1 - after[0].step))
     losses = [line.loss for line in before[-SETTLED_STEPS:]]
-    usual = max(abs(a - b) for a, b in zip(losses, losses[1:], strict=False))
+    usual = max(abs(a - b) for a, b in itertools.pairwise(losses))
     found.jumps.append(abs(after[0].loss - losses[-1]) / usual)
 
 
@@ -202,9 +203,11 @@ def _wrong_samples(steps: Path) -> int:
                 of.clear()
             of[rank] = line
     stream: list[int] = []
-    for _, each in sorted(kept.items()):
-        if len(each) != each[0].ranks:
-            break  # the last one, of which a rank has not written its line yet
+    for step, each in sorted(kept.items()):
+        if 0 not in each or len(each) != each[0].ranks:
+            if step < max(kept) - 1:
+                return SAMPLES  # of a step in the middle the lines of a rank are missing
+            break  # a rank has not written its line yet
         stream += [each[rank].samples[i] for i in range(len(each[0].samples)) for rank in sorted(each)]
     whole = len(stream) // SAMPLES * SAMPLES
     epochs = [stream[i : i + SAMPLES] for i in range(0, whole, SAMPLES)]

@@ -44,7 +44,8 @@ def set_up(backend: str | None, world_size: int, local_rank: int) -> tuple[Any, 
     if world_size == 1:
         # A job that has shrunk to one rank runs the script that it ran on many: what wraps the
         # model in DDP there must not fail here.
-        dist.init_process_group(chosen, store=dist.HashStore(), rank=0, world_size=1)
+        alone = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(chosen, store=alone, rank=0, world_size=1)
     elif under_agent:
         # The attempt's store is up already; by torch's default rank 0 would open another on its port.
         store = _attempt_store("group")
