@@ -218,6 +218,7 @@ MEANINGS = {
     "JobStatus.restore": "what the attempt starts from, see `RestorePoint`",
     "JobStatus.seq_last": "last checkpoint number given out",
     "JobStatus.token_done": "last checkpoint token answered",
+    "JobStatus.joining_since": "since when `joining` is not empty (UTC)",
     "JobStatus.unknown_from": "first number that a restored etcd had forgotten, see `unknown_to`; 0: none",
     "LeaderRecord.address": "host:port of its API",
     "LeaderRecord.nonce": "random; tells its own timed-out write from another's",

@@ -98,7 +98,17 @@ class Job:
         """Ranks: of the current attempt, else as asked for."""
         if self.status and self.status.members:
             return self.status.world_size
-        return self.spec.nnodes_max * self.spec.nproc_per_node if self.spec else 0
+        return self.nodes[1] * self.spec.nproc_per_node if self.spec else 0
+
+    @property
+    def nodes(self) -> tuple[int, int]:
+        """Fewest and most machines: as scaled, else as in the job file."""
+        if self.spec is None:
+            return 0, 0
+        intent = self.intent
+        if intent is not None and intent.uid == self.spec.uid and intent.nnodes_max:
+            return intent.nnodes_min, intent.nnodes_max
+        return self.spec.nnodes_min, self.spec.nnodes_max
 
     @property
     def budget_spent(self) -> bool:

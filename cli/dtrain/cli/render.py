@@ -407,7 +407,7 @@ def describe_job(job: Job, now: float) -> list[str]:
     if spec:
         lines += [
             f"Program       {spec.entry.kind} {' '.join((spec.entry.target, *spec.entry.args))}",
-            f"Size          {_nodes(spec.nnodes_min, spec.nnodes_max)} x {spec.nproc_per_node} ranks",
+            f"Size          {_size(job)}",
             f"Folder        {spec.working_dir}",
             f"Uid           {spec.uid}   submitted {spec.submitted_at}",
         ]
@@ -545,6 +545,18 @@ def _ranks(job: Job) -> str:
 
 def _live(states: Iterable[object]) -> list[object]:
     return [state for state in states if getattr(state, "exit_code", None) is None]
+
+
+def _size(job: Job) -> str:
+    """How many machines and ranks a job may have, and who gets ready to join."""
+    assert job.spec is not None
+    text = f"{_nodes(*job.nodes)} x {job.spec.nproc_per_node or 'as many ranks as slots'}"
+    text += " ranks" if job.spec.nproc_per_node else ""
+    if job.nodes != (job.spec.nnodes_min, job.spec.nnodes_max):
+        text += f" (job file: {_nodes(job.spec.nnodes_min, job.spec.nnodes_max)})"
+    if job.status and job.status.joining:
+        text += f"; getting ready to join: {', '.join(job.status.joining)}"
+    return text
 
 
 def _nodes(low: int, high: int) -> str:

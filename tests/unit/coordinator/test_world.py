@@ -286,6 +286,18 @@ def test_a_change_of_an_agent_touches_its_jobs_and_those_that_wait() -> None:
     assert etcd.world.take_touched() == [JOB, "waits"]
 
 
+def test_a_running_job_that_may_grow_waits_for_machines_too() -> None:
+    etcd = Etcd()
+    member = (Member(A1, 0, Rank(0), 2),)
+    for name, most in (("fixed", 1), ("grows", 2), ("scaled", 1)):
+        etcd.put(KEYS.spec(JobName(name)), replace(spec(JobName(name)), nnodes_max=most))
+        etcd.put(KEYS.status(JobName(name)), status(members=member))
+    etcd.put(KEYS.intent(JobName("scaled")), Intent(Uid("u1"), nnodes_min=1, nnodes_max=3))
+    etcd.world.take_touched()
+    etcd.put(KEYS.node(AgentName("a9")), replace(node(), agent=AgentName("a9")))
+    assert etcd.world.take_touched() == ["grows", "scaled"]
+
+
 def test_events_of_a_job_are_numbers_and_touch_nothing() -> None:
     etcd = Etcd()
     etcd.put(KEYS.spec(JOB), spec())
