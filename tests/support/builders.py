@@ -4,15 +4,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dtrain.coordinator.core import invariants
+from dtrain.coordinator.core import invariants, stragglers
 from dtrain.coordinator.core.decisions import Decision, Directed, PutRecord, Work
 from dtrain.coordinator.core.plan import plan
+from dtrain.coordinator.core.queue import Queue
 from dtrain.coordinator.core.views import (
     AgentView,
     FleetView,
     Inspection,
     JobView,
     Moment,
+    Sightings,
     Stored,
     SweepFound,
     Verdict,
@@ -164,12 +166,14 @@ class Stage:
     inspections: dict[tuple[Seq, str, str, int], Inspection] = field(default_factory=dict)
     scrub_interval_s: float = 0.0
     cordon_s: float = 0.0
+    queue: Queue = Queue()
     swept_found: SweepFound = SweepFound()
     store_ok: bool | None = True
     store_problem: str = ""
     swept_at: float | None = None
     swept_former: set[Uid] = field(default_factory=set)
     step_rate: float = 0.0
+    sightings: Sightings = Sightings()
     last: Decision = field(default_factory=Decision)
     decisions: int = 0
     history: list[JobPhase] = field(default_factory=list)
@@ -274,7 +278,16 @@ class Stage:
             store_ok=self.store_ok,
             store_problem=self.store_problem,
             step_rate=self.step_rate,
+            sightings=self._sightings(),
         )
+
+    def _sightings(self) -> Sightings:
+        stored = next(iter(self.of("status").values()), None)
+        if stored is not None:
+            of = (stored.value.uid, stored.value.attempt)
+            shown = [one.value for one in self.workers.values() if (one.value.uid, one.value.attempt) == of]
+            self.sightings = stragglers.observe(self.sightings, stored.value, shown, self.now)
+        return self.sightings
 
     def fleet(self) -> FleetView:
         """The machines as the leader sees them."""
@@ -301,6 +314,7 @@ class Stage:
                 if (parsed := KEYS.parse(key)) and parsed.kind == "suspicion"
             },
             self.cordon_s,
+            self.queue,
         )
 
     # Deciding.
@@ -587,6 +601,7 @@ class Stage:
         self.unreachable.clear()
         self.swept_at = None
         self.swept_former.clear()
+        self.sightings = Sightings()
         for cell in self.cells.values():
             cell.seen_at = self.now
         self.agents = {

@@ -23,6 +23,8 @@ from dtrain.protocol.job import (
     EntryKind,
     FailureRule,
     JobSpec,
+    NonFiniteAction,
+    NonFinitePolicy,
     RestartPolicy,
     RuleAction,
 )
@@ -32,11 +34,15 @@ _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _RANGE = re.compile(r"(\d+)\s*:\s*(\d+)")
 
 NPROC_WORDS = ("auto", "cpu", "gpu")
-_CHECKPOINT, _RESTARTS = CheckpointPolicy(), RestartPolicy()
 _RULE = FailureRule(RuleAction.RESTART)
 RULES_MAX = 32
+_CHECKPOINT, _RESTARTS, _NONFINITE = CheckpointPolicy(), RestartPolicy(), NonFinitePolicy()
 
 
+METRIC_NAME_CHARS_MAX = 64
+"""Of reported numbers: agents cut longer names."""
+
+PRIORITY_MAX = 1000
 BANDWIDTH_MB_S_MIN, BANDWIDTH_MB_S_MAX = 0.1, 1_000_000.0
 
 
@@ -255,6 +261,23 @@ def _pattern(value: Any) -> str:
     return _text(value)
 
 
+def _nonfinite_action(value: Any) -> str:
+    allowed = [action.value for action in NonFiniteAction]
+    if value not in allowed:
+        raise ValueError(f"{_show(value)} is none of {', '.join(allowed)}")
+    return str(value)
+
+
+def _metrics(value: Any) -> tuple[str, ...]:
+    names = _words(value)
+    for name in names:
+        if not name or len(name) > METRIC_NAME_CHARS_MAX:
+            raise ValueError(
+                f"{name!r} is not the name of a number of at most {METRIC_NAME_CHARS_MAX} characters"
+            )
+    return names
+
+
 def _show(value: Any) -> str:
     if value is None:
         return "nothing"
@@ -301,12 +324,21 @@ class RuleSection(_Strict):
     back: Annotated[int, _integer(1, 1000)] = _RULE.back
 
 
+class NonFiniteSection(_Strict):
+    """``nonfinite:``, what follows from a reported number that is NaN or infinite."""
+
+    action: Annotated[str, BeforeValidator(_nonfinite_action)] = _NONFINITE.action.value
+    metrics: Annotated[tuple[str, ...], BeforeValidator(_metrics)] = _NONFINITE.metrics
+    back: Annotated[int, _integer(1, 1000)] = _NONFINITE.back
+
+
 class JobModel(_Strict):
     """A whole job file."""
 
     name: Annotated[str, BeforeValidator(_name)]
     nnodes: Annotated[tuple[int, int], BeforeValidator(_nodes)] = (1, 1)
     nproc_per_node: Annotated[int, BeforeValidator(_nproc)] = 1
+    spares: Annotated[int, _integer(0)] = 0
     script: Annotated[str, BeforeValidator(_filled)] | None = None
     module: Annotated[str, BeforeValidator(_module)] | None = None
     command: Annotated[tuple[str, ...], BeforeValidator(_command)] | None = None
@@ -317,9 +349,11 @@ class JobModel(_Strict):
     checkpoint: CheckpointSection = CheckpointSection()
     restarts: RestartsSection = RestartsSection()
     failure_rules: Annotated[tuple[RuleSection, ...], BeforeValidator(_rules)] = ()
+    nonfinite: NonFiniteSection = NonFiniteSection()
     shutdown_grace: Annotated[float, _seconds()] = 30.0
     isolation_grace: Annotated[float, _seconds()] = 0.0
     reschedule_grace: Annotated[float, _seconds()] = 0.0
+    priority: Annotated[int, _integer(-PRIORITY_MAX, PRIORITY_MAX)] = 0
 
 
 PROGRAMS = ("script", "module", "command")
@@ -345,6 +379,7 @@ def to_spec(model: JobModel, folder: Path) -> JobSpec:
         nnodes_min=model.nnodes[0],
         nnodes_max=model.nnodes[1],
         nproc_per_node=model.nproc_per_node,
+        spares=model.spares,
         working_dir=str((folder / Path(model.working_dir).expanduser()).resolve()),
         env=model.env,
         preload=model.preload,
@@ -371,7 +406,13 @@ def to_spec(model: JobModel, folder: Path) -> JobSpec:
             )
             for rule in model.failure_rules
         ),
+        nonfinite=NonFinitePolicy(
+            action=NonFiniteAction(model.nonfinite.action),
+            metrics=model.nonfinite.metrics,
+            back=model.nonfinite.back,
+        ),
         shutdown_grace_s=model.shutdown_grace,
         isolation_grace_s=model.isolation_grace,
         reschedule_grace_s=model.reschedule_grace,
+        priority=model.priority,
     )

@@ -16,7 +16,7 @@ from dtrain.cli.records import Agent, Cluster, Job, Replica
 from dtrain.protocol.cluster import Suspicion
 from dtrain.protocol.events import EventRecord
 from dtrain.protocol.job import JobPhase
-from dtrain.protocol.snapshot import Failure, FailureKind
+from dtrain.protocol.snapshot import Failure, FailureKind, Timing
 
 if TYPE_CHECKING:
     from dtrain.storage.checkpoints.reading import Damage
@@ -61,7 +61,7 @@ def ago(since: str, now: float) -> str:
 def jobs(cluster: Cluster, now: float, *, wide: bool = False) -> Table:
     """``get jobs``."""
     headings = ("NAME", "PHASE", "STEP", "ATTEMPT", "RANKS", "LAST-CKPT", "AGE")
-    extra = ("UID", "MEMBERS", "RESTARTS")
+    extra = ("UID", "MEMBERS", "RESTARTS", "PRIORITY")
     rows = []
     for job in cluster.jobs.values():
         submitted = job.spec.submitted_at if job.spec else ""
@@ -79,6 +79,7 @@ def jobs(cluster: Cluster, now: float, *, wide: bool = False) -> Table:
                 (job.spec.uid if job.spec else "") or UNKNOWN,
                 ",".join(member.agent for member in job.status.members) if job.status else UNKNOWN,
                 restarts(job, now),
+                str(job.spec.priority) if job.spec else UNKNOWN,
             )
         rows.append((*row, reason(job)))
     return Table((*headings, *(extra if wide else ()), "REASON"), tuple(rows))
@@ -174,6 +175,8 @@ def checkpoint_lines(job: Job) -> list[CheckpointLine]:
     for seq, record in job.commits.items():
         damaged = job.bad.get(seq)
         note = f"{damaged.blob} chunk {damaged.chunk}" if damaged else "final" if record.final else ""
+        if job.status and seq in job.status.passed_over:
+            note = "training was rolled back past it"
         lines[seq] = CheckpointLine(
             seq, record.step, record.attempt, record.world_size, record.bytes,
             "Bad" if damaged else "Committed", seq == newest, seq in pinned, record.committed_at, note,
@@ -260,20 +263,41 @@ def rank_table(job: Job) -> Table:
     for member in job.status.members if job.status else ():
         for rank in range(member.first_rank, member.first_rank + member.nproc):
             if rank not in known:
-                rows.append((str(rank), member.agent, UNKNOWN, "no report", UNKNOWN, "", ""))
+                rows.append((str(rank), member.agent, UNKNOWN, "no report", UNKNOWN, UNKNOWN, "", ""))
                 continue
             agent, state = known[rank]
-            metrics = " ".join(f"{name}={value:.4g}" for name, value in sorted(state.metrics.items()))
+            numbers = [f"{name}={value:.4g}" for name, value in sorted(state.metrics.items())]
+            metrics = " ".join([f"{name}=not-finite" for name in state.nonfinite] + numbers)
             ended = "" if state.exit_code is None else show_exit(state.exit_code)
-            rows.append((str(rank), agent, str(state.pid), str(state.phase), str(state.step), ended, metrics))
-    return Table(("RANK", "AGENT", "PID", "STATE", "STEP", "EXIT", "METRICS"), tuple(rows))
+            took = show_timing(state.timing)
+            rows.append(
+                (str(rank), agent, str(state.pid), str(state.phase), str(state.step), took, ended, metrics)
+            )
+    return Table(("RANK", "AGENT", "PID", "STATE", "STEP", "STEP/OWN/DATA", "EXIT", "METRICS"), tuple(rows))
+
+
+def show_timing(timing: Timing | None) -> str:
+    """What a step took, of it the rank's own part, of that waiting for data: in milliseconds."""
+    if timing is None:
+        return UNKNOWN
+    return (
+        "/".join(f"{1000 * seconds:.3g}" for seconds in (timing.step_s, timing.own_s, timing.data_s)) + " ms"
+    )
 
 
 def reason(job: Job) -> str:
     """The leader's sentence on a job."""
     if job.status is None:
         return "waiting for a leader to look at it"
-    return job.status.reason
+    return "; ".join([job.status.reason, *of_ranks(job)])
+
+
+def of_ranks(job: Job) -> list[str]:
+    """What is said of its ranks while it trains: slow ones, numbers that are not finite."""
+    conditions = job.status.conditions if job.status else ()
+    return [
+        one.message for one in conditions if one.type in ("NonFinite", "Straggling") and one.status == "True"
+    ]
 
 
 def restarts(job: Job, now: float) -> str:
@@ -516,6 +540,8 @@ def _checkpoint_summary(job: Job, now: float) -> str:
         parts.append(text + ")")
     parts += [f"{seq} open (step {intent.step})" for seq, intent in sorted(job.open.items())]
     parts += [f"{seq} bad" for seq in sorted(job.bad)]
+    if passed := [str(seq) for seq in (job.status.passed_over if job.status else ()) if seq in job.commits]:
+        parts.append(f"{', '.join(passed)} rolled back past")
     if not parts:
         store = job.status.store if job.status else ""
         started = job.status is not None and job.status.attempt > 0

@@ -7,7 +7,7 @@ import pytest
 from dtrain.cli import jobfile
 from dtrain.cli.jobfile import BadJobFile
 from dtrain.protocol.errors import ErrorCode, NotFound
-from dtrain.protocol.job import EntryKind, FailureRule, JobSpec, RuleAction
+from dtrain.protocol.job import EntryKind, FailureRule, JobSpec, NonFiniteAction, NonFinitePolicy, RuleAction
 
 MINIMAL = "name: digits\nscript: train.py\n"
 
@@ -37,6 +37,7 @@ def test_every_field_reaches_the_spec() -> None:
 name: digits
 nnodes: 2:4
 nproc_per_node: 8
+spares: 1
 module: mypackage.train
 args: --lr 1e-3 --name "two words"
 env: {OMP_NUM_THREADS: 1, MODE: on, DEBUG: true, RATE: 1e-3}
@@ -54,9 +55,10 @@ failure_rules:
 shutdown_grace: 500ms
 isolation_grace: 30m
 reschedule_grace: 20
+priority: -5
 """
     )
-    assert (spec.nnodes_min, spec.nnodes_max, spec.nproc_per_node) == (2, 4, 8)
+    assert (spec.nnodes_min, spec.nnodes_max, spec.nproc_per_node, spec.spares) == (2, 4, 8, 1)
     assert (spec.entry.kind, spec.entry.target) == (EntryKind.MODULE, "mypackage.train")
     assert spec.entry.args == ("--lr", "1e-3", "--name", "two words")
     assert spec.env == {"OMP_NUM_THREADS": "1", "MODE": "on", "DEBUG": "true", "RATE": "1e-3"}
@@ -73,6 +75,15 @@ reschedule_grace: 20
     assert (spec.restarts.max_restarts, spec.restarts.window_s) == (3, 5400.0)
     assert spec.shutdown_grace_s == 0.5
     assert (spec.isolation_grace_s, spec.reschedule_grace_s) == (1800.0, 20.0)
+    assert spec.priority == -5
+
+
+def test_what_follows_from_numbers_that_are_not_finite() -> None:
+    spec = parse(MINIMAL + "nonfinite: {action: rollback, metrics: [loss, norm], back: 2}")
+    assert spec.nonfinite == NonFinitePolicy(NonFiniteAction.ROLLBACK, ("loss", "norm"), 2)
+    assert parse(MINIMAL).nonfinite == NonFinitePolicy()
+    (found,) = errors(MINIMAL + "nonfinite: {action: ignore}")
+    assert "nonfinite.action: 'ignore' is none of warn, rollback, fail" in found
 
 
 def test_a_range_of_nodes_is_not_read_as_a_sexagesimal_number() -> None:

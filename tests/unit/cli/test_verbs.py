@@ -168,6 +168,39 @@ def test_cancel_with_yes_writes_the_intent(replica: FakeReplica, address: str, c
     assert capsys.readouterr().out == "digits: cancel accepted\n"
 
 
+def test_suspend_and_resume_write_the_intent(replica: FakeReplica, address: str, capsys: Out) -> None:
+    replica.items = running_job()
+    assert run(["suspend", "digits", "--coordinators", address]) == 0
+    assert run(["resume", "digits", "--coordinators", address, "-o", "name"]) == 0
+    assert [(intent.job, intent.wanted) for intent in replica.intents] == [
+        ("digits", "suspend"),
+        ("digits", "run"),
+    ]
+    assert capsys.readouterr().out == "digits: suspend accepted\njob/digits\n"
+
+
+def test_suspend_wait_returns_when_the_machines_are_free(
+    replica: FakeReplica, address: str, capsys: Out
+) -> None:
+    reason = "suspended by ann at step 40, with checkpoint 4"
+    replica.items = ended(JobPhase.SUSPENDED, reason=reason)  # type: ignore[assignment]
+    assert run(["suspend", "digits", "--wait", "--coordinators", address]) == 0
+    assert capsys.readouterr().out == f"digits: {reason}\n"
+    replica.items = ended(JobPhase.SUCCEEDED)  # type: ignore[assignment]
+    assert run(["suspend", "digits", "--wait", "--coordinators", address]) == 5
+    assert capsys.readouterr().out == "digits: ended as SUCCEEDED\n"
+
+
+def test_resume_wait_returns_when_ranks_train_or_it_has_ended(
+    replica: FakeReplica, address: str, capsys: Out
+) -> None:
+    replica.items = running_job()
+    assert run(["resume", "digits", "--wait", "--coordinators", address]) == 0
+    assert capsys.readouterr().out == "digits: all 4 ranks train\n"
+    replica.items = ended(JobPhase.FAILED)  # type: ignore[assignment]
+    assert run(["resume", "digits", "--wait", "--coordinators", address]) == 20
+
+
 def test_checkpoint_wait_names_the_one_that_was_committed(
     replica: FakeReplica, address: str, capsys: Out
 ) -> None:

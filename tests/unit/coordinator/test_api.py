@@ -217,6 +217,9 @@ def test_submissions_at_once_create_one_job(replica: Replica) -> None:
         ({"checkpoint": {"store": "ftp://x"}}, "not a store"),
         ({"checkpoint": {"keep_last": 0}}, "keep_last"),
         ({"working_dir": "here"}, "working_dir"),
+        ({"nonfinite": {"action": "rollback", "back": 3}}, "only 3 checkpoints are kept"),
+        ({"nonfinite": {"back": 0}}, "nonfinite.back"),
+        ({"nonfinite": {"metrics": list("abcdefghi")}}, "nonfinite.metrics"),
     ],
 )
 def test_a_job_that_cannot_run_is_refused_by_name_of_its_field(
@@ -284,6 +287,16 @@ def test_an_ended_job_wants_nothing_more(replica: Replica) -> None:
     code, told = refusal(lambda: replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, wanted="cancel")))
     assert code is grpc.StatusCode.ABORTED
     assert "FAILED" in told["message"]
+
+
+def test_a_job_is_suspended_and_resumed_but_a_cancelled_one_is_not(replica: Replica) -> None:
+    replica.submit()
+    for wanted in (Wanted.SUSPEND, Wanted.RUN, Wanted.CANCEL):
+        replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, wanted=wanted.value))
+        assert replica.stored(KEYS.intent(JOB), Intent).wanted is wanted
+    code, told = refusal(lambda: replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, wanted="run")))
+    assert code is grpc.StatusCode.ABORTED
+    assert "cannot be undone" in told["message"]
 
 
 def test_a_lost_answer_to_an_intent_is_resolved(replica: Replica) -> None:
