@@ -13,7 +13,7 @@ from dtrain.cli import exits
 from dtrain.cli.client import Item, Reading
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord, Quarantine, Verification
-from dtrain.protocol.cluster import Cordon, LeaderRecord, ReplicaRecord
+from dtrain.protocol.cluster import Cordon, LeaderRecord, ReplicaRecord, Suspicion
 from dtrain.protocol.errors import ErrorCode, NotFound, Refused
 from dtrain.protocol.events import EventReason, EventRecord
 from dtrain.protocol.ids import ClusterName
@@ -147,6 +147,7 @@ class Agent:
     name: str
     node: NodeRecord | None = None
     cordon: Cordon | None = None
+    suspicion: Suspicion | None = None
     workers: dict[str, WorkerSnapshot] = field(default_factory=dict)
     raw: Json = field(default_factory=dict)
 
@@ -246,6 +247,10 @@ def _place(cluster: Cluster, parsed: Parsed, item: Item) -> None:
             agent = cluster.agents.setdefault(parsed.agent, Agent(parsed.agent))
             agent.cordon = _decode(Cordon, item.value)
             agent.raw["cordon"] = document
+        case "suspicion":
+            agent = cluster.agents.setdefault(parsed.agent, Agent(parsed.agent))
+            agent.suspicion = _decode(Suspicion, item.value)
+            agent.raw["suspicion"] = document
         case "worker":
             snapshot = _decode(WorkerSnapshot, item.value)
             agent = cluster.agents.setdefault(parsed.agent, Agent(parsed.agent))

@@ -13,6 +13,7 @@ from dtrain.cli import terminal
 from dtrain.cli.client import GarbageItem
 from dtrain.cli.durations import show_bytes, show_s
 from dtrain.cli.records import Agent, Cluster, Job, Replica
+from dtrain.protocol.cluster import Suspicion
 from dtrain.protocol.events import EventRecord
 from dtrain.protocol.job import JobPhase
 from dtrain.protocol.snapshot import Failure, FailureKind, Timing
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from dtrain.storage.checkpoints.reading import Damage
 
 UNKNOWN = "–"
+BLAMES_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -442,6 +444,8 @@ def describe_agent(agent: Agent, now: float) -> list[str]:
         )
     if node and node.problem:
         lines.append(f"  {node.problem}")
+    if agent.suspicion and agent.suspicion.blames:
+        lines += blames(agent.suspicion, now)
     if node:
         lines += [
             "",
@@ -475,6 +479,17 @@ def describe_agent(agent: Agent, now: float) -> list[str]:
         if rows:
             lines += [f"  {line}" for line in Table(("RANK", "PID", "STATE", "STEP", "EXIT"), rows).lines()]
     return lines
+
+
+def blames(suspicion: Suspicion, now: float) -> list[str]:
+    """What attempts have ended because of a machine, the newest last."""
+    shown = suspicion.blames[-BLAMES_SHOWN:]
+    more = len(suspicion.blames) - len(shown)
+    lines = ["", "Attempts ended because of it" + (f" ({more} more before these)" if more else "")]
+    return lines + [
+        f"  {show_s(max(0.0, now - blame.at))} ago   attempt {blame.attempt} of {blame.job}: {blame.kind}"
+        for blame in shown
+    ]
 
 
 def job_change(job: Job) -> str:

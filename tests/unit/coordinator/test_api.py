@@ -550,3 +550,20 @@ def test_an_unknown_machine_is_not_cordoned(replica: Replica) -> None:
         assert told["fix"] == "did you mean gpu-02?"
     code, told = refusal(lambda: replica.stub.Cordon(pb.CordonRequest(agent="gpu-02", ttl_s=1)))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("rule", "field"),
+    [
+        ({"action": "fail", "reasons": ["nonsense"]}, "failure_rules[1].reasons"),
+        ({"action": "fail", "message": "(a+)+"}, "failure_rules[1].message"),
+        ({"action": "rollback", "back": 0}, "failure_rules[1].back"),
+        ({"action": "fail", "cordon_s": 1e9}, "failure_rules[1].cordon"),
+    ],
+)
+def test_a_rule_that_no_job_file_could_hold_is_refused(
+    replica: Replica, rule: dict[str, Any], field: str
+) -> None:
+    code, told = refusal(lambda: replica.submit(failure_rules=[rule]))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert told["message"].startswith(field)
