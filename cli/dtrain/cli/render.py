@@ -16,7 +16,7 @@ from dtrain.cli.records import Agent, Cluster, Job, Replica
 from dtrain.protocol.cluster import Suspicion
 from dtrain.protocol.events import EventRecord
 from dtrain.protocol.job import JobPhase
-from dtrain.protocol.snapshot import Failure, FailureKind, Timing
+from dtrain.protocol.snapshot import Failure, FailureKind, Timing, WorkerPhase
 
 if TYPE_CHECKING:
     from dtrain.storage.checkpoints.reading import Damage
@@ -416,7 +416,9 @@ def describe_job(job: Job, now: float) -> list[str]:
     table = rank_table(job)
     if table.rows:
         lines += ["", "Ranks", *(f"  {line}" for line in table.lines())]
-    notes = [f"{agent}: {snapshot.note}" for agent, snapshot in sorted(job.workers.items()) if snapshot.note]
+    workers = sorted(job.workers.items())
+    notes = [f"{agent}: {snapshot.note}" for agent, snapshot in workers if snapshot.note]
+    notes += [f"{agent}: {snapshot.warning}" for agent, snapshot in workers if snapshot.warning]
     if notes:
         lines += ["", "Notes", *(f"  {line}" for line in notes)]
     if status and status.conditions:
@@ -458,12 +460,12 @@ def describe_agent(agent: Agent, now: float) -> list[str]:
                 "Labels        " + " ".join(f"{name}={value}" for name, value in node.labels.items())
             )
     for job, snapshot in sorted(agent.workers.items()):
-        lines += ["", f"Job {job}   attempt {snapshot.attempt}   {snapshot.phase}"]
+        ready = " (warm)" if snapshot.warm and snapshot.phase is WorkerPhase.IDLE else ""
+        lines += ["", f"Job {job}   attempt {snapshot.attempt}   {snapshot.phase}{ready}"]
         if snapshot.command:
             outcome = "done" if snapshot.command.ok else f"failed: {snapshot.command.message}"
             lines.append(f"  last command {snapshot.command.kind} {outcome}")
-        if snapshot.note:
-            lines.append(f"  {snapshot.note}")
+        lines += [f"  {text}" for text in (snapshot.note, snapshot.warning) if text]
         if snapshot.failure:
             lines += [f"  {line}" for line in failure_card(snapshot.failure)]
         rows = tuple(
