@@ -842,11 +842,58 @@ MUTANTS: tuple[Mutant, ...] = (
         "G2: a checkpoint that the store does not hold is committed.",
         f"{CORE}/checkpoints.py",
         (
-            "    if verdict is not None and verdict.ok and is_complete(parts, record):\n        if ended",
-            "    if verdict is not None and is_complete(parts, record):\n        if ended",
+            "    elif verdict is not None and verdict.ok and is_complete(parts, record):\n        if ended",
+            "    elif verdict is not None and is_complete(parts, record):\n        if ended",
         ),
         f"{ON_COORDINATOR}/test_plan_checkpoints.py::"
         "test_refused_verdict_aborts_and_a_silent_store_is_asked_again",
+    ),
+    _mutant(
+        "unfit-state-is-committed",
+        "A checkpoint whose reported loss is not finite is committed.",
+        f"{CORE}/checkpoints.py",
+        (
+            "    if unfit := nonfinite.refusal(draft, record):\n        abort_unfit(draft, stored, unfit)\n    elif",
+            "    if",
+        ),
+        f"{ON_COORDINATOR}/test_plan_nonfinite.py::"
+        "test_what_a_rank_calls_unfit_is_never_committed_however_durable_it_is",
+    ),
+    _mutant(
+        "unfit-state-is-settled",
+        "A checkpoint whose reported loss is not finite is committed between attempts.",
+        f"{CORE}/checkpoints.py",
+        (
+            "    if unfit := nonfinite.refusal(draft, record):\n        abort_unfit(draft, stored, unfit)\n        return True\n",
+            "",
+        ),
+        f"{ON_COORDINATOR}/test_plan_nonfinite.py::"
+        "test_an_unfit_checkpoint_of_an_attempt_that_is_over_is_not_settled_into_one",
+    ),
+    _mutant(
+        "unfit-state-is-handed-on",
+        "A rank hands its agent a copy of a state that a number speaks against.",
+        "trainer/dtrain/trainer/session.py",
+        (
+            " and not self._refuse_unfit(sealed):\n                self._sealed = sealed",
+            ":\n                self._sealed = sealed",
+        ),
+        "tests/unit/trainer/test_unfit.py::test_a_copy_that_was_made_all_the_same_is_not_handed_on",
+    ),
+    _mutant(
+        "rollbacks-cost-nothing",
+        "Training is rolled back past the same checkpoints for ever.",
+        f"{CORE}/failures.py",
+        (" and not rolled:", ":"),
+        f"{ON_COORDINATOR}/test_plan_nonfinite.py::"
+        "test_rolling_back_again_and_again_spends_the_budget_whatever_is_committed_between",
+    ),
+    _mutant(
+        "a-straggler-is-named-at-once",
+        "A rank that is slow for a moment is called persistently slow.",
+        f"{CORE}/stragglers.py",
+        ("NAMED_AFTER_S = 10.0", "NAMED_AFTER_S = 0.0"),
+        f"{ON_COORDINATOR}/test_plan_stragglers.py::test_a_rank_that_stays_slow_is_named_and_cleared_once_it_keeps_up",
     ),
     _mutant(
         "commit-not-guarded-by-its-intent",

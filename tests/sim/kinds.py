@@ -672,3 +672,11 @@ def repair(cluster: "Cluster") -> None:
         powered = sum(1 for other in cluster.machines.values() if other.powered)
         if not machine.powered and powered < need:
             machine.power_on()
+
+
+@kind("suspend", a_job, every_s=(10.0, 40.0), lasts_s=(0.2, 40.0), apart=True)
+def _suspend(faults: "Faults", strike: Strike) -> None:
+    """An operator wants the machines for a while; the calm finds every job resumed."""
+    cluster, job = faults.cluster, JobName(strike.target)
+    if job in cluster.jobs and cluster.ask(job, Wanted.SUSPEND):
+        faults.until(strike, lambda: cluster.resume(job))

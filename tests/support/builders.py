@@ -4,15 +4,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dtrain.coordinator.core import invariants
+from dtrain.coordinator.core import invariants, stragglers
 from dtrain.coordinator.core.decisions import Decision, Directed, PutRecord, Work
 from dtrain.coordinator.core.plan import plan
+from dtrain.coordinator.core.queue import Queue
 from dtrain.coordinator.core.views import (
     AgentView,
     FleetView,
     Inspection,
     JobView,
     Moment,
+    Sightings,
     Stored,
     SweepFound,
     Verdict,
@@ -163,12 +165,15 @@ class Stage:
     pinned: set[Seq] = field(default_factory=set)
     inspections: dict[tuple[Seq, str, str, int], Inspection] = field(default_factory=dict)
     scrub_interval_s: float = 0.0
+    cordon_s: float = 0.0
+    queue: Queue = Queue()
     swept_found: SweepFound = SweepFound()
     store_ok: bool | None = True
     store_problem: str = ""
     swept_at: float | None = None
     swept_former: set[Uid] = field(default_factory=set)
     step_rate: float = 0.0
+    sightings: Sightings = Sightings()
     last: Decision = field(default_factory=Decision)
     decisions: int = 0
     history: list[JobPhase] = field(default_factory=list)
@@ -273,10 +278,20 @@ class Stage:
             store_ok=self.store_ok,
             store_problem=self.store_problem,
             step_rate=self.step_rate,
+            sightings=self._sightings(),
         )
+
+    def _sightings(self) -> Sightings:
+        stored = next(iter(self.of("status").values()), None)
+        if stored is not None:
+            of = (stored.value.uid, stored.value.attempt)
+            shown = [one.value for one in self.workers.values() if (one.value.uid, one.value.attempt) == of]
+            self.sightings = stragglers.observe(self.sightings, stored.value, shown, self.now)
+        return self.sightings
 
     def fleet(self) -> FleetView:
         """The machines as the leader sees them."""
+        written = {p.agent for key in self.cells if (p := KEYS.parse(key)) and p.kind == "cordon"}
         return FleetView(
             CLUSTER,
             ReplicaId("c1"),
@@ -284,7 +299,7 @@ class Stage:
             self.took_office_at,
             dict(self.agents),
             dict(self.lost_at),
-            frozenset(self.cordoned),
+            frozenset(self.cordoned) | written,
             dict(self.used),
             dict(self.unreachable),
             self.brake,
@@ -293,6 +308,13 @@ class Stage:
             self.losses_settle_at,
             frozenset(self.left),
             self.scrub_interval_s,
+            {
+                parsed.agent: Stored(cell.value, cell.mod, cell.create, cell.seen_at)
+                for key, cell in self.cells.items()
+                if (parsed := KEYS.parse(key)) and parsed.kind == "suspicion"
+            },
+            self.cordon_s,
+            self.queue,
         )
 
     # Deciding.
@@ -579,6 +601,7 @@ class Stage:
         self.unreachable.clear()
         self.swept_at = None
         self.swept_former.clear()
+        self.sightings = Sightings()
         for cell in self.cells.values():
             cell.seen_at = self.now
         self.agents = {

@@ -28,9 +28,9 @@ from dtrain.agent.launching import (
     StoreReady,
     Unkilled,
 )
-from dtrain.protocol.ids import Attempt, Incarnation, Rank, Uid
+from dtrain.protocol.ids import Attempt, Incarnation, Rank, Step, Uid
 from dtrain.protocol.ranklink import StopRank, Welcome
-from dtrain.protocol.snapshot import FailureKind, WorkerPhase
+from dtrain.protocol.snapshot import FailureKind, Timing, WorkerPhase
 
 from .core_builder import JOB, LAUNCHER, RESTORE, Table
 
@@ -223,6 +223,35 @@ def test_a_metric_that_is_no_number_does_not_reach_the_snapshot() -> None:
     table = Table().training()
     table.rank_report(1, metrics={"loss": float("inf"), "lr": 0.1})
     assert table.snapshot.ranks[0].metrics == {"lr": 0.1}
+
+
+def test_step_times_are_progress_and_the_first_number_that_is_not_finite_is_urgent() -> None:
+    table = Table().training()
+    table.rank_report(1, at=5, timing=Timing(0.2, 0.1, 0.15), section="evaluate", beats=3)
+    assert not table.written().urgent
+    assert table.snapshot.ranks[0].timing == Timing(0.2, 0.1, 0.15)
+    table.rank_report(1, at=6, nonfinite=("loss",), nonfinite_seen={"loss": Step(5)})
+    assert table.written().urgent
+    table.rank_report(1, at=7, nonfinite=(), nonfinite_seen={"loss": Step(6)})
+    assert not table.written().urgent
+    state = table.snapshot.ranks[0]
+    assert (state.nonfinite, state.nonfinite_seen) == ((), {"loss": 6})
+
+
+def test_of_many_numbers_that_are_not_finite_those_that_matter_are_told() -> None:
+    table = Table().training()
+    names = (*(f"grad/{number}" for number in range(40)), "loss")
+    table.rank_report(1, nonfinite=names, nonfinite_seen=dict.fromkeys(names, Step(1)))
+    state = table.snapshot.ranks[0]
+    assert state.nonfinite[0] == "loss"
+    assert next(iter(state.nonfinite_seen)) == "loss"
+    assert len(state.nonfinite) == len(state.nonfinite_seen) == 8
+
+
+def test_a_rank_hears_which_numbers_must_be_finite() -> None:
+    table = Table().forked()
+    table.hello(0)
+    assert [message.finite for message in table.messages(Welcome)] == [("loss",)]
 
 
 def test_a_plain_script_counts_as_training_after_a_second() -> None:
