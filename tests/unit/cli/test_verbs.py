@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -220,11 +221,16 @@ def test_checkpoint_wait_names_the_one_that_was_committed(
     replica.items = running_job()
 
     def commit_it() -> None:
+        # On a busy machine the command comes late.
+        while not replica.intents:
+            time.sleep(0.02)
         token = replica.intents[0].checkpoint_token
         items = [i for i in running_job(token_done=token, seq_last=Seq(6)) if "open/" not in i.key]
         replica.update([*items, item(KEYS.checkpoint(JOB, Seq(6)), commit(6, 60))])
 
-    threading.Timer(0.3, commit_it).start()
+    timer = threading.Timer(0.3, commit_it)
+    timer.daemon = True
+    timer.start()
     assert run(["checkpoint", "digits", "--wait", "--coordinators", address]) == 0
     assert capsys.readouterr().out == "digits: checkpoint 6 of step 60 is committed\n"
 
