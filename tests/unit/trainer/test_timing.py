@@ -123,6 +123,18 @@ def test_nothing_is_left_in_what_a_script_copies_saves_or_compiles(watch: Stopwa
     assert steps(watch, body) is not None
 
 
+def test_a_step_that_is_compiled_as_a_whole_is_measured_too(watch: Stopwatch) -> None:
+    timing.install(watch, world_size=2)
+    model = torch.nn.Linear(2, 2)
+
+    def body() -> None:
+        model(torch.ones(1, 2)).sum().backward()
+
+    beats = watch.beats
+    steps(watch, torch.compile(body, backend="eager"))
+    assert watch.beats > beats
+
+
 def test_what_somebody_else_has_replaced_since_is_left_alone(
     watch: Stopwatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ its stream, as the Python thread runs ahead of it.
 
 import contextlib
 import functools
+import importlib
 import os
 import statistics
 import sys
@@ -15,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from types import CodeType
 from typing import Any, ClassVar, Literal, TypeVar
 
 from dtrain.protocol.snapshot import Timing
@@ -266,8 +268,22 @@ def _wrap(owner: Any, name: str, kind: Kind) -> None:
         finally:
             watch.leave()
 
+    with contextlib.suppress(Exception):
+        # Called from compiled code after a graph break it would be compiled itself, as if it were in a graph.
+        function: Any = timed
+        _leave_uncompiled(function.__code__)
     setattr(owner, name, timed)
     _Installed.undo.append((owner, name, original, timed))
+
+
+def _leave_uncompiled(code: CodeType) -> None:
+    """What torch._dynamo does to skip a function: from beneath it, as importing it takes seconds."""
+    frames: Any = importlib.import_module("torch._C._dynamo.eval_frame")
+    if hasattr(frames, "skip_code"):  # older torch
+        frames.skip_code(code)
+        return
+    action = frames._FrameAction
+    frames.set_code_exec_strategy(code, frames._FrameExecStrategy(action.SKIP, action.DEFAULT))
 
 
 def _short(seconds: float) -> float:
