@@ -89,8 +89,8 @@ def has_room(spec: JobSpec, view: AgentView, used: int) -> bool:
     return 0 < ranks_on(spec, view) <= view.node.slots - used
 
 
-def candidates(draft: Draft) -> dict[AgentName, AgentView]:
-    """Agents that could take this job's ranks now."""
+def candidates(draft: Draft, *, silent: Set[AgentName] = frozenset()) -> dict[AgentName, AgentView]:
+    """Agents that could take this job's ranks now. ``silent``: also if they did not answer lately."""
     fleet = draft.fleet
     found = {}
     for name, view in fleet.agents.items():
@@ -98,7 +98,7 @@ def candidates(draft: Draft) -> dict[AgentName, AgentView]:
             continue
         if not has_room(draft.spec, view, fleet.used.get(name, 0)):
             continue
-        if resting(draft, name, view):
+        if name not in silent and resting(draft, name, view):
             continue
         found[name] = view
     return found
