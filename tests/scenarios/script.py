@@ -176,6 +176,14 @@ class Script:
         job = JobName(name)
         self._intend(job, replace(self._stage.intents[job], wanted=Wanted.RUN, by="ann"))
 
+    def do_scale(self, name: str, nnodes: str) -> None:
+        """``scale JOB 1:3``: an operator sets its bounds."""
+        low, _, high = nnodes.partition(":")
+        intent = self._stage.intents[JobName(name)]
+        self._intend(
+            JobName(name), replace(intent, nnodes_min=int(low), nnodes_max=int(high or low), by="ann")
+        )
+
     def do_save(self, name: str, *words: str) -> None:
         """``save JOB at=40 ranks=0,1 step=40``: scripts of these ranks save a step at ``at``."""
         _, options = _options(words)

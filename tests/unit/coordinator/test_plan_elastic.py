@@ -4,7 +4,7 @@ import pytest
 from tests.support.builders import Stage, make_spec
 
 from dtrain.coordinator.core.elastic import SILENT_S, WARM_S
-from dtrain.coordinator.core.placement import JOIN_WINDOW_S
+from dtrain.coordinator.core.placement import JOIN_WINDOW_S, UNREACHABLE_REST_S
 from dtrain.protocol.commands import AbortCheckpoint, ConfirmCheckpoint, Prepare, Stop, Warm
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import AgentName
@@ -249,6 +249,31 @@ def test_a_joining_machine_that_goes_is_forgotten_and_its_checkpoint_is_one_like
     stage.decide()
     assert (stage.phase, stage.status.attempt, len(stage.commits)) == (JobPhase.RUNNING, 1, 1)
     assert stage.receivers(ConfirmCheckpoint) == ["a"]
+
+
+def test_one_that_does_not_answer_for_a_moment_keeps_what_it_has_and_is_waited_for() -> None:
+    stage = training("a", nodes=(1, 3))
+    stage.join("b", "c").decide()
+    stage.warm("b", "c")
+    stage.unreachable[AgentName("c")] = stage.now
+    stage.after(JOIN_WINDOW_S).decide()
+    assert (stage.status.joining, stage.receivers(Stop)) == (("b", "c"), [])
+    assert not stage.of("open")
+    stage.unreachable.clear()
+    stage.decide()
+    hold(stage)
+    assert agents(stage) == ["a", "b", "c"]
+
+
+def test_but_not_for_long() -> None:
+    stage = training("a", nodes=(1, 3))
+    stage.join("b", "c").decide()
+    stage.warm("b", "c")
+    stage.after(SILENT_S + UNREACHABLE_REST_S)
+    stage.unreachable[AgentName("c")] = stage.now
+    stage.decide()
+    hold(stage)
+    assert agents(stage) == ["a", "b"]
 
 
 def test_what_a_joining_machine_shows_is_left_alone_until_it_is_not_wanted() -> None:

@@ -93,8 +93,9 @@ def _may_begin(draft: Draft) -> bool:
 def _choose(draft: Draft, members: Sequence[Seat]) -> tuple[AgentName, ...]:
     """Machines to grow by: those that are joining already stay chosen."""
     present = {seat.member.agent for seat in members}
-    free = [name for name in placement.candidates(draft) if name not in present]
-    before = draft.status.joining
+    before = frozenset(draft.status.joining)
+    # One that does not answer for a moment keeps what it has imported.
+    free = [name for name in placement.candidates(draft, silent=before) if name not in present]
     free.sort(key=lambda name: (name not in before, not placement.is_warm(draft, name), name))
     chosen = free[: draft.spec.nnodes_max - len(members)]
     missing = draft.spec.nnodes_min - len(members) - len(chosen)
@@ -120,6 +121,11 @@ def _ready(draft: Draft, joining: Sequence[AgentName], room: int) -> tuple[Agent
     warm: list[AgentName] = []
     cold: list[AgentName] = []
     for name in joining:
+        if placement.resting(draft, name, draft.fleet.agents[name]):
+            # Often it was only its former life that did not; that is over in a moment.
+            if asked_s < SILENT_S + placement.UNREACHABLE_REST_S:
+                waiting.append(name)
+            continue
         if placement.is_warm(draft, name):
             warm.append(name)
             continue
@@ -137,7 +143,7 @@ def _ready(draft: Draft, joining: Sequence[AgentName], room: int) -> tuple[Agent
         draft.say(f"{_names(waiting)} {'is' if len(waiting) == 1 else 'are'} getting ready to join")
         return ()
     together = max(draft.fleet.agents[name].seen_at for name in joining) + placement.JOIN_WINDOW_S
-    if len(joining) < room and draft.now < together:
+    if ready and len(joining) < room and draft.now < together:
         draft.wake(together)
         draft.say(f"waiting a moment for more agents than {_names(joining)} to join")
         return ()

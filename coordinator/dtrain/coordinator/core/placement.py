@@ -101,8 +101,8 @@ def has_room(spec: JobSpec, view: AgentView, used: int) -> bool:
     return 0 < ranks_on(spec, view) <= view.node.slots - used
 
 
-def candidates(draft: Draft) -> dict[AgentName, AgentView]:
-    """Agents that could take this job's ranks now."""
+def candidates(draft: Draft, *, silent: Set[AgentName] = frozenset()) -> dict[AgentName, AgentView]:
+    """Agents that could take this job's ranks now. ``silent``: also if they did not answer lately."""
     fleet = draft.fleet
     held = fleet.queue.held_from(draft.job.name)
     found = {}
@@ -111,7 +111,7 @@ def candidates(draft: Draft) -> dict[AgentName, AgentView]:
             continue
         if not has_room(draft.spec, view, fleet.used.get(name, 0) + held.get(name, 0)):
             continue
-        if resting(draft, name, view):
+        if name not in silent and resting(draft, name, view):
             continue
         found[name] = view
     return found
