@@ -799,6 +799,38 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{ON_COORDINATOR}/test_plan_checkpoints.py::test_incomplete_checkpoint_is_deleted_before_the_next_attempt",
     ),
     _mutant(
+        "suspended-before-the-ranks-are-gone",
+        "Machines count as free while ranks of a job that is being suspended still run on them.",
+        f"{CORE}/suspending.py",
+        ("since is not None and (not alive or draft.now >= due)", "since is not None"),
+        f"{ON_COORDINATOR}/test_plan_suspending.py"
+        "::test_after_its_commit_all_ranks_are_stopped_and_only_then_the_machines_are_free",
+    ),
+    _mutant(
+        "suspended-without-a-checkpoint",
+        "Whoever is suspended loses the steps since its last checkpoint.",
+        f"{CORE}/suspending.py",
+        ("        elif _is_saved(draft, members):\n", "        elif True:\n"),
+        f"{ON_COORDINATOR}/test_plan_suspending.py::test_a_checkpoint_is_taken_that_all_ranks_hold_at",
+    ),
+    _mutant(
+        "nobody-ages-in-the-queue",
+        "A job starves behind a stream of more important ones.",
+        f"{CORE}/queue.py",
+        (
+            "return self.since - self.priority * AGING_S, -self.priority, self.job",
+            "return -self.priority * AGING_S, int(self.since), self.job",
+        ),
+        f"{ON_COORDINATOR}/test_queue.py::test_waiting_makes_up_for_priority_so_that_nobody_starves",
+    ),
+    _mutant(
+        "machines-are-not-kept-for-the-first",
+        "A job of many machines starves behind a stream of small ones.",
+        f"{CORE}/queue.py",
+        ("                claims[one.job] = room.reserve(one)\n", "                pass\n"),
+        f"{ON_COORDINATOR}/test_queue.py::test_small_jobs_slip_in_until_the_patience_of_the_first_is_over",
+    ),
+    _mutant(
         "commands-before-the-intent",
         "G2: ranks write blobs under a number that no record protects.",
         f"{CORE}/checkpoints.py",
