@@ -22,6 +22,7 @@ from dtrain.protocol.job import (
     RestartPolicy,
     Wanted,
 )
+from dtrain.protocol.snapshot import StackKind
 from tests.scenarios.stage import TICK_S, Stage, StageMachine
 from tests.sim.training import SimRank
 
@@ -239,6 +240,10 @@ class Script:
             self._stage.leader().crash()
         else:
             raise ScriptError(f"nobody knows how to crash {what!r}")
+
+    def do_hang(self, _rank: str, number: str, kind: str) -> None:
+        """``hang rank 2 code``: it completes no step any more, and its stack says this (see StackKind)."""
+        self._rank(int(number)).hung = StackKind(kind)
 
     def do_exit(self, _rank: str, number: str, code: str, *words: str) -> None:
         """``exit rank 2 1 ValueError: bad batch``: a rank ends with a code and an error."""

@@ -34,6 +34,7 @@ Wait = Literal["snapshotted", "durable", "committed"]
 log = logging.getLogger("dtrain.trainer")
 
 METRICS_MAX = 64
+SECTION_CHARS_MAX = 64
 _NO_ARENA = "this rank has no memory for snapshots (DTRAIN_ARENA_FD)"
 _CLOSE_S = 2.0
 
@@ -303,9 +304,15 @@ class Run:
 
     @contextlib.contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """Name what happens inside, such as ``data`` or ``evaluate``."""
-        del name
-        yield
+        """Name what happens inside, such as ``evaluate``: as long as it lasts, no step is expected."""
+        if self._session is None:
+            yield
+            return
+        before = self._session.enter(name[:SECTION_CHARS_MAX] or "section")
+        try:
+            yield
+        finally:
+            self._session.enter(before)
 
     def close(self) -> None:
         """Send the last report and take down what ``join`` set up; repeated calls do nothing."""

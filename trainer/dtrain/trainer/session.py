@@ -81,6 +81,9 @@ class Session:
         self._save_timeout_s = 0.0
         self._intended: list[int] = []
         self._ask: Ask | None = None
+        self._section = ""
+        self._beats = 0
+        self._collective = ""
         self._wanted: Begin | None = None
         """The order for a checkpoint that scripts ask for, this one or another rank's."""
 
@@ -127,6 +130,17 @@ class Session:
 
     def set_metrics(self, metrics: Mapping[str, float]) -> None:
         self._metrics = metrics
+
+    def enter(self, section: str) -> str:
+        """Say what the script does now, other than a step ("": steps); return what it did before."""
+        with self._changed:
+            before, self._section = self._section, section
+            self._beats += 1
+        return before
+
+    def set_collective(self, text: str) -> None:
+        """The newest collective, of torch's flight recorder; the link thread looks for it."""
+        self._collective = text
 
     def taking(self, begin: Begin) -> None:
         """The snapshot is copied while training goes on; ``keep`` or ``give_up`` follows, on any thread."""
@@ -401,6 +415,9 @@ class Session:
                 settled=Seq(0 if ask is None else max(0, self._settled_seq)),
                 wants_durable=None if ask is None or not ask.wants_durable else ask.seq,
                 need=self._need,
+                section=self._section,
+                beats=self._beats,
+                collective=self._collective,
             )
 
     def handle(self, message: Message) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import assert_never
 
-from dtrain.agent.core import draining, launchers, preparing, saving, starting
+from dtrain.agent.core import draining, hangs, launchers, preparing, saving, starting
 from dtrain.agent.core.decisions import Action, Answer, DeleteSnapshot, LauncherOrder
 from dtrain.agent.core.events import CommandArrived, ShutDown
 from dtrain.agent.core.saving import tell_all
@@ -162,7 +162,10 @@ def _apply(state: AgentState, command: Command, now: float, out: list[Action]) -
             assert job is not None
             saving.keep_manifest(job, command, out)
             return saving.settle(job, Outcome(command.seq, committed=True, final=command.final), out)
-        case Warm() | DumpStacks():
+        case DumpStacks():
+            assert job is not None
+            return hangs.dump(job, command, out)
+        case Warm():
             return job
         case _:
             assert_never(command)

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 
-from dtrain.agent.core import health, saving
+from dtrain.agent.core import hangs, health, saving
 from dtrain.agent.core.decisions import Action, EnsureLauncher, KillLauncher, LauncherOrder, ProbeProcesses
 from dtrain.agent.core.state import (
     Departing,
@@ -49,6 +49,7 @@ def prepare(
         leftovers=job.leftovers,
         held=job.held,
         sdk=job.sdk,
+        habit=hangs.learned(job),
         seq_over=job.seq_over,
         kept=job.kept,
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from dtrain.agent.core import hangs
 from dtrain.agent.core.health import stuck
 from dtrain.agent.core.state import AgentState, JobState
 from dtrain.protocol.ids import Step
@@ -28,6 +29,8 @@ def snapshot_of(state: AgentState, job: JobState) -> WorkerSnapshot:
         restored=bool(job.ranks) and all(rank.restored for rank in job.ranks),
         note=job.note,
         stuck=stuck(job),
+        stalls=hangs.stalls(state, job),
+        stacks=job.stacks,
     )
 
 

@@ -31,6 +31,7 @@ from dtrain.protocol.snapshot import (
     Failure,
     RankState,
     SaveProblem,
+    Stack,
     WorkerPhase,
 )
 
@@ -130,6 +131,42 @@ class UploadTry:
 
 
 @dataclass(frozen=True, slots=True)
+class Watch:
+    """How long a rank has stood at its step, and how long it usually does; ``hangs`` has the rules."""
+
+    signs: tuple[str, ...] = ()
+    """What it last said that shows that it goes on."""
+    since: float = 0.0
+    """When it first said that (monotonic); 0: it has said nothing."""
+    looked_at: float = 0.0
+    """Until when time has been counted."""
+    counted_s: float = 0.0
+    """How long it has stood still although it could have run."""
+    disk_s: float = 0.0
+    """How long it was seen to wait for a disk, which is not counted."""
+    excused: bool = False
+    """It had a reason to stand still: nothing is to be learned from how long it did."""
+    raised_s: float = 0.0
+    """A longer deadline, given once to a rank that was found at work."""
+    stepped: bool = False
+    """It has completed a step in this attempt."""
+    usual: tuple[float, ...] = ()
+    """Seconds for a step, the newest last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Habit:
+    """What this machine knows of a submission's steps over all its attempts."""
+
+    longest_s: float = 0.0
+    """The longest standstill that ended with a step."""
+    cut_step: Step = Step(-1)
+    """Where the last attempt was taken for hung."""
+    cut_s: float = 0.0
+    """How long it had stood there; 0: none was."""
+
+
+@dataclass(frozen=True, slots=True)
 class LocalRank:
     """One rank on this machine."""
 
@@ -165,6 +202,10 @@ class LocalRank:
     """The last outcome that it knew of when it said so."""
     wants_durable: Seq | None = None
     durable_told: Seq | None = None
+    section: str = ""
+    """What its script says it is doing, other than a step."""
+    collective: str = ""
+    watch: Watch = Watch()
 
     @property
     def pid(self) -> int:
@@ -269,6 +310,11 @@ class JobState:
     pace: Pace = Pace()
     note: str = ""
     """What was last done with it without an order, for people."""
+    habit: Habit = Habit()
+    dump: str = ""
+    """The newest order to collect stacks, by its id."""
+    stacks: tuple[Stack, ...] = ()
+    """What came of it."""
 
     @property
     def store(self) -> str:
@@ -397,6 +443,9 @@ def durable_view(job: JobState) -> JobState:
         restore=dataclasses.replace(job.restore, plan=None, tries=0, ordered=False, tiers={}),
         uploads=(),
         pace=Pace(),
+        habit=dataclasses.replace(job.habit, longest_s=0.0),
+        dump="",
+        stacks=(),
         held=(),
         kill_at=None,
         stopping=dataclasses.replace(job.stopping, kill_at=0.0) if job.stopping else None,

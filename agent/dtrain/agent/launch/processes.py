@@ -130,6 +130,51 @@ def descendants(of: int, around: Mapping[int, Seen]) -> set[int]:
     return found
 
 
+def catches(pid: int, number: int) -> bool:
+    """Whether the process handles this signal: one that does not is ended by it."""
+    try:
+        with Path(f"/proc/{pid}/status").open() as file:
+            found = next(line for line in file if line.startswith("SigCgt:"))
+        return bool(int(found.split()[1], 16) >> (number - 1) & 1)
+    except (OSError, ValueError, IndexError, StopIteration):
+        return False
+
+
+def run_delays(pid: int) -> dict[int, float]:
+    """By thread: how long it has waited for a CPU since it began, s. Empty if the kernel does not tell."""
+    found = {}
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")  # noqa: PTH208
+    except OSError:
+        return {}
+    for thread in threads:
+        try:
+            with open(f"/proc/{pid}/task/{thread}/schedstat", "rb") as file:  # noqa: PTH123
+                found[int(thread)] = int(file.read().split()[1]) / 1e9
+        except (OSError, ValueError, IndexError):
+            continue
+    return found
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time that all threads of a process have used, s; 0.0 if it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0.0
+    fields = text[text.rindex(")") + 2 :].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def file_bytes(pid: int) -> int:
+    """Bytes that a process has read and written by system calls on files; 0 if that is not to be had."""
+    try:
+        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith(("rchar:", "wchar:")))
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
 def environment_value(pid: int, name: str) -> str | None:
     """A variable of the environment a process was exec'd with."""
     try:

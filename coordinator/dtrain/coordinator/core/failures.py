@@ -88,6 +88,8 @@ def event_of(failure: Failure) -> tuple[EventReason, str]:
             return EventReason.RANK_SIGNALED, about
         case FailureKind.AGENT_LOST | FailureKind.ISOLATED:
             return EventReason.AGENT_LOST, about
+        case FailureKind.HANG:
+            return EventReason.HANG_FOUND, about
         case FailureKind.UNKILLABLE:
             return EventReason.PROCESS_UNKILLABLE, about
         case FailureKind.UNREACHABLE | FailureKind.PREPARE:
