@@ -72,6 +72,8 @@ REQUESTS: dict[str, Any] = {
     "/dtrain.v1.Coordinator/ImportCheckpoint": coordinator_pb2.ImportCheckpointRequest(job="none", ttl_s=60),
     "/dtrain.v1.Coordinator/ReviewGarbage": coordinator_pb2.ReviewGarbageRequest(job="none"),
     "/dtrain.v1.Agent/Execute": agent_pb2.Command(header=agent_pb2.Header(cluster="c1")),
+    "/dtrain.v1.Coordinator/Stacks": coordinator_pb2.JobStacksRequest(job="none"),
+    "/dtrain.v1.Agent/Stacks": agent_pb2.StacksRequest(job="none", uid="u1"),
     "/dtrain.v1.Agent/ReadLog": agent_pb2.ReadLogRequest(job="none", uid="u1", stream="stdout"),
 }
 MAY = {
@@ -89,6 +91,8 @@ MAY = {
     "/dtrain.v1.Coordinator/ImportCheckpoint": {"operator"},
     "/dtrain.v1.Coordinator/ReviewGarbage": {"operator"},
     "/dtrain.v1.Agent/Execute": {"coordinator"},
+    "/dtrain.v1.Coordinator/Stacks": {"operator"},
+    "/dtrain.v1.Agent/Stacks": {"coordinator"},
     "/dtrain.v1.Agent/ReadLog": {"coordinator"},
 }
 

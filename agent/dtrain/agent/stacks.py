@@ -222,12 +222,8 @@ def _foreign(pid: int) -> str:
 
 def _children(pid: int) -> list[int]:
     """What a rank has started, such as the workers of its data loader."""
-    try:
-        threads = os.listdir(f"/proc/{pid}/task")  # noqa: PTH208
-    except OSError:
-        return []
     found: list[int] = []
-    for thread in threads:
+    for thread in proc.threads(pid):
         try:
             children = Path(f"/proc/{pid}/task/{thread}/children").read_text().split()
         except OSError:

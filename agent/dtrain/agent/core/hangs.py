@@ -10,8 +10,8 @@ little, and never less than twice the longest standstill that ended well. Time d
 
 A rank that is over its deadline is a ``Stall`` in the snapshot, and no more than that. The leader asks for
 stacks once all ranks of the attempt stand still. Who is found at work by two looks at it gets a longer
-deadline, once. A standstill that the attempt was ended for is remembered: in the next one the same step
-gets four times as long, so that what was only slow comes through.
+deadline, once. So does who stands where the attempt before was ended for it: four times as long as then,
+so that what was only slow comes through.
 """
 
 import dataclasses
@@ -104,10 +104,15 @@ def learned(job: JobState) -> Habit:
     over = [rank for rank in job.ranks if _is_over(job, rank)]
     if over and job.stacks:
         cut_s = max(rank.watch.counted_s for rank in over)
-        return dataclasses.replace(habit, cut_step=min(rank.step for rank in over), cut_s=cut_s)
+        places = tuple(sorted({_place(stack) for stack in job.stacks}))
+        return Habit(habit.longest_s, max(rank.step for rank in over), cut_s, places)
     if any(rank.step > habit.cut_step for rank in job.ranks if rank.watch.stepped):
-        return dataclasses.replace(habit, cut_step=Habit().cut_step, cut_s=0.0)
+        return Habit(habit.longest_s)
     return habit
+
+
+def _place(stack: Stack) -> str:
+    return f"{stack.kind.value} {stack.where}"
 
 
 # How long a rank may stand still ---------------------------------------------------------
@@ -116,17 +121,14 @@ def learned(job: JobState) -> Habit:
 def deadline_s(job: JobState, rank: LocalRank) -> float:
     """How long the rank may stand where it does."""
     assert job.prepare is not None
-    policy, watch, habit = job.prepare.spec.hang, rank.watch, job.habit
+    policy, watch = job.prepare.spec.hang, rank.watch
     if not watch.stepped:
         return policy.startup_s
     if policy.timeout_s > 0:
         return policy.timeout_s
     if len(watch.usual) < MEASURED:
         return max(watch.raised_s, min(UNMEASURED_S, policy.startup_s))
-    found = max(STEPS * median(watch.usual) + SLACK_S, LONGEST * habit.longest_s, watch.raised_s)
-    if habit.cut_s and rank.step <= habit.cut_step:
-        found = max(found, min(CUT_S_MAX, AGAIN * habit.cut_s))
-    return found
+    return max(STEPS * median(watch.usual) + SLACK_S, LONGEST * job.habit.longest_s, watch.raised_s)
 
 
 def is_excused(job: JobState, rank: LocalRank) -> bool:
@@ -293,7 +295,12 @@ def _raised(job: JobState, rank: LocalRank, stack: Stack) -> LocalRank:
     if job.prepare.spec.hang.timeout_s > 0 or not watch.stepped or watch.raised_s or not _is_over(job, rank):
         return rank
     least_s = BUSY_S if stack.moving else KERNEL_S if stack.kind is StackKind.KERNEL else 0.0
+    habit = job.habit
+    # Who waits in a collective or was stopped would tell nothing: that looks the same each time.
+    tells = stack.kind not in (StackKind.COLLECTIVE, StackKind.STOPPED)
+    if tells and rank.step <= habit.cut_step and _place(stack) in habit.cut_places:
+        least_s = max(least_s, min(CUT_S_MAX, AGAIN * habit.cut_s))
     if not least_s:
         return rank
-    raised_s = max(least_s, AGAIN * deadline_s(job, rank))
+    raised_s = max(least_s, deadline_s(job, rank) + least_s / AGAIN)
     return dataclasses.replace(rank, watch=dataclasses.replace(watch, raised_s=raised_s))

@@ -164,6 +164,8 @@ class Habit:
     """Where the last attempt was taken for hung."""
     cut_s: float = 0.0
     """How long it had stood there; 0: none was."""
+    cut_places: tuple[str, ...] = ()
+    """What its ranks did there."""
 
 
 @dataclass(frozen=True, slots=True)

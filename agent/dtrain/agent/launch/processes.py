@@ -141,29 +141,38 @@ def catches(pid: int, number: int) -> bool:
 
 
 def run_delays(pid: int) -> dict[int, float]:
-    """By thread: how long it has waited for a CPU since it began, s. Empty if the kernel does not tell."""
-    found = {}
-    try:
-        threads = os.listdir(f"/proc/{pid}/task")  # noqa: PTH208
-    except OSError:
-        return {}
-    for thread in threads:
-        try:
-            with open(f"/proc/{pid}/task/{thread}/schedstat", "rb") as file:  # noqa: PTH123
-                found[int(thread)] = int(file.read().split()[1]) / 1e9
-        except (OSError, ValueError, IndexError):
-            continue
-    return found
+    """By thread: how long it has waited for a CPU since it began, s."""
+    return {int(thread): _schedule(pid, thread)[1] for thread in threads(pid)}
 
 
 def cpu_s(pid: int) -> float:
-    """CPU time that all threads of a process have used, s; 0.0 if it is gone."""
+    """CPU time that the threads of a process have used, or waited for, s; 0.0 if it is gone.
+
+    Where a CPU is short, who gets none is as busy as who does.
+    """
+    total = 0.0
+    for thread in threads(pid):
+        run_s, waited_s = _schedule(pid, thread)
+        total += run_s + waited_s
+    return total
+
+
+def threads(pid: int) -> list[str]:
+    """The threads of a process, by their ids as text; none if it is gone."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        return os.listdir(f"/proc/{pid}/task")  # noqa: PTH208
     except OSError:
-        return 0.0
-    fields = text[text.rindex(")") + 2 :].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return []
+
+
+def _schedule(pid: int, thread: str) -> tuple[float, float]:
+    """Seconds that a thread has run, and waited for a CPU; zeros if the kernel does not tell."""
+    try:
+        with open(f"/proc/{pid}/task/{thread}/schedstat", "rb") as file:  # noqa: PTH123
+            words = file.read().split()
+        return int(words[0]) / 1e9, int(words[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0, 0.0
 
 
 def file_bytes(pid: int) -> int:

@@ -20,6 +20,9 @@ from dtrain.protocol.snapshot import Failure, FailureKind, Stack, StackKind, Sta
 GUARDS_MAX = 60
 """Snapshots that a decision is tied to: of one transaction."""
 
+AGAIN_S = 40.0
+"""Less than the interval at which snapshots are written anew: counted from their last change."""
+
 _LIKELY = (
     StackKind.STOPPED,
     StackKind.KERNEL,
@@ -67,10 +70,14 @@ def find(draft: Draft, members: Sequence[Seat]) -> Failure | None:
     if len(suspects) < len(stalls):
         draft.say(f"no rank completes a step any more; stacks of {len(suspects)} of {len(stalls)} are there")
         return None
+    behind = who(suspects)
+    if _again(draft, behind) and draft.now < (due := max(seat.seen_at for seat in members) + AGAIN_S):
+        draft.wake(due)
+        draft.say("no rank completes a step, as in the attempt before: this time they get longer")
+        return None
     for seat in members[:GUARDS_MAX]:
         stored = draft.job.workers[seat.member.agent]
         draft.guard(draft.keys.worker(seat.member.agent, draft.job.name), stored.mod_revision)
-    behind = who(suspects)
     return Failure(
         FailureKind.HANG,
         sentence(behind, suspects),
@@ -128,6 +135,22 @@ def who(suspects: Sequence[Suspect]) -> Suspect:
     return min(suspects, key=order)
 
 
+def _again(draft: Draft, behind: Suspect) -> bool:
+    """Whether the attempt before was ended for just this, with all ranks in a collective: it may be slow.
+
+    Agents see to it where a rank was not; of one in a collective they cannot know what it waits for.
+    """
+    before = draft.status.failure
+    return (
+        behind.stack.kind is StackKind.COLLECTIVE
+        and before is not None
+        and before.kind is FailureKind.HANG
+        and before.attempt == draft.status.attempt - 1
+        and before.step >= behind.stack.step
+        and _text(behind.stack) in before.message
+    )
+
+
 def _collective(stack: Stack) -> int | None:
     number = stack.collective.partition(" ")[0]
     return int(number) if number.isdecimal() else None
@@ -136,11 +159,13 @@ def _collective(stack: Stack) -> int | None:
 def sentence(behind: Suspect, suspects: Sequence[Suspect]) -> str:
     """What is known of a hang, in one sentence."""
     stack = behind.stack
-    text = f"no step is completed after step {stack.step}: this rank {_DOES[stack.kind]}"
-    if stack.where:
-        text += f", in {stack.where}"
+    text = f"no step is completed after step {stack.step}: this rank {_text(stack)}"
     others = Counter(one.stack.kind for one in suspects if one is not behind)
     if others:
         counts = [f"{count} {kind.value}" for kind, count in sorted(others.items())]
         text += f"; the other {sum(others.values())}: {', '.join(counts)}"
     return text
+
+
+def _text(stack: Stack) -> str:
+    return _DOES[stack.kind] + (f", in {stack.where}" if stack.where else "")
