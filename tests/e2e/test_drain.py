@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -58,6 +60,37 @@ def await_draining(harness: Harness, agent: str) -> None:
         return bool(found) and codec.decode(NodeRecord, found[0].value).draining is not None
 
     harness.until(f"{agent} says that it drains", drains)
+
+
+def dtrain(harness: Harness, *words: str) -> str:
+    command = [sys.executable, "-m", "dtrain.cli", *words]
+    command += ["--coordinators", ",".join(harness.cluster.addresses)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_an_operator_empties_a_machine_and_its_agent_stays(harness: Harness) -> None:
+    name = "emptied"
+    args = f"--steps 1000000 --pause-ms 10 --stop-file {harness.stop_file(name)}"
+    job = harness.start(name, args, every_steps=0)
+    harness.await_steps(job, 30)
+    before = harness.status(job)
+    victim = before.members[1].agent
+    assert dtrain(harness, "drain", victim, "--reason", "new disk", "--wait") == f"{victim}: drained\n"
+    after = harness.await_training(job, after_attempt=before.attempt)
+    assert victim not in [member.agent for member in after.members]
+    (commit,) = harness.commits(job)
+    assert after.restore is not None
+    assert (after.restore.seq, after.restarts, after.failure) == (commit.seq, (), None)
+    assert harness.cluster.daemon(victim).is_running
+    told = dtrain(harness, "get", "agents")
+    (line,) = [line for line in told.splitlines() if line.startswith(victim)]
+    assert "Cordoned" in line
+    assert "new disk" in line
+    assert dtrain(harness, "uncordon", victim) == f"{victim}: uncordoned\n"
+    harness.stop_file(name).touch()
+    harness.await_end(job)
 
 
 def test_a_drained_machine_costs_no_step_and_no_restart(harness: Harness) -> None:

@@ -163,6 +163,7 @@ class Stage:
     pinned: set[Seq] = field(default_factory=set)
     inspections: dict[tuple[Seq, str, str, int], Inspection] = field(default_factory=dict)
     scrub_interval_s: float = 0.0
+    cordon_s: float = 0.0
     swept_found: SweepFound = SweepFound()
     store_ok: bool | None = True
     store_problem: str = ""
@@ -277,6 +278,7 @@ class Stage:
 
     def fleet(self) -> FleetView:
         """The machines as the leader sees them."""
+        written = {p.agent for key in self.cells if (p := KEYS.parse(key)) and p.kind == "cordon"}
         return FleetView(
             CLUSTER,
             ReplicaId("c1"),
@@ -284,7 +286,7 @@ class Stage:
             self.took_office_at,
             dict(self.agents),
             dict(self.lost_at),
-            frozenset(self.cordoned),
+            frozenset(self.cordoned) | written,
             dict(self.used),
             dict(self.unreachable),
             self.brake,
@@ -293,6 +295,12 @@ class Stage:
             self.losses_settle_at,
             frozenset(self.left),
             self.scrub_interval_s,
+            {
+                parsed.agent: Stored(cell.value, cell.mod, cell.create, cell.seen_at)
+                for key, cell in self.cells.items()
+                if (parsed := KEYS.parse(key)) and parsed.kind == "suspicion"
+            },
+            self.cordon_s,
         )
 
     # Deciding.

@@ -208,6 +208,8 @@ class RankState:
     timing: Timing | None = None
     nonfinite: tuple[str, ...] = ()
     """Reported numbers that are NaN or infinite now."""
+    sealed: Seq = Seq(0)
+    """The newest checkpoint that lies complete in this rank's arena; known for sure once it has ended."""
 
 
 @dataclass(frozen=True, slots=True)

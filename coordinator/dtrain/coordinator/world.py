@@ -32,6 +32,7 @@ from dtrain.protocol.checkpoint import (
     Quarantine,
     Verification,
 )
+from dtrain.protocol.cluster import Cordon, Suspicion
 from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId, Seq, Term, Uid, parse_name
 from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, Intent, JobPhase, JobSpec, JobStatus
@@ -144,11 +145,13 @@ class World:
         agent_ttl_s: float = 10.0,
         default_store: str = "",
         scrub_interval_s: float = 0.0,
+        cordon_s: float = 0.0,
     ) -> None:
         self.cluster = cluster
         self.replica = replica
         self.default_store = default_store
         self._scrub_interval_s = scrub_interval_s
+        self._cordon_s = cordon_s
         self._agent_ttl_s = agent_ttl_s
         self._keys = Keys(cluster)
         self._jobs: dict[JobName, _Job] = {}
@@ -160,7 +163,9 @@ class World:
         self._losses: deque[tuple[float, AgentName]] = deque()
         self._back_at: dict[AgentName, float] = {}
         """When agents that had been lost came back; only the last TTL matters."""
-        self._cordoned: set[AgentName] = set()
+        self._cordons: dict[AgentName, Cordon | None] = {}
+        """None: it is there, and cannot be read."""
+        self._suspicions: dict[AgentName, Stored[Suspicion]] = {}
         self._unreachable: dict[AgentName, float] = {}
         self._usage: dict[JobName, dict[AgentName, int]] = {}
         self._used: dict[AgentName, int] = {}
@@ -184,9 +189,9 @@ class World:
                 case "node":
                     self._node_changed(parsed.agent, change, now)
                 case "cordon":
-                    # Its presence decides; a cordon that cannot be read still keeps ranks away.
-                    (self._cordoned.discard if change.after is None else self._cordoned.add)(parsed.agent)
-                    self._touch_fleet(parsed.agent)
+                    self._cordon_changed(parsed.agent, change, now)
+                case "suspicion":
+                    self._suspicion_changed(parsed.agent, change, now)
                 case "leader" | "coordinator":
                     pass
                 case _:
@@ -353,7 +358,7 @@ class World:
             agents=self._agents,
             lost_at=dict(self._lost_at),
             left=frozenset(self._left),
-            cordoned=frozenset(self._cordoned),
+            cordoned=frozenset(self._cordons),
             used=self._used_by_others(name),
             unreachable=dict(self._unreachable),
             brake=self.brake(now),
@@ -361,6 +366,8 @@ class World:
             agent_ttl_s=self.agent_ttl_s,
             default_store=self.default_store,
             scrub_interval_s=self._scrub_interval_s,
+            suspicions=dict(self._suspicions),
+            cordon_s=self._cordon_s,
         )
 
     @property
@@ -444,7 +451,7 @@ class World:
                 del self._agents[agent]
                 self._lost_at[agent] = now
                 self._back_at.pop(agent, None)
-                if known.draining_at is None:
+                if known.node.draining is None:
                     self._losses.append((now, agent))
                 else:
                     # One that said that it would go is no sign of a broken network.
@@ -459,16 +466,55 @@ class World:
                 return
             same = known is not None and known.node.incarnation == node.incarnation
             seen_at = known.seen_at if known is not None and same else now
-            draining_at = None
-            if node.draining is not None:
-                draining_at = now if known is None or known.draining_at is None else known.draining_at
-            self._agents[agent] = AgentView(node, seen_at, draining_at)
+            self._agents[agent] = self._seen(agent, AgentView(node, seen_at), known, now)
             self._left.discard(agent)
             if self._lost_at.pop(agent, None) is not None:
                 self._back_at[agent] = now
             if not same:
                 self._unreachable.pop(agent, None)
         self._touch_fleet(agent)
+
+    def _seen(self, agent: AgentName, view: AgentView, known: AgentView | None, now: float) -> AgentView:
+        """The view with what says that its jobs are to go on elsewhere; counted from when that began."""
+        cordon = self._cordons.get(agent)
+        vacating = cordon if cordon is not None and cordon.drain else None
+        draining_at = None
+        if view.node.draining is not None or vacating is not None:
+            draining_at = now
+            # Its own end is nearer than an operator's wish: its patience counts from when it said so.
+            same = known is not None and (known.node.draining is None) == (view.node.draining is None)
+            if known is not None and known.draining_at is not None and same:
+                draining_at = known.draining_at
+        return replace(view, draining_at=draining_at, vacating=vacating)
+
+    def _cordon_changed(self, agent: AgentName, change: Change, now: float) -> None:
+        # Its presence decides; a cordon that cannot be read still keeps ranks away.
+        if change.after is None:
+            self._cordons.pop(agent, None)
+        else:
+            try:
+                self._cordons[agent] = codec.decode(Cordon, change.after.value)
+            except DtrainError as error:
+                self._cordons[agent] = None
+                self.problems.append(f"the cordon of {agent} cannot be read: {error.message}")
+        if (known := self._agents.get(agent)) is not None:
+            if self._agents_shared:
+                self._agents, self._agents_shared = dict(self._agents), False
+            self._agents[agent] = self._seen(agent, known, known, now)
+        self._touch_fleet(agent)
+
+    def _suspicion_changed(self, agent: AgentName, change: Change, now: float) -> None:
+        self._suspicions.pop(agent, None)
+        if change.after is None:
+            return
+        try:
+            value = codec.decode(Suspicion, change.after.value)
+        except DtrainError as error:
+            # What it said is lost; the next blame writes it anew.
+            self.problems.append(f"the suspicion of {agent} cannot be read: {error.message}")
+            value = Suspicion(Term(0), agent)
+        kv = change.after
+        self._suspicions[agent] = Stored(value, kv.mod_revision, kv.create_revision, now)
 
     def _job_changed(self, parsed: Parsed, change: Change, now: float) -> None:
         job = self._jobs.get(parsed.job)

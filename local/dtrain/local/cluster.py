@@ -36,8 +36,9 @@ STOP_S = 5.0
 """How long daemons get to stop cleanly before everything is killed."""
 
 _LOCK = "cluster.lock"
-_NO_DRAIN = {"DTRAIN_DRAIN_GRACE": "0"}
-"""The cluster ends as a whole, so nothing can move. For daemons of this release: another may refuse it."""
+_ONE_MACHINE = {"DTRAIN_DRAIN_GRACE": "0", "DTRAIN_CORDON_FOR": "0"}
+"""The cluster ends as a whole, so nothing can move, and all of its machines are this one: none is worse
+than the others. For daemons of this release: another may refuse it."""
 _KEPT = ("DTRAIN_ETCD_BIN", "DTRAIN_ETCDCTL_BIN", "DTRAIN_WEED_BIN")
 
 
@@ -294,7 +295,7 @@ class LocalCluster(Breakable):
             for key, value in os.environ.items()
             if key in _KEPT or not key.startswith(("DTRAIN_", "ETCDCTL_"))
         }
-        own = _NO_DRAIN if command[0] == sys.executable else {}
+        own = _ONE_MACHINE if command[0] == sys.executable else {}
         daemon = Daemon(
             name,
             command,

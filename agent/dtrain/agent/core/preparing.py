@@ -15,6 +15,7 @@ from dtrain.agent.core.state import (
 from dtrain.agent.core.torch_env import launcher_env
 from dtrain.agent.launching import ClearBelow, LaunchSettings, Quit, ServeStore
 from dtrain.protocol.commands import Prepare
+from dtrain.protocol.job import JobSpec
 from dtrain.protocol.snapshot import WorkerPhase
 
 ANSWER_S_MAX = 30.0
@@ -63,21 +64,27 @@ def ensure_launcher(machine: Machine, job: JobState, now: float, out: list[Actio
     if job.launcher.status is not LauncherStatus.GONE:
         return job
     assert job.prepare is not None
-    spec = job.prepare.spec
+    job = launch(machine, job, job.prepare.spec, now, out, nproc=job.prepare.ranks_here)
+    return ask(machine, job, now, out)
+
+
+def launch(
+    machine: Machine, job: JobState, spec: JobSpec, now: float, out: list[Action], *, nproc: int
+) -> JobState:
+    """Start a launcher of the job."""
     # Short, because a socket lies in it, and of its own for each life: two launchers never share it.
     text = f"{job.name}/{job.uid}/{job.attempt}/{machine.life}/{now}"
     folder = f"{machine.run_dir}/{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     settings = LaunchSettings(
         folder=folder,
         working_dir=spec.working_dir or machine.working_dir,
-        env=launcher_env(machine, job.prepare),
+        env=launcher_env(machine, spec),
         preload=spec.preload,
         orphan_grace_s=machine.orphan_grace_s,
-        nproc=spec.nproc_per_node,
+        nproc=nproc,
     )
     out.append(EnsureLauncher(job.name, job.uid, settings))
-    job = dataclasses.replace(job, launcher=Launcher(LauncherStatus.STARTING, folder), cleared=False)
-    return ask(machine, job, now, out)
+    return dataclasses.replace(job, launcher=Launcher(LauncherStatus.STARTING, folder), cleared=False)
 
 
 def ask(machine: Machine, job: JobState, now: float, out: list[Action]) -> JobState:

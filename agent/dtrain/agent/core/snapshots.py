@@ -5,7 +5,8 @@ import dataclasses
 from dtrain.agent.core import hangs
 from dtrain.agent.core.health import stuck
 from dtrain.agent.core.state import AgentState, JobState
-from dtrain.protocol.ids import Step
+from dtrain.agent.core.warming import is_warm
+from dtrain.protocol.ids import Seq, Step
 from dtrain.protocol.snapshot import WorkerPhase, WorkerSnapshot
 
 
@@ -31,6 +32,7 @@ def snapshot_of(state: AgentState, job: JobState) -> WorkerSnapshot:
         stuck=stuck(job),
         stalls=hangs.stalls(state, job),
         stacks=job.stacks,
+        warm=is_warm(job),
     )
 
 
@@ -52,5 +54,7 @@ def group_phase(job: JobState) -> WorkerPhase:
 
 
 def _structure(snapshot: WorkerSnapshot) -> WorkerSnapshot:
-    ranks = tuple(dataclasses.replace(rank, step=Step(0), metrics={}) for rank in snapshot.ranks)
+    ranks = tuple(
+        dataclasses.replace(rank, step=Step(0), metrics={}, sealed=Seq(0)) for rank in snapshot.ranks
+    )
     return dataclasses.replace(snapshot, ranks=ranks)

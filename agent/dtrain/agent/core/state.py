@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from dtrain.agent.launching import ProcessId
 from dtrain.agent.transferring import KeptBlob
-from dtrain.protocol.commands import Prepare, Start
+from dtrain.protocol.commands import Prepare, Start, Warm
 from dtrain.protocol.ids import (
     AgentName,
     Attempt,
@@ -225,6 +225,7 @@ class LocalRank:
             self.metrics,
             self.sdk,
             self.save_at,
+            sealed=self.sealed.seq if self.sealed else Seq(0),
         )
 
 
@@ -310,6 +311,10 @@ class JobState:
     sdk: bool = False
     """A rank of this job has joined through the SDK, in this attempt or before."""
     pace: Pace = Pace()
+    warm: Warm | None = None
+    """A launcher is kept ready for a PREPARE that may come; nothing else is here."""
+    warm_at: float = 0.0
+    """Not before is one started (monotonic): the last one ended by itself."""
     note: str = ""
     """What was last done with it without an order, for people."""
     habit: Habit = Habit()
@@ -448,6 +453,7 @@ def durable_view(job: JobState) -> JobState:
         habit=dataclasses.replace(job.habit, longest_s=0.0),
         dump="",
         stacks=(),
+        warm_at=0.0,
         held=(),
         kill_at=None,
         stopping=dataclasses.replace(job.stopping, kill_at=0.0) if job.stopping else None,

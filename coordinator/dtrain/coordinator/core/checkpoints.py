@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from dtrain.coordinator.core import sealed
 from dtrain.coordinator.core.decisions import VerifyCheckpoint
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.liveness import Seat
@@ -727,7 +728,9 @@ def _settle_one(draft: Draft, stored: Stored[OpenRecord], patient: bool, deadlin
     parts = durable_parts(draft, record)
     verdict = verdict_of(draft, record)
     if not is_complete(parts, record):
-        missing = [rank for rank in range(record.world_size) if rank not in parts]
+        missing = [Rank(rank) for rank in range(record.world_size) if rank not in parts]
+        if patient and sealed.is_awaited(draft, record, missing):
+            return False
         abort(draft, stored, f"the attempt ended before ranks {_some(missing)} were durable", warning=False)
         return True
     if verdict is not None and verdict.ok:

@@ -104,10 +104,13 @@ class Draft:
         return [commit for commit in self.job.commits if commit.value.uid == self.status.uid]
 
     def newest_good(self) -> CommitRecord | None:
-        """What the next attempt would restore: the newest commit that is not quarantined."""
-        bad = self.quarantined | set(self.job.bad)
-        good = [c.value for c in self.commits()] + self.committed
-        return max((c for c in good if c.seq not in bad), key=lambda c: c.seq, default=None)
+        """What the next attempt would restore: the newest commit that is neither damaged nor passed over."""
+        return max(self.good_commits(), key=lambda c: c.seq, default=None)
+
+    def good_commits(self) -> list[CommitRecord]:
+        """Commits that an attempt may begin from."""
+        unfit = self.quarantined | set(self.job.bad) | set(self.status.passed_over)
+        return [c for c in [*(s.value for s in self.commits()), *self.committed] if c.seq not in unfit]
 
     # Deciding -----------------------------------------------------------------
 
@@ -170,9 +173,10 @@ class Draft:
         """Decide only if no key is under ``prefix``."""
         self._absent.append(NoKeysUnder(prefix))
 
-    def put(self, key: str, value: Any, expect_mod: int) -> None:
+    def put(self, key: str, value: Any, expect_mod: int, *, lease_ttl_s: float = 0.0) -> None:
+        """Write a record; with ``lease_ttl_s`` one that goes by itself after so long."""
         assert key not in self._writes, f"{key} is written twice in one decision"
-        self._writes[key] = PutRecord(key, value, expect_mod)
+        self._writes[key] = PutRecord(key, value, expect_mod, lease_ttl_s)
 
     def delete(self, key: str, expect_mod: int | None) -> None:
         assert key not in self._writes, f"{key} is written twice in one decision"

@@ -4,13 +4,14 @@ All or nothing (gang), one member per machine. Machines that held ranks keep
 their place where possible, so that warm launchers and caches are of use.
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.views import AgentView
 from dtrain.protocol.ids import AgentName, Rank
 from dtrain.protocol.job import Member
+from dtrain.protocol.snapshot import WorkerPhase
 
 JOIN_WINDOW_S = 2.0
 """How long a job with enough machines waits for more of those it may have."""
@@ -31,17 +32,27 @@ class Placement:
     why: str = ""
 
 
-def place(draft: Draft, *, avoid: Set[AgentName] = frozenset(), join_window: bool) -> Placement:
+def place(
+    draft: Draft,
+    *,
+    avoid: Set[AgentName] = frozenset(),
+    without: Set[AgentName] = frozenset(),
+    join_window: bool,
+) -> Placement:
     """Choose members for the next attempt.
 
-    ``avoid`` is used only if nothing else is there. With ``join_window`` fewer
-    than ``nnodes_max`` machines are taken only after JOIN_WINDOW_S.
+    ``avoid`` is used only if nothing else is there, ``without`` only if there are not enough others
+    for the smallest size. With ``join_window`` fewer than ``nnodes_max`` machines are taken only after
+    JOIN_WINDOW_S.
     """
     spec = draft.spec
     if draft.fleet.brake:
         draft.say(draft.fleet.brake)  # its numbers change: they are not stored
         return Placement(why="nothing is placed while the brake is on")
     usable = candidates(draft)
+    others = {name: view for name, view in usable.items() if name not in without}
+    if len(others) >= spec.nnodes_min:
+        usable = others
     if len(usable) < spec.nnodes_min:
         return Placement(why=_short_of(draft, usable))
     if join_window and len(usable) < spec.nnodes_max:
@@ -87,14 +98,9 @@ def resting(draft: Draft, name: AgentName, view: AgentView) -> bool:
 def _seat_ranks(
     draft: Draft, usable: dict[AgentName, AgentView], avoid: Set[AgentName]
 ) -> tuple[Member, ...]:
-    spec, fleet = draft.spec, draft.fleet
+    spec = draft.spec
     before = previous_places(draft)
-
-    def preference(name: AgentName) -> tuple[bool, int, str]:
-        doubtful = name in avoid or name in fleet.unreachable
-        return doubtful, before.get(name, len(fleet.agents) + len(before)), name
-
-    chosen = sorted(usable, key=preference)[: spec.nnodes_max]
+    chosen = sorted(usable, key=lambda name: preference(draft, name, before, avoid))[: spec.nnodes_max]
     places: dict[int, AgentName] = {}
     for name in chosen:
         place_before = before.get(name)
@@ -115,6 +121,29 @@ def _seat_ranks(
         )
         for node_rank in range(len(chosen))
     )
+
+
+def preference(
+    draft: Draft,
+    name: AgentName,
+    before: Mapping[AgentName, int] | None = None,
+    avoid: Set[AgentName] = frozenset(),
+) -> tuple[bool, bool, int, str]:
+    """Sorts machines: those that answer, those whose launcher is warm, those that held ranks before."""
+    places = before or {}
+    doubtful = name in avoid or name in draft.fleet.unreachable
+    place = places.get(name, len(draft.fleet.agents) + len(places))
+    return doubtful, not is_warm(draft, name), place, name
+
+
+def is_warm(draft: Draft, name: AgentName) -> bool:
+    """Whether the agent, in its present life, has a launcher of this submission that could fork at once."""
+    stored, view = draft.job.workers.get(name), draft.fleet.agents.get(name)
+    if stored is None or view is None or stored.value.uid != draft.status.uid:
+        return False
+    snapshot = stored.value
+    runs = bool(snapshot.ranks) or snapshot.phase is WorkerPhase.READY
+    return snapshot.incarnation == view.node.incarnation and (snapshot.warm or runs)
 
 
 def previous_places(draft: Draft) -> dict[AgentName, int]:

@@ -17,6 +17,7 @@ from dtrain.protocol.checkpoint import (
     Quarantine,
     Verification,
 )
+from dtrain.protocol.cluster import Cordon, Suspicion
 from dtrain.protocol.ids import AgentName, ClusterName, JobName, Rank, ReplicaId, Seq, Term, Uid
 from dtrain.protocol.job import Intent, JobSpec, JobStatus
 from dtrain.protocol.snapshot import NodeRecord, WorkerSnapshot
@@ -153,7 +154,10 @@ class AgentView:
     seen_at: float
     """When this leader first saw this incarnation."""
     draining_at: float | None = None
-    """When this replica first saw that the agent drains, in whichever of its lives; None: it does not."""
+    """When this replica first saw that the agent drains, in whichever of its lives, or that an operator
+    wants it empty; None: neither."""
+    vacating: Cordon | None = None
+    """An operator wants it empty; the agent itself stays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +186,9 @@ class FleetView:
     """Of ``lost_at``, those that drained: they end their ranks before they go and are not waited for."""
     scrub_interval_s: float = 0.0
     """How often committed checkpoints are read whole; 0: never."""
+    suspicions: Mapping[AgentName, Stored[Suspicion]] = field(default_factory=dict)
+    cordon_s: float = 0.0
+    """How long a suspected machine is cordoned; 0: machines are not suspected."""
 
 
 @dataclass(frozen=True, slots=True)

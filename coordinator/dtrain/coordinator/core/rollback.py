@@ -1,0 +1,36 @@
+"""Going back past the newest checkpoints: what ended the attempt may be in them already.
+
+They stay committed, and what they hold stays; only no attempt begins from them any more.
+"""
+
+from dtrain.coordinator.core import checkpoints
+from dtrain.coordinator.core.draft import Draft
+from dtrain.protocol.events import EventReason
+
+
+def pass_over(draft: Draft, back: int) -> bool:
+    """Pass over the newest ``back`` checkpoints that an attempt could begin from; True: an older one is left.
+
+    With fewer than that, the oldest one stays: nothing goes back to the beginning by itself. What is
+    open is aborted, as it would be the newest one. Call it in the decision that ends the attempt.
+    """
+    good = sorted(draft.good_commits(), key=lambda commit: commit.seq)
+    passed = good[max(1, len(good) - back) :] if back > 0 else []
+    if not passed:
+        return False
+    for stored in checkpoints.own_open(draft):
+        if not draft.deletes_key(draft.keys.open(draft.job.name, stored.value.seq)):
+            checkpoints.abort(draft, stored, "training is rolled back past it", warning=False)
+    # Those that retention has removed meanwhile need no mention any more.
+    known = {stored.value.seq for stored in draft.commits()} | {commit.seq for commit in draft.committed}
+    over = {seq for seq in draft.status.passed_over if seq in known} | {commit.seq for commit in passed}
+    draft.set(passed_over=tuple(sorted(over)))
+    target = good[-1 - len(passed)]
+    names = ", ".join(str(commit.seq) for commit in passed)
+    draft.event(
+        EventReason.ROLLED_BACK,
+        f"training goes back to checkpoint {target.seq} of step {target.step}, past {names}",
+        f"checkpoint/{target.seq}",
+        warning=True,
+    )
+    return True
