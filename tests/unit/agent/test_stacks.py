@@ -168,8 +168,8 @@ Thread 0x00007f1 (most recent call first):
 
 Current thread 0x00007f2 (most recent call first):
   File "{inner}", line 7 in {name}
-  File "/work/my trainer.py", line 42 in step
-  File "/work/my trainer.py", line 50 in <module>
+  File "/app/my trainer.py", line 42 in step
+  File "/app/my trainer.py", line 50 in <module>
 """
 PY_SPY = """Process 7: python train.py
 Python v3.11.2 (/usr/bin/python3.11)
@@ -190,9 +190,9 @@ Thread 8 (active): "other"
         ("/x/torch/autograd/graph.py", "_engine_run_backward", "S", False, StackKind.COLLECTIVE),
         ("/x/torch/autograd/graph.py", "_engine_run_backward", "R", True, StackKind.CODE),
         ("/x/torch/utils/data/dataloader.py", "_try_get_data", "S", False, StackKind.DATA),
-        ("/work/model.py", "forward", "R", True, StackKind.CODE),
-        ("/work/model.py", "forward", "D", False, StackKind.KERNEL),
-        ("/work/model.py", "forward", "T", False, StackKind.STOPPED),
+        ("/app/model.py", "forward", "R", True, StackKind.CODE),
+        ("/app/model.py", "forward", "D", False, StackKind.KERNEL),
+        ("/app/model.py", "forward", "T", False, StackKind.STOPPED),
     ],
 )
 def test_what_a_rank_does_is_told_from_its_main_thread(

@@ -46,6 +46,7 @@ preload: [torch, mypackage.data]
 checkpoint: {store: s3://bucket/prefix, every_steps: 50, every_seconds: 10m, keep_last: 5, timeout: 90,
              bandwidth_mb_s: 250}
 restarts: {max: 3, window: 1h30m}
+hang: {timeout: 2m, startup: 1h}
 failure_rules:
   - {reasons: [exit, user-error], exit_codes: 3, action: fail}
   - {reasons: signal, signals: [SIGBUS, 11, segv], action: elsewhere, cordon: 2h}
@@ -72,6 +73,7 @@ reschedule_grace: 20
     assert (spec.checkpoint.keep_last, spec.checkpoint.timeout_s) == (5, 90.0)
     assert spec.checkpoint.bandwidth_mb_s == 250.0
     assert (spec.restarts.max_restarts, spec.restarts.window_s) == (3, 5400.0)
+    assert spec.hang == HangPolicy(True, 120.0, 3600.0)
     assert spec.shutdown_grace_s == 0.5
     assert (spec.isolation_grace_s, spec.reschedule_grace_s) == (1800.0, 20.0)
 
