@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--pause-ms", type=float, default=20.0)
     parser.add_argument("--marks", type=Path, required=True)
     args = parser.parse_args()
+    args.marks.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     torch.set_num_threads(1)
 

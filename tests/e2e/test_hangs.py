@@ -47,4 +47,4 @@ def test_a_person_may_look_at_ranks_that_train(harness: Harness) -> None:
     step = max(state.step for state in harness.training(job).values())
     harness.until("it trains on", lambda: max(s.step for s in harness.training(job).values()) > step)
     assert harness.status(job).attempt == before
-    harness.client.set_intent(job, "cancel")
+    harness.client.set_intent(job, wanted="cancel")

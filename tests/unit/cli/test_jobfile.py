@@ -7,7 +7,7 @@ import pytest
 from dtrain.cli import jobfile
 from dtrain.cli.jobfile import BadJobFile
 from dtrain.protocol.errors import ErrorCode, NotFound
-from dtrain.protocol.job import EntryKind, FailureRule, JobSpec, RuleAction
+from dtrain.protocol.job import EntryKind, FailureRule, HangPolicy, JobSpec, RuleAction
 
 MINIMAL = "name: digits\nscript: train.py\n"
 
