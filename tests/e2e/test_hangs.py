@@ -1,5 +1,6 @@
 """Ranks that hang are found, told apart and named, and their stacks are kept."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ from dtrain.protocol.events import EventReason, EventRecord
 from dtrain.protocol.ids import JobName
 from dtrain.protocol.snapshot import FailureKind
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+LIMIT_S = 240.0
+"""Waiting for a CPU is no hang: on a loaded machine a spinning rank is found later."""
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PLANTED = (("elsewhere", 1, "own code"), ("worker", 2, "waits for data"), ("loop", 3, "own code"))
@@ -24,8 +28,11 @@ def test_three_kinds_of_hang_are_told_apart_and_the_job_goes_on(harness: Harness
     plan = ",".join(f"{kind}:{rank}" for kind, rank, _ in PLANTED)
     args = f"--steps 1000000 --after 40 --plan {plan}"
     job = harness.submit("hangs", args, script="hanging.py", folder=BENCHMARKS, max_restarts=20)
+    harness.await_training(job, limit_s=LIMIT_S)
     for attempt, (kind, rank, words) in enumerate(PLANTED, 1):
-        event = harness.until(f"{kind} is found", lambda n=attempt: hang_of(harness, job, n))  # type: ignore[misc]
+        found = functools.partial(hang_of, harness, job, attempt)
+        event = harness.until(f"{kind} is found", found, LIMIT_S)
+        assert event is not None
         say(f"{kind} on rank {rank}: {event.message}")
         assert event.object == f"rank/{rank}"
         assert words in event.message
@@ -34,7 +41,7 @@ def test_three_kinds_of_hang_are_told_apart_and_the_job_goes_on(harness: Harness
         assert (failure.kind, failure.rank) == (FailureKind.HANG, rank)
         stacks = harness.client.read_log(job, rank, "stacks", attempt=attempt).data.decode()
         assert {"elsewhere": "in wait", "worker": "in __getitem__", "loop": "in spin"}[kind] in stacks
-    harness.await_training(job, after_attempt=len(PLANTED))
+    harness.await_training(job, after_attempt=len(PLANTED), limit_s=LIMIT_S)
 
 
 def test_a_person_may_look_at_ranks_that_train(harness: Harness) -> None:
