@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import elastic, failover, overhead, recovery, report
+from benchmarks import elastic, failover, hangs, overhead, recovery, report
 from benchmarks.checkpoint import suite
 from benchmarks.store import client_cpu
 
@@ -10,6 +10,7 @@ MEASURES = {
     "failover": failover.measure,
     "recovery": recovery.measure,
     "elastic": elastic.measure,
+    "hangs": hangs.measure,
     "overhead": overhead.measure,
     "store": client_cpu.measure,
     "checkpoint": suite.measure,

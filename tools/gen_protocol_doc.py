@@ -121,6 +121,7 @@ MEANINGS = {
     "Stall.deadline_s": "its deadline, seconds",
     "Stack.kind": "what the rank is doing",
     "Stack.dump": "id of the command that asked for it",
+    "Stack.moving": "between two looks it went on and used the CPU, or it read or wrote files",
     "WorkerSnapshot.stalls": "ranks that have completed no step for longer than their deadline",
     "WorkerSnapshot.stacks": "what the local ranks were doing when the leader asked last",
     "RankState.timing": "what its steps took lately",

@@ -26,7 +26,7 @@ from dtrain.protocol.job import (
     RestartPolicy,
     Wanted,
 )
-from dtrain.protocol.snapshot import FailureKind
+from dtrain.protocol.snapshot import FailureKind, StackKind
 from dtrain.storage.etcd.port import Delete, Txn
 from tests.scenarios.stage import TICK_S, Stage, StageMachine
 from tests.sim.training import SimRank
@@ -275,6 +275,10 @@ class Script:
         """``nan rank 1 steps=1``: its loss is NaN in the steps to come."""
         _, options = _options(words)
         self._rank(int(number)).sick_steps = int(options.get("steps", "1"))
+
+    def do_hang(self, _rank: str, number: str, kind: str) -> None:
+        """``hang rank 2 code``: it completes no step any more, and its stack says this (see StackKind)."""
+        self._rank(int(number)).hung = StackKind(kind)
 
     def do_exit(self, _rank: str, number: str, code: str, *words: str) -> None:
         """``exit rank 2 1 ValueError: bad batch``: a rank ends with a code and an error."""

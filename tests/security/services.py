@@ -64,7 +64,9 @@ class Machine:
         self.taken: list[Command] = []
         self.server = AgentServer("127.0.0.1:0", tls)
         self.address = f"127.0.0.1:{self.server.port}"
-        self.server.start(AgentServicer(self._execute, RankLogs(folder), lambda *_: True, lambda: Term(5)))
+        logs = RankLogs(folder)
+        servicer = AgentServicer(self._execute, logs, lambda *_: True, lambda: Term(5), lambda *_: [])
+        self.server.start(servicer)
 
     def _execute(self, command: Command) -> Answer:
         self.taken.append(command)

@@ -74,6 +74,8 @@ REQUESTS: dict[str, Any] = {
     "/dtrain.v1.Coordinator/Cordon": coordinator_pb2.CordonRequest(agent="none"),
     "/dtrain.v1.Coordinator/Uncordon": coordinator_pb2.UncordonRequest(agent="none"),
     "/dtrain.v1.Agent/Execute": agent_pb2.Command(header=agent_pb2.Header(cluster="c1")),
+    "/dtrain.v1.Coordinator/Stacks": coordinator_pb2.JobStacksRequest(job="none"),
+    "/dtrain.v1.Agent/Stacks": agent_pb2.StacksRequest(job="none", uid="u1"),
     "/dtrain.v1.Agent/ReadLog": agent_pb2.ReadLogRequest(job="none", uid="u1", stream="stdout"),
 }
 MAY = {
@@ -93,6 +95,8 @@ MAY = {
     "/dtrain.v1.Coordinator/Cordon": {"operator"},
     "/dtrain.v1.Coordinator/Uncordon": {"operator"},
     "/dtrain.v1.Agent/Execute": {"coordinator"},
+    "/dtrain.v1.Coordinator/Stacks": {"operator"},
+    "/dtrain.v1.Agent/Stacks": {"coordinator"},
     "/dtrain.v1.Agent/ReadLog": {"coordinator"},
 }
 

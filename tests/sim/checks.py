@@ -22,7 +22,7 @@ from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.events import EventReason, EventRecord
 from dtrain.protocol.ids import Attempt, JobName, Seq
 from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobStatus
-from dtrain.protocol.snapshot import FailureKind, NodeRecord
+from dtrain.protocol.snapshot import Failure, FailureKind, NodeRecord
 from dtrain.storage.etcd.memory import MemoryEtcd
 from dtrain.storage.etcd.mirror import Mirror
 from dtrain.storage.etcd.port import Event, prefix_end
@@ -318,6 +318,9 @@ class Checks:
             if not isinstance(write, PutRecord) or not isinstance(write.value, JobStatus):
                 continue
             new, old = write.value, view.status.value
+            hang = new.failure is not None and new.failure.kind is FailureKind.HANG
+            if hang and new.failure != old.failure and new.failure is not None:
+                self._hang_is_planted(job, new.failure)
             if new.failure is None or new.failure.kind is not FailureKind.AGENT_LOST:
                 continue
             if new.failure == old.failure:
@@ -337,6 +340,14 @@ class Checks:
                     f"I9: {name} was called lost {away_s:.1f} s after its session,"
                     f" the grace is {grace_s:.0f} s"
                 )
+
+    def _hang_is_planted(self, job: JobName, failure: Failure) -> None:
+        """Whatever is slow, cut off or asleep, nobody is called hung but who is."""
+        for machine in self._cluster.machines.values():
+            for launcher in machine.launchers.values():
+                if launcher.job == job and any(rank.hung for rank in launcher.ranks):
+                    return
+        self.bad(f"job {job} is called hung and is not: {failure.message}")
 
     def mirror_at(self, name: str, mirror: Mirror, revision: int) -> None:
         """I8: a mirror is etcd at its revision."""

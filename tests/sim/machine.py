@@ -1,6 +1,6 @@
 """One machine: its guardian, its agent's lives, and what outlives them: launchers, ranks, the journal."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dtrain.agent import notices
@@ -18,10 +18,12 @@ from dtrain.agent.core.events import (
     LauncherReported,
     RankConnected,
     RankDisconnected,
+    RankLook,
     RankReported,
     SessionRenewed,
     SessionSeen,
     ShutDown,
+    StacksCollected,
     Tick,
     TransferReported,
 )
@@ -39,7 +41,7 @@ from dtrain.protocol.commands import Command
 from dtrain.protocol.errors import DtrainError, ErrorCode, Unavailable
 from dtrain.protocol.ids import AgentName, Attempt, Incarnation, JobName, Rank, Term, Uid
 from dtrain.protocol.ranklink import Hello, Message
-from dtrain.protocol.snapshot import NodeRecord
+from dtrain.protocol.snapshot import NodeRecord, Stack, StackKind
 from dtrain.storage.etcd.session import FixedSession
 from tests.sim.etcd import EtcdAccess
 from tests.sim.link import Link
@@ -56,6 +58,8 @@ QUEUE_S = 0.001
 """From another thread's queue to the driver."""
 
 SESSION_LOOK_S = 0.5
+STACKS_S = 1.0
+"""For two looks at each rank's stack."""
 ORPHAN_GRACE_S = 120.0
 STOP_GRACE_S = 5.0
 
@@ -379,7 +383,10 @@ class SimAgent:
             over=dict(journal.over),
             coordinators=journal.coordinators,
         )
-        ports = Ports(self.machine.journal, self.launchers, self.transfers, self, self.reporter, _Logs())
+        watch = _Watch(self)
+        ports = Ports(
+            self.machine.journal, self.launchers, self.transfers, self, self.reporter, _Logs(), watch
+        )
         self.driver = AgentDriver(state, ports, self.clock, confirm_term=self._confirm_term, log=self._log)
         self.driver.adopt()
         if self.machine.draining is not None:
@@ -657,6 +664,30 @@ class _Transfers:
         if self._transfer is not None:
             self._transfer.die()
             self._transfer = None
+
+
+class _Watch:
+    """``WatchPort``: ranks of the simulation wait in a collective unless a script has them hang."""
+
+    def __init__(self, agent: SimAgent) -> None:
+        self._agent = agent
+
+    def look(self, rank: Rank, process: ProcessId) -> RankLook:
+        return RankLook(rank, "" if self._agent.machine.find(process) is None else "S")
+
+    def collect(
+        self, job: JobName, uid: Uid, attempt: Attempt, dump: str, processes: Mapping[Rank, ProcessId]
+    ) -> None:
+        def done() -> None:
+            stacks = []
+            for rank, process in processes.items():
+                found = self._agent.machine.find(process)
+                kind = getattr(found, "hung", None) or StackKind.COLLECTIVE
+                where = "all_reduce" if kind is StackKind.COLLECTIVE else "train"
+                stacks.append(Stack(rank, kind, f"{where} (train.py:1)", dump))
+            self._agent.handle(StacksCollected(job, uid, attempt, dump, tuple(stacks)))
+
+        self._agent.process.later(STACKS_S, done)
 
 
 class _Logs:

@@ -43,6 +43,7 @@ from dtrain.protocol.ranklink import (
     StopRank,
     Welcome,
 )
+from dtrain.protocol.snapshot import StackKind
 from dtrain.trainer.session import ANSWER_SLACK_S, Ask, Session
 from tests.sim.scheduler import Event, Scheduler
 
@@ -157,6 +158,8 @@ class Group:
         if any(member.machine.place.suspended for member in self.ranks.values()):
             self._stall()
             return
+        if any(member.hung for member in self.ranks.values()):
+            return
         if any(member.holds for member in self.ranks.values()):
             # They are at a step's boundary, and in no collective that could run out of patience.
             self.scheduler.after(0.05, self._next)
@@ -206,6 +209,8 @@ class SimRank:
         self.ending = False
         self.step = 0
         self.state = b""
+        self.hung: StackKind | None = None
+        """It completes no step any more, and this is what its stack says."""
         self.session = SimSession(self.rank, self._wake)
         self._connection: Connection | None = None
         self._report_due: Event | None = None

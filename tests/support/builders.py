@@ -364,6 +364,9 @@ class Stage:
         self.departed = {a: s for a, s in self.departed.items() if (s.uid, s.attempt) == current}
 
     def _mod(self, key: str) -> int:
+        for agent, stored in self.workers.items():
+            if key == KEYS.worker(agent, JOB):
+                return stored.mod_revision
         cell = self.cells.get(key)
         return 0 if cell is None else cell.mod
 

@@ -6,7 +6,7 @@ daemon confirms them on the thread that received them (see ``link``).
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, assert_never
 
@@ -15,6 +15,7 @@ from dtrain.agent.core.adoption import adopt
 from dtrain.agent.core.decisions import (
     Action,
     Answer,
+    CollectStacks,
     Decision,
     DeleteSnapshot,
     DropConnection,
@@ -23,6 +24,7 @@ from dtrain.agent.core.decisions import (
     JournalWrite,
     KillLauncher,
     LauncherOrder,
+    LookAtRanks,
     PrepareLogs,
     ProbeProcesses,
     PublishDraining,
@@ -38,6 +40,8 @@ from dtrain.agent.core.events import (
     LauncherReported,
     LauncherStarted,
     ProcessesProbed,
+    RankLook,
+    RanksLookedAt,
     SessionSeen,
     Tick,
     TransferReported,
@@ -128,6 +132,20 @@ class ReporterPort(Protocol):
         ...
 
 
+class WatchPort(Protocol):
+    """Looks at what ranks do."""
+
+    def look(self, rank: Rank, process: ProcessId) -> RankLook:
+        """Return how a rank is now, and how long it has waited for a CPU since it was looked at last."""
+        ...
+
+    def collect(
+        self, job: JobName, uid: Uid, attempt: Attempt, dump: str, processes: Mapping[Rank, ProcessId]
+    ) -> None:
+        """Collect stacks in the background; they come back as ``StacksCollected``."""
+        ...
+
+
 class LogPort(Protocol):
     """Log folders."""
 
@@ -144,6 +162,7 @@ class Ports:
     ranks: RankPort
     reporter: ReporterPort
     logs: LogPort
+    watch: WatchPort
 
 
 class AgentDriver:
@@ -296,6 +315,12 @@ class AgentDriver:
                 alive = tuple(process for process in processes if ports.launchers.is_alive(process))
                 waits = tuple(ports.launchers.waits_in(process) for process in alive)
                 self._events.append(ProcessesProbed(job, uid, alive, waits))
+            case LookAtRanks(job, uid, attempt, wanted):
+                looks = tuple(ports.watch.look(rank, process) for rank, process in wanted.items())
+                self._events.append(RanksLookedAt(job, uid, attempt, looks))
+            case CollectStacks(job, uid, attempt, dump, wanted):
+                self._log("collecting stacks", job=job, attempt=attempt, dump=dump)
+                ports.watch.collect(job, uid, attempt, dump, wanted)
             case PrepareLogs(job, uid, attempt, first_rank):
                 try:
                     ports.logs.prepare(job, uid, attempt, first_rank)

@@ -12,10 +12,11 @@ from dtrain.agent.core.decisions import Answer
 from dtrain.agent.logs import LogPart, RankLogs, read_part
 from dtrain.protocol import wire
 from dtrain.protocol.commands import Command
-from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, Refused
+from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, Refused, Unavailable
 from dtrain.protocol.ids import Attempt, Term
 from dtrain.protocol.pb import agent_pb2 as pb
 from dtrain.protocol.pb import agent_pb2_grpc
+from dtrain.protocol.snapshot import Stack
 from dtrain.runtime import grpc_tls
 
 THREADS_ANSWERING = 4
@@ -29,6 +30,8 @@ SHORT_WAIT_S = 0.2
 CONNECTIONS_MAX = 400
 """Replicas are few; descriptors are needed for ranks."""
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024
+STACKS_BYTES_MAX = 1024 * 1024
+"""Of all ranks together; the whole is in their log folders."""
 
 OPTIONS = (
     *grpc_tls.SERVER_OPTIONS,
@@ -40,16 +43,23 @@ OPTIONS = (
 
 Execute = Callable[[Command], Answer]
 Ended = Callable[[str, str, Attempt, int], bool]
+Stacks = Callable[[str, str], list[tuple[Stack, str]]]
 
 
 class AgentServicer(agent_pb2_grpc.AgentServicer):
-    """``execute`` takes commands on; ``ended`` tells whether a rank will write no more."""
+    """``execute`` takes commands on; ``ended`` tells whether a rank will write no more.
 
-    def __init__(self, execute: Execute, logs: RankLogs, ended: Ended, term: Callable[[], Term]) -> None:
+    ``stacks`` collects those of a submission's ranks, each in short and in full.
+    """
+
+    def __init__(
+        self, execute: Execute, logs: RankLogs, ended: Ended, term: Callable[[], Term], stacks: Stacks
+    ) -> None:
         self._execute = execute
         self._logs = logs
         self._ended = ended
         self._term = term
+        self._stacks = stacks
         self._waiting = threading.BoundedSemaphore(THREADS_WAITING)
 
     def Execute(self, request: pb.Command, context: grpc.ServicerContext) -> pb.Ack:  # noqa: N802
@@ -66,6 +76,27 @@ class AgentServicer(agent_pb2_grpc.AgentServicer):
             return self._read_log(request, context)
         except DtrainError as error:
             abort(context, error)
+
+    def Stacks(  # noqa: N802
+        self, request: pb.StacksRequest, context: grpc.ServicerContext
+    ) -> pb.StacksReply:
+        if not self._waiting.acquire(blocking=False):
+            abort(context, Unavailable(ErrorCode.AGENT_UNAVAILABLE, "the agent is busy; try again"))
+        try:
+            found = self._stacks(request.job, request.uid)
+        except DtrainError as error:
+            abort(context, error)
+        finally:
+            self._waiting.release()
+        room = STACKS_BYTES_MAX // max(1, len(found))
+        return pb.StacksReply(
+            ranks=[
+                pb.StacksReply.RankStacks(
+                    rank=stack.rank, kind=stack.kind.value, where=stack.where, text=text[:room]
+                )
+                for stack, text in found
+            ]
+        )
 
     def _read_log(self, request: pb.ReadLogRequest, context: grpc.ServicerContext) -> pb.LogChunk:
         place = self._logs.find(request.job, request.uid, request.attempt, request.rank, request.stream)

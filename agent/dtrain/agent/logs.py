@@ -1,6 +1,6 @@
 """Log files of ranks: where they lie, and reading them by global rank.
 
-``<root>/<job>-<uid>/attempt_<n>/<local_rank>/{stdout,stderr}.log``, as under
+``<root>/<job>-<uid>/attempt_<n>/<local_rank>/{stdout,stderr,stacks}.log``, as under
 torchrun. ``ranks.json`` beside the local ranks says which global rank the first
 of them was: in another attempt it may be another one.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from dtrain.protocol.errors import ErrorCode, NotFound, Refused
 from dtrain.protocol.ids import Attempt, JobName, Rank, Uid, parse_name
 
-STREAMS = ("stdout", "stderr")
+STREAMS = ("stdout", "stderr", "stacks")
 BYTES_MAX = 1024 * 1024
 """Of one answer."""
 
@@ -59,7 +59,9 @@ class RankLogs:
             NotFound: NOT_FOUND; no such job, attempt or rank on this machine.
         """
         if stream not in STREAMS:
-            raise Refused(ErrorCode.USAGE, f"there is no stream {stream[:20]!r}", fix="use stdout or stderr")
+            raise Refused(
+                ErrorCode.USAGE, f"there is no stream {stream[:20]!r}", fix="use stdout, stderr or stacks"
+            )
         folder = self._job(job, uid)
         if attempt == 0:
             attempt = max(self._attempts(folder), default=0)

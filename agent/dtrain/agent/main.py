@@ -27,6 +27,7 @@ from typing import Any
 from dtrain.agent import config, notices
 from dtrain.agent.config import Config
 from dtrain.agent.consult import Consultant, ConsultThread, ask_over_grpc
+from dtrain.agent.core import hangs
 from dtrain.agent.core.decisions import Answer
 from dtrain.agent.core.events import DrainAsked, Event, SessionRenewed, SessionSeen, ShutDown, Tick
 from dtrain.agent.core.health import is_waiting
@@ -41,12 +42,13 @@ from dtrain.agent.notice_value import Notice
 from dtrain.agent.processes import Launchers, Transfers
 from dtrain.agent.rank_socket import RankServer, short_run_dir
 from dtrain.agent.reporter import Reporter, ReporterThread, Settings
+from dtrain.agent.stacks import RankWatch
 from dtrain.agent.status import Status
 from dtrain.protocol.commands import Command
-from dtrain.protocol.errors import DtrainError, ErrorCode, Refused, Unavailable
+from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, Refused, Unavailable
 from dtrain.protocol.ids import Attempt, Incarnation, JobName, Term
 from dtrain.protocol.keys import Keys
-from dtrain.protocol.snapshot import NodeRecord, WorkerPhase
+from dtrain.protocol.snapshot import NodeRecord, Stack, WorkerPhase
 from dtrain.runtime import grpc_tls, log
 from dtrain.runtime.clock import Clock, SystemClock, iso
 from dtrain.runtime.serving import StatusServer, inherited
@@ -125,6 +127,7 @@ class Agent:
         if self._journal.problem:
             self.log("journal moved aside", problem=self._journal.problem)
         logs = RankLogs(data_dir / "logs")
+        self._watch = RankWatch(logs, self._post)
         self._ranks = RankServer(
             run_dir / "ranks.sock",
             self._post,
@@ -179,7 +182,15 @@ class Agent:
                 over=remembered.over,
                 coordinators=remembered.coordinators,
             ),
-            Ports(self._journal, self._launchers, self._transfers, self._ranks, self._reporter, logs),
+            Ports(
+                self._journal,
+                self._launchers,
+                self._transfers,
+                self._ranks,
+                self._reporter,
+                logs,
+                self._watch,
+            ),
             clock,
             confirm_term=self._confirm_term,
             log=self.log,
@@ -198,8 +209,10 @@ class Agent:
             clock,
             lambda error: self._fail(f"the consultant died: {error!r}"),
         )
-        self._servicer = AgentServicer(self._execute, logs, self._rank_ended, lambda: self._driver.state.term)
-        self._watch = notices.Watch(
+        self._servicer = AgentServicer(
+            self._execute, logs, self._rank_ended, lambda: self._driver.state.term, self._stacks
+        )
+        self._notices = notices.Watch(
             settings.preemption_notices,
             interval_s=settings.preemption_interval_s,
             clock=clock,
@@ -214,7 +227,7 @@ class Agent:
         self._ranks.start()
         self._driver.adopt()
         # Before it registers: a successor that drains must not look as if it did not.
-        self._watch.start()
+        self._notices.start()
         self._begin_drain()
         self._session.set_started()
         self._reporting.start()
@@ -244,7 +257,7 @@ class Agent:
 
     def close(self) -> None:
         """Free everything: for tests that go on living."""
-        self._watch.close()
+        self._notices.close()
         self._reporting.close()
         self._consulting.close()
         self._ranks.close()
@@ -311,7 +324,7 @@ class Agent:
 
         Ended, it would be started again at once, only to find that the machine is still to go.
         """
-        if self._told_to_drain_at is not None or not self._watch.standing:
+        if self._told_to_drain_at is not None or not self._notices.standing:
             return False
         if not self._gave_up and not self._settings.keep_ranks:
             self._gave_up = True
@@ -398,6 +411,13 @@ class Agent:
             return True
         found = next((local for local in known.ranks if local.rank == rank), None)
         return found is not None and found.exit_code is not None
+
+    def _stacks(self, job: str, uid: str) -> list[tuple[Stack, str]]:
+        known = self._driver.state.jobs.get(JobName(job))
+        if known is None or known.uid != uid:
+            raise NotFound(ErrorCode.NOT_FOUND, f"job {job} has no ranks on this machine")
+        found = hangs.processes(known)
+        return self._watch.now(known.name, known.uid, known.attempt, found, "somebody asked")
 
     def _on_taken(self, other: NodeRecord | None, waited_s: float) -> None:
         """Another lease holds our name: our own former guardian's, or a second machine's."""

@@ -33,6 +33,9 @@ ERROR_KEY = "dtrain-error-bin"
 TRY_S_MAX = 3.0
 """One replica gets this long to answer before the next is asked: it may be frozen."""
 
+STACKS_S = 12.0
+"""Ranks are looked at while the caller waits."""
+
 STORE_WAIT_S = 6.0
 """How much longer a replica may take that asks a job's store first: it gives a store that is silent 5 s."""
 
@@ -88,6 +91,25 @@ class Submitted:
     created: bool
     revision: int
     warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RankStacks:
+    """The stacks of one rank: what it does, where, and all its threads as text."""
+
+    rank: int
+    agent: str
+    kind: str
+    where: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobStacks:
+    """Of all ranks that could be asked; ``problems``: who could not, in one sentence each."""
+
+    ranks: tuple[RankStacks, ...]
+    problems: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,6 +374,20 @@ class Client:
             lambda stub, timeout: stub.ReadLog(request, timeout=timeout + wait_s), wait_s=wait_s
         )
         return LogChunk(reply.data, reply.next_offset, reply.attempt, reply.agent, reply.eof)
+
+    def stacks(self, job: str) -> JobStacks:
+        """Collect the stacks of a job's ranks now.
+
+        Raises:
+            NotFound: no such job, or no rank of it runs.
+            Unavailable: no replica could be reached.
+        """
+        request = pb.JobStacksRequest(job=job)
+        reply = self._call(
+            lambda stub, timeout: stub.Stacks(request, timeout=timeout + STACKS_S), wait_s=STACKS_S
+        )
+        ranks = tuple(RankStacks(one.rank, one.agent, one.kind, one.where, one.text) for one in reply.ranks)
+        return JobStacks(ranks, tuple(reply.problems))
 
     def pin_checkpoint(
         self, job: str, seq: int, *, holder: str, ttl_s: int, why: str = "", by: str = "", lease: int = 0

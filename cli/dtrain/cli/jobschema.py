@@ -22,6 +22,7 @@ from dtrain.protocol.job import (
     Entry,
     EntryKind,
     FailureRule,
+    HangPolicy,
     JobSpec,
     NonFiniteAction,
     NonFinitePolicy,
@@ -37,6 +38,7 @@ NPROC_WORDS = ("auto", "cpu", "gpu")
 _RULE = FailureRule(RuleAction.RESTART)
 RULES_MAX = 32
 _CHECKPOINT, _RESTARTS, _NONFINITE = CheckpointPolicy(), RestartPolicy(), NonFinitePolicy()
+_HANG = HangPolicy()
 _JOB_GROW_COOLDOWN_S = 60.0
 
 
@@ -315,6 +317,14 @@ class RestartsSection(_Strict):
     window: Annotated[float, _seconds(above_zero=True)] = _RESTARTS.window_s
 
 
+class HangSection(_Strict):
+    """``hang:``, when ranks that complete no step are taken for hung; ``timeout`` 0: after their own pace."""
+
+    enabled: Annotated[bool, BeforeValidator(_yes_or_no)] = _HANG.enabled
+    timeout: Annotated[float, _seconds()] = _HANG.timeout_s
+    startup: Annotated[float, _seconds(above_zero=True)] = _HANG.startup_s
+
+
 class RuleSection(_Strict):
     """One of ``failure_rules:``; all it names must be true of a failure."""
 
@@ -352,6 +362,7 @@ class JobModel(_Strict):
     preload: Annotated[tuple[str, ...], BeforeValidator(_modules)] = ()
     checkpoint: CheckpointSection = CheckpointSection()
     restarts: RestartsSection = RestartsSection()
+    hang: HangSection = HangSection()
     failure_rules: Annotated[tuple[RuleSection, ...], BeforeValidator(_rules)] = ()
     nonfinite: NonFiniteSection = NonFiniteSection()
     shutdown_grace: Annotated[float, _seconds()] = 30.0
@@ -399,6 +410,9 @@ def to_spec(model: JobModel, folder: Path) -> JobSpec:
             await_import=model.checkpoint.await_import,
         ),
         restarts=RestartPolicy(max_restarts=model.restarts.max, window_s=model.restarts.window),
+        hang=HangPolicy(
+            enabled=model.hang.enabled, timeout_s=model.hang.timeout, startup_s=model.hang.startup
+        ),
         failure_rules=tuple(
             FailureRule(
                 rule.action,

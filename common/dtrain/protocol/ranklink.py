@@ -11,6 +11,7 @@ training never waits for it, except to restore and for the last checkpoint.
 """
 
 import dataclasses
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,11 @@ ENV_ATTEMPT = "DTRAIN_ATTEMPT"
 ENV_ARENA_FD = "DTRAIN_ARENA_FD"
 """Descriptor of the memfd that the launcher keeps for this local rank. It
 outlives the rank, so a sealed snapshot can be uploaded after a crash."""
+ENV_STACKS = "DTRAIN_STACKS_FILE"
+"""The file to which this rank writes the stacks of its threads when it is sent STACKS_SIGNAL."""
+
+STACKS_SIGNAL = getattr(signal, "SIGRTMIN", 34) + 9
+"""A real-time signal that no library is known to use. Who does not handle it is ended by it: look first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +151,8 @@ class Report:
     beats: int = 0
     """Counts what proves that the script goes on although its step stands still: sections entered and left,
     snapshots taken."""
+    collective: str = ""
+    """While the step stands still, of torch's flight recorder: number and name of the newest collective."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,7 +174,9 @@ class Stack:
     dump: str
     step: Step = Step(0)
     collective: str = ""
-    """From torch's flight recorder, if there is one: the last collective and its number."""
+    """From torch's flight recorder, if there is one: number and name of the newest collective."""
+    moving: bool = False
+    """Between two looks it went from one place to another and used the CPU, or it read or wrote files."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,11 +88,13 @@ RULES: Mapping[str, Rule] = {
     f"{_COORDINATOR}CollectGarbage": _OPERATORS,
     f"{_COORDINATOR}ImportCheckpoint": _OPERATORS,
     f"{_COORDINATOR}ReviewGarbage": _OPERATORS,
+    f"{_COORDINATOR}Stacks": _OPERATORS,
     f"{_COORDINATOR}Cordon": _OPERATORS,
     f"{_COORDINATOR}Uncordon": _OPERATORS,
     f"{_COORDINATOR}Consult": Rule(frozenset({Role.AGENT}), own="agent"),
     f"{_AGENT}Execute": _COORDINATORS,
     f"{_AGENT}ReadLog": _COORDINATORS,
+    f"{_AGENT}Stacks": _COORDINATORS,
 }
 """What is not in here is refused to everybody."""
 

@@ -10,6 +10,7 @@ from dtrain.agent.core.decisions import JournalWrite
 from dtrain.agent.core.events import (
     LauncherReported,
     RankConnected,
+    RankLook,
     RankReported,
     SessionRenewed,
     SessionSeen,
@@ -112,6 +113,12 @@ class Recorder:
     def prepare(self, job: JobName, uid: Uid, attempt: Attempt, first_rank: Rank) -> None:
         self.sent.append((job, attempt, first_rank))
 
+    def look(self, rank: Rank, process: ProcessId) -> RankLook:
+        return RankLook(rank, "S")
+
+    def collect(self, *what: Any) -> None:
+        self.sent.append(what)
+
 
 class FailingJournal:
     def __init__(self, journal: Journal) -> None:
@@ -144,6 +151,7 @@ class World:
         self.journal = FailingJournal(Journal.open(self.folder / "journal"))
         remembered = self.journal.journal.load()
         self.transfers, self.ranks, self.logs = Recorder(), Recorder(), Recorder()
+        self.watch = Recorder()
         self.reporter = Reporter(
             self.etcd,
             KEYS,
@@ -157,7 +165,9 @@ class World:
             on_taken=lambda _other, _waited_s: None,
         )
         state = AgentState(machine(), Incarnation("none"), remembered.term, remembered.jobs, remembered.seen)
-        ports = Ports(self.journal, self.launchers, self.transfers, self.ranks, self.reporter, self.logs)
+        ports = Ports(
+            self.journal, self.launchers, self.transfers, self.ranks, self.reporter, self.logs, self.watch
+        )
         self.driver = AgentDriver(state, ports, self.clock, confirm_term=self._confirm)
         self.driver.adopt()
         self.settle()

@@ -17,6 +17,7 @@ from dtrain.protocol.errors import ErrorCode, Refused, Unavailable
 from dtrain.protocol.ids import Attempt, JobName, Rank, Term, Uid
 from dtrain.protocol.pb import agent_pb2 as pb
 from dtrain.protocol.pb import agent_pb2_grpc
+from dtrain.protocol.snapshot import Stack, StackKind
 
 from .core_builder import Table
 
@@ -26,12 +27,16 @@ class Bench:
         self.taken: list[Command] = []
         self.problem: Exception | None = None
         self.over = False
+        self.stacks: list[tuple[Stack, str]] = []
         self.server = AgentServer("127.0.0.1:0")
         logs = RankLogs(root)
         logs.prepare(JobName("train"), Uid("u1"), Attempt(1), Rank(0))
         self.log = root / "train-u1" / "attempt_1" / "0" / "stdout.log"
         self.log.parent.mkdir()
-        self.server.start(AgentServicer(self._execute, logs, lambda *_: self.over, lambda: Term(7)))
+        servicer = AgentServicer(
+            self._execute, logs, lambda *_: self.over, lambda: Term(7), lambda *_: self.stacks
+        )
+        self.server.start(servicer)
         self.channel = grpc.insecure_channel(f"127.0.0.1:{self.server.port}")
         self.stub = agent_pb2_grpc.AgentStub(self.channel)  # type: ignore[no-untyped-call]
 
@@ -154,3 +159,9 @@ def test_a_port_in_use_is_refused_with_advice(bench: Bench) -> None:
         AgentServer(f"127.0.0.1:{bench.server.port}")
     assert caught.value.code is ErrorCode.PORT_IN_USE
     assert "--listen" in caught.value.fix
+
+
+def test_stacks_are_given_in_short_and_in_full(bench: Bench) -> None:
+    bench.stacks = [(Stack(Rank(0), StackKind.DATA, "read (data.py:7)", ""), "Thread 1\n")]
+    (one,) = bench.stub.Stacks(pb.StacksRequest(job="train", uid="u1"), timeout=5).ranks
+    assert (one.rank, one.kind, one.where, one.text) == (0, "data", "read (data.py:7)", "Thread 1\n")

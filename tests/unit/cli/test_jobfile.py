@@ -7,7 +7,15 @@ import pytest
 from dtrain.cli import jobfile
 from dtrain.cli.jobfile import BadJobFile
 from dtrain.protocol.errors import ErrorCode, NotFound
-from dtrain.protocol.job import EntryKind, FailureRule, JobSpec, NonFiniteAction, NonFinitePolicy, RuleAction
+from dtrain.protocol.job import (
+    EntryKind,
+    FailureRule,
+    HangPolicy,
+    JobSpec,
+    NonFiniteAction,
+    NonFinitePolicy,
+    RuleAction,
+)
 
 MINIMAL = "name: digits\nscript: train.py\n"
 
@@ -47,6 +55,7 @@ preload: [torch, mypackage.data]
 checkpoint: {store: s3://bucket/prefix, every_steps: 50, every_seconds: 10m, keep_last: 5, timeout: 90,
              bandwidth_mb_s: 250}
 restarts: {max: 3, window: 1h30m}
+hang: {timeout: 2m, startup: 1h}
 failure_rules:
   - {reasons: [exit, user-error], exit_codes: 3, action: fail}
   - {reasons: signal, signals: [SIGBUS, 11, segv], action: elsewhere, cordon: 2h}
@@ -75,6 +84,7 @@ grow_cooldown: 5m
     assert (spec.checkpoint.keep_last, spec.checkpoint.timeout_s) == (5, 90.0)
     assert spec.checkpoint.bandwidth_mb_s == 250.0
     assert (spec.restarts.max_restarts, spec.restarts.window_s) == (3, 5400.0)
+    assert spec.hang == HangPolicy(True, 120.0, 3600.0)
     assert spec.shutdown_grace_s == 0.5
     assert (spec.isolation_grace_s, spec.reschedule_grace_s) == (1800.0, 20.0)
     assert (spec.priority, spec.grow_cooldown_s) == (-5, 300.0)

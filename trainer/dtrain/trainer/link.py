@@ -17,6 +17,7 @@ from dtrain.protocol import codec, ranklink
 from dtrain.protocol.errors import Refused
 from dtrain.protocol.ranklink import Hello, Report, Welcome
 from dtrain.trainer.session import Session
+from dtrain.trainer.stacks import Recorder, write_on_signal
 
 log = logging.getLogger("dtrain.trainer")
 
@@ -45,6 +46,7 @@ class AgentLink:
         self._sent: Report | None = None
         self._sent_at = 0.0
         self._pid = os.getpid()
+        self._flight = Recorder()
         self._thread = threading.Thread(target=self._run, name="dtrain-link", daemon=True)
 
     def start(self) -> None:
@@ -141,6 +143,7 @@ class AgentLink:
         # Both read before the report is built: what changes after it is sent the next
         # time, and closing must not take effect before the last word is in a report.
         self._urgent = False
+        self._flight.follow(self.session, now)
         report = self.session.report()
         if report != self._sent:
             connection.sendall(ranklink.encode_line(report))
@@ -167,6 +170,7 @@ def connect_from_env(rank: int, local_rank: int) -> AgentLink | None:
             "demands": True,
         },
     )
+    write_on_signal()
     link = AgentLink(path, hello)
     link.start()
     return link

@@ -34,6 +34,7 @@ Wait = Literal["snapshotted", "durable", "committed"]
 log = logging.getLogger("dtrain.trainer")
 
 METRICS_MAX = 64
+SECTION_CHARS_MAX = 64
 _NO_ARENA = "this rank has no memory for snapshots (DTRAIN_ARENA_FD)"
 _CLOSE_S = 2.0
 
@@ -319,7 +320,7 @@ class Run:
             with self._watch.span("data"):
                 yield
             return
-        before, session.section = session.section, name
+        before, session.section = session.section, name[:SECTION_CHARS_MAX] or "section"
         try:
             with self._watch.span("aside"):
                 yield

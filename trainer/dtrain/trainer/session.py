@@ -89,6 +89,7 @@ class Session:
         self._save_timeout_s = 0.0
         self._intended: list[int] = []
         self._ask: Ask | None = None
+        self._collective = ""
         self._wanted: Begin | None = None
         """The order for a checkpoint that scripts ask for, this one or another rank's."""
 
@@ -149,6 +150,10 @@ class Session:
                 new = True
         if new:
             self._wake()
+
+    def set_collective(self, text: str) -> None:
+        """The newest collective, of torch's flight recorder; the link thread looks for it."""
+        self._collective = text
 
     def taking(self, begin: Begin) -> None:
         """The snapshot is copied while training goes on; ``keep`` or ``give_up`` follows, on any thread."""
@@ -432,6 +437,7 @@ class Session:
                 nonfinite_seen={name: Step(step) for name, step in self._unfit.seen.items()},
                 section=self.section,
                 beats=self.beats(),
+                collective=self._collective,
             )
 
     def handle(self, message: Message) -> None:

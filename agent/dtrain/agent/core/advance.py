@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from dtrain.agent.core import draining, isolation, preparing, saving, transfers, warming
+from dtrain.agent.core import draining, hangs, isolation, preparing, saving, transfers, warming
 from dtrain.agent.core.decisions import Action, KillLauncher, LauncherOrder
 from dtrain.agent.core.snapshots import group_phase
 from dtrain.agent.core.state import AgentState, JobState, LauncherStatus
@@ -36,13 +36,14 @@ def advance(state: AgentState, job: JobState, tick: bool, now: float, out: list[
     job = saving.order_uploads(state, job, out)
     job = saving.tell_durable(job, out)
     job = _kill_survivors(job, now, out)
+    job = hangs.advance(state, job, now, out)
     # Identity, not equality, tells what was touched: keep it where nothing changed.
     return state if job == before else state.with_job(job)
 
 
 def wake_at(state: AgentState, now: float) -> float | None:
     """When something depends on time alone, or None."""
-    times: list[float] = isolation.wake_at(state) + draining.wake_at(state)
+    times: list[float] = isolation.wake_at(state) + draining.wake_at(state) + hangs.wake_at(state)
     for job in state.jobs.values():
         times.extend(preparing.wake_at(job, now))
         times.extend(warming.wake_at(job))

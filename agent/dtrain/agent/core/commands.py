@@ -3,7 +3,7 @@
 import dataclasses
 from typing import assert_never
 
-from dtrain.agent.core import draining, launchers, preparing, saving, starting, warming
+from dtrain.agent.core import draining, hangs, launchers, preparing, saving, starting, warming
 from dtrain.agent.core.decisions import Action, Answer, DeleteSnapshot, LauncherOrder
 from dtrain.agent.core.events import CommandArrived, ShutDown
 from dtrain.agent.core.saving import tell_all
@@ -173,7 +173,8 @@ def _apply(state: AgentState, command: Command, now: float, out: list[Action]) -
         case Warm():
             return warming.warm(job, command, out)
         case DumpStacks():
-            return job
+            assert job is not None
+            return hangs.dump(job, command, out)
         case _:
             assert_never(command)
 

@@ -1,5 +1,6 @@
 """What one step asks the driver to do."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dtrain.agent.core.state import JobState
@@ -88,6 +89,27 @@ class ProbeProcesses:
 
 
 @dataclass(frozen=True, slots=True)
+class LookAtRanks:
+    """See what ranks that stand still do; answer with ``RanksLookedAt``."""
+
+    job: JobName
+    uid: Uid
+    attempt: Attempt
+    processes: Mapping[Rank, ProcessId]
+
+
+@dataclass(frozen=True, slots=True)
+class CollectStacks:
+    """Collect the stacks of these ranks, twice; answer with ``StacksCollected``."""
+
+    job: JobName
+    uid: Uid
+    attempt: Attempt
+    dump: str
+    processes: Mapping[Rank, ProcessId]
+
+
+@dataclass(frozen=True, slots=True)
 class PrepareLogs:
     """Remember which global ranks the attempt's log folders belong to."""
 
@@ -154,6 +176,8 @@ Action = (
     | LauncherOrder
     | KillLauncher
     | ProbeProcesses
+    | LookAtRanks
+    | CollectStacks
     | PrepareLogs
     | TransferOrder
     | RankMessage

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from dtrain.agent.launching import LauncherReport, ProcessId
 from dtrain.agent.transferring import TransferReport
 from dtrain.protocol.commands import Command
-from dtrain.protocol.ids import Attempt, Incarnation, JobName, Term, Uid
+from dtrain.protocol.ids import Attempt, Incarnation, JobName, Rank, Term, Uid
 from dtrain.protocol.ranklink import Hello, Report
+from dtrain.protocol.snapshot import Stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,37 @@ class ProcessesProbed:
     alive: tuple[ProcessId, ...]
     waits: tuple[str, ...] = ()
     """In the order of ``alive``; "" where the kernel does not tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankLook:
+    """A rank at one moment. ``waited_s``: for a CPU, it or what it started, since the look before."""
+
+    rank: Rank
+    state: str
+    """As in /proc/PID/stat: T is stopped, t is traced, D waits for a disk; "": it is gone."""
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RanksLookedAt:
+    """Ranks that stand still were looked at."""
+
+    job: JobName
+    uid: Uid
+    attempt: Attempt
+    looks: tuple[RankLook, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StacksCollected:
+    """The stacks that were asked for as ``dump``, of the ranks that still live."""
+
+    job: JobName
+    uid: Uid
+    attempt: Attempt
+    dump: str
+    stacks: tuple[Stack, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +201,8 @@ Event = (
     | LauncherStarted
     | LauncherReported
     | ProcessesProbed
+    | RanksLookedAt
+    | StacksCollected
     | TransferReported
     | RankConnected
     | RankReported

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 
-from dtrain.agent.core import health, saving
+from dtrain.agent.core import hangs, health, saving
 from dtrain.agent.core.decisions import Action, EnsureLauncher, KillLauncher, LauncherOrder, ProbeProcesses
 from dtrain.agent.core.state import (
     Departing,
@@ -58,6 +58,7 @@ def succeed(job: JobState, fresh: JobState) -> JobState:
         leftovers=job.leftovers,
         held=job.held,
         sdk=job.sdk,
+        habit=hangs.learned(job),
         seq_over=job.seq_over,
         kept=job.kept,
     )

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 
-from dtrain.agent.core import isolation, saving
+from dtrain.agent.core import hangs, isolation, saving
 from dtrain.agent.core.decisions import Action, DropConnection, RankMessage
 from dtrain.agent.core.events import RankConnected, RankDisconnected, RankReported
 from dtrain.agent.core.failures import MESSAGE_CHARS_MAX, fail
@@ -86,7 +86,9 @@ def reported(
         wants_durable=report.wants_durable,
         need=report.need,
         have_sent=rank.have_sent and report.need == rank.need,
+        collective=report.collective[:METRIC_NAME_CHARS_MAX],
     )
+    job, rank = hangs.heard(job, rank, report, now)
     job = saving.heard(replace_rank(job, rank), rank, report, out)
     if report.restore_failed is not None:
         failure = Failure(

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from dtrain.agent.core import hangs
 from dtrain.agent.core.health import stuck
 from dtrain.agent.core.state import AgentState, JobState
 from dtrain.agent.core.warming import is_warm
@@ -31,6 +32,8 @@ def snapshot_of(state: AgentState, job: JobState) -> WorkerSnapshot:
         restored=bool(job.ranks) and all(rank.restored for rank in job.ranks),
         note=job.note,
         stuck=stuck(job),
+        stalls=hangs.stalls(state, job),
+        stacks=job.stacks,
         warm=is_warm(job),
         warning=job.launcher.warning[:WARNING_CHARS_MAX],
     )

@@ -31,6 +31,7 @@ from dtrain.protocol.snapshot import (
     Failure,
     RankState,
     SaveProblem,
+    Stack,
     Timing,
     WorkerPhase,
 )
@@ -131,6 +132,44 @@ class UploadTry:
 
 
 @dataclass(frozen=True, slots=True)
+class Watch:
+    """How long a rank has stood at its step, and how long it usually does; ``hangs`` has the rules."""
+
+    signs: tuple[str, ...] = ()
+    """What it last said that shows that it goes on."""
+    since: float = 0.0
+    """When it first said that (monotonic); 0: it has said nothing."""
+    looked_at: float = 0.0
+    """Until when time has been counted."""
+    counted_s: float = 0.0
+    """How long it has stood still although it could have run."""
+    disk_s: float = 0.0
+    """How long it was seen to wait for a disk, which is not counted."""
+    excused: bool = False
+    """It had a reason to stand still: nothing is to be learned from how long it did."""
+    raised_s: float = 0.0
+    """A longer deadline, given once to a rank that was found at work."""
+    stepped: bool = False
+    """It has completed a step in this attempt."""
+    usual: tuple[float, ...] = ()
+    """Seconds for a step, the newest last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Habit:
+    """What this machine knows of a submission's steps over all its attempts."""
+
+    longest_s: float = 0.0
+    """The longest standstill that ended with a step."""
+    cut_step: Step = Step(-1)
+    """Where the last attempt was taken for hung."""
+    cut_s: float = 0.0
+    """How long it had stood there; 0: none was."""
+    cut_places: tuple[str, ...] = ()
+    """What its ranks did there."""
+
+
+@dataclass(frozen=True, slots=True)
 class LocalRank:
     """One rank on this machine."""
 
@@ -173,6 +212,8 @@ class LocalRank:
     """What its script says it is doing."""
     beats: int = 0
     """Counts its signs of life beside steps."""
+    collective: str = ""
+    watch: Watch = Watch()
 
     @property
     def pid(self) -> int:
@@ -285,6 +326,11 @@ class JobState:
     """Not before is one started (monotonic): the last one ended by itself."""
     note: str = ""
     """What was last done with it without an order, for people."""
+    habit: Habit = Habit()
+    dump: str = ""
+    """The newest order to collect stacks, by its id."""
+    stacks: tuple[Stack, ...] = ()
+    """What came of it."""
 
     @property
     def store(self) -> str:
@@ -417,6 +463,9 @@ def durable_view(job: JobState) -> JobState:
         restore=dataclasses.replace(job.restore, plan=None, tries=0, ordered=False, tiers={}),
         uploads=(),
         pace=Pace(),
+        habit=dataclasses.replace(job.habit, longest_s=0.0),
+        dump="",
+        stacks=(),
         warm_at=0.0,
         held=(),
         kill_at=None,

@@ -9,7 +9,17 @@ that no handler can forget it.
 import dataclasses
 from typing import assert_never
 
-from dtrain.agent.core import advance, commands, draining, health, isolation, launchers, ranks, transfers
+from dtrain.agent.core import (
+    advance,
+    commands,
+    draining,
+    hangs,
+    health,
+    isolation,
+    launchers,
+    ranks,
+    transfers,
+)
 from dtrain.agent.core.decisions import (
     Action,
     Answer,
@@ -37,9 +47,11 @@ from dtrain.agent.core.events import (
     RankConnected,
     RankDisconnected,
     RankReported,
+    RanksLookedAt,
     SessionRenewed,
     SessionSeen,
     ShutDown,
+    StacksCollected,
     Tick,
     TransferReported,
 )
@@ -72,6 +84,10 @@ def step(state: AgentState, event: Event, now: float, wall: float = 0.0) -> tupl
             state = launchers.reported(state, event, now, wall, out)
         case ProcessesProbed():
             state = launchers.probed(state, event, now, wall)
+        case RanksLookedAt():
+            state = hangs.looked_at(state, event, now)
+        case StacksCollected():
+            state = hangs.collected(state, event)
         case TransferReported():
             state = transfers.reported(state, event.report, now, wall, out)
         case RankConnected():

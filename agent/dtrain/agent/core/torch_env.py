@@ -67,6 +67,7 @@ def rank_env(
             ranklink.ENV_JOB: head.job,
             ranklink.ENV_UID: head.uid,
             ranklink.ENV_ATTEMPT: str(head.attempt),
+            ranklink.ENV_STACKS: f"{log_dir}/stacks.log",
         }
     )
     return env

@@ -130,6 +130,60 @@ def descendants(of: int, around: Mapping[int, Seen]) -> set[int]:
     return found
 
 
+def catches(pid: int, number: int) -> bool:
+    """Whether the process handles this signal: one that does not is ended by it."""
+    try:
+        with Path(f"/proc/{pid}/status").open() as file:
+            found = next(line for line in file if line.startswith("SigCgt:"))
+        return bool(int(found.split()[1], 16) >> (number - 1) & 1)
+    except (OSError, ValueError, IndexError, StopIteration):
+        return False
+
+
+def run_delays(pid: int) -> dict[int, float]:
+    """By thread: how long it has waited for a CPU since it began, s."""
+    return {int(thread): _schedule(pid, thread)[1] for thread in threads(pid)}
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time that the threads of a process have used, or waited for, s; 0.0 if it is gone.
+
+    Where a CPU is short, who gets none is as busy as who does.
+    """
+    total = 0.0
+    for thread in threads(pid):
+        run_s, waited_s = _schedule(pid, thread)
+        total += run_s + waited_s
+    return total
+
+
+def threads(pid: int) -> list[str]:
+    """The threads of a process, by their ids as text; none if it is gone."""
+    try:
+        return os.listdir(f"/proc/{pid}/task")  # noqa: PTH208
+    except OSError:
+        return []
+
+
+def _schedule(pid: int, thread: str) -> tuple[float, float]:
+    """Seconds that a thread has run, and waited for a CPU; zeros if the kernel does not tell."""
+    try:
+        with open(f"/proc/{pid}/task/{thread}/schedstat", "rb") as file:  # noqa: PTH123
+            words = file.read().split()
+        return int(words[0]) / 1e9, int(words[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0, 0.0
+
+
+def file_bytes(pid: int) -> int:
+    """Bytes that a process has read and written by system calls on files; 0 if that is not to be had."""
+    try:
+        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith(("rchar:", "wchar:")))
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
 def environment_value(pid: int, name: str) -> str | None:
     """A variable of the environment a process was exec'd with."""
     try:

@@ -8,6 +8,7 @@ numbers, a fresh ``__main__``.
 """
 
 import atexit
+import contextlib
 import ctypes
 import faulthandler
 import importlib.machinery
@@ -34,6 +35,7 @@ from dtrain.agent.launch.preload import provide_checksum
 from dtrain.protocol import codec
 from dtrain.protocol.ids import Rank
 from dtrain.protocol.job import Entry, EntryKind
+from dtrain.protocol.ranklink import ENV_STACKS, STACKS_SIGNAL
 
 EXIT_NOT_STARTED = 2
 """The program could not be started at all; error.json says why."""
@@ -209,6 +211,7 @@ def _start_program(spec: RankSpec) -> None:
     faulthandler.enable()
     # For whoever looks into a hang: SIGQUIT writes the stacks of all threads to stderr.log.
     faulthandler.register(signal.SIGQUIT, all_threads=True)
+    _write_stacks_on_signal(spec.env)
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     is_script = entry.kind is EntryKind.SCRIPT
@@ -222,6 +225,15 @@ def _start_program(spec: RankSpec) -> None:
         runpy.run_path(entry.target, run_name="__main__")
     else:
         _run_script(main, entry.target)
+
+
+def _write_stacks_on_signal(env: Mapping[str, str]) -> None:
+    """The agent's own way to ask: before any of the user's code runs, which may hang in an import."""
+    path = env.get(ENV_STACKS)
+    if path:
+        with contextlib.suppress(OSError):
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            faulthandler.register(STACKS_SIGNAL, file, all_threads=True)
 
 
 def _python_path(env: Mapping[str, str]) -> list[str]:

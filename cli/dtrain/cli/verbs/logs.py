@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @click.option("--tail", type=click.IntRange(0), help="Only the last N lines of each.")
 @click.option("--stdout", "stream", flag_value="stdout", help="Only stdout.")
 @click.option("--stderr", "stream", flag_value="stderr", help="Only stderr.")
+@click.option("--stacks", "stream", flag_value="stacks", help="The stacks that were collected of hung ranks.")
 @connected
 def command(
     *, job: str, follow: bool, ranks: str | None, attempt: int | None, tail: int | None, stream: str | None

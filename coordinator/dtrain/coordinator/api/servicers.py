@@ -54,6 +54,7 @@ READ_BYTES_MAX = REPLY_BYTES_MAX - 1024 * 1024
 ITEM_BYTES = 64
 """What a record takes in an answer beyond its key and value."""
 AGENT_DEADLINE_S = 2.0
+STACKS_DEADLINE_S = 10.0
 AGENTS_ASKED_MAX = 256
 LOG_PLACES_KEPT = 4096
 JOBS_CONSULTED_MAX = 1024
@@ -468,6 +469,41 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             fix="try again; logs stay on the machine that wrote them",
         )
 
+    # Stacks.
+
+    @translated
+    def Stacks(  # noqa: N802
+        self, request: pb.JobStacksRequest, context: grpc.ServicerContext
+    ) -> pb.JobStacksReply:
+        self._wait_for_first_list()
+        job = JobName(parse_name(request.job, "job"))
+        spec = self._record(self._keys.spec(job), JobSpec)
+        if spec is None:
+            raise NotFound(ErrorCode.NOT_FOUND, f"there is no job {job}", fix="list jobs: dtrain get jobs")
+        status = self._record(self._keys.status(job), JobStatus)
+        if status is None or status.uid != spec.uid or not status.members:
+            raise NotFound(ErrorCode.NOT_FOUND, f"no rank of job {job} runs now")
+        asked = agent_pb.StacksRequest(job=job, uid=spec.uid)
+        calls, problems = [], []
+        for member in status.members[:AGENTS_ASKED_MAX]:
+            node = self._record(self._keys.node(member.agent), NodeRecord)
+            if node is None:
+                problems.append(f"agent {member.agent} has no session")
+                continue
+            stub = agent_pb2_grpc.AgentStub(self._channels.get(member.agent, node.address))  # type: ignore[no-untyped-call]
+            calls.append((member.agent, stub.Stacks.future(asked, timeout=STACKS_DEADLINE_S)))
+        context.add_callback(lambda: _cancel(calls))
+        found = []
+        for agent, call in calls:
+            try:
+                found += [_rank_stacks(agent, one) for one in call.result().ranks]
+            except grpc.FutureCancelledError as error:
+                raise Unavailable(ErrorCode.AGENT_UNAVAILABLE, "the call was given up") from error
+            except grpc.RpcError as error:
+                problems.append(f"agent {agent} did not answer: {error.details() or error.code().name}")
+        self._log.info("stacks collected", job=job, ranks=len(found), problems=len(problems))
+        return pb.JobStacksReply(ranks=sorted(found, key=lambda one: one.rank), problems=problems)
+
     # Leaves.
 
     def _wait_for_first_list(self) -> None:
@@ -572,6 +608,12 @@ def _check_size(items: list[KeyValue], prefix: str) -> None:
 
 def _fingerprint(items: list[KeyValue]) -> tuple[int, int]:
     return len(items), max((kv.mod_revision for kv in items), default=0)
+
+
+def _rank_stacks(agent: AgentName, one: agent_pb.StacksReply.RankStacks) -> pb.JobStacksReply.RankStacks:
+    return pb.JobStacksReply.RankStacks(
+        rank=one.rank, agent=agent, kind=one.kind, where=one.where, text=one.text
+    )
 
 
 def _cancel(calls: list[tuple[AgentName, Any]]) -> None:

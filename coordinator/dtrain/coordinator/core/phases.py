@@ -14,6 +14,7 @@ from dtrain.coordinator.core import (
     draining,
     elastic,
     failures,
+    hangs,
     importing,
     nonfinite,
     placement,
@@ -345,7 +346,8 @@ def why_over(draft: Draft, members: Sequence[Seat]) -> Ending | None:
         free += _forgotten(draft, members)
         found += _disagreement(draft, members)
     if not found and not free:
-        return None
+        hang = hangs.find(draft, members)
+        return None if hang is None else Ending(hang, charge=True)
     if all(failure.kind is FailureKind.COLLECTIVE for failure in found):
         # Ranks whose peers have gone notice it long before anybody may call a machine lost.
         free += _gone(draft, members)
