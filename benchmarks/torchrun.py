@@ -12,10 +12,17 @@ SCRIPT = Path(__file__).parent / "script.py"
 
 
 class Torchrun:
-    """``nnodes`` agents of ``nproc`` ranks each, running ``script.py``."""
+    """Agents of ``nproc`` ranks each. ``nnodes``: how many, or fewest and most of them, as "1:2"."""
 
     def __init__(
-        self, folder: Path, port: int, script_args: list[str], nnodes: int = 2, nproc: int = 2
+        self,
+        folder: Path,
+        port: int,
+        script_args: list[str],
+        *,
+        nnodes: str = "2",
+        nproc: int = 2,
+        script: Path = SCRIPT,
     ) -> None:
         self._folder = folder
         self._command = [
@@ -31,33 +38,46 @@ class Torchrun:
             "--rdzv-id=bench",
             "--rdzv-conf=last_call_timeout=1,join_timeout=120",
             "--local-addr=127.0.0.1",
-            str(SCRIPT),
+            str(script),
             *script_args,
         ]
-        self._nnodes = nnodes
+        self._nnodes = int(nnodes.rpartition(":")[2])
         self._agents: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
-        # With torch 2.13's shared store a killed rank was not back within a minute.
-        env = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
-        for node in range(self._nnodes):
-            with (self._folder / f"torchrun-{node}.log").open("wb") as log:
-                self._agents.append(
-                    subprocess.Popen(
-                        self._command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
-                    )
-                )
+        self._agents = [self._start(node) for node in range(self._nnodes)]
 
     def stop(self) -> None:
         """Kill the agents and every rank of theirs."""
         for agent in self._agents:
-            try:
-                family = [psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)]
-            except psutil.NoSuchProcess:
-                continue
-            for process in family:
-                try:
-                    process.send_signal(signal.SIGKILL)
-                except psutil.NoSuchProcess:
-                    continue
-            agent.wait()
+            _kill(agent)
+
+    def kill(self, node: int) -> None:
+        """Kill an agent with its ranks."""
+        _kill(self._agents[node])
+
+    def replace(self, node: int) -> None:
+        """Kill an agent with its ranks; another one takes its place at once."""
+        _kill(self._agents[node])
+        self._agents[node] = self._start(node)
+
+    def _start(self, node: int) -> "subprocess.Popen[bytes]":
+        # With torch 2.13's shared store a killed rank was not back within a minute.
+        env = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+        with (self._folder / f"torchrun-{node}.log").open("ab") as log:
+            return subprocess.Popen(
+                self._command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            )
+
+
+def _kill(agent: "subprocess.Popen[bytes]") -> None:
+    try:
+        family = [psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for process in family:
+        try:
+            process.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    agent.wait()

@@ -11,8 +11,9 @@ from typing import Any
 
 from dtrain.coordinator.core.stamps import iso
 from dtrain.protocol.checkpoint import CommitRecord
+from dtrain.protocol.cluster import Blame, Cordon, Suspicion
 from dtrain.protocol.events import EventReason
-from dtrain.protocol.ids import JobName, Uid
+from dtrain.protocol.ids import AgentName, Attempt, JobName, Term, Uid
 from dtrain.protocol.job import (
     TERMINAL_PHASES,
     CheckpointPolicy,
@@ -20,9 +21,13 @@ from dtrain.protocol.job import (
     EntryKind,
     Intent,
     JobSpec,
+    NonFiniteAction,
+    NonFinitePolicy,
     RestartPolicy,
     Wanted,
 )
+from dtrain.protocol.snapshot import FailureKind
+from dtrain.storage.etcd.port import Delete, Txn
 from tests.scenarios.stage import TICK_S, Stage, StageMachine
 from tests.sim.training import SimRank
 
@@ -115,10 +120,11 @@ class Script:
     def do_submit(self, name: str, *words: str) -> None:
         """``submit JOB nnodes=1[:2] nproc=1 every_steps=0 steps=1000 keep=3 restarts=10 timeout=60``,
 
-        ``isolation_grace=0 reschedule_grace=0 priority=0``.
+        ``isolation_grace=0 reschedule_grace=0 spares=0 nonfinite=warn|fail|rollback:2 priority=0``.
         """
         _, options = _options(words)
         low, _, high = options.get("nnodes", "1").partition(":")
+        action, _, back = options.get("nonfinite", "warn").partition(":")
         stage, job = self._stage, JobName(name)
         saves: dict[tuple[int, int], int] = {}
         stage.jobs[job] = SimpleNamespace(
@@ -142,6 +148,8 @@ class Script:
             shutdown_grace_s=5.0,
             isolation_grace_s=float(options.get("isolation_grace", "0")),
             reschedule_grace_s=float(options.get("reschedule_grace", "0")),
+            spares=int(options.get("spares", "0")),
+            nonfinite=NonFinitePolicy(NonFiniteAction(action), back=int(back or "1")),
             priority=int(options.get("priority", "0")),
             submitted_at=iso(stage.scheduler.now),
         )
@@ -255,6 +263,11 @@ class Script:
         else:
             raise ScriptError(f"nobody knows how to crash {what!r}")
 
+    def do_nan(self, _rank: str, number: str, *words: str) -> None:
+        """``nan rank 1 steps=1``: its loss is NaN in the steps to come."""
+        _, options = _options(words)
+        self._rank(int(number)).sick_steps = int(options.get("steps", "1"))
+
     def do_exit(self, _rank: str, number: str, code: str, *words: str) -> None:
         """``exit rank 2 1 ValueError: bad batch``: a rank ends with a code and an error."""
         self._rank(int(number)).exit(int(code), "", error=" ".join(words))
@@ -269,6 +282,38 @@ class Script:
         names, options = _options(words)
         for name in names:
             self._stage.machines[name].drain(float(options.get("grace", "60")))
+
+    def do_suspect(self, seconds: str) -> None:
+        """``suspect 60``: machines that are blamed too often are cordoned for so long."""
+        self._stage.cordon_s = float(seconds)
+        for coordinator in self._stage.coordinators.values():
+            coordinator.driver.world._cordon_s = float(seconds)
+
+    def do_blamed(self, name: str, times: str) -> None:
+        """``blamed a2 2``: so many attempts of other jobs have ended because of it."""
+        agent, began = AgentName(name), 1_800_000_000.0
+        blames = tuple(
+            Blame(JobName(f"other-{n}"), Uid(f"o{n}"), Attempt(1), FailureKind.SIGNAL, began)
+            for n in range(int(times))
+        )
+        self._stage.put(self._stage.keys.suspicion(agent), Suspicion(Term(1), agent, blames))
+
+    def do_cordon(self, name: str, *words: str) -> None:
+        """``cordon a2 [drain] new disk``: an operator wants it free of new ranks, or empty."""
+        drain, agent = words[:1] == ("drain",), AgentName(name)
+        reason = " ".join(words[1:] if drain else words)
+        self._stage.put(self._stage.keys.cordon(agent), Cordon(agent, reason, "ann", drain=drain))
+
+    def do_uncordon(self, name: str) -> None:
+        """``uncordon a2``: an operator lets ranks on it again."""
+        self._stage.etcd.txn(Txn(success=(Delete(self._stage.keys.cordon(AgentName(name))),)))
+        self._stage.publish()
+
+    def do_notice(self, *words: str) -> None:
+        """``notice a2 grace=25``: its cloud says that the machine goes; it goes by ``power off``."""
+        names, options = _options(words)
+        for name in names:
+            self._stage.machines[name].notice(float(options.get("grace", "25")))
 
     def do_cut(self, name: str) -> None:
         """``cut a2``: its agent reaches neither etcd nor a coordinator; its ranks reach the others."""

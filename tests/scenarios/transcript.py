@@ -10,7 +10,7 @@ from typing import Any
 from dtrain.coordinator.core.decisions import Directed
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import CommitRecord, OpenRecord
-from dtrain.protocol.cluster import ReplicaRecord
+from dtrain.protocol.cluster import Cordon, ReplicaRecord
 from dtrain.protocol.events import EventReason, EventRecord, EventType
 from dtrain.protocol.job import JobStatus
 from dtrain.protocol.keys import Keys
@@ -142,6 +142,12 @@ class Transcript:
                 )
             case "checkpoint" if place is not None:
                 self.line("retired", f"checkpoint {place.seq}")
+            case "cordon" if place is not None and value:
+                cordon = codec.decode(Cordon, value)
+                what = "is to be empty" if cordon.drain else "is cordoned"
+                self.line(place.agent, f"{what}: {cordon.reason}")
+            case "cordon" if place is not None:
+                self.line(place.agent, "is cordoned no more")
             case "worker" if place is not None:
                 new = codec.decode(WorkerSnapshot, value) if value else None
                 self._snapshot(place.agent, place.job, new)

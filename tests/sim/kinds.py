@@ -641,6 +641,22 @@ def _drain(faults: "Faults", strike: Strike) -> None:
         machine.drain(strike.args["grace_s"], strike.lasts_s)
 
 
+@kind("machine preempted", a_machine, every_s=(15.0, 90.0), lasts_s=(1.0, 60.0), apart=True)
+def _preempt(faults: "Faults", strike: Strike) -> None:
+    """A notice, and the end of the machine that it announces; another one comes under its name."""
+    machine = _machine(faults, strike)
+    if machine is None or not machine.preempt(strike.lasts_s):
+        return
+    boots = machine.boots
+
+    def goes() -> None:
+        if machine.powered and machine.boots == boots:
+            machine.power_off()
+            faults.scheduler.after(1.0, lambda: None if machine.powered else machine.power_on())
+
+    faults.until(strike, goes)
+
+
 def repair(cluster: "Cluster") -> None:
     """What no strike heals by itself: replicas that are gone start, and enough machines."""
     readers.unpin_all(cluster)

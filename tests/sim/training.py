@@ -199,6 +199,8 @@ class SimRank:
         self.world = int(launch.env["WORLD_SIZE"])
         self.rendezvous = f"{launch.env['MASTER_ADDR']}:{launch.env['MASTER_PORT']}"
         self.total_steps = total_steps
+        self.sick_steps = 0
+        """In so many steps to come its loss is not finite."""
         self.alive = True
         self.ended: RankEnded | None = None
         self.ending = False
@@ -321,6 +323,11 @@ class SimRank:
         self.machine.cluster.checks.stepped(self, step)
         self.step, self.state = step, advance(self.state, step)
         self.session.set_metrics({"loss": 1.0 / (1 + step)})
+        if self.sick_steps:
+            self.session.set_nonfinite(("loss",), ("loss",))
+            self.sick_steps -= 1
+        else:
+            self.session.set_nonfinite((), ())
         self._seal(self.session.complete(step))
         self._wake()
         asked = self.machine.cluster.jobs[self.launcher.job].save_of(self.rank, step)

@@ -6,23 +6,42 @@ error, ``jobfile.py`` gives each its place.
 
 import re
 import shlex
+import signal
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from dtrain.cli.durations import parse_s
+from dtrain.protocol import patterns
 from dtrain.protocol.errors import Refused
 from dtrain.protocol.ids import JobName, Uid, parse_name
-from dtrain.protocol.job import CheckpointPolicy, Entry, EntryKind, JobSpec, RestartPolicy
+from dtrain.protocol.job import (
+    RULE_REASONS,
+    CheckpointPolicy,
+    Entry,
+    EntryKind,
+    FailureRule,
+    JobSpec,
+    NonFiniteAction,
+    NonFinitePolicy,
+    RestartPolicy,
+    RuleAction,
+)
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _RANGE = re.compile(r"(\d+)\s*:\s*(\d+)")
 
 NPROC_WORDS = ("auto", "cpu", "gpu")
-_CHECKPOINT, _RESTARTS = CheckpointPolicy(), RestartPolicy()
+_RULE = FailureRule(RuleAction.RESTART)
+RULES_MAX = 32
+_CHECKPOINT, _RESTARTS, _NONFINITE = CheckpointPolicy(), RestartPolicy(), NonFinitePolicy()
+_JOB_GROW_COOLDOWN_S = 60.0
 
+
+METRIC_NAME_CHARS_MAX = 64
+"""Of reported numbers: agents cut longer names."""
 
 PRIORITY_MAX = 1000
 BANDWIDTH_MB_S_MIN, BANDWIDTH_MB_S_MAX = 0.1, 1_000_000.0
@@ -79,10 +98,12 @@ def _nodes(value: Any) -> tuple[int, int]:
 def _nproc(value: Any) -> int:
     if isinstance(value, str) and value.strip().isdecimal():
         value = int(value)
+    if value == "auto":
+        return 0
     if value in NPROC_WORDS:
         raise ValueError(
             f"{value!r} cannot be resolved here: which machines the job gets is not known at submission; "
-            "write a number, such as the number of GPUs in one machine"
+            "write auto for as many as a machine has slots, or a number"
         )
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{_show(value)} is not a number of processes")
@@ -178,6 +199,88 @@ def _yes_or_no(value: Any) -> bool:
     return value
 
 
+def _rules(value: Any) -> Any:
+    if not isinstance(value, list):
+        raise ValueError(f"{_show(value)} is not a list of rules, each beginning with '-'")
+    if len(value) > RULES_MAX:
+        raise ValueError(f"has {len(value)} rules; at most {RULES_MAX} are looked at")
+    return value
+
+
+def _action(value: Any) -> RuleAction:
+    try:
+        return RuleAction(value)
+    except ValueError:
+        raise ValueError(f"{_show(value)} is no action: write one of {', '.join(RuleAction)}") from None
+
+
+def _reasons(value: Any) -> tuple[str, ...]:
+    names = _listed(value)
+    for name in names:
+        if name not in RULE_REASONS:
+            raise ValueError(f"{_show(name)} is no reason: write some of {', '.join(RULE_REASONS)}")
+    return names
+
+
+def _signals(value: Any) -> tuple[int, ...]:
+    found = []
+    for item in _listed(value):
+        name = str(item).upper()
+        try:
+            number = (
+                signal.Signals(item)
+                if isinstance(item, int)
+                else signal.Signals[f"SIG{name.removeprefix('SIG')}"]
+            )
+        except (ValueError, KeyError):
+            raise ValueError(f"{_show(item)} is no signal: write SIGSEGV or 11") from None
+        found.append(int(number))
+    return tuple(found)
+
+
+def _numbers(low: int, high: int) -> BeforeValidator:
+    def check(value: Any) -> tuple[int, ...]:
+        for item in _listed(value):
+            if isinstance(item, bool) or not isinstance(item, int) or not low <= item <= high:
+                raise ValueError(f"{_show(item)} is not a number from {low} to {high}")
+        return _listed(value)
+
+    return BeforeValidator(check)
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    """A list, or the only thing in it."""
+    if isinstance(value, list):
+        return tuple(value)
+    if value is None or isinstance(value, dict):
+        raise ValueError(f"{_show(value)} is not a list")
+    return (value,)
+
+
+def _pattern(value: Any) -> str:
+    why = patterns.problem(_text(value))
+    if why:
+        raise ValueError(f"{value!r} {why}")
+    return _text(value)
+
+
+def _nonfinite_action(value: Any) -> str:
+    allowed = [action.value for action in NonFiniteAction]
+    if value not in allowed:
+        raise ValueError(f"{_show(value)} is none of {', '.join(allowed)}")
+    return str(value)
+
+
+def _metrics(value: Any) -> tuple[str, ...]:
+    names = _words(value)
+    for name in names:
+        if not name or len(name) > METRIC_NAME_CHARS_MAX:
+            raise ValueError(
+                f"{name!r} is not the name of a number of at most {METRIC_NAME_CHARS_MAX} characters"
+            )
+    return names
+
+
 def _show(value: Any) -> str:
     if value is None:
         return "nothing"
@@ -212,12 +315,34 @@ class RestartsSection(_Strict):
     window: Annotated[float, _seconds(above_zero=True)] = _RESTARTS.window_s
 
 
+class RuleSection(_Strict):
+    """One of ``failure_rules:``; all it names must be true of a failure."""
+
+    action: Annotated[RuleAction, BeforeValidator(_action)]
+    reasons: Annotated[tuple[str, ...], BeforeValidator(_reasons)] = _RULE.reasons
+    exit_codes: Annotated[tuple[int, ...], _numbers(1, 255)] = _RULE.exit_codes
+    signals: Annotated[tuple[int, ...], BeforeValidator(_signals)] = _RULE.signals
+    message: Annotated[str, BeforeValidator(_pattern)] = _RULE.message
+    cordon: Annotated[float, _seconds()] = _RULE.cordon_s
+    back: Annotated[int, _integer(1, 1000)] = _RULE.back
+
+
+class NonFiniteSection(_Strict):
+    """``nonfinite:``, what follows from a reported number that is NaN or infinite."""
+
+    action: Annotated[str, BeforeValidator(_nonfinite_action)] = _NONFINITE.action.value
+    metrics: Annotated[tuple[str, ...], BeforeValidator(_metrics)] = _NONFINITE.metrics
+    back: Annotated[int, _integer(1, 1000)] = _NONFINITE.back
+
+
 class JobModel(_Strict):
     """A whole job file."""
 
     name: Annotated[str, BeforeValidator(_name)]
     nnodes: Annotated[tuple[int, int], BeforeValidator(_nodes)] = (1, 1)
     nproc_per_node: Annotated[int, BeforeValidator(_nproc)] = 1
+    grow_cooldown: Annotated[float, _seconds()] = _JOB_GROW_COOLDOWN_S
+    spares: Annotated[int, _integer(0)] = 0
     script: Annotated[str, BeforeValidator(_filled)] | None = None
     module: Annotated[str, BeforeValidator(_module)] | None = None
     command: Annotated[tuple[str, ...], BeforeValidator(_command)] | None = None
@@ -227,6 +352,8 @@ class JobModel(_Strict):
     preload: Annotated[tuple[str, ...], BeforeValidator(_modules)] = ()
     checkpoint: CheckpointSection = CheckpointSection()
     restarts: RestartsSection = RestartsSection()
+    failure_rules: Annotated[tuple[RuleSection, ...], BeforeValidator(_rules)] = ()
+    nonfinite: NonFiniteSection = NonFiniteSection()
     shutdown_grace: Annotated[float, _seconds()] = 30.0
     isolation_grace: Annotated[float, _seconds()] = 0.0
     reschedule_grace: Annotated[float, _seconds()] = 0.0
@@ -256,6 +383,8 @@ def to_spec(model: JobModel, folder: Path) -> JobSpec:
         nnodes_min=model.nnodes[0],
         nnodes_max=model.nnodes[1],
         nproc_per_node=model.nproc_per_node,
+        grow_cooldown_s=model.grow_cooldown,
+        spares=model.spares,
         working_dir=str((folder / Path(model.working_dir).expanduser()).resolve()),
         env=model.env,
         preload=model.preload,
@@ -270,6 +399,23 @@ def to_spec(model: JobModel, folder: Path) -> JobSpec:
             await_import=model.checkpoint.await_import,
         ),
         restarts=RestartPolicy(max_restarts=model.restarts.max, window_s=model.restarts.window),
+        failure_rules=tuple(
+            FailureRule(
+                rule.action,
+                rule.reasons,
+                rule.exit_codes,
+                rule.signals,
+                rule.message,
+                cordon_s=rule.cordon,
+                back=rule.back,
+            )
+            for rule in model.failure_rules
+        ),
+        nonfinite=NonFinitePolicy(
+            action=NonFiniteAction(model.nonfinite.action),
+            metrics=model.nonfinite.metrics,
+            back=model.nonfinite.back,
+        ),
         shutdown_grace_s=model.shutdown_grace,
         isolation_grace_s=model.isolation_grace,
         reschedule_grace_s=model.reschedule_grace,

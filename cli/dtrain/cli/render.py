@@ -13,14 +13,16 @@ from dtrain.cli import terminal
 from dtrain.cli.client import GarbageItem
 from dtrain.cli.durations import show_bytes, show_s
 from dtrain.cli.records import Agent, Cluster, Job, Replica
+from dtrain.protocol.cluster import Suspicion
 from dtrain.protocol.events import EventRecord
 from dtrain.protocol.job import JobPhase
-from dtrain.protocol.snapshot import Failure, FailureKind
+from dtrain.protocol.snapshot import Failure, FailureKind, Timing, WorkerPhase
 
 if TYPE_CHECKING:
     from dtrain.storage.checkpoints.reading import Damage
 
 UNKNOWN = "–"
+BLAMES_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,8 @@ def checkpoint_lines(job: Job) -> list[CheckpointLine]:
     for seq, record in job.commits.items():
         damaged = job.bad.get(seq)
         note = f"{damaged.blob} chunk {damaged.chunk}" if damaged else "final" if record.final else ""
+        if job.status and seq in job.status.passed_over:
+            note = "training was rolled back past it"
         lines[seq] = CheckpointLine(
             seq, record.step, record.attempt, record.world_size, record.bytes,
             "Bad" if damaged else "Committed", seq == newest, seq in pinned, record.committed_at, note,
@@ -259,20 +263,41 @@ def rank_table(job: Job) -> Table:
     for member in job.status.members if job.status else ():
         for rank in range(member.first_rank, member.first_rank + member.nproc):
             if rank not in known:
-                rows.append((str(rank), member.agent, UNKNOWN, "no report", UNKNOWN, "", ""))
+                rows.append((str(rank), member.agent, UNKNOWN, "no report", UNKNOWN, UNKNOWN, "", ""))
                 continue
             agent, state = known[rank]
-            metrics = " ".join(f"{name}={value:.4g}" for name, value in sorted(state.metrics.items()))
+            numbers = [f"{name}={value:.4g}" for name, value in sorted(state.metrics.items())]
+            metrics = " ".join([f"{name}=not-finite" for name in state.nonfinite] + numbers)
             ended = "" if state.exit_code is None else show_exit(state.exit_code)
-            rows.append((str(rank), agent, str(state.pid), str(state.phase), str(state.step), ended, metrics))
-    return Table(("RANK", "AGENT", "PID", "STATE", "STEP", "EXIT", "METRICS"), tuple(rows))
+            took = show_timing(state.timing)
+            rows.append(
+                (str(rank), agent, str(state.pid), str(state.phase), str(state.step), took, ended, metrics)
+            )
+    return Table(("RANK", "AGENT", "PID", "STATE", "STEP", "STEP/OWN/DATA", "EXIT", "METRICS"), tuple(rows))
+
+
+def show_timing(timing: Timing | None) -> str:
+    """What a step took, of it the rank's own part, of that waiting for data: in milliseconds."""
+    if timing is None:
+        return UNKNOWN
+    return (
+        "/".join(f"{1000 * seconds:.3g}" for seconds in (timing.step_s, timing.own_s, timing.data_s)) + " ms"
+    )
 
 
 def reason(job: Job) -> str:
     """The leader's sentence on a job."""
     if job.status is None:
         return "waiting for a leader to look at it"
-    return job.status.reason
+    return "; ".join([job.status.reason, *of_ranks(job)])
+
+
+def of_ranks(job: Job) -> list[str]:
+    """What is said of its ranks while it trains: slow ones, numbers that are not finite."""
+    conditions = job.status.conditions if job.status else ()
+    return [
+        one.message for one in conditions if one.type in ("NonFinite", "Straggling") and one.status == "True"
+    ]
 
 
 def restarts(job: Job, now: float) -> str:
@@ -285,14 +310,19 @@ def restarts(job: Job, now: float) -> str:
 
 
 def agent_status(agent: Agent) -> str:
-    """Ready, Draining (it ends), Cordoned, Blocked (something on it does not die), or Lost (no lease)."""
+    """Ready, Draining, Cordoned, Blocked (something on it does not die), or Lost (no lease).
+
+    Draining: it is about to end, or an operator wants it empty and it is not yet.
+    """
     if agent.node is None:
         return "Lost"
     if agent.node.draining is not None:
         return "Draining"
     if agent.node.problem:
         return "Blocked"
-    return "Cordoned" if agent.cordon else "Ready"
+    if agent.cordon is None:
+        return "Ready"
+    return "Draining" if agent.cordon.drain and agent.workers else "Cordoned"
 
 
 def agent_reason(agent: Agent) -> str:
@@ -335,39 +365,60 @@ def failure_title(failure: Failure) -> str:
 
 
 def failure_card(failure: Failure, *, lines_max: int = 50) -> list[str]:
-    """Root cause and the end of its log, indented."""
-    card = [f"Root cause of attempt {failure.attempt}   {failure_title(failure)}"]
+    """Who failed first and the end of its log, indented; what failed because of it, folded."""
+    at = f" (at step {failure.step})" if failure.step else ""
+    card = [f"First failure of attempt {failure.attempt}   {failure_title(failure)}{at}"]
     tail = failure.log_tail.rstrip("\n").splitlines()[-lines_max:] if failure.log_tail else []
-    return card + [f"    | {line}" for line in tail]
+    card += [f"    | {line}" for line in tail]
+    if failure.also:
+        count = len(failure.also)
+        card.append(f"    + {count} more failed with it: {failure.also[0]}" + ("; ..." if count > 1 else ""))
+    return card
+
+
+def headline(job: Job) -> str:
+    """One sentence: how the job is, and why."""
+    sentence = f"{job.name} is {job.phase}: {reason(job)}"
+    failure = job.status.failure if job.status else None
+    if failure is None:
+        return sentence
+    cause = failure_title(failure)
+    # The leader's own sentence mostly has it already.
+    if job.finished or " ".join(failure.message.split()) in sentence:
+        return sentence
+    return f"{sentence}; attempt {failure.attempt} had ended because of {cause}"
 
 
 def describe_job(job: Job, now: float) -> list[str]:
     """``describe job``: the answer first, then what it rests on."""
     status, spec = job.status, job.spec
-    head = [job.name, str(job.phase)]
-    if job.attempt:
-        head.append(f"attempt {job.attempt}")
-    if spec:
-        head.append(f"restarts {restarts(job, now)} in {show_s(spec.restarts.window_s)}")
-    if status and status.since:
-        head.append(f"since {ago(status.since, now)}")
-    lines = ["  ".join(head), f"  {reason(job)}"]
-    if job.intent and job.intent.wanted.value != "run" and not job.finished:
-        lines.append(f"  wanted: {job.intent.wanted}" + (f" (by {job.intent.by})" if job.intent.by else ""))
+    lines = [headline(job)]
     if status and status.failure:
         lines += failure_card(status.failure)
-    lines += ["", _checkpoint_summary(job, now), f"Step          {job.step}"]
+    if job.intent and job.intent.wanted.value != "run" and not job.finished:
+        lines.append(f"  wanted: {job.intent.wanted}" + (f" (by {job.intent.by})" if job.intent.by else ""))
+    state = [str(job.phase)]
+    if job.attempt:
+        state.append(f"attempt {job.attempt}")
+    if spec:
+        state.append(f"restarts {restarts(job, now)} in {show_s(spec.restarts.window_s)}")
+    if status and status.since:
+        state.append(f"since {ago(status.since, now)}")
+    lines += ["", f"State         {'  '.join(state)}"]
+    lines += [_checkpoint_summary(job, now), f"Step          {job.step}"]
     if spec:
         lines += [
             f"Program       {spec.entry.kind} {' '.join((spec.entry.target, *spec.entry.args))}",
-            f"Size          {_nodes(spec.nnodes_min, spec.nnodes_max)} x {spec.nproc_per_node} ranks",
+            f"Size          {_size(job)}",
             f"Folder        {spec.working_dir}",
             f"Uid           {spec.uid}   submitted {spec.submitted_at}",
         ]
     table = rank_table(job)
     if table.rows:
         lines += ["", "Ranks", *(f"  {line}" for line in table.lines())]
-    notes = [f"{agent}: {snapshot.note}" for agent, snapshot in sorted(job.workers.items()) if snapshot.note]
+    workers = sorted(job.workers.items())
+    notes = [f"{agent}: {snapshot.note}" for agent, snapshot in workers if snapshot.note]
+    notes += [f"{agent}: {snapshot.warning}" for agent, snapshot in workers if snapshot.warning]
     if notes:
         lines += ["", "Notes", *(f"  {line}" for line in notes)]
     if status and status.conditions:
@@ -395,6 +446,8 @@ def describe_agent(agent: Agent, now: float) -> list[str]:
         )
     if node and node.problem:
         lines.append(f"  {node.problem}")
+    if agent.suspicion and agent.suspicion.blames:
+        lines += blames(agent.suspicion, now)
     if node:
         lines += [
             "",
@@ -407,12 +460,12 @@ def describe_agent(agent: Agent, now: float) -> list[str]:
                 "Labels        " + " ".join(f"{name}={value}" for name, value in node.labels.items())
             )
     for job, snapshot in sorted(agent.workers.items()):
-        lines += ["", f"Job {job}   attempt {snapshot.attempt}   {snapshot.phase}"]
+        ready = " (warm)" if snapshot.warm and snapshot.phase is WorkerPhase.IDLE else ""
+        lines += ["", f"Job {job}   attempt {snapshot.attempt}   {snapshot.phase}{ready}"]
         if snapshot.command:
             outcome = "done" if snapshot.command.ok else f"failed: {snapshot.command.message}"
             lines.append(f"  last command {snapshot.command.kind} {outcome}")
-        if snapshot.note:
-            lines.append(f"  {snapshot.note}")
+        lines += [f"  {text}" for text in (snapshot.note, snapshot.warning) if text]
         if snapshot.failure:
             lines += [f"  {line}" for line in failure_card(snapshot.failure)]
         rows = tuple(
@@ -428,6 +481,17 @@ def describe_agent(agent: Agent, now: float) -> list[str]:
         if rows:
             lines += [f"  {line}" for line in Table(("RANK", "PID", "STATE", "STEP", "EXIT"), rows).lines()]
     return lines
+
+
+def blames(suspicion: Suspicion, now: float) -> list[str]:
+    """What attempts have ended because of a machine, the newest last."""
+    shown = suspicion.blames[-BLAMES_SHOWN:]
+    more = len(suspicion.blames) - len(shown)
+    lines = ["", "Attempts ended because of it" + (f" ({more} more before these)" if more else "")]
+    return lines + [
+        f"  {show_s(max(0.0, now - blame.at))} ago   attempt {blame.attempt} of {blame.job}: {blame.kind}"
+        for blame in shown
+    ]
 
 
 def job_change(job: Job) -> str:
@@ -478,10 +542,14 @@ def _checkpoint_summary(job: Job, now: float) -> str:
         parts.append(text + ")")
     parts += [f"{seq} open (step {intent.step})" for seq, intent in sorted(job.open.items())]
     parts += [f"{seq} bad" for seq in sorted(job.bad)]
+    if passed := [str(seq) for seq in (job.status.passed_over if job.status else ()) if seq in job.commits]:
+        parts.append(f"{', '.join(passed)} rolled back past")
     if not parts:
         store = job.status.store if job.status else ""
         started = job.status is not None and job.status.attempt > 0
         parts.append("none yet" if store or not started else "off: the job has no store")
+    if job.status and job.status.passed_over:
+        parts.append(f"passed over {', '.join(map(str, job.status.passed_over))}")
     if job.status and job.status.restore:
         parts.append(f"attempt {job.attempt} restored {job.status.restore.seq}")
     return "Checkpoints   " + ", ".join(parts)
@@ -494,6 +562,18 @@ def _ranks(job: Job) -> str:
 
 def _live(states: Iterable[object]) -> list[object]:
     return [state for state in states if getattr(state, "exit_code", None) is None]
+
+
+def _size(job: Job) -> str:
+    """How many machines and ranks a job may have, and who gets ready to join."""
+    assert job.spec is not None
+    text = f"{_nodes(*job.nodes)} x {job.spec.nproc_per_node or 'as many ranks as slots'}"
+    text += " ranks" if job.spec.nproc_per_node else ""
+    if job.nodes != (job.spec.nnodes_min, job.spec.nnodes_max):
+        text += f" (job file: {_nodes(job.spec.nnodes_min, job.spec.nnodes_max)})"
+    if job.status and job.status.joining:
+        text += f"; getting ready to join: {', '.join(job.status.joining)}"
+    return text
 
 
 def _nodes(low: int, high: int) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
+from dtrain.coordinator.core import elastic, stragglers
 from dtrain.coordinator.core.decisions import InspectCheckpoint
 from dtrain.coordinator.core.placement import UNREACHABLE_REST_S
 from dtrain.coordinator.core.queue import Machine, Running, Waiting
@@ -21,6 +22,7 @@ from dtrain.coordinator.core.views import (
     FleetView,
     Inspection,
     JobView,
+    Sightings,
     Stored,
     SweepFound,
     Verdict,
@@ -36,6 +38,7 @@ from dtrain.protocol.checkpoint import (
     Quarantine,
     Verification,
 )
+from dtrain.protocol.cluster import Cordon, Suspicion
 from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId, Seq, Term, Uid, parse_name
 from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, Intent, JobPhase, JobSpec, JobStatus, Wanted
@@ -111,6 +114,7 @@ class _Job:
     """(instant, step) of the current attempt, oldest first."""
     progress_of: tuple[str, int] = ("", 0)
     """The uid and attempt that ``progress`` is of."""
+    sightings: Sightings = Sightings()
     broken: dict[str, str] = field(default_factory=dict)
     """Why a record cannot be used, by key."""
     status: JobStatus | None = None
@@ -148,11 +152,13 @@ class World:
         agent_ttl_s: float = 10.0,
         default_store: str = "",
         scrub_interval_s: float = 0.0,
+        cordon_s: float = 0.0,
     ) -> None:
         self.cluster = cluster
         self.replica = replica
         self.default_store = default_store
         self._scrub_interval_s = scrub_interval_s
+        self._cordon_s = cordon_s
         self._agent_ttl_s = agent_ttl_s
         self._keys = Keys(cluster)
         self._jobs: dict[JobName, _Job] = {}
@@ -164,7 +170,9 @@ class World:
         self._losses: deque[tuple[float, AgentName]] = deque()
         self._back_at: dict[AgentName, float] = {}
         """When agents that had been lost came back; only the last TTL matters."""
-        self._cordoned: set[AgentName] = set()
+        self._cordons: dict[AgentName, Cordon | None] = {}
+        """None: it is there, and cannot be read."""
+        self._suspicions: dict[AgentName, Stored[Suspicion]] = {}
         self._unreachable: dict[AgentName, float] = {}
         self._usage: dict[JobName, dict[AgentName, int]] = {}
         self._used: dict[AgentName, int] = {}
@@ -190,9 +198,9 @@ class World:
                 case "node":
                     self._node_changed(parsed.agent, change, now)
                 case "cordon":
-                    # Its presence decides; a cordon that cannot be read still keeps ranks away.
-                    (self._cordoned.discard if change.after is None else self._cordoned.add)(parsed.agent)
-                    self._touch_fleet(parsed.agent)
+                    self._cordon_changed(parsed.agent, change, now)
+                case "suspicion":
+                    self._suspicion_changed(parsed.agent, change, now)
                 case "leader" | "coordinator":
                     pass
                 case _:
@@ -333,6 +341,7 @@ class World:
             store_problem=job.store_problem,
             store_probed_at=job.store_probed_at,
             step_rate=_step_rate(job, workers.values()),
+            sightings=_sightings(job, workers.values()),
             quarantined=self.quarantine(name),
         )
 
@@ -363,7 +372,7 @@ class World:
             agents=self._agents,
             lost_at=dict(self._lost_at),
             left=frozenset(self._left),
-            cordoned=frozenset(self._cordoned),
+            cordoned=frozenset(self._cordons),
             used=self._used_by_others(name),
             unreachable=dict(self._unreachable),
             brake=self.brake(now),
@@ -371,6 +380,8 @@ class World:
             agent_ttl_s=self.agent_ttl_s,
             default_store=self.default_store,
             scrub_interval_s=self._scrub_interval_s,
+            suspicions=dict(self._suspicions),
+            cordon_s=self._cordon_s,
             queue=queue,
         )
 
@@ -455,7 +466,7 @@ class World:
                 del self._agents[agent]
                 self._lost_at[agent] = now
                 self._back_at.pop(agent, None)
-                if known.draining_at is None:
+                if known.node.draining is None:
                     self._losses.append((now, agent))
                 else:
                     # One that said that it would go is no sign of a broken network.
@@ -470,16 +481,55 @@ class World:
                 return
             same = known is not None and known.node.incarnation == node.incarnation
             seen_at = known.seen_at if known is not None and same else now
-            draining_at = None
-            if node.draining is not None:
-                draining_at = now if known is None or known.draining_at is None else known.draining_at
-            self._agents[agent] = AgentView(node, seen_at, draining_at)
+            self._agents[agent] = self._seen(agent, AgentView(node, seen_at), known, now)
             self._left.discard(agent)
             if self._lost_at.pop(agent, None) is not None:
                 self._back_at[agent] = now
             if not same:
                 self._unreachable.pop(agent, None)
         self._touch_fleet(agent)
+
+    def _seen(self, agent: AgentName, view: AgentView, known: AgentView | None, now: float) -> AgentView:
+        """The view with what says that its jobs are to go on elsewhere; counted from when that began."""
+        cordon = self._cordons.get(agent)
+        vacating = cordon if cordon is not None and cordon.drain else None
+        draining_at = None
+        if view.node.draining is not None or vacating is not None:
+            draining_at = now
+            # Its own end is nearer than an operator's wish: its patience counts from when it said so.
+            same = known is not None and (known.node.draining is None) == (view.node.draining is None)
+            if known is not None and known.draining_at is not None and same:
+                draining_at = known.draining_at
+        return replace(view, draining_at=draining_at, vacating=vacating)
+
+    def _cordon_changed(self, agent: AgentName, change: Change, now: float) -> None:
+        # Its presence decides; a cordon that cannot be read still keeps ranks away.
+        if change.after is None:
+            self._cordons.pop(agent, None)
+        else:
+            try:
+                self._cordons[agent] = codec.decode(Cordon, change.after.value)
+            except DtrainError as error:
+                self._cordons[agent] = None
+                self.problems.append(f"the cordon of {agent} cannot be read: {error.message}")
+        if (known := self._agents.get(agent)) is not None:
+            if self._agents_shared:
+                self._agents, self._agents_shared = dict(self._agents), False
+            self._agents[agent] = self._seen(agent, known, known, now)
+        self._touch_fleet(agent)
+
+    def _suspicion_changed(self, agent: AgentName, change: Change, now: float) -> None:
+        self._suspicions.pop(agent, None)
+        if change.after is None:
+            return
+        try:
+            value = codec.decode(Suspicion, change.after.value)
+        except DtrainError as error:
+            # What it said is lost; the next blame writes it anew.
+            self.problems.append(f"the suspicion of {agent} cannot be read: {error.message}")
+            value = Suspicion(Term(0), agent)
+        kv = change.after
+        self._suspicions[agent] = Stored(value, kv.mod_revision, kv.create_revision, now)
 
     def _job_changed(self, parsed: Parsed, change: Change, now: float) -> None:
         job = self._jobs.get(parsed.job)
@@ -643,7 +693,10 @@ class World:
     def _note_waiting(self, job: _Job) -> None:
         spec = job.single.get("spec")
         waits = spec is not None and (
-            job.status is None or job.status.phase in _WAITING_PHASES or job.status.uid != _uid(spec)
+            job.status is None
+            or job.status.phase in _WAITING_PHASES
+            or job.status.uid != _uid(spec)
+            or self._may_grow(job, job.status)
         )
         (self._waiting.add if waits else self._waiting.discard)(job.name)
         self._note_line(job.name)
@@ -714,7 +767,7 @@ class World:
         """The machines that ranks may be placed on, and when one that did not answer is tried again."""
         found, instants = {}, []
         for name, view in self._agents.items():
-            if name in self._cordoned or view.draining_at is not None or view.node.problem:
+            if name in self._cordons or view.draining_at is not None or view.node.problem:
                 continue
             since = self._unreachable.get(name)
             if since is not None and view.seen_at <= since and self._now < since + UNREACHABLE_REST_S:
@@ -723,6 +776,10 @@ class World:
             slots = view.node.slots
             found[name] = Machine(slots, slots - self._used.get(name, 0))
         return found, min(instants, default=None)
+
+    def _may_grow(self, job: _Job, status: JobStatus) -> bool:
+        spec = self._record(job, "spec", JobSpec)
+        return spec is not None and elastic.may_grow(spec.value, self._record(job, "intent", Intent), status)
 
     def _touch_fleet(self, agent: AgentName) -> None:
         self._line.machines_changed()
@@ -751,6 +808,17 @@ def _uid(cell: _Cell[Any]) -> str:
 
 def _is_current(snapshot: WorkerSnapshot, status: JobStatus | None) -> bool:
     return status is not None and snapshot.uid == status.uid and snapshot.attempt >= status.attempt
+
+
+def _sightings(job: _Job, workers: Iterable[Stored[WorkerSnapshot]]) -> Sightings:
+    """Which ranks are slower than the others, and since when, by all snapshots seen so far."""
+    if job.status is not None:
+        of = (str(job.status.uid), int(job.status.attempt))
+        shown = [stored for stored in workers if (stored.value.uid, stored.value.attempt) == of]
+        at = max((stored.seen_at for stored in shown), default=0.0)
+        values = [stored.value for stored in shown]
+        job.sightings = stragglers.observe(job.sightings, job.status, values, at)
+    return job.sightings
 
 
 def _step_rate(job: _Job, workers: Iterable[Stored[WorkerSnapshot]]) -> float:

@@ -7,7 +7,7 @@ import pytest
 from dtrain.cli import jobfile
 from dtrain.cli.jobfile import BadJobFile
 from dtrain.protocol.errors import ErrorCode, NotFound
-from dtrain.protocol.job import EntryKind, JobSpec
+from dtrain.protocol.job import EntryKind, FailureRule, JobSpec, NonFiniteAction, NonFinitePolicy, RuleAction
 
 MINIMAL = "name: digits\nscript: train.py\n"
 
@@ -27,6 +27,7 @@ def test_a_minimal_file_gets_the_defaults_of_the_protocol() -> None:
     spec = parse(MINIMAL)
     assert (spec.nnodes_min, spec.nnodes_max, spec.nproc_per_node) == (1, 1, 1)
     assert spec.working_dir == "/jobs"
+    assert spec.grow_cooldown_s == JobSpec.__dataclass_fields__["grow_cooldown_s"].default
     assert spec.restarts == JobSpec.__dataclass_fields__["restarts"].default
     assert spec.checkpoint == JobSpec.__dataclass_fields__["checkpoint"].default
 
@@ -37,6 +38,7 @@ def test_every_field_reaches_the_spec() -> None:
 name: digits
 nnodes: 2:4
 nproc_per_node: 8
+spares: 1
 module: mypackage.train
 args: --lr 1e-3 --name "two words"
 env: {OMP_NUM_THREADS: 1, MODE: on, DEBUG: true, RATE: 1e-3}
@@ -45,17 +47,29 @@ preload: [torch, mypackage.data]
 checkpoint: {store: s3://bucket/prefix, every_steps: 50, every_seconds: 10m, keep_last: 5, timeout: 90,
              bandwidth_mb_s: 250}
 restarts: {max: 3, window: 1h30m}
+failure_rules:
+  - {reasons: [exit, user-error], exit_codes: 3, action: fail}
+  - {reasons: signal, signals: [SIGBUS, 11, segv], action: elsewhere, cordon: 2h}
+  - message: "CUDA error: .*"
+    action: rollback
+    back: 2
 shutdown_grace: 500ms
 isolation_grace: 30m
 reschedule_grace: 20
 priority: -5
+grow_cooldown: 5m
 """
     )
-    assert (spec.nnodes_min, spec.nnodes_max, spec.nproc_per_node) == (2, 4, 8)
+    assert (spec.nnodes_min, spec.nnodes_max, spec.nproc_per_node, spec.spares) == (2, 4, 8, 1)
     assert (spec.entry.kind, spec.entry.target) == (EntryKind.MODULE, "mypackage.train")
     assert spec.entry.args == ("--lr", "1e-3", "--name", "two words")
     assert spec.env == {"OMP_NUM_THREADS": "1", "MODE": "on", "DEBUG": "true", "RATE": "1e-3"}
     assert spec.working_dir == "/elsewhere"
+    assert spec.failure_rules == (
+        FailureRule(RuleAction.FAIL, ("exit", "user-error"), (3,)),
+        FailureRule(RuleAction.ELSEWHERE, ("signal",), (), (7, 11, 11), cordon_s=7200.0),
+        FailureRule(RuleAction.ROLLBACK, message="CUDA error: .*", back=2),
+    )
     assert spec.preload == ("torch", "mypackage.data")
     assert spec.checkpoint.every_seconds == 600.0
     assert (spec.checkpoint.keep_last, spec.checkpoint.timeout_s) == (5, 90.0)
@@ -63,7 +77,15 @@ priority: -5
     assert (spec.restarts.max_restarts, spec.restarts.window_s) == (3, 5400.0)
     assert spec.shutdown_grace_s == 0.5
     assert (spec.isolation_grace_s, spec.reschedule_grace_s) == (1800.0, 20.0)
-    assert spec.priority == -5
+    assert (spec.priority, spec.grow_cooldown_s) == (-5, 300.0)
+
+
+def test_what_follows_from_numbers_that_are_not_finite() -> None:
+    spec = parse(MINIMAL + "nonfinite: {action: rollback, metrics: [loss, norm], back: 2}")
+    assert spec.nonfinite == NonFinitePolicy(NonFiniteAction.ROLLBACK, ("loss", "norm"), 2)
+    assert parse(MINIMAL).nonfinite == NonFinitePolicy()
+    (found,) = errors(MINIMAL + "nonfinite: {action: ignore}")
+    assert "nonfinite.action: 'ignore' is none of warn, rollback, fail" in found
 
 
 def test_a_range_of_nodes_is_not_read_as_a_sexagesimal_number() -> None:
@@ -86,11 +108,15 @@ def test_a_command_may_be_one_line_or_a_list() -> None:
     )
 
 
+def test_as_many_ranks_as_a_machine_has_slots_are_no_number() -> None:
+    assert parse("name: digits\nscript: train.py\nnproc_per_node: auto\n").nproc_per_node == 0
+
+
 def test_all_errors_are_listed_at_once_with_line_and_column() -> None:
     found = errors(
         """name: Digits
 nnodes: 4:2
-nproc_per_node: auto
+nproc_per_node: gpu
 script: train.py
 module: foo
 restarts:
@@ -161,6 +187,29 @@ checkpoint:
 def test_each_mistake_has_its_sentence(line: str, expected: str) -> None:
     text = MINIMAL.replace("script: train.py\n", "") if line.startswith("script") else MINIMAL
     assert any(expected in found for found in errors(text + line)), errors(text + line)
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (
+            "{action: pray}",
+            "5:14: failure_rules[0].action: 'pray' is no action: write one of restart, restart-free",
+        ),
+        ("{reasons: [exit]}", "failure_rules[0].action: is missing"),
+        ("{action: fail, reasons: [exits]}", "'exits' is no reason: write some of signal, exit"),
+        ("{action: fail, signals: [SIGNO]}", "'SIGNO' is no signal"),
+        ("{action: fail, exit_codes: [0]}", "0 is not a number from 1 to 255"),
+        ("{action: fail, message: '(a+)+'}", "'(a+)+' repeats a group"),
+        ("{action: fail, exit_code: 3}", "is not a setting; did you mean exit_codes?"),
+        ("{action: rollback, back: 0}", "0 is out of range: 1 to 1000"),
+        ("fail", "is not a mapping of settings"),
+    ],
+)
+def test_each_mistake_in_a_rule_has_its_place_and_sentence(rule: str, expected: str) -> None:
+    (found,) = errors(f"{MINIMAL}# the rules\nfailure_rules:\n  - {rule}\n")
+    assert expected in found
+    assert found.startswith("job.yaml:")
 
 
 @pytest.mark.parametrize(

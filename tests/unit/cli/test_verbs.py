@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,7 @@ def test_submit_follow_shows_logs_and_returns_the_jobs_code(
     captured = capfd.readouterr()
     assert captured.out == "job digits submitted\nstep 1\nstep 2\n"
     assert "a warning\n" in captured.err
-    assert "Root cause of attempt 3   rank 3 on a2, pid 4711: SIGKILL, out of memory" in captured.err
+    assert "First failure of attempt 3   rank 3 on a2, pid 4711: SIGKILL, out of memory" in captured.err
 
 
 @pytest.mark.parametrize(
@@ -201,17 +202,35 @@ def test_resume_wait_returns_when_ranks_train_or_it_has_ended(
     assert run(["resume", "digits", "--wait", "--coordinators", address]) == 20
 
 
+def test_scale_sets_the_bounds(replica: FakeReplica, address: str, capsys: Out) -> None:
+    replica.items = running_job()
+    assert run(["scale", "digits", "--nnodes", "2:8", "--coordinators", address]) == 0
+    assert run(["scale", "digits", "--nnodes", "1", "--coordinators", address]) == 0
+    found = [(i.wanted, i.nnodes_min, i.nnodes_max) for i in replica.intents]
+    assert found == [("", 2, 8), ("", 1, 1)]
+    assert capsys.readouterr().out == (
+        "digits: may have 2:8 machines from now on\ndigits: may have 1 machine from now on\n"
+    )
+    assert run(["scale", "digits", "--nnodes", "3:2", "--coordinators", address]) == 2
+    assert "--nnodes cannot be '3:2'" in capsys.readouterr().err
+
+
 def test_checkpoint_wait_names_the_one_that_was_committed(
     replica: FakeReplica, address: str, capsys: Out
 ) -> None:
     replica.items = running_job()
 
     def commit_it() -> None:
+        # On a busy machine the command comes late.
+        while not replica.intents:
+            time.sleep(0.02)
         token = replica.intents[0].checkpoint_token
         items = [i for i in running_job(token_done=token, seq_last=Seq(6)) if "open/" not in i.key]
         replica.update([*items, item(KEYS.checkpoint(JOB, Seq(6)), commit(6, 60))])
 
-    threading.Timer(0.3, commit_it).start()
+    timer = threading.Timer(0.3, commit_it)
+    timer.daemon = True
+    timer.start()
     assert run(["checkpoint", "digits", "--wait", "--coordinators", address]) == 0
     assert capsys.readouterr().out == "digits: checkpoint 6 of step 60 is committed\n"
 
@@ -373,3 +392,49 @@ def wait_for(condition: object, timeout_s: float = 10.0) -> None:
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.02)
+
+
+def test_a_machine_is_cordoned_by_the_beginning_of_its_name(
+    replica: FakeReplica, address: str, capsys: Out
+) -> None:
+    replica.items = fleet()
+    words = ["--coordinators", address]
+    assert run(["cordon", "agent/a1", "--for", "2h", "--reason", "loud fan", *words]) == 0
+    assert capsys.readouterr().out.startswith("a1: cordoned until 20")
+    assert run(["cordon", "a1", "-o", "json", *words]) == 0
+    assert json.loads(capsys.readouterr().out)["until"] == ""
+    first, second = replica.cordons
+    assert (first.agent, first.reason, first.ttl_s, first.drain) == ("a1", "loud fan", 7200, False)
+    assert first.by
+    assert second.ttl_s == 0
+
+
+def test_uncordon_says_whether_there_was_anything_to_lift(
+    replica: FakeReplica, address: str, capsys: Out
+) -> None:
+    replica.items = fleet()
+    assert run(["uncordon", "a2", "--coordinators", address]) == 0
+    assert run(["uncordon", "a1", "--coordinators", address]) == 0
+    assert capsys.readouterr().out == "a2: uncordoned\na1: was not cordoned\n"
+
+
+def test_drain_waits_until_no_rank_runs_there(replica: FakeReplica, address: str, capsys: Out) -> None:
+    replica.items = [*running_job(), *fleet()]
+    words = ["drain", "a2", "--wait", "--coordinators", address]
+    assert run([*words, "--timeout", "100ms"]) == 6
+    assert "digits still has ranks on a2" in capsys.readouterr().err
+    timer = threading.Timer(0.3, lambda: replica.update(fleet()))
+    timer.start()
+    try:
+        assert run([*words, "--timeout", "30s"]) == 0
+    finally:
+        timer.join()
+    assert capsys.readouterr().out == "a2: drained\n"
+    assert all(request.drain for request in replica.cordons)
+
+
+def test_an_unknown_machine_is_said_so(replica: FakeReplica, address: str, capsys: Out) -> None:
+    replica.items = fleet()
+    assert run(["drain", "b7", "--coordinators", address]) != 0
+    assert "there is no agent 'b7'" in capsys.readouterr().err
+    assert not replica.cordons

@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from dtrain.coordinator.api.checkpoints import CheckpointDesk
+from dtrain.coordinator.api.cordons import Cordons
 from dtrain.coordinator.api.errors import ERROR_KEY, status_of
 from dtrain.coordinator.api.records import Operators
 from dtrain.coordinator.api.server import THREADS_WAITING, Server, waiting_slots
@@ -19,7 +20,7 @@ from dtrain.coordinator.api.servicers import CoordinatorServicer, Identity
 from dtrain.coordinator.dispatch import Channels
 from dtrain.coordinator.work import Orphans, Stores
 from dtrain.protocol import codec, errors
-from dtrain.protocol.cluster import LeaderRecord
+from dtrain.protocol.cluster import Cordon, LeaderRecord, Suspicion
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused
 from dtrain.protocol.ids import (
     AgentName,
@@ -83,6 +84,7 @@ class Replica:
             self.channels,
             Stores(),
             checkpoints=CheckpointDesk(self.etcd, CLUSTER, SystemClock(), lambda _work: Orphans()),
+            cordons=Cordons(self.etcd, CLUSTER, SystemClock()),
             term=lambda: self.term,
             waiting=self.waiting,
         )
@@ -208,13 +210,16 @@ def test_submissions_at_once_create_one_job(replica: Replica) -> None:
         ({"name": "../up"}, "cannot name a job"),
         ({"name": "a\nb"}, "cannot name a job"),
         ({"nnodes_min": 3, "nnodes_max": 2}, "nnodes"),
-        ({"nproc_per_node": 0}, "nproc_per_node"),
+        ({"nproc_per_node": -1}, "nproc_per_node"),
         ({"entry": {"kind": "script", "target": " "}}, "script"),
         ({"entry": {"kind": "shell", "target": "x"}}, "not one of"),
         ({"env": {"A=B": "x"}}, "env"),
         ({"checkpoint": {"store": "ftp://x"}}, "not a store"),
         ({"checkpoint": {"keep_last": 0}}, "keep_last"),
         ({"working_dir": "here"}, "working_dir"),
+        ({"nonfinite": {"action": "rollback", "back": 3}}, "only 3 checkpoints are kept"),
+        ({"nonfinite": {"back": 0}}, "nonfinite.back"),
+        ({"nonfinite": {"metrics": list("abcdefghi")}}, "nonfinite.metrics"),
     ],
 )
 def test_a_job_that_cannot_run_is_refused_by_name_of_its_field(
@@ -267,6 +272,19 @@ def test_an_intent_changes_only_what_was_asked(replica: Replica) -> None:
     again = replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, wanted="cancel"))
     assert again.intent == second.intent
     assert replica.etcd.range(KEYS.intent(JOB)).items[0].version == 3
+
+
+def test_a_job_is_scaled_and_stays_so(replica: Replica) -> None:
+    replica.submit()
+    replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, nnodes_min=2, nnodes_max=8))
+    replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, checkpoint_token="t1"))
+    stored = replica.stored(KEYS.intent(JOB), Intent)
+    assert (stored.nnodes_min, stored.nnodes_max, stored.wanted) == (2, 8, Wanted.RUN)
+    for low, high in ((3, 2), (0, 2), (2, 0), (-1, 2), (1, 10**6)):
+        request = pb.SetIntentRequest(job=JOB, nnodes_min=low, nnodes_max=high)
+        code, told = refusal(lambda request=request: replica.stub.SetIntent(request))  # type: ignore[misc]
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert "nnodes" in told["message"]
 
 
 def test_an_intent_for_an_unknown_job_names_one_like_it(replica: Replica) -> None:
@@ -492,3 +510,60 @@ def test_every_kind_of_error_has_a_status() -> None:
     assert len(kinds) == 8
     codes = {status_of(kind(ErrorCode.BUG, "x")) for kind in kinds}
     assert len(codes) == len(kinds)
+
+
+def test_a_machine_is_cordoned_for_a_while_and_let_go_again(replica: Replica) -> None:
+    replica.put(KEYS.node(AgentName("a1")), NodeRecord(AgentName("a1"), Incarnation("i"), "h:1", "h", 1))
+    replica.put(KEYS.suspicion(AgentName("a1")), Suspicion(Term(1), AgentName("a1")))
+    request = pb.CordonRequest(agent="a1", reason="new disk", by="ada", ttl_s=60, drain=True)
+    reply = replica.stub.Cordon(request)
+    stored = replica.stored(KEYS.cordon(AgentName("a1")), Cordon)
+    assert stored == codec.decode(Cordon, reply.record)
+    assert (stored.reason, stored.by, stored.drain, stored.auto) == ("new disk", "ada", True, False)
+    assert stored.until
+    assert replica.etcd.range(KEYS.cordon(AgentName("a1"))).items[0].lease
+    assert replica.stub.Uncordon(pb.UncordonRequest(agent="a1")).removed
+    assert not replica.etcd.range(KEYS.cordon(AgentName("a1"))).items
+    assert not replica.etcd.range(KEYS.suspicion(AgentName("a1"))).items
+    assert not replica.stub.Uncordon(pb.UncordonRequest(agent="a1")).removed
+
+
+def test_a_cordon_without_an_end_stays(replica: Replica) -> None:
+    replica.put(KEYS.node(AgentName("a1")), NodeRecord(AgentName("a1"), Incarnation("i"), "h:1", "h", 1))
+    replica.etcd.lose = ["after"]
+    replica.stub.Cordon(pb.CordonRequest(agent="a1"))
+    (kv,) = replica.etcd.range(KEYS.cordon(AgentName("a1"))).items
+    assert kv.lease == 0
+    assert codec.decode(Cordon, kv.value).until == ""
+
+
+def test_an_unknown_machine_is_not_cordoned(replica: Replica) -> None:
+    replica.put(
+        KEYS.node(AgentName("gpu-02")), NodeRecord(AgentName("gpu-02"), Incarnation("i"), "h:1", "h", 1)
+    )
+    for call in (
+        lambda: replica.stub.Cordon(pb.CordonRequest(agent="gpu-2")),
+        lambda: replica.stub.Uncordon(pb.UncordonRequest(agent="gpu-2")),
+    ):
+        code, told = refusal(call)
+        assert code is grpc.StatusCode.NOT_FOUND
+        assert told["fix"] == "did you mean gpu-02?"
+    code, told = refusal(lambda: replica.stub.Cordon(pb.CordonRequest(agent="gpu-02", ttl_s=1)))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("rule", "field"),
+    [
+        ({"action": "fail", "reasons": ["nonsense"]}, "failure_rules[1].reasons"),
+        ({"action": "fail", "message": "(a+)+"}, "failure_rules[1].message"),
+        ({"action": "rollback", "back": 0}, "failure_rules[1].back"),
+        ({"action": "fail", "cordon_s": 1e9}, "failure_rules[1].cordon"),
+    ],
+)
+def test_a_rule_that_no_job_file_could_hold_is_refused(
+    replica: Replica, rule: dict[str, Any], field: str
+) -> None:
+    code, told = refusal(lambda: replica.submit(failure_rules=[rule]))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert told["message"].startswith(field)

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import assert_never
 
-from dtrain.agent.core import draining, launchers, preparing, saving, starting
+from dtrain.agent.core import draining, launchers, preparing, saving, starting, warming
 from dtrain.agent.core.decisions import Action, Answer, DeleteSnapshot, LauncherOrder
 from dtrain.agent.core.events import CommandArrived, ShutDown
 from dtrain.agent.core.saving import tell_all
@@ -88,6 +88,9 @@ def _refusal(state: AgentState, command: Command) -> Answer | None:
     head, job = command.header, state.jobs.get(command.header.job)
     if isinstance(command, Stop):
         return None
+    if isinstance(command, Warm):
+        why = warming.refusal(state, job, command)
+        return Answer(False, why) if why else None
     if isinstance(command, Prepare):
         if why := draining.refusal(
             state, job if job is not None and job.uid == head.uid else None, head.attempt
@@ -121,10 +124,11 @@ def _is_namesake(state: AgentState, command: Command) -> bool:
     known = job.prepare
     if (job.uid, job.attempt) != (command.header.uid, command.header.attempt):
         return False
-    return (known.node_rank, known.nnodes, known.first_rank, known.world_size) != (
+    return (known.node_rank, known.nnodes, known.first_rank, known.ranks_here, known.world_size) != (
         command.node_rank,
         command.nnodes,
         command.first_rank,
+        command.ranks_here,
         command.world_size,
     )
 
@@ -142,7 +146,11 @@ def _apply(state: AgentState, command: Command, now: float, out: list[Action]) -
     job = state.jobs.get(command.header.job)
     match command:
         case Prepare():
-            if job is not None and job.uid == command.header.uid and job.attempt == command.header.attempt:
+            if (
+                job is not None
+                and (job.uid, job.attempt) == (command.header.uid, command.header.attempt)
+                and not warming.awaits_prepare(job)
+            ):
                 # Asked again (by another leader, or of another incarnation): attempts are one-shot.
                 return job
             return preparing.prepare(state.machine, job, command, now, out)
@@ -162,7 +170,9 @@ def _apply(state: AgentState, command: Command, now: float, out: list[Action]) -
             assert job is not None
             saving.keep_manifest(job, command, out)
             return saving.settle(job, Outcome(command.seq, committed=True, final=command.final), out)
-        case Warm() | DumpStacks():
+        case Warm():
+            return warming.warm(job, command, out)
+        case DumpStacks():
             return job
         case _:
             assert_never(command)
@@ -177,7 +187,9 @@ def _stop(job: JobState | None, command: Stop, now: float, out: list[Action]) ->
     if job.uid != head.uid or head.attempt < job.attempt:
         return None
     tell_all(job, StopRank(command.why), out)
-    stopping = Stopping(command.release, command.why, now + command.grace_s + STOP_SLACK_S)
+    # A STOP that was overtaken takes nothing back: the one that releases is known, and not obeyed again.
+    release = command.release or (job.stopping is not None and job.stopping.release)
+    stopping = Stopping(release, command.why, now + command.grace_s + STOP_SLACK_S)
     launcher = job.launcher
     # Taking the header's attempt over refuses a PREPARE or START that this STOP overtook.
     job = dataclasses.replace(job, attempt=head.attempt)

@@ -130,6 +130,7 @@ class _Job:
             None if self.latest is None else self.latest.seq,
             None if restore is None else restore.seq,
             self.verified,
+            frozenset() if status is None or status.uid != uid else frozenset(status.passed_over),
         )
 
 
@@ -477,11 +478,7 @@ class CheckpointDesk:
 
 
 def _newest_good(found: _Job, name: JobName) -> Seq:
-    good = [
-        seq
-        for seq, (record, _) in found.commits.items()
-        if record.uid == found.spec.uid and seq not in found.bad
-    ]
+    good = [record.seq for record in found.shelf().good()]
     if not good:
         raise NotFound(
             ErrorCode.NOT_FOUND,

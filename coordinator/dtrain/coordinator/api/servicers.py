@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import grpc
 
 from dtrain.coordinator.api.checkpoints import CheckpointDesk
+from dtrain.coordinator.api.cordons import Cordons
 from dtrain.coordinator.api.errors import translated
 from dtrain.coordinator.api.records import Operators
 from dtrain.coordinator.dispatch import Channels
@@ -80,6 +81,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         stores: Stores,
         *,
         checkpoints: CheckpointDesk,
+        cordons: Cordons,
         term: Callable[[], Term | None],
         waiting: threading.BoundedSemaphore,
         default_store: str = "",
@@ -92,6 +94,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self._channels = channels
         self._stores = stores
         self._checkpoints = checkpoints
+        self._cordons = cordons
         self._term = term
         self._waiting = waiting
         self._default_store = default_store
@@ -135,7 +138,12 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         # What a client says of itself proves nothing; what its certificate says does.
         by = request.by if peer is None else peer.name
         intent, revision = self._operators.set_intent(
-            request.job, request.wanted, request.checkpoint_token, by, self._job_names()
+            request.job,
+            request.wanted,
+            request.checkpoint_token,
+            by,
+            self._job_names(),
+            nnodes=(request.nnodes_min, request.nnodes_max),
         )
         return pb.SetIntentReply(intent=codec.encode(intent), revision=revision)
 
@@ -326,6 +334,32 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             problem=review.problem,
         )
 
+    # Cordons.
+
+    @translated
+    def Cordon(  # noqa: N802
+        self, request: pb.CordonRequest, context: grpc.ServicerContext
+    ) -> pb.CordonReply:
+        record, revision = self._cordons.put(
+            request.agent,
+            request.reason,
+            by=_who(request.by, context),
+            ttl_s=request.ttl_s,
+            drain=request.drain,
+        )
+        self._log.info("cordoned", agent=record.agent, by=record.by, until=record.until, drain=record.drain)
+        return pb.CordonReply(record=codec.encode(record), revision=revision)
+
+    @translated
+    def Uncordon(  # noqa: N802
+        self,
+        request: pb.UncordonRequest,
+        context: grpc.ServicerContext,  # noqa: ARG002 - grpc's signature
+    ) -> pb.UncordonReply:
+        removed, revision = self._cordons.remove(request.agent)
+        self._log.info("uncordoned", agent=request.agent, removed=removed)
+        return pb.UncordonReply(removed=removed, revision=revision)
+
     # Logs.
 
     @translated
@@ -478,6 +512,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
     def _warnings(self, spec: JobSpec) -> list[str]:
         fit = 0
         alive = 0
+        slots = max(1, spec.nproc_per_node)
         for kv in self._mirror.prefix(self._keys.agents):
             parsed = self._keys.parse(kv.key)
             if parsed is None or parsed.kind != "node":
@@ -487,12 +522,12 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             except DtrainError:
                 continue
             alive += 1
-            fit += node.slots >= spec.nproc_per_node
+            fit += node.slots >= slots
         if fit >= spec.nnodes_min:
             return []
         if alive >= spec.nnodes_min:
             return [
-                f"{fit} of {alive} agents have {spec.nproc_per_node} slots, {spec.nnodes_min} are needed: "
+                f"{fit} of {alive} agents have {slots} slots, {spec.nnodes_min} are needed: "
                 "the job waits for more"
             ]
         return [f"{alive} agents are alive, {spec.nnodes_min} are needed: the job waits for more"]

@@ -27,7 +27,7 @@ from dtrain.protocol.checkpoint import CommitRecord
 from dtrain.protocol.commands import Command, Header
 from dtrain.protocol.events import EVENTS_KEPT, EventReason, EventRecord, EventType
 from dtrain.protocol.ids import AgentName, Seq
-from dtrain.protocol.job import TERMINAL_PHASES, JobPhase, JobSpec, JobStatus
+from dtrain.protocol.job import TERMINAL_PHASES, Condition, JobPhase, JobSpec, JobStatus
 from dtrain.protocol.keys import Keys
 from dtrain.protocol.snapshot import WorkerSnapshot
 
@@ -62,6 +62,7 @@ class Draft:
         self._work: list[Work] = []
         self._reasons: list[Reason] = []
         self._takeover = False
+        self._noted: dict[str, Condition] = {}
 
     # Reading ------------------------------------------------------------------
 
@@ -105,10 +106,13 @@ class Draft:
         return [commit for commit in self.job.commits if commit.value.uid == self.status.uid]
 
     def newest_good(self) -> CommitRecord | None:
-        """What the next attempt would restore: the newest commit that is not quarantined."""
-        bad = self.quarantined | set(self.job.bad)
-        good = [c.value for c in self.commits()] + self.committed
-        return max((c for c in good if c.seq not in bad), key=lambda c: c.seq, default=None)
+        """What the next attempt would restore: the newest commit that is neither damaged nor passed over."""
+        return max(self.good_commits(), key=lambda c: c.seq, default=None)
+
+    def good_commits(self) -> list[CommitRecord]:
+        """Commits that an attempt may begin from."""
+        unfit = self.quarantined | set(self.job.bad) | set(self.status.passed_over)
+        return [c for c in [*(s.value for s in self.commits()), *self.committed] if c.seq not in unfit]
 
     # Deciding -----------------------------------------------------------------
 
@@ -159,6 +163,14 @@ class Draft:
             )
         )
 
+    def condition(self, name: str) -> Condition | None:
+        """A condition as it is stored."""
+        return next((one for one in self.status.conditions if one.type == name), None)
+
+    def note(self, name: str, status: str, reason: str, message: str) -> None:
+        """Change a condition that no other part of the status tells; an event goes with it."""
+        self._noted[name] = Condition(name, status, reason, message)
+
     def take_over(self) -> None:
         """Write the status even if nothing else changes: it must carry this term."""
         self._takeover = True
@@ -171,9 +183,10 @@ class Draft:
         """Decide only if no key is under ``prefix``."""
         self._absent.append(NoKeysUnder(prefix))
 
-    def put(self, key: str, value: Any, expect_mod: int) -> None:
+    def put(self, key: str, value: Any, expect_mod: int, *, lease_ttl_s: float = 0.0) -> None:
+        """Write a record; with ``lease_ttl_s`` one that goes by itself after so long."""
         assert key not in self._writes, f"{key} is written twice in one decision"
-        self._writes[key] = PutRecord(key, value, expect_mod)
+        self._writes[key] = PutRecord(key, value, expect_mod, lease_ttl_s)
 
     def delete(self, key: str, expect_mod: int | None) -> None:
         assert key not in self._writes, f"{key} is written twice in one decision"
@@ -227,7 +240,10 @@ class Draft:
         status_mod = 0 if self.job.status is None else self.job.status.mod_revision
         if self._status_changed() or self._events:
             status = replace(self.status, term=self.fleet.term, step=self._step())
-            derived = conditions.derive(self.fleet, self.moment, self.spec, status, newest=self.newest_good())
+            newest = self.newest_good()
+            derived = conditions.derive(
+                self.fleet, self.moment, self.spec, status, newest=newest, noted=self._noted
+            )
             status = replace(status, conditions=derived)
             writes[status_key] = PutRecord(status_key, status, status_mod)
         elif writes:

@@ -12,11 +12,18 @@ from dataclasses import replace
 from dtrain.coordinator.core import (
     checkpoints,
     draining,
+    elastic,
     failures,
     importing,
+    nonfinite,
     placement,
     quarantine,
     retention,
+    rollback,
+    rules,
+    spares,
+    stragglers,
+    suspicion,
 )
 from dtrain.coordinator.core.decisions import ProbeStore
 from dtrain.coordinator.core.draft import Draft
@@ -33,8 +40,8 @@ from dtrain.coordinator.core.liveness import (
 from dtrain.coordinator.core.views import Damage
 from dtrain.protocol.commands import Prepare, Start, Stop
 from dtrain.protocol.events import EventReason
-from dtrain.protocol.ids import AgentName, Attempt
-from dtrain.protocol.job import JobPhase, Member, RestorePoint, Wanted
+from dtrain.protocol.ids import AgentName, Attempt, Step
+from dtrain.protocol.job import EXIT_CODE_DO_NOT_RETRY, JobPhase, Member, RestorePoint, RuleAction, Wanted
 from dtrain.protocol.snapshot import BadBlob, Failure, FailureKind, WorkerPhase, WorkerSnapshot
 
 SILENT_S = 10.0
@@ -128,6 +135,10 @@ def start_attempt(draft: Draft, members: tuple[Member, ...], store: str) -> None
         late_saves=0,
         failed_saves=0,
         final_tries=0,
+        nonfinite_step=Step(0),
+        stragglers=(),
+        joining=(),
+        joining_since="",
     )
     names = ", ".join(member.agent for member in members[:8]) + (", ..." if len(members) > 8 else "")
     draft.event(
@@ -147,7 +158,7 @@ def starting(draft: Draft) -> None:
     members = seats(draft)
     ending = why_over(draft, members)
     if ending is not None:
-        attempt_over(draft, ending, avoid=_not_ready(members))
+        attempt_over(draft, ending, avoid=_at_fault(ending, members))
         return
     if going := draining.leaving(members):
         move(draft, going)
@@ -188,6 +199,7 @@ def _prepare(draft: Draft, members: Sequence[Seat]) -> None:
                 status.world_size,
                 serve_store=member.node_rank == 0,
                 max_restarts=draft.spec.restarts.max_restarts,
+                nproc=member.nproc,
             ),
         )
 
@@ -230,7 +242,10 @@ def _is_training(seat: Seat) -> bool:
     return seat.snapshot.restored or seat.phase is WorkerPhase.DONE
 
 
-def _not_ready(members: Sequence[Seat]) -> Set[AgentName]:
+def _at_fault(ending: Ending, members: Sequence[Seat]) -> Set[AgentName]:
+    """Who held up the start. Those that were still on their way when something else failed did not."""
+    if ending.failure.kind not in (FailureKind.PREPARE, FailureKind.UNREACHABLE):
+        return frozenset()
     return {seat.member.agent for seat in members if not _is_ready(seat)}
 
 
@@ -251,20 +266,29 @@ def running(draft: Draft) -> None:
         succeed(draft)
         return
     going = draining.leaving(members)
-    if not going:
+    change = None if going else elastic.due(draft, members)
+    if going:
+        if draining.is_due(draft, members, going):
+            move(draft, going)
+            return
+    elif change is not None:
+        if elastic.is_due(draft, members, change):
+            resize(draft, change)
+            return
+    else:
         draft.explain(f"training on {_count(draft.status.world_size, 'rank')}")
-    elif draining.is_due(draft, members, going):
-        move(draft, going)
-        return
     if draft.fleet.brake:
         draft.say(f"no loss is declared while the brake is on: {draft.fleet.brake}")
     for seat in members:
         if seat.standing is Standing.SETTLING:
             draft.say(f"{seat.why}; waiting before it is called lost")
-    if not going:
+    if not going and change is None:
         checkpoints.drive(draft, members)
     checkpoints.tell_outcomes(draft, members)
+    nonfinite.note(draft, members)
+    stragglers.note(draft, members)
     release_strays(draft)
+    spares.keep_warm(draft)
     if draft.status.store:
         retention.sweep(draft)
 
@@ -278,6 +302,8 @@ def succeed(draft: Draft) -> None:
         reason = f"training ended; checkpoint {last.seq} of step {step} is the last one"
     elif not draft.status.store:
         reason = "training ended; no store is configured, so there is no checkpoint of its end"
+    elif unfit := nonfinite.unfit_at_end(draft):
+        reason = f"training ended; there is no checkpoint of its end, as {unfit}"
     elif checkpoints.gave_up_final(draft):
         reason = "training ended; the checkpoint of its end failed too often"
     else:
@@ -301,11 +327,16 @@ def why_over(draft: Draft, members: Sequence[Seat]) -> Ending | None:
         return Ending(_leader_failure(draft, FailureKind.RESTORE, text, bad[0]), charge=False)
     found = failures.reported(snapshots)
     if failures.wants_no_retry(snapshots):
-        final = [f for f in found if f.exit_code is not None] or found
+        meant = [f for f in found if f.exit_code == EXIT_CODE_DO_NOT_RETRY]
+        final = meant or [f for f in found if f.exit_code is not None] or found
         cause = (
             failures.root_cause(final) if final else _leader_failure(draft, FailureKind.EXIT, "exit code 93")
         )
-        return Ending(cause, charge=True, do_not_retry=True)
+        others = tuple(failure for failure in found if failure is not cause)
+        return Ending(cause, charge=True, do_not_retry=True, others=others)
+    if (sick := nonfinite.failure(draft, members)) is not None:
+        # A script that ends because of it only says the same again.
+        return Ending(sick, charge=True)
     # Machines that go away or do not answer are nobody's fault: they cost no restart.
     free = _losses(draft, members)
     if draft.status.phase is JobPhase.STARTING:
@@ -320,7 +351,8 @@ def why_over(draft: Draft, members: Sequence[Seat]) -> Ending | None:
         free += _gone(draft, members)
     cause = failures.root_cause([*found, *free])
     charged = [failure for failure in found if failure.kind not in failures.FREE]
-    return Ending(cause, charge=any(cause is failure for failure in charged))
+    others = tuple(failure for failure in (*found, *free) if failure is not cause)
+    return Ending(cause, charge=any(cause is failure for failure in charged), others=others)
 
 
 def _snapshots_of_attempt(draft: Draft, members: Sequence[Seat]) -> list[WorkerSnapshot]:
@@ -445,15 +477,29 @@ def _quarantine(draft: Draft, agent: AgentName, bad: BadBlob) -> None:
 def attempt_over(draft: Draft, ending: Ending, *, avoid: Set[AgentName] = frozenset()) -> None:
     """End the attempt, and begin the next one in the same decision if possible."""
     fruitless = draft.status.fruitless + 1 if failures.was_fruitless(draft) else 0
-    failure = replace(ending.failure, attempt=draft.status.attempt)
-    draft.set(failure=failure, charge=ending.charge, fruitless=fruitless)
+    failure = replace(
+        ending.failure,
+        attempt=draft.status.attempt,
+        also=failures.folded(ending.others) or ending.failure.also,
+    )
+    consequence = rules.judge(draft, ending)
+    rules.remember(draft, (failure, *ending.others))
+    draft.set(failure=failure, charge=consequence.charge, fruitless=fruitless)
     reason, about = failures.event_of(failure)
-    draft.event(reason, failures.sentence(failure), about, warning=True)
-    if ending.do_not_retry:
+    told = f"; {consequence.why}" if consequence.why else ""
+    text = f"{failures.sentence(failure)}{told}"
+    over = consequence.action is RuleAction.FAIL
+    draft.event(reason, failures.sentence(failure) if over else text, about, warning=True)
+    suspicion.note(draft, failure, ending.others, cordon_s=consequence.cordon_s)
+    if over:
         checkpoints.settle(draft, patient=False)
-        text = f"{failures.sentence(failure)}; exit code 93 means do not retry"
-        fail(draft, EventReason.DO_NOT_RETRY, text)
+        fail(draft, consequence.event, text)
         return
+    if consequence.action is RuleAction.ROLLBACK:
+        # Numbers that went wrong may have begun to before the oldest checkpoint.
+        to_scratch = failure.kind is FailureKind.NONFINITE
+        if not rollback.pass_over(draft, consequence.back, to_scratch=to_scratch):
+            draft.say("there is no older checkpoint to go back to")
     draft.enter(JobPhase.RECOVERING, f"recovering from: {failures.sentence(failure)}", members=())
     recovering(draft, avoid=avoid)
 
@@ -465,7 +511,17 @@ def move(draft: Draft, going: Sequence[Seat]) -> None:
     recovering(draft)
 
 
-def recovering(draft: Draft, *, avoid: Set[AgentName] = frozenset()) -> None:
+def resize(draft: Draft, change: elastic.Resize) -> None:
+    """End the attempt, whose ranks hold at a checkpoint, and begin the next one in another size."""
+    text = elastic.sentence(draft, change)
+    only = elastic.note_end(draft, change)
+    draft.enter(JobPhase.RECOVERING, text, members=())
+    recovering(draft, only=only)
+
+
+def recovering(
+    draft: Draft, *, avoid: Set[AgentName] = frozenset(), only: Set[AgentName] = frozenset()
+) -> None:
     """Between attempts: settle, charge the budget, pause, place."""
     if wants_cancel(draft):
         checkpoints.settle(draft, patient=False)
@@ -488,7 +544,9 @@ def recovering(draft: Draft, *, avoid: Set[AgentName] = frozenset()) -> None:
         draft.say("waiting before the next attempt: the last ones got nowhere")
         stop_survivors(draft)
         return
-    found = placement.place(draft, avoid=avoid, join_window=since is not None)
+    found = placement.place(
+        draft, avoid=avoid, without=rules.shunned(draft), only=only, join_window=since is not None
+    )
     if found.members:
         start_attempt(draft, found.members, draft.status.store)
         release_strays(draft)
@@ -620,6 +678,8 @@ def release_strays(draft: Draft) -> None:
     for agent, stored in sorted(draft.job.workers.items()):
         snapshot = stored.value
         if agent in members or snapshot.attempt > draft.status.attempt:
+            continue
+        if spares.is_kept(draft, agent) or elastic.is_joining(draft, agent):
             continue
         why = "this agent is not part of the attempt"
         draft.command(agent, Stop(draft.header_of(snapshot), 0.0, release=True, why=why))

@@ -61,25 +61,33 @@ class Shelf:
     """What the attempt that is under way started from."""
     verified: Set[Seq] = frozenset()
     """Those of which every byte has been read back."""
+    passed_over: Set[Seq] = frozenset()
+    """Those that training was rolled back past."""
+
+    def good(self) -> list[CommitRecord]:
+        """Those that an attempt may begin from."""
+        return [c for c in self.commits if c.seq not in self.bad and c.seq not in self.passed_over]
 
 
 def why_kept(shelf: Shelf) -> dict[Seq, str]:
     """Return the checkpoints that stay, each with the reason; all others may go.
 
     Only committed ones that are not quarantined count: a damaged one must not
-    push out a good one.
+    push out a good one, nor may one that training was rolled back past.
     """
-    good = [commit for commit in shelf.commits if commit.seq not in shelf.bad]
+    good = shelf.good()
     kept: dict[Seq, str] = {}
     for commit in _every(good, shelf.keep_every_steps):
         kept[commit.seq] = f"the first at or after a multiple of {shelf.keep_every_steps} steps"
     for commit in good[-max(1, shelf.keep_last) :]:
         kept[commit.seq] = f"one of the last {max(1, shelf.keep_last)}"
-    # A damaged one is kept as evidence until a good one is newer.
+    # What nothing begins from is kept as evidence until a good one is newer.
     newest_good = good[-1].seq if good else Seq(0)
     for commit in shelf.commits:
         if commit.seq in shelf.bad and commit.seq > newest_good:
             kept[commit.seq] = "damaged, and none that is good is newer"
+        elif commit.seq in shelf.passed_over and commit.seq > newest_good:
+            kept[commit.seq] = "training was rolled back past it, and none that is good is newer"
     verified = [commit.seq for commit in good if commit.seq in shelf.verified]
     if verified:
         kept[verified[-1]] = "the last one that was read back whole"
@@ -91,9 +99,9 @@ def untouchable(shelf: Shelf) -> dict[Seq, str]:
     found: dict[Seq, str] = {}
     for seq in shelf.pinned:
         found[seq] = "pinned"
-    good = [commit.seq for commit in shelf.commits if commit.seq not in shelf.bad]
+    good = shelf.good()
     if good:
-        found[good[-1]] = "the newest that is not damaged"
+        found[good[-1].seq] = "the newest that is not damaged"
     if shelf.restore is not None:
         found[shelf.restore] = "what the current attempt started from"
     if shelf.latest is not None:
@@ -125,6 +133,7 @@ def shelf(draft: Draft) -> Shelf:
         None if draft.job.latest is None else draft.job.latest.value.seq,
         restore.seq if restore is not None and placed else None,
         set(draft.job.verified),
+        set(draft.status.passed_over),
     )
 
 

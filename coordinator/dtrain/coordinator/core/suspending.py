@@ -111,7 +111,7 @@ def _is_saved(draft: Draft, members: Sequence[Seat]) -> bool:
     since = draft.in_phase_since
     until = (draft.now if since is None else since) + draft.spec.checkpoint.timeout_s
     if going := draining.leaving(members):
-        until = min(until, draining.ends_at(going))
+        until = min(until, draining.ends_at(draft, going))
     if draft.now >= until or checkpoints.is_pointless(draft, members):
         return True
     draft.wake(until)

@@ -18,6 +18,7 @@ from dtrain.protocol.checkpoint import (
     Quarantine,
     Verification,
 )
+from dtrain.protocol.cluster import Cordon, Suspicion
 from dtrain.protocol.ids import AgentName, ClusterName, JobName, Rank, ReplicaId, Seq, Term, Uid
 from dtrain.protocol.job import Intent, JobSpec, JobStatus
 from dtrain.protocol.snapshot import NodeRecord, WorkerSnapshot
@@ -101,6 +102,16 @@ class SweepFound:
 
 
 @dataclass(frozen=True, slots=True)
+class Sightings:
+    """What this leader has seen of an attempt: since when ranks are slow, or named ones are not any more."""
+
+    of: tuple[str, int] = ("", 0)
+    """Its uid and number."""
+    slow: Mapping[Rank, float] = field(default_factory=dict)
+    fine: Mapping[Rank, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class JobView:
     """Everything known of one job."""
 
@@ -144,6 +155,8 @@ class JobView:
     """When the last probe of the store ended; None: unknown, or never."""
     step_rate: float = 0.0
     """Steps per second of the current attempt, from its snapshots; 0.0: not known yet."""
+    sightings: Sightings = Sightings()
+    """Which ranks have been slower than the others, and since when."""
     quarantined: str = ""
     """Not empty: deciding about this job crashed repeatedly; leave it alone."""
 
@@ -156,7 +169,10 @@ class AgentView:
     seen_at: float
     """When this leader first saw this incarnation."""
     draining_at: float | None = None
-    """When this replica first saw that the agent drains, in whichever of its lives; None: it does not."""
+    """When this replica first saw that the agent drains, in whichever of its lives, or that an operator
+    wants it empty; None: neither."""
+    vacating: Cordon | None = None
+    """An operator wants it empty; the agent itself stays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +201,9 @@ class FleetView:
     """Of ``lost_at``, those that drained: they end their ranks before they go and are not waited for."""
     scrub_interval_s: float = 0.0
     """How often committed checkpoints are read whole; 0: never."""
+    suspicions: Mapping[AgentName, Stored[Suspicion]] = field(default_factory=dict)
+    cordon_s: float = 0.0
+    """How long a suspected machine is cordoned; 0: machines are not suspected."""
     queue: Queue = NO_QUEUE
     """The jobs that wait for machines, what is claimed for them, and who makes room."""
 
