@@ -458,6 +458,19 @@ def test_release_forgets_the_job_once_its_launcher_is_gone() -> None:
     assert DeleteSnapshot(JOB) in table.last.actions
 
 
+def test_a_stop_that_comes_late_does_not_take_a_release_back() -> None:
+    table = Table().training()
+    table.command(table.stop(release=True))
+    table.command(table.stop())
+    table.report(LauncherEnded(0))
+    table.tick(0.1)
+    from dtrain.agent.core.events import ProcessesProbed
+
+    table.feed(ProcessesProbed(JOB, Uid("u1"), ()))
+    assert JOB not in table.state.jobs
+    assert DeleteSnapshot(JOB) in table.last.actions
+
+
 def test_a_launcher_that_ignores_stop_is_killed() -> None:
     table = Table().training()
     table.command(table.stop(grace_s=5.0))

@@ -188,7 +188,9 @@ def _stop(job: JobState | None, command: Stop, now: float, out: list[Action]) ->
     if job.uid != head.uid or head.attempt < job.attempt:
         return None
     tell_all(job, StopRank(command.why), out)
-    stopping = Stopping(command.release, command.why, now + command.grace_s + STOP_SLACK_S)
+    # A STOP that was overtaken takes nothing back: the one that releases is known, and not obeyed again.
+    release = command.release or (job.stopping is not None and job.stopping.release)
+    stopping = Stopping(release, command.why, now + command.grace_s + STOP_SLACK_S)
     launcher = job.launcher
     # Taking the header's attempt over refuses a PREPARE or START that this STOP overtook.
     job = dataclasses.replace(job, attempt=head.attempt)
