@@ -22,6 +22,7 @@ def submit(
     pause_ms: float = 5.0,
     nnodes: int = 2,
     nproc: int = 2,
+    spares: int = 0,
 ) -> JobName:
     """Submit and return at once."""
     spec = JobSpec(
@@ -36,6 +37,8 @@ def submit(
         nnodes,
         nproc,
         working_dir=str(SCRIPT.parent),
+        preload=("sklearn.datasets",),
+        spares=spares,
         checkpoint=CheckpointPolicy(every_steps=every_steps),
         restarts=RestartPolicy(1000),
         env={"TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"},

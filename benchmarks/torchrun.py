@@ -38,26 +38,35 @@ class Torchrun:
         self._agents: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
-        # With torch 2.13's shared store a killed rank was not back within a minute.
-        env = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
-        for node in range(self._nnodes):
-            with (self._folder / f"torchrun-{node}.log").open("wb") as log:
-                self._agents.append(
-                    subprocess.Popen(
-                        self._command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
-                    )
-                )
+        self._agents = [self._start(node) for node in range(self._nnodes)]
 
     def stop(self) -> None:
         """Kill the agents and every rank of theirs."""
         for agent in self._agents:
-            try:
-                family = [psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)]
-            except psutil.NoSuchProcess:
-                continue
-            for process in family:
-                try:
-                    process.send_signal(signal.SIGKILL)
-                except psutil.NoSuchProcess:
-                    continue
-            agent.wait()
+            _kill(agent)
+
+    def replace(self, node: int) -> None:
+        """Kill an agent with its ranks; another one takes its place at once."""
+        _kill(self._agents[node])
+        self._agents[node] = self._start(node)
+
+    def _start(self, node: int) -> "subprocess.Popen[bytes]":
+        # With torch 2.13's shared store a killed rank was not back within a minute.
+        env = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+        with (self._folder / f"torchrun-{node}.log").open("ab") as log:
+            return subprocess.Popen(
+                self._command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            )
+
+
+def _kill(agent: "subprocess.Popen[bytes]") -> None:
+    try:
+        family = [psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for process in family:
+        try:
+            process.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    agent.wait()

@@ -124,6 +124,7 @@ MEANINGS = {
     "WorkerSnapshot.stalls": "ranks that have completed no step for longer than their deadline",
     "WorkerSnapshot.stacks": "what the local ranks were doing when the leader asked last",
     "RankState.timing": "what its steps took lately",
+    "RankState.sealed": "the newest checkpoint that lies complete in its arena; sure once it has ended",
     "HangPolicy.enabled": "whether ranks are taken for hung at all",
     "HangPolicy.timeout_s": "seconds without a step; 0: follows the job's own step times",
     "HangPolicy.startup_s": "seconds from START to the first step",

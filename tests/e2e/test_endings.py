@@ -1,5 +1,7 @@
 """How jobs end: every end has its reason, every failure its cause, and nothing is left behind."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,29 @@ def test_an_exception_in_one_rank_is_the_root_cause_not_its_victims(harness: Har
     assert "budget of 1 restart is spent" in status.reason
     assert harness.events(job, EventReason.BUDGET_EXHAUSTED)
     harness.assert_released(job)
+
+
+def test_an_error_of_the_script_ends_the_job_once_another_machine_has_shown_it(harness: Harness) -> None:
+    args = "--steps 50 --bad-rank 1 --bad-step 5 --bad raise=no-such-column"
+    job = harness.submit("mistaken", args, nnodes=1, every_steps=0, max_restarts=10)
+    status = harness.await_end(job, JobPhase.FAILED)
+    # Twice on the machine that it had, the third time elsewhere, of ten restarts that it had.
+    assert status.attempt == 3
+    assert len({mark.agent for mark in status.marks}) == 2
+    assert "the same error came at the same step" in status.reason
+    assert "no-such-column" in status.reason
+    assert harness.events(job, EventReason.USER_ERROR)
+    told = describe(harness, job)
+    assert told[0].startswith(f"{job} is FAILED: rank 1 on a")
+    assert told[1].startswith("First failure of attempt 3   rank 1 on a")
+    assert any("| " in line and "no-such-column" in line for line in told)
+    harness.assert_released(job)
+
+
+def describe(harness: Harness, job: JobName) -> list[str]:
+    command = [sys.executable, "-m", "dtrain.cli", "describe", "job", job]
+    command += ["--coordinators", ",".join(harness.cluster.addresses)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
 
 
 def test_a_script_that_exits_at_once_fails_when_its_budget_is_spent(harness: Harness) -> None:

@@ -730,7 +730,7 @@ def _threaded() -> Iterator[Bench]:
 def test_preload_that_starts_a_thread_makes_ranks_exec_and_is_named(bare: Bare) -> None:
     with _threaded() as bench:
         warning = bench.desk.wait(LauncherReady).warning
-        assert "thready runs 1 more thread(s)" in warning
+        assert "thready runs 1 more thread (" in warning
         assert "exec instead of fork" in warning
         assert bench.run("import sys; assert 'thready' not in sys.modules; sys.exit(7)\n").exit_code == 7
         ended = bench.run("raise ValueError('boom')\n")

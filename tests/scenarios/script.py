@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+from dtrain.coordinator.core.stamps import iso
 from dtrain.protocol.checkpoint import CommitRecord
+from dtrain.protocol.cluster import Blame, Cordon, Suspicion
 from dtrain.protocol.events import EventReason
-from dtrain.protocol.ids import JobName, Uid
+from dtrain.protocol.ids import AgentName, Attempt, JobName, Term, Uid
 from dtrain.protocol.job import (
     TERMINAL_PHASES,
     CheckpointPolicy,
@@ -24,6 +26,8 @@ from dtrain.protocol.job import (
     RestartPolicy,
     Wanted,
 )
+from dtrain.protocol.snapshot import FailureKind
+from dtrain.storage.etcd.port import Delete, Txn
 from tests.scenarios.stage import TICK_S, Stage, StageMachine
 from tests.sim.training import SimRank
 
@@ -116,7 +120,7 @@ class Script:
     def do_submit(self, name: str, *words: str) -> None:
         """``submit JOB nnodes=1[:2] nproc=1 every_steps=0 steps=1000 keep=3 restarts=10 timeout=60``,
 
-        ``isolation_grace=0 reschedule_grace=0 nonfinite=warn|fail|rollback:2``.
+        ``isolation_grace=0 reschedule_grace=0 spares=0 nonfinite=warn|fail|rollback:2 priority=0``.
         """
         _, options = _options(words)
         low, _, high = options.get("nnodes", "1").partition(":")
@@ -144,8 +148,12 @@ class Script:
             shutdown_grace_s=5.0,
             isolation_grace_s=float(options.get("isolation_grace", "0")),
             reschedule_grace_s=float(options.get("reschedule_grace", "0")),
+            spares=int(options.get("spares", "0")),
             nonfinite=NonFinitePolicy(NonFiniteAction(action), back=int(back or "1")),
+            priority=int(options.get("priority", "0")),
+            submitted_at=iso(stage.scheduler.now),
         )
+        stage.told.several = bool(stage.specs)
         stage.jobs[job].spec = spec
         # The simulation's checks find a job by its submission.
         stage.jobs[JobName(spec.uid)] = stage.jobs[job]
@@ -157,6 +165,16 @@ class Script:
         """``cancel JOB``: an operator cancels it."""
         job = JobName(name)
         self._intend(job, replace(self._stage.intents[job], wanted=Wanted.CANCEL, by="ann"))
+
+    def do_suspend(self, name: str) -> None:
+        """``suspend JOB``: an operator wants its machines for something else."""
+        job = JobName(name)
+        self._intend(job, replace(self._stage.intents[job], wanted=Wanted.SUSPEND, by="ann"))
+
+    def do_resume(self, name: str) -> None:
+        """``resume JOB``."""
+        job = JobName(name)
+        self._intend(job, replace(self._stage.intents[job], wanted=Wanted.RUN, by="ann"))
 
     def do_save(self, name: str, *words: str) -> None:
         """``save JOB at=40 ranks=0,1 step=40``: scripts of these ranks save a step at ``at``."""
@@ -215,7 +233,8 @@ class Script:
         }
         if kind in stage.specs:
             phases = TERMINAL_PHASES if what == "over" else {what}
-            self._wait(" ".join(words), lambda: self._status() is not None and self._status().phase in phases)
+            history = checks.history(JobName(kind))
+            self._wait(" ".join(words), lambda: history.status is not None and history.status.phase in phases)
         elif kind in stage.machines:
             self._wait(" ".join(words), lambda: stage.told.phase(kind) == what)
         elif kind in conditions:
@@ -263,6 +282,38 @@ class Script:
         names, options = _options(words)
         for name in names:
             self._stage.machines[name].drain(float(options.get("grace", "60")))
+
+    def do_suspect(self, seconds: str) -> None:
+        """``suspect 60``: machines that are blamed too often are cordoned for so long."""
+        self._stage.cordon_s = float(seconds)
+        for coordinator in self._stage.coordinators.values():
+            coordinator.driver.world._cordon_s = float(seconds)
+
+    def do_blamed(self, name: str, times: str) -> None:
+        """``blamed a2 2``: so many attempts of other jobs have ended because of it."""
+        agent, began = AgentName(name), 1_800_000_000.0
+        blames = tuple(
+            Blame(JobName(f"other-{n}"), Uid(f"o{n}"), Attempt(1), FailureKind.SIGNAL, began)
+            for n in range(int(times))
+        )
+        self._stage.put(self._stage.keys.suspicion(agent), Suspicion(Term(1), agent, blames))
+
+    def do_cordon(self, name: str, *words: str) -> None:
+        """``cordon a2 [drain] new disk``: an operator wants it free of new ranks, or empty."""
+        drain, agent = words[:1] == ("drain",), AgentName(name)
+        reason = " ".join(words[1:] if drain else words)
+        self._stage.put(self._stage.keys.cordon(agent), Cordon(agent, reason, "ann", drain=drain))
+
+    def do_uncordon(self, name: str) -> None:
+        """``uncordon a2``: an operator lets ranks on it again."""
+        self._stage.etcd.txn(Txn(success=(Delete(self._stage.keys.cordon(AgentName(name))),)))
+        self._stage.publish()
+
+    def do_notice(self, *words: str) -> None:
+        """``notice a2 grace=25``: its cloud says that the machine goes; it goes by ``power off``."""
+        names, options = _options(words)
+        for name in names:
+            self._stage.machines[name].notice(float(options.get("grace", "25")))
 
     def do_cut(self, name: str) -> None:
         """``cut a2``: its agent reaches neither etcd nor a coordinator; its ranks reach the others."""

@@ -93,6 +93,8 @@ class Stage:
         self.network = self
         self.groups: dict[str, Group] = {}
         self.agent_ttl_s = TTL_S
+        self.cordon_s = 0.0
+        """How long machines are cordoned that were blamed too often; 0: they are not."""
         self.jobs: dict[JobName, SimpleNamespace] = {}
         """What the ranks must know of each job: ``total_steps``."""
         self.machines: dict[str, StageMachine] = {}
@@ -130,8 +132,11 @@ class Stage:
     # etcd.
 
     def new_lease(self) -> int:
+        self.etcd.grant(TTL_S, self.next_lease())
+        return self._leases
+
+    def next_lease(self) -> int:
         self._leases += 1
-        self.etcd.grant(TTL_S, self._leases)
         return self._leases
 
     def publish(self) -> None:
@@ -307,6 +312,9 @@ class Link:
         stage.to_lose.pop(0)
         return how
 
+    def grant(self, ttl_s: int, lease: int, *, deadline_s: float = 5.0) -> float:
+        return self._reach().grant(ttl_s, lease)
+
     def range(self, key: str, range_end: str | None = None, **how: Any) -> RangeResult:
         return self._reach().range(key, range_end, **how)
 
@@ -331,10 +339,16 @@ class Coordinator:
         self.process = Process(stage.scheduler, self.name, stage.checks.bug)
         link: Any = Link(stage, lambda: False)
         clock = SimClock(stage.scheduler, 0.0, 1.0)
-        world = World(stage.name, ReplicaId(self.name), agent_ttl_s=TTL_S, default_store=stage.store.uri)
+        world = World(
+            stage.name,
+            ReplicaId(self.name),
+            agent_ttl_s=TTL_S,
+            default_store=stage.store.uri,
+            cordon_s=stage.cordon_s,
+        )
         self.driver = Driver(world, plan, self)
         # The lease is not asked: that a deposed leader's writes fail must not rest on its clock.
-        self.committer = Committer(link, stage.name, may_act=lambda: True)
+        self.committer = Committer(link, stage.name, may_act=lambda: True, new_lease=stage.next_lease)
         self.worker = Worker(link, stage.stores, merge, clock)
         self.mirror = MirrorState()
         begin = stage.etcd.compacted + 1
@@ -511,6 +525,12 @@ class StageMachine(Machine):
         """SIGTERM at its guardian; it does not come back by itself."""
         assert self.agent is not None
         self.draining = DrainAsked("SIGTERM", self.scheduler.now, "", grace_s)
+        self.agent.drain()
+
+    def notice(self, grace_s: float) -> None:
+        """Its agent hears that the machine goes; what becomes of it is the script's."""
+        assert self.agent is not None
+        self.draining = DrainAsked("AWS: terminate", self.scheduler.now, "", grace_s, stays=True)
         self.agent.drain()
 
     def drained(self) -> None:

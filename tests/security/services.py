@@ -6,6 +6,7 @@ from dtrain.agent.core.decisions import Answer
 from dtrain.agent.link import AgentServer, AgentServicer
 from dtrain.agent.logs import RankLogs
 from dtrain.coordinator.api.checkpoints import CheckpointDesk
+from dtrain.coordinator.api.cordons import Cordons
 from dtrain.coordinator.api.records import Operators
 from dtrain.coordinator.api.server import Server, waiting_slots
 from dtrain.coordinator.api.servicers import CoordinatorServicer, Identity
@@ -40,6 +41,7 @@ class Replica:
             self.channels,
             Stores(),
             checkpoints=CheckpointDesk(self.etcd, CLUSTER, SystemClock(), lambda _work: Orphans()),
+            cordons=Cordons(self.etcd, CLUSTER, SystemClock()),
             term=lambda: None,
             waiting=waiting_slots(),
             problems=tls.problems if tls else tuple,

@@ -71,6 +71,8 @@ REQUESTS: dict[str, Any] = {
     "/dtrain.v1.Coordinator/CollectGarbage": coordinator_pb2.CollectGarbageRequest(job="none"),
     "/dtrain.v1.Coordinator/ImportCheckpoint": coordinator_pb2.ImportCheckpointRequest(job="none", ttl_s=60),
     "/dtrain.v1.Coordinator/ReviewGarbage": coordinator_pb2.ReviewGarbageRequest(job="none"),
+    "/dtrain.v1.Coordinator/Cordon": coordinator_pb2.CordonRequest(agent="none"),
+    "/dtrain.v1.Coordinator/Uncordon": coordinator_pb2.UncordonRequest(agent="none"),
     "/dtrain.v1.Agent/Execute": agent_pb2.Command(header=agent_pb2.Header(cluster="c1")),
     "/dtrain.v1.Agent/ReadLog": agent_pb2.ReadLogRequest(job="none", uid="u1", stream="stdout"),
 }
@@ -88,6 +90,8 @@ MAY = {
     "/dtrain.v1.Coordinator/CollectGarbage": {"operator"},
     "/dtrain.v1.Coordinator/ImportCheckpoint": {"operator"},
     "/dtrain.v1.Coordinator/ReviewGarbage": {"operator"},
+    "/dtrain.v1.Coordinator/Cordon": {"operator"},
+    "/dtrain.v1.Coordinator/Uncordon": {"operator"},
     "/dtrain.v1.Agent/Execute": {"coordinator"},
     "/dtrain.v1.Agent/ReadLog": {"coordinator"},
 }

@@ -394,6 +394,8 @@ class SimRank:
             return True
         if self._held is None or not self.alive:
             return False
+        if self.session.stop_reason is not None:
+            return True  # as ``Run.steps`` does: told to stop, it leaves before another step
         begin, until = self._held
         return self.scheduler.now < until and self.session.is_held(begin.seq)
 

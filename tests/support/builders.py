@@ -7,6 +7,7 @@ from typing import Any
 from dtrain.coordinator.core import invariants, stragglers
 from dtrain.coordinator.core.decisions import Decision, Directed, PutRecord, Work
 from dtrain.coordinator.core.plan import plan
+from dtrain.coordinator.core.queue import Queue
 from dtrain.coordinator.core.views import (
     AgentView,
     FleetView,
@@ -164,6 +165,8 @@ class Stage:
     pinned: set[Seq] = field(default_factory=set)
     inspections: dict[tuple[Seq, str, str, int], Inspection] = field(default_factory=dict)
     scrub_interval_s: float = 0.0
+    cordon_s: float = 0.0
+    queue: Queue = Queue()
     swept_found: SweepFound = SweepFound()
     store_ok: bool | None = True
     store_problem: str = ""
@@ -288,6 +291,7 @@ class Stage:
 
     def fleet(self) -> FleetView:
         """The machines as the leader sees them."""
+        written = {p.agent for key in self.cells if (p := KEYS.parse(key)) and p.kind == "cordon"}
         return FleetView(
             CLUSTER,
             ReplicaId("c1"),
@@ -295,7 +299,7 @@ class Stage:
             self.took_office_at,
             dict(self.agents),
             dict(self.lost_at),
-            frozenset(self.cordoned),
+            frozenset(self.cordoned) | written,
             dict(self.used),
             dict(self.unreachable),
             self.brake,
@@ -304,6 +308,13 @@ class Stage:
             self.losses_settle_at,
             frozenset(self.left),
             self.scrub_interval_s,
+            {
+                parsed.agent: Stored(cell.value, cell.mod, cell.create, cell.seen_at)
+                for key, cell in self.cells.items()
+                if (parsed := KEYS.parse(key)) and parsed.kind == "suspicion"
+            },
+            self.cordon_s,
+            self.queue,
         )
 
     # Deciding.

@@ -142,9 +142,11 @@ class Harness:
         shutdown_grace_s: float = 2.0,
         isolation_grace_s: float = 0.0,
         reschedule_grace_s: float = 0.0,
+        spares: int = 0,
         marks: bool = True,
         await_import: bool = False,
         nonfinite: NonFinitePolicy = NonFinitePolicy(),  # noqa: B008 - immutable
+        priority: int = 0,
     ) -> JobName:
         """Submit a job; its ranks leave marks."""
         job = JobName(name)
@@ -170,6 +172,8 @@ class Harness:
             isolation_grace_s=isolation_grace_s,
             reschedule_grace_s=reschedule_grace_s,
             nonfinite=nonfinite,
+            spares=spares,
+            priority=priority,
         )
         self.client.submit(codec.encode(self._specs[job]), uuid.uuid4().hex)
         return job

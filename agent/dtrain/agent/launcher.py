@@ -61,7 +61,8 @@ EXIT_NOT_FORKED = 70
 
 def log(event: str, **fields: object) -> None:
     """One line to launcher.log. Not ``logging``: its handlers would be inherited by the ranks."""
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    now = time.time()
+    stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now * 1000) % 1000:03d}Z"
     line = " ".join([stamp, event, *(f"{name}={value!r}" for name, value in fields.items())])
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode())

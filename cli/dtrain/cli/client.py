@@ -19,6 +19,7 @@ import grpc
 
 from dtrain.protocol import codec, errors
 from dtrain.protocol.checkpoint import CommitRecord
+from dtrain.protocol.cluster import Cordon
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, TimedOut, Unavailable
 from dtrain.protocol.pb import coordinator_pb2 as pb
 from dtrain.protocol.pb.coordinator_pb2_grpc import CoordinatorStub
@@ -249,6 +250,25 @@ class Client:
         request = pb.SetIntentRequest(job=job, wanted=wanted, checkpoint_token=checkpoint_token, by=by)
         reply = self._call(lambda stub, timeout: stub.SetIntent(request, timeout=timeout))
         return int(reply.revision)
+
+    def cordon(self, agent: str, *, reason: str, ttl_s: int = 0, drain: bool = False, by: str = "") -> Cordon:
+        """Keep new ranks off a machine, for ``ttl_s`` or until it is lifted; return the record.
+
+        Raises:
+            NotFound: there is no such agent.
+            Unavailable: no replica could be reached, or none reaches etcd.
+        """
+        request = pb.CordonRequest(agent=agent, reason=reason, by=by, ttl_s=ttl_s, drain=drain)
+        reply = self._call(lambda stub, timeout: stub.Cordon(request, timeout=timeout))
+        self._seen_revision = max(self._seen_revision, int(reply.revision))
+        return codec.decode(Cordon, reply.record)
+
+    def uncordon(self, agent: str) -> bool:
+        """Let ranks on a machine again; False: it was not cordoned."""
+        request = pb.UncordonRequest(agent=agent)
+        reply = self._call(lambda stub, timeout: stub.Uncordon(request, timeout=timeout))
+        self._seen_revision = max(self._seen_revision, int(reply.revision))
+        return bool(reply.removed)
 
     def read(self, prefix: str, *, after_revision: int = 0, wait_s: float = 0.0) -> Reading:
         """Return the records under ``prefix``.

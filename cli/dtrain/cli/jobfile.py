@@ -9,13 +9,17 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from dtrain.cli import yamlmarks
-from dtrain.cli.jobschema import PROGRAMS, CheckpointSection, JobModel, RestartsSection, to_spec
+from dtrain.cli.jobschema import PROGRAMS, CheckpointSection, JobModel, RestartsSection, RuleSection, to_spec
 from dtrain.cli.yamlmarks import Document, Problem, show_path
 from dtrain.protocol.errors import ErrorCode, NotFound, Refused
 from dtrain.protocol.job import EntryKind, JobSpec
 from dtrain.runtime import redact
 
-_SECTIONS: dict[str, type[BaseModel]] = {"checkpoint": CheckpointSection, "restarts": RestartsSection}
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "checkpoint": CheckpointSection,
+    "restarts": RestartsSection,
+    "failure_rules": RuleSection,
+}
 _AS_TYPED = ("args", "env", "command")
 """Numbers in here are meant as they were typed: ``1e-3`` stays ``1e-3``."""
 

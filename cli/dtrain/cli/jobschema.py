@@ -6,22 +6,27 @@ error, ``jobfile.py`` gives each its place.
 
 import re
 import shlex
+import signal
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from dtrain.cli.durations import parse_s
+from dtrain.protocol import patterns
 from dtrain.protocol.errors import Refused
 from dtrain.protocol.ids import JobName, Uid, parse_name
 from dtrain.protocol.job import (
+    RULE_REASONS,
     CheckpointPolicy,
     Entry,
     EntryKind,
+    FailureRule,
     JobSpec,
     NonFiniteAction,
     NonFinitePolicy,
     RestartPolicy,
+    RuleAction,
 )
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -29,12 +34,15 @@ _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _RANGE = re.compile(r"(\d+)\s*:\s*(\d+)")
 
 NPROC_WORDS = ("auto", "cpu", "gpu")
+_RULE = FailureRule(RuleAction.RESTART)
+RULES_MAX = 32
 _CHECKPOINT, _RESTARTS, _NONFINITE = CheckpointPolicy(), RestartPolicy(), NonFinitePolicy()
 
 
 METRIC_NAME_CHARS_MAX = 64
 """Of reported numbers: agents cut longer names."""
 
+PRIORITY_MAX = 1000
 BANDWIDTH_MB_S_MIN, BANDWIDTH_MB_S_MAX = 0.1, 1_000_000.0
 
 
@@ -188,6 +196,71 @@ def _yes_or_no(value: Any) -> bool:
     return value
 
 
+def _rules(value: Any) -> Any:
+    if not isinstance(value, list):
+        raise ValueError(f"{_show(value)} is not a list of rules, each beginning with '-'")
+    if len(value) > RULES_MAX:
+        raise ValueError(f"has {len(value)} rules; at most {RULES_MAX} are looked at")
+    return value
+
+
+def _action(value: Any) -> RuleAction:
+    try:
+        return RuleAction(value)
+    except ValueError:
+        raise ValueError(f"{_show(value)} is no action: write one of {', '.join(RuleAction)}") from None
+
+
+def _reasons(value: Any) -> tuple[str, ...]:
+    names = _listed(value)
+    for name in names:
+        if name not in RULE_REASONS:
+            raise ValueError(f"{_show(name)} is no reason: write some of {', '.join(RULE_REASONS)}")
+    return names
+
+
+def _signals(value: Any) -> tuple[int, ...]:
+    found = []
+    for item in _listed(value):
+        name = str(item).upper()
+        try:
+            number = (
+                signal.Signals(item)
+                if isinstance(item, int)
+                else signal.Signals[f"SIG{name.removeprefix('SIG')}"]
+            )
+        except (ValueError, KeyError):
+            raise ValueError(f"{_show(item)} is no signal: write SIGSEGV or 11") from None
+        found.append(int(number))
+    return tuple(found)
+
+
+def _numbers(low: int, high: int) -> BeforeValidator:
+    def check(value: Any) -> tuple[int, ...]:
+        for item in _listed(value):
+            if isinstance(item, bool) or not isinstance(item, int) or not low <= item <= high:
+                raise ValueError(f"{_show(item)} is not a number from {low} to {high}")
+        return _listed(value)
+
+    return BeforeValidator(check)
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    """A list, or the only thing in it."""
+    if isinstance(value, list):
+        return tuple(value)
+    if value is None or isinstance(value, dict):
+        raise ValueError(f"{_show(value)} is not a list")
+    return (value,)
+
+
+def _pattern(value: Any) -> str:
+    why = patterns.problem(_text(value))
+    if why:
+        raise ValueError(f"{value!r} {why}")
+    return _text(value)
+
+
 def _nonfinite_action(value: Any) -> str:
     allowed = [action.value for action in NonFiniteAction]
     if value not in allowed:
@@ -239,6 +312,18 @@ class RestartsSection(_Strict):
     window: Annotated[float, _seconds(above_zero=True)] = _RESTARTS.window_s
 
 
+class RuleSection(_Strict):
+    """One of ``failure_rules:``; all it names must be true of a failure."""
+
+    action: Annotated[RuleAction, BeforeValidator(_action)]
+    reasons: Annotated[tuple[str, ...], BeforeValidator(_reasons)] = _RULE.reasons
+    exit_codes: Annotated[tuple[int, ...], _numbers(1, 255)] = _RULE.exit_codes
+    signals: Annotated[tuple[int, ...], BeforeValidator(_signals)] = _RULE.signals
+    message: Annotated[str, BeforeValidator(_pattern)] = _RULE.message
+    cordon: Annotated[float, _seconds()] = _RULE.cordon_s
+    back: Annotated[int, _integer(1, 1000)] = _RULE.back
+
+
 class NonFiniteSection(_Strict):
     """``nonfinite:``, what follows from a reported number that is NaN or infinite."""
 
@@ -253,6 +338,7 @@ class JobModel(_Strict):
     name: Annotated[str, BeforeValidator(_name)]
     nnodes: Annotated[tuple[int, int], BeforeValidator(_nodes)] = (1, 1)
     nproc_per_node: Annotated[int, BeforeValidator(_nproc)] = 1
+    spares: Annotated[int, _integer(0)] = 0
     script: Annotated[str, BeforeValidator(_filled)] | None = None
     module: Annotated[str, BeforeValidator(_module)] | None = None
     command: Annotated[tuple[str, ...], BeforeValidator(_command)] | None = None
@@ -262,10 +348,12 @@ class JobModel(_Strict):
     preload: Annotated[tuple[str, ...], BeforeValidator(_modules)] = ()
     checkpoint: CheckpointSection = CheckpointSection()
     restarts: RestartsSection = RestartsSection()
+    failure_rules: Annotated[tuple[RuleSection, ...], BeforeValidator(_rules)] = ()
     nonfinite: NonFiniteSection = NonFiniteSection()
     shutdown_grace: Annotated[float, _seconds()] = 30.0
     isolation_grace: Annotated[float, _seconds()] = 0.0
     reschedule_grace: Annotated[float, _seconds()] = 0.0
+    priority: Annotated[int, _integer(-PRIORITY_MAX, PRIORITY_MAX)] = 0
 
 
 PROGRAMS = ("script", "module", "command")
@@ -291,6 +379,7 @@ def to_spec(model: JobModel, folder: Path) -> JobSpec:
         nnodes_min=model.nnodes[0],
         nnodes_max=model.nnodes[1],
         nproc_per_node=model.nproc_per_node,
+        spares=model.spares,
         working_dir=str((folder / Path(model.working_dir).expanduser()).resolve()),
         env=model.env,
         preload=model.preload,
@@ -305,6 +394,18 @@ def to_spec(model: JobModel, folder: Path) -> JobSpec:
             await_import=model.checkpoint.await_import,
         ),
         restarts=RestartPolicy(max_restarts=model.restarts.max, window_s=model.restarts.window),
+        failure_rules=tuple(
+            FailureRule(
+                rule.action,
+                rule.reasons,
+                rule.exit_codes,
+                rule.signals,
+                rule.message,
+                cordon_s=rule.cordon,
+                back=rule.back,
+            )
+            for rule in model.failure_rules
+        ),
         nonfinite=NonFinitePolicy(
             action=NonFiniteAction(model.nonfinite.action),
             metrics=model.nonfinite.metrics,
@@ -313,4 +414,5 @@ def to_spec(model: JobModel, folder: Path) -> JobSpec:
         shutdown_grace_s=model.shutdown_grace,
         isolation_grace_s=model.isolation_grace,
         reschedule_grace_s=model.reschedule_grace,
+        priority=model.priority,
     )

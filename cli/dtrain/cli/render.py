@@ -59,7 +59,7 @@ def ago(since: str, now: float) -> str:
 def jobs(cluster: Cluster, now: float, *, wide: bool = False) -> Table:
     """``get jobs``."""
     headings = ("NAME", "PHASE", "STEP", "ATTEMPT", "RANKS", "LAST-CKPT", "AGE")
-    extra = ("UID", "MEMBERS", "RESTARTS")
+    extra = ("UID", "MEMBERS", "RESTARTS", "PRIORITY")
     rows = []
     for job in cluster.jobs.values():
         submitted = job.spec.submitted_at if job.spec else ""
@@ -77,6 +77,7 @@ def jobs(cluster: Cluster, now: float, *, wide: bool = False) -> Table:
                 (job.spec.uid if job.spec else "") or UNKNOWN,
                 ",".join(member.agent for member in job.status.members) if job.status else UNKNOWN,
                 restarts(job, now),
+                str(job.spec.priority) if job.spec else UNKNOWN,
             )
         rows.append((*row, reason(job)))
     return Table((*headings, *(extra if wide else ()), "REASON"), tuple(rows))
@@ -307,14 +308,19 @@ def restarts(job: Job, now: float) -> str:
 
 
 def agent_status(agent: Agent) -> str:
-    """Ready, Draining (it ends), Cordoned, Blocked (something on it does not die), or Lost (no lease)."""
+    """Ready, Draining, Cordoned, Blocked (something on it does not die), or Lost (no lease).
+
+    Draining: it is about to end, or an operator wants it empty and it is not yet.
+    """
     if agent.node is None:
         return "Lost"
     if agent.node.draining is not None:
         return "Draining"
     if agent.node.problem:
         return "Blocked"
-    return "Cordoned" if agent.cordon else "Ready"
+    if agent.cordon is None:
+        return "Ready"
+    return "Draining" if agent.cordon.drain and agent.workers else "Cordoned"
 
 
 def agent_reason(agent: Agent) -> str:
@@ -357,28 +363,47 @@ def failure_title(failure: Failure) -> str:
 
 
 def failure_card(failure: Failure, *, lines_max: int = 50) -> list[str]:
-    """Root cause and the end of its log, indented."""
-    card = [f"Root cause of attempt {failure.attempt}   {failure_title(failure)}"]
+    """Who failed first and the end of its log, indented; what failed because of it, folded."""
+    at = f" (at step {failure.step})" if failure.step else ""
+    card = [f"First failure of attempt {failure.attempt}   {failure_title(failure)}{at}"]
     tail = failure.log_tail.rstrip("\n").splitlines()[-lines_max:] if failure.log_tail else []
-    return card + [f"    | {line}" for line in tail]
+    card += [f"    | {line}" for line in tail]
+    if failure.also:
+        count = len(failure.also)
+        card.append(f"    + {count} more failed with it: {failure.also[0]}" + ("; ..." if count > 1 else ""))
+    return card
+
+
+def headline(job: Job) -> str:
+    """One sentence: how the job is, and why."""
+    sentence = f"{job.name} is {job.phase}: {reason(job)}"
+    failure = job.status.failure if job.status else None
+    if failure is None:
+        return sentence
+    cause = failure_title(failure)
+    # The leader's own sentence mostly has it already.
+    if job.finished or " ".join(failure.message.split()) in sentence:
+        return sentence
+    return f"{sentence}; attempt {failure.attempt} had ended because of {cause}"
 
 
 def describe_job(job: Job, now: float) -> list[str]:
     """``describe job``: the answer first, then what it rests on."""
     status, spec = job.status, job.spec
-    head = [job.name, str(job.phase)]
-    if job.attempt:
-        head.append(f"attempt {job.attempt}")
-    if spec:
-        head.append(f"restarts {restarts(job, now)} in {show_s(spec.restarts.window_s)}")
-    if status and status.since:
-        head.append(f"since {ago(status.since, now)}")
-    lines = ["  ".join(head), f"  {reason(job)}"]
-    if job.intent and job.intent.wanted.value != "run" and not job.finished:
-        lines.append(f"  wanted: {job.intent.wanted}" + (f" (by {job.intent.by})" if job.intent.by else ""))
+    lines = [headline(job)]
     if status and status.failure:
         lines += failure_card(status.failure)
-    lines += ["", _checkpoint_summary(job, now), f"Step          {job.step}"]
+    if job.intent and job.intent.wanted.value != "run" and not job.finished:
+        lines.append(f"  wanted: {job.intent.wanted}" + (f" (by {job.intent.by})" if job.intent.by else ""))
+    state = [str(job.phase)]
+    if job.attempt:
+        state.append(f"attempt {job.attempt}")
+    if spec:
+        state.append(f"restarts {restarts(job, now)} in {show_s(spec.restarts.window_s)}")
+    if status and status.since:
+        state.append(f"since {ago(status.since, now)}")
+    lines += ["", f"State         {'  '.join(state)}"]
+    lines += [_checkpoint_summary(job, now), f"Step          {job.step}"]
     if spec:
         lines += [
             f"Program       {spec.entry.kind} {' '.join((spec.entry.target, *spec.entry.args))}",
@@ -506,6 +531,8 @@ def _checkpoint_summary(job: Job, now: float) -> str:
         store = job.status.store if job.status else ""
         started = job.status is not None and job.status.attempt > 0
         parts.append("none yet" if store or not started else "off: the job has no store")
+    if job.status and job.status.passed_over:
+        parts.append(f"passed over {', '.join(map(str, job.status.passed_over))}")
     if job.status and job.status.restore:
         parts.append(f"attempt {job.attempt} restored {job.status.restore.seq}")
     return "Checkpoints   " + ", ".join(parts)

@@ -367,7 +367,10 @@ class JobStatus:
     stragglers: tuple[Rank, ...] = ()
     """Ranks of this attempt that are persistently slower than the others."""
     preempted_by: str = ""
-    """With SUSPENDING, and QUEUED after it: the job that needs the machines."""
+    """With SUSPENDING, and QUEUED after it: the job that needs the machines. It stays while the job runs
+    again, which is then left alone for a while."""
+    stopping: bool = False
+    """With SUSPENDING: the checkpoint is taken, or there will be none, and ranks are being stopped."""
     unswept: tuple[Former, ...] = ()
     """Earlier submissions of this name that were used again before their last sweep."""
 

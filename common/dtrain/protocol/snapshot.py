@@ -208,6 +208,8 @@ class RankState:
     timing: Timing | None = None
     nonfinite: tuple[str, ...] = ()
     """Reported numbers that are NaN or infinite now."""
+    sealed: Seq = Seq(0)
+    """The newest checkpoint that lies complete in this rank's arena; known for sure once it has ended."""
     nonfinite_seen: Mapping[str, Step] = field(default_factory=dict)
     """Those that ever were in this attempt, and the step that it happened in last."""
 
@@ -252,7 +254,7 @@ class WorkerSnapshot:
     at: float = 0.0
     """Wall time of writing, epoch seconds, for people."""
     warm: bool = False
-    """IDLE with a launcher that has imported everything: PREPARE will be answered at once."""
+    """IDLE or ERROR, with a launcher that has imported everything: PREPARE will be answered at once."""
     stalls: tuple[Stall, ...] = ()
     stacks: tuple[Stack, ...] = ()
     seq_over: Seq = Seq(0)

@@ -88,6 +88,8 @@ RULES: Mapping[str, Rule] = {
     f"{_COORDINATOR}CollectGarbage": _OPERATORS,
     f"{_COORDINATOR}ImportCheckpoint": _OPERATORS,
     f"{_COORDINATOR}ReviewGarbage": _OPERATORS,
+    f"{_COORDINATOR}Cordon": _OPERATORS,
+    f"{_COORDINATOR}Uncordon": _OPERATORS,
     f"{_COORDINATOR}Consult": Rule(frozenset({Role.AGENT}), own="agent"),
     f"{_AGENT}Execute": _COORDINATORS,
     f"{_AGENT}ReadLog": _COORDINATORS,

@@ -14,6 +14,9 @@ from dtrain.runtime.tls import TLS, TlsFiles, tls_files
 
 TTL_S_MIN, TTL_S_MIN_SHORT = 5, 2
 
+CORDON_S = 7200.0
+"""Long enough for somebody to look, short enough that a machine that was blamed wrongly is not lost."""
+
 SETTINGS = (
     Setting("cluster", "name of the cluster: everything lives under /dtrain/<cluster>/ in etcd", "default"),
     Setting("id", "name of this replica, unique in the cluster (default: from the host name)", ""),
@@ -30,6 +33,12 @@ SETTINGS = (
         float,
     ),
     Setting("scrub-mb-s", "MB per second that this reads at most; 0: no bound", 50.0, float),
+    Setting(
+        "cordon-for",
+        "seconds that a machine gets no new ranks after attempts of jobs kept ending because of it; 0: never",
+        CORDON_S,
+        float,
+    ),
     Setting("log-json", "one JSON object per line (default: unless stderr is a terminal)", None, switch),
     *TLS,
     *ETCD,
@@ -58,6 +67,7 @@ class Config:
     scrub_mb_s: float = 0.0
     host: str = ""
     """What to advertise before the port where ``listen`` means every address; "": what ``listen`` says."""
+    cordon_s: float = 0.0
 
     def __post_init__(self) -> None:
         least = TTL_S_MIN_SHORT if self.allow_short_ttl else TTL_S_MIN
@@ -80,7 +90,11 @@ class Config:
                     ErrorCode.BAD_SETTING, f"--{setting} cannot be {address!r}", fix="use host:port"
                 )
         check_listen(self.health_listen)
-        for setting, number in (("scrub-interval", self.scrub_interval_s), ("scrub-mb-s", self.scrub_mb_s)):
+        for setting, number in (
+            ("scrub-interval", self.scrub_interval_s),
+            ("scrub-mb-s", self.scrub_mb_s),
+            ("cordon-for", self.cordon_s),
+        ):
             if not 0 <= number < 1e9:
                 raise Refused(ErrorCode.BAD_SETTING, f"--{setting} cannot be {number}", fix="use 0 or more")
 
@@ -118,6 +132,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         towards(etcd.endpoints, "--advertise")
         if is_wildcard(values["listen"]) and values["listen"] and not values["advertise"]
         else "",
+        values["cordon-for"],
     )
 
 

@@ -26,6 +26,7 @@ from dtrain.coordinator.core.views import FleetView, Inspection, JobView, Moment
 from dtrain.coordinator.persistence import Committed, Conflict, Deposed, NotWritten, Outcome, Unknown
 from dtrain.coordinator.results import Collected, Inspected, Probed, Swept, Verified, WorkCrashed, WorkResult
 from dtrain.coordinator.world import World, stamped
+from dtrain.protocol.commands import Warm
 from dtrain.protocol.ids import AgentName, JobName, Term
 from dtrain.protocol.job import JobStatus
 from dtrain.storage.etcd.mirror import Change
@@ -371,7 +372,9 @@ class Driver:
     def _send(self, job: JobName, track: _Track, directed: Directed, now: float) -> None:
         key = (directed.agent, directed.command.header.id)
         sent = track.sent.get(key)
-        wait_s = RESEND_FAILED_S if sent is not None and sent.failed else directed.retry_s
+        # Nobody waits for a spare: one that refuses is asked again at leisure.
+        in_haste = sent is not None and sent.failed and not isinstance(directed.command, Warm)
+        wait_s = RESEND_FAILED_S if in_haste else directed.retry_s
         if sent is not None and now < sent.at + wait_s:
             self._wake(job, sent.at + wait_s)
             return

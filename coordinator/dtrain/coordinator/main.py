@@ -25,6 +25,7 @@ from typing import Any
 
 from dtrain.coordinator import config
 from dtrain.coordinator.api.checkpoints import CheckpointDesk
+from dtrain.coordinator.api.cordons import Cordons
 from dtrain.coordinator.api.records import Operators
 from dtrain.coordinator.api.server import Server, waiting_slots
 from dtrain.coordinator.api.servicers import CoordinatorServicer, Identity
@@ -190,6 +191,7 @@ class Coordinator:
             agent_ttl_s=float(settings.ttl_s),
             default_store=settings.default_store,
             scrub_interval_s=settings.scrub_interval_s,
+            cordon_s=settings.cordon_s,
         )
         self._driver = Driver(world, decide, self)
         self._servicer = CoordinatorServicer(
@@ -199,6 +201,7 @@ class Coordinator:
             self._channels,
             self._stores,
             checkpoints=CheckpointDesk(etcd, settings.cluster, clock, self._worker.find_orphans),
+            cordons=Cordons(etcd, settings.cluster, clock),
             term=self._acting_term,
             waiting=waiting_slots(),
             default_store=settings.default_store,

@@ -5,8 +5,10 @@ another replica has become leader. What is not: that an answer arrives. An
 unknown outcome is resolved by reading, never by assuming.
 """
 
+import math
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from dtrain.coordinator.core.decisions import Decision, PutRecord
@@ -31,6 +33,8 @@ from dtrain.storage.etcd.port import (
 )
 
 COMMIT_DEADLINE_S = 5.0
+LEASE_BITS = 62
+_NO_LEASES: Mapping[str, int] = {}
 LOOK_DEADLINE_S = 3.0
 LOOK_AGAIN_S = 0.1
 LOOK_REFUSED_S = 1.0
@@ -92,6 +96,7 @@ class Committer:
         on_no_space: Callable[[], None] = lambda: None,
         stored: Callable[[str], KeyValue | None] = lambda _key: None,
         pause: Callable[[float], None] = time.sleep,
+        new_lease: Callable[[], int] = lambda: secrets.randbits(LEASE_BITS) or 1,
     ) -> None:
         self._etcd = etcd
         self._keys = Keys(cluster)
@@ -99,13 +104,21 @@ class Committer:
         self._on_no_space = on_no_space
         self._stored = stored
         self._pause = pause
+        self._new_lease = new_lease
 
     def commit(self, term: Term, decision: Decision) -> Outcome:
         """Apply the writes of ``decision`` if ``term`` is current and every guard holds."""
         if not self._may_act():
             # Correctness never rests on it: it spares etcd a transaction that the fence would refuse.
             return Deposed()
-        txn = fenced(self._keys, term, decision, self._stored)
+        try:
+            leases = self._leases(decision)
+        except (Unavailable, OutcomeUnknown) as error:
+            # Nothing of the decision is written: a lease without a key does no harm, and ends.
+            return NotWritten(error.message, retry=True)
+        except DtrainError as error:
+            return self._not_accepted(error)
+        txn = fenced(self._keys, term, decision, self._stored, leases)
         try:
             result = self._etcd.txn(txn, deadline_s=COMMIT_DEADLINE_S)
         except OutcomeUnknown:
@@ -117,6 +130,17 @@ class Committer:
         if result.succeeded:
             return Committed(result.revision)
         return self._refused(term, result)
+
+    def _leases(self, decision: Decision) -> dict[str, int]:
+        """Grant a lease for each record that goes by itself; one whose record is not written ends unused."""
+        leases: dict[str, int] = {}
+        for write in decision.writes:
+            if isinstance(write, PutRecord) and write.lease_ttl_s > 0:
+                leases[write.key] = self._new_lease()
+                self._etcd.grant(
+                    math.ceil(write.lease_ttl_s), leases[write.key], deadline_s=COMMIT_DEADLINE_S
+                )
+        return leases
 
     def _not_accepted(self, error: DtrainError) -> NotWritten:
         if error.code is ErrorCode.ETCD_NO_SPACE:
@@ -166,10 +190,12 @@ def fenced(
     term: Term,
     decision: Decision,
     stored: Callable[[str], KeyValue | None] = lambda _key: None,
+    leases: Mapping[str, int] = _NO_LEASES,
 ) -> Txn:
     """Translate a decision to a transaction that holds only under ``term``.
 
-    A record that is rewritten keeps the fields of ``stored`` that only a newer release knows.
+    ``leases`` are those of the records that have one, by key. A record that is rewritten keeps the
+    fields of ``stored`` that only a newer release knows.
 
     Raises:
         AssertionError: the decision contradicts itself or is larger than one
@@ -188,7 +214,7 @@ def fenced(
         Compare(rule.prefix, Target.CREATE, 0, range_end=prefix_end(rule.prefix)) for rule in decision.absent
     ]
     success = tuple(
-        Put(write.key, codec.encode(write.value, over=_replaced(write, stored)))
+        Put(write.key, codec.encode(write.value, over=_replaced(write, stored)), leases.get(write.key, 0))
         if isinstance(write, PutRecord)
         else Delete(write.key)
         for write in decision.writes

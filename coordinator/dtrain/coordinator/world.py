@@ -14,6 +14,9 @@ from typing import Any, Generic, TypeVar
 
 from dtrain.coordinator.core import stragglers
 from dtrain.coordinator.core.decisions import InspectCheckpoint
+from dtrain.coordinator.core.placement import UNREACHABLE_REST_S
+from dtrain.coordinator.core.queue import Machine, Running, Waiting
+from dtrain.coordinator.core.stamps import parse_iso
 from dtrain.coordinator.core.views import (
     AgentView,
     FleetView,
@@ -24,6 +27,7 @@ from dtrain.coordinator.core.views import (
     SweepFound,
     Verdict,
 )
+from dtrain.coordinator.line import Line
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import (
     CommitRecord,
@@ -34,9 +38,10 @@ from dtrain.protocol.checkpoint import (
     Quarantine,
     Verification,
 )
+from dtrain.protocol.cluster import Cordon, Suspicion
 from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId, Seq, Term, Uid, parse_name
-from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, Intent, JobPhase, JobSpec, JobStatus
+from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, Intent, JobPhase, JobSpec, JobStatus, Wanted
 from dtrain.protocol.keys import Keys, Parsed
 from dtrain.protocol.snapshot import NodeRecord, WorkerSnapshot
 from dtrain.storage.etcd.mirror import Change
@@ -147,11 +152,13 @@ class World:
         agent_ttl_s: float = 10.0,
         default_store: str = "",
         scrub_interval_s: float = 0.0,
+        cordon_s: float = 0.0,
     ) -> None:
         self.cluster = cluster
         self.replica = replica
         self.default_store = default_store
         self._scrub_interval_s = scrub_interval_s
+        self._cordon_s = cordon_s
         self._agent_ttl_s = agent_ttl_s
         self._keys = Keys(cluster)
         self._jobs: dict[JobName, _Job] = {}
@@ -163,12 +170,16 @@ class World:
         self._losses: deque[tuple[float, AgentName]] = deque()
         self._back_at: dict[AgentName, float] = {}
         """When agents that had been lost came back; only the last TTL matters."""
-        self._cordoned: set[AgentName] = set()
+        self._cordons: dict[AgentName, Cordon | None] = {}
+        """None: it is there, and cannot be read."""
+        self._suspicions: dict[AgentName, Stored[Suspicion]] = {}
         self._unreachable: dict[AgentName, float] = {}
         self._usage: dict[JobName, dict[AgentName, int]] = {}
         self._used: dict[AgentName, int] = {}
         self._reserved: dict[JobName, JobStatus] = {}
         self._waiting: set[JobName] = set()
+        self._line = Line()
+        self._now = 0.0
         self._heard_at: float | None = None
         self._touched: set[JobName] = set()
         self.problems: list[str] = []
@@ -178,7 +189,7 @@ class World:
 
     def apply(self, changes: Iterable[Change], now: float) -> None:
         """Take over changes of the mirror, in order."""
-        self._heard_at = now
+        self._heard_at = self._now = now
         for change in changes:
             parsed = self._keys.parse(change.key)
             if parsed is None:
@@ -187,9 +198,9 @@ class World:
                 case "node":
                     self._node_changed(parsed.agent, change, now)
                 case "cordon":
-                    # Its presence decides; a cordon that cannot be read still keeps ranks away.
-                    (self._cordoned.discard if change.after is None else self._cordoned.add)(parsed.agent)
-                    self._touch_fleet(parsed.agent)
+                    self._cordon_changed(parsed.agent, change, now)
+                case "suspicion":
+                    self._suspicion_changed(parsed.agent, change, now)
                 case "leader" | "coordinator":
                     pass
                 case _:
@@ -246,6 +257,7 @@ class World:
         if (known := self._jobs.get(job)) is not None:
             known.store_ok, known.store_problem, known.store_probed_at = not problem, problem, now
             self._touched.add(job)
+            self._note_line(job)
 
     def record_reached(self, agent: AgentName, reached: bool, now: float) -> None:
         """Remember whether an agent answered the newest command."""
@@ -349,6 +361,9 @@ class World:
     def fleet_view(self, name: JobName, now: float, *, term: Term, took_office_at: float) -> FleetView:
         """Return the machines as the given job should see them."""
         self._agents_shared = True
+        self._now = now
+        queue, changed = self._line.queue(now, self._machines)
+        self._touched |= changed - {name}
         return FleetView(
             cluster=self.cluster,
             replica=self.replica,
@@ -357,7 +372,7 @@ class World:
             agents=self._agents,
             lost_at=dict(self._lost_at),
             left=frozenset(self._left),
-            cordoned=frozenset(self._cordoned),
+            cordoned=frozenset(self._cordons),
             used=self._used_by_others(name),
             unreachable=dict(self._unreachable),
             brake=self.brake(now),
@@ -365,6 +380,9 @@ class World:
             agent_ttl_s=self.agent_ttl_s,
             default_store=self.default_store,
             scrub_interval_s=self._scrub_interval_s,
+            suspicions=dict(self._suspicions),
+            cordon_s=self._cordon_s,
+            queue=queue,
         )
 
     @property
@@ -448,7 +466,7 @@ class World:
                 del self._agents[agent]
                 self._lost_at[agent] = now
                 self._back_at.pop(agent, None)
-                if known.draining_at is None:
+                if known.node.draining is None:
                     self._losses.append((now, agent))
                 else:
                     # One that said that it would go is no sign of a broken network.
@@ -463,16 +481,55 @@ class World:
                 return
             same = known is not None and known.node.incarnation == node.incarnation
             seen_at = known.seen_at if known is not None and same else now
-            draining_at = None
-            if node.draining is not None:
-                draining_at = now if known is None or known.draining_at is None else known.draining_at
-            self._agents[agent] = AgentView(node, seen_at, draining_at)
+            self._agents[agent] = self._seen(agent, AgentView(node, seen_at), known, now)
             self._left.discard(agent)
             if self._lost_at.pop(agent, None) is not None:
                 self._back_at[agent] = now
             if not same:
                 self._unreachable.pop(agent, None)
         self._touch_fleet(agent)
+
+    def _seen(self, agent: AgentName, view: AgentView, known: AgentView | None, now: float) -> AgentView:
+        """The view with what says that its jobs are to go on elsewhere; counted from when that began."""
+        cordon = self._cordons.get(agent)
+        vacating = cordon if cordon is not None and cordon.drain else None
+        draining_at = None
+        if view.node.draining is not None or vacating is not None:
+            draining_at = now
+            # Its own end is nearer than an operator's wish: its patience counts from when it said so.
+            same = known is not None and (known.node.draining is None) == (view.node.draining is None)
+            if known is not None and known.draining_at is not None and same:
+                draining_at = known.draining_at
+        return replace(view, draining_at=draining_at, vacating=vacating)
+
+    def _cordon_changed(self, agent: AgentName, change: Change, now: float) -> None:
+        # Its presence decides; a cordon that cannot be read still keeps ranks away.
+        if change.after is None:
+            self._cordons.pop(agent, None)
+        else:
+            try:
+                self._cordons[agent] = codec.decode(Cordon, change.after.value)
+            except DtrainError as error:
+                self._cordons[agent] = None
+                self.problems.append(f"the cordon of {agent} cannot be read: {error.message}")
+        if (known := self._agents.get(agent)) is not None:
+            if self._agents_shared:
+                self._agents, self._agents_shared = dict(self._agents), False
+            self._agents[agent] = self._seen(agent, known, known, now)
+        self._touch_fleet(agent)
+
+    def _suspicion_changed(self, agent: AgentName, change: Change, now: float) -> None:
+        self._suspicions.pop(agent, None)
+        if change.after is None:
+            return
+        try:
+            value = codec.decode(Suspicion, change.after.value)
+        except DtrainError as error:
+            # What it said is lost; the next blame writes it anew.
+            self.problems.append(f"the suspicion of {agent} cannot be read: {error.message}")
+            value = Suspicion(Term(0), agent)
+        kv = change.after
+        self._suspicions[agent] = Stored(value, kv.mod_revision, kv.create_revision, now)
 
     def _job_changed(self, parsed: Parsed, change: Change, now: float) -> None:
         job = self._jobs.get(parsed.job)
@@ -501,6 +558,7 @@ class World:
             self._touched.add(job.name)
         if job.is_empty():
             del self._jobs[job.name]
+            self._line.put(job.name, None)
 
     def _may_name_a_job(self, name: JobName) -> bool:
         try:
@@ -619,6 +677,8 @@ class World:
             self._usage[name] = new
         else:
             self._usage.pop(name, None)
+        self._line.machines_changed()
+        self._note_line(name)
         if any(new.get(agent, 0) < slots for agent, slots in old.items()):
             self._touched |= self._waiting
 
@@ -636,8 +696,86 @@ class World:
             job.status is None or job.status.phase in _WAITING_PHASES or job.status.uid != _uid(spec)
         )
         (self._waiting.add if waits else self._waiting.discard)(job.name)
+        self._note_line(job.name)
+
+    # The queue.
+
+    def _note_line(self, name: JobName) -> None:
+        job = self._jobs.get(name)
+        self._line.put(name, None if job is None else self._in_line(job))
+
+    def _in_line(self, job: _Job) -> Waiting | Running | None:
+        """What the job is to others: one that has machines, or wants some."""
+        spec = self._record(job, "spec", JobSpec)
+        if used := self._usage.get(job.name):
+            return self._as_running(job, None if spec is None else spec.value, used)
+        intent, status = self._record(job, "intent", Intent), job.status
+        if spec is None or ("status" in job.single and status is None):
+            return None
+        of, wanted = (
+            spec.value,
+            None if intent is None or intent.value.uid != spec.value.uid else intent.value,
+        )
+        if status is not None and status.uid != of.uid:
+            if status.phase not in TERMINAL_PHASES:
+                return None
+            status = None
+        if status is not None and status.phase not in (JobPhase.QUEUED, JobPhase.RECOVERING):
+            return None
+        if wanted is not None and wanted.wanted is not Wanted.RUN:
+            return None
+        attempt = 0 if status is None else status.attempt
+        if job.store_ok is False or (
+            of.checkpoint.await_import and not attempt and not job.numbered.get("checkpoint")
+        ):
+            return None
+        restarts = status is not None and status.phase is JobPhase.RECOVERING
+        store = of.checkpoint.store or self.default_store
+        since = parse_iso(of.submitted_at if status is None or not attempt else status.since) or 0.0
+        known = self._line.waits(job.name)
+        same = known is not None and (known.since, known.restarts) == (since, restarts)
+        return Waiting(
+            job.name,
+            of.priority,
+            since,
+            known.seen_at if known is not None and same else self._now,
+            (0 if wanted is None else wanted.nnodes_min) or of.nnodes_min,
+            (0 if wanted is None else wanted.nnodes_max) or of.nnodes_max,
+            of.nproc_per_node,
+            restarts=restarts,
+            after="" if status is None else status.preempted_by,
+            ready=restarts or not store or bool(job.store_ok),
+        )
+
+    def _as_running(self, job: _Job, spec: JobSpec | None, used: Mapping[AgentName, int]) -> Running:
+        status = self._reserved.get(job.name) or job.status
+        known = self._line.runs(job.name)
+        return Running(
+            job.name,
+            0 if spec is None else spec.priority,
+            self._now if known is None else known.since,
+            used,
+            leaving=status is not None and status.phase not in (JobPhase.STARTING, JobPhase.RUNNING),
+            saves=status is not None and bool(status.store),
+            made_room=status is not None and bool(status.preempted_by),
+        )
+
+    def _machines(self) -> tuple[dict[AgentName, Machine], float | None]:
+        """The machines that ranks may be placed on, and when one that did not answer is tried again."""
+        found, instants = {}, []
+        for name, view in self._agents.items():
+            if name in self._cordons or view.draining_at is not None or view.node.problem:
+                continue
+            since = self._unreachable.get(name)
+            if since is not None and view.seen_at <= since and self._now < since + UNREACHABLE_REST_S:
+                instants.append(since + UNREACHABLE_REST_S)
+                continue
+            slots = view.node.slots
+            found[name] = Machine(slots, slots - self._used.get(name, 0))
+        return found, min(instants, default=None)
 
     def _touch_fleet(self, agent: AgentName) -> None:
+        self._line.machines_changed()
         self._touched |= self._waiting
         for name, job in self._jobs.items():
             status = job.status

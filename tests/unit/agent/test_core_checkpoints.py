@@ -40,6 +40,17 @@ def test_a_sealed_snapshot_is_uploaded_once() -> None:
     assert not table.transfer_orders()
 
 
+def test_what_a_rank_has_sealed_is_shown_but_not_written_for_its_own_sake() -> None:
+    table = Table().training()
+    table.command(table.begin())
+    table.rank_report(1, sealed=sealed())
+    assert [rank.sealed for rank in table.snapshot.ranks] == [1, 0]
+    assert not table.written().urgent
+    table.ended(1, -9)
+    assert [rank.sealed for rank in table.written().snapshot.ranks] == [1, 0]
+    assert table.written().urgent
+
+
 def test_a_snapshot_sealed_for_another_intent_is_not_uploaded() -> None:
     table = Table().training()
     table.command(table.begin())

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -161,3 +162,30 @@ def test_a_process_lives_as_long_as_one_of_its_threads() -> None:
         child.stdout.close()
     assert not processes.is_alive(process)
     assert processes.waits_in(child.pid) == ""
+
+
+@pytest.mark.parametrize(
+    ("done", "problem"),
+    [
+        ("import json", ""),
+        ("import grpc", ""),
+        ("import grpc; channel = grpc.insecure_channel('127.0.0.1:1')", r"gRPC runs \d+ more threads \("),
+        (
+            "import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()",
+            r"something that was imported runs 1 more thread \(",
+        ),
+        (
+            "import types; sys.modules['torch'] = types.SimpleNamespace("
+            "cuda=types.SimpleNamespace(is_initialized=lambda: True))",
+            "something that was imported has opened a GPU",
+        ),
+    ],
+)
+def test_what_makes_a_fork_unsafe_is_named_whenever_it_was_begun(done: str, problem: str) -> None:
+    """In a process of its own: nothing here may be a launcher's only thread."""
+    code = (
+        f"import sys; from dtrain.agent.launch.preload import Preloaded; {done}\n"
+        "print(Preloaded().fork_problem(), end='', flush=True); import os; os._exit(0)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert re.match(problem, told) if problem else told == ""

@@ -213,6 +213,7 @@ class FakeReplica(coordinator_pb2_grpc.CoordinatorServicer):
     calls: list[str] = field(default_factory=list)
     submitted: dict[str, bytes] = field(default_factory=dict)
     intents: list[pb.SetIntentRequest] = field(default_factory=list)
+    cordons: list[pb.CordonRequest] = field(default_factory=list)
     logs: dict[tuple[int, int, str], bytes] = field(default_factory=dict)
     """(attempt, rank, stream) to what was written."""
     changed: threading.Condition = field(default_factory=threading.Condition)
@@ -236,6 +237,17 @@ class FakeReplica(coordinator_pb2_grpc.CoordinatorServicer):
         self._enter("SetIntent", context)
         self.intents.append(request)
         return pb.SetIntentReply(intent=b"{}", revision=self.revision)
+
+    def Cordon(self, request: pb.CordonRequest, context: grpc.ServicerContext) -> pb.CordonReply:  # noqa: N802
+        self._enter("Cordon", context)
+        self.cordons.append(request)
+        until = at(-request.ttl_s) if request.ttl_s else ""
+        record = Cordon(AgentName(request.agent), request.reason, request.by, until, request.drain)
+        return pb.CordonReply(record=codec.encode(record), revision=self.revision)
+
+    def Uncordon(self, request: pb.UncordonRequest, context: grpc.ServicerContext) -> pb.UncordonReply:  # noqa: N802
+        self._enter("Uncordon", context)
+        return pb.UncordonReply(removed=request.agent == "a2", revision=self.revision)
 
     def Read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> pb.ReadReply:  # noqa: N802
         self._enter("Read", context)

@@ -7,7 +7,7 @@ import pytest
 from dtrain.cli import jobfile
 from dtrain.cli.jobfile import BadJobFile
 from dtrain.protocol.errors import ErrorCode, NotFound
-from dtrain.protocol.job import EntryKind, JobSpec, NonFiniteAction, NonFinitePolicy
+from dtrain.protocol.job import EntryKind, FailureRule, JobSpec, NonFiniteAction, NonFinitePolicy, RuleAction
 
 MINIMAL = "name: digits\nscript: train.py\n"
 
@@ -37,6 +37,7 @@ def test_every_field_reaches_the_spec() -> None:
 name: digits
 nnodes: 2:4
 nproc_per_node: 8
+spares: 1
 module: mypackage.train
 args: --lr 1e-3 --name "two words"
 env: {OMP_NUM_THREADS: 1, MODE: on, DEBUG: true, RATE: 1e-3}
@@ -45,16 +46,28 @@ preload: [torch, mypackage.data]
 checkpoint: {store: s3://bucket/prefix, every_steps: 50, every_seconds: 10m, keep_last: 5, timeout: 90,
              bandwidth_mb_s: 250}
 restarts: {max: 3, window: 1h30m}
+failure_rules:
+  - {reasons: [exit, user-error], exit_codes: 3, action: fail}
+  - {reasons: signal, signals: [SIGBUS, 11, segv], action: elsewhere, cordon: 2h}
+  - message: "CUDA error: .*"
+    action: rollback
+    back: 2
 shutdown_grace: 500ms
 isolation_grace: 30m
 reschedule_grace: 20
+priority: -5
 """
     )
-    assert (spec.nnodes_min, spec.nnodes_max, spec.nproc_per_node) == (2, 4, 8)
+    assert (spec.nnodes_min, spec.nnodes_max, spec.nproc_per_node, spec.spares) == (2, 4, 8, 1)
     assert (spec.entry.kind, spec.entry.target) == (EntryKind.MODULE, "mypackage.train")
     assert spec.entry.args == ("--lr", "1e-3", "--name", "two words")
     assert spec.env == {"OMP_NUM_THREADS": "1", "MODE": "on", "DEBUG": "true", "RATE": "1e-3"}
     assert spec.working_dir == "/elsewhere"
+    assert spec.failure_rules == (
+        FailureRule(RuleAction.FAIL, ("exit", "user-error"), (3,)),
+        FailureRule(RuleAction.ELSEWHERE, ("signal",), (), (7, 11, 11), cordon_s=7200.0),
+        FailureRule(RuleAction.ROLLBACK, message="CUDA error: .*", back=2),
+    )
     assert spec.preload == ("torch", "mypackage.data")
     assert spec.checkpoint.every_seconds == 600.0
     assert (spec.checkpoint.keep_last, spec.checkpoint.timeout_s) == (5, 90.0)
@@ -62,6 +75,7 @@ reschedule_grace: 20
     assert (spec.restarts.max_restarts, spec.restarts.window_s) == (3, 5400.0)
     assert spec.shutdown_grace_s == 0.5
     assert (spec.isolation_grace_s, spec.reschedule_grace_s) == (1800.0, 20.0)
+    assert spec.priority == -5
 
 
 def test_what_follows_from_numbers_that_are_not_finite() -> None:
@@ -167,6 +181,29 @@ checkpoint:
 def test_each_mistake_has_its_sentence(line: str, expected: str) -> None:
     text = MINIMAL.replace("script: train.py\n", "") if line.startswith("script") else MINIMAL
     assert any(expected in found for found in errors(text + line)), errors(text + line)
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (
+            "{action: pray}",
+            "5:14: failure_rules[0].action: 'pray' is no action: write one of restart, restart-free",
+        ),
+        ("{reasons: [exit]}", "failure_rules[0].action: is missing"),
+        ("{action: fail, reasons: [exits]}", "'exits' is no reason: write some of signal, exit"),
+        ("{action: fail, signals: [SIGNO]}", "'SIGNO' is no signal"),
+        ("{action: fail, exit_codes: [0]}", "0 is not a number from 1 to 255"),
+        ("{action: fail, message: '(a+)+'}", "'(a+)+' repeats a group"),
+        ("{action: fail, exit_code: 3}", "is not a setting; did you mean exit_codes?"),
+        ("{action: rollback, back: 0}", "0 is out of range: 1 to 1000"),
+        ("fail", "is not a mapping of settings"),
+    ],
+)
+def test_each_mistake_in_a_rule_has_its_place_and_sentence(rule: str, expected: str) -> None:
+    (found,) = errors(f"{MINIMAL}# the rules\nfailure_rules:\n  - {rule}\n")
+    assert expected in found
+    assert found.startswith("job.yaml:")
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ def test_the_verbs_are_those_of_the_folder() -> None:
     assert set(verbs()) == {
         *("up", "run", "submit", "get", "describe", "logs", "wait", "checkpoint", "cancel"),
         "checkpoints",
+        *("suspend", "resume"),
         *("coordinator", "agent", "version", "completion", "chaos", "audit"),
     }
 

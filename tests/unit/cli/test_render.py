@@ -32,7 +32,7 @@ def test_get_jobs() -> None:
         "NAME     PHASE     STEP   ATTEMPT   RANKS   LAST-CKPT     AGE    REASON",
         "digits   RUNNING   45     3         4/4     4 (step 40)   1h1m   all 4 ranks train",
     ]
-    assert render.jobs(cluster, NOW, wide=True).rows[0][7:10] == ("u1", "a1,a2", "1/10")
+    assert render.jobs(cluster, NOW, wide=True).rows[0][7:11] == ("u1", "a1,a2", "1/10", "0")
 
 
 def test_a_job_no_leader_has_seen_is_queued_and_says_so() -> None:
@@ -113,15 +113,19 @@ def test_get_events_is_in_order_of_time() -> None:
 
 def test_describe_job_opens_with_the_answer() -> None:
     condition = Condition("Placed", "True", "Members", "on a1, a2", at(60))
-    job = records.group(reading(*running_job(failure=failure(), conditions=(condition,)))).jobs["digits"]
+    also = ("rank 0 on a1: connection closed by peer", "rank 2 on a2: connection closed by peer")
+    cause = failure(step=Step(431), also=also)
+    job = records.group(reading(*running_job(failure=cause, conditions=(condition,)))).jobs["digits"]
     lines = render.describe_job(job, NOW)
-    assert lines[:8] == [
-        "digits  RUNNING  attempt 3  restarts 1/10 in 1h  since 1m5s",
-        "  all 4 ranks train",
-        "Root cause of attempt 2   rank 3 on a2, pid 4711: SIGKILL, out of memory",
+    assert lines[:9] == [
+        "digits is RUNNING: all 4 ranks train; attempt 2 had ended because of rank 3 on a2, pid 4711: "
+        "SIGKILL, out of memory",
+        "First failure of attempt 2   rank 3 on a2, pid 4711: SIGKILL, out of memory (at step 431)",
         "    | step 431 loss=0.213",
         "    | Killed",
+        "    + 2 more failed with it: rank 0 on a1: connection closed by peer; ...",
         "",
+        "State         RUNNING  attempt 3  restarts 1/10 in 1h  since 1m5s",
         "Checkpoints   latest 4 (step 40, 41s old, 1.2 GB), 5 open (step 50), 3 bad",
         "Step          45",
     ]

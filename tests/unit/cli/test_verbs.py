@@ -116,7 +116,7 @@ def test_submit_follow_shows_logs_and_returns_the_jobs_code(
     captured = capfd.readouterr()
     assert captured.out == "job digits submitted\nstep 1\nstep 2\n"
     assert "a warning\n" in captured.err
-    assert "Root cause of attempt 3   rank 3 on a2, pid 4711: SIGKILL, out of memory" in captured.err
+    assert "First failure of attempt 3   rank 3 on a2, pid 4711: SIGKILL, out of memory" in captured.err
 
 
 @pytest.mark.parametrize(
@@ -166,6 +166,39 @@ def test_cancel_with_yes_writes_the_intent(replica: FakeReplica, address: str, c
     assert [(intent.job, intent.wanted) for intent in replica.intents] == [("digits", "cancel")]
     assert "@" in replica.intents[0].by
     assert capsys.readouterr().out == "digits: cancel accepted\n"
+
+
+def test_suspend_and_resume_write_the_intent(replica: FakeReplica, address: str, capsys: Out) -> None:
+    replica.items = running_job()
+    assert run(["suspend", "digits", "--coordinators", address]) == 0
+    assert run(["resume", "digits", "--coordinators", address, "-o", "name"]) == 0
+    assert [(intent.job, intent.wanted) for intent in replica.intents] == [
+        ("digits", "suspend"),
+        ("digits", "run"),
+    ]
+    assert capsys.readouterr().out == "digits: suspend accepted\njob/digits\n"
+
+
+def test_suspend_wait_returns_when_the_machines_are_free(
+    replica: FakeReplica, address: str, capsys: Out
+) -> None:
+    reason = "suspended by ann at step 40, with checkpoint 4"
+    replica.items = ended(JobPhase.SUSPENDED, reason=reason)  # type: ignore[assignment]
+    assert run(["suspend", "digits", "--wait", "--coordinators", address]) == 0
+    assert capsys.readouterr().out == f"digits: {reason}\n"
+    replica.items = ended(JobPhase.SUCCEEDED)  # type: ignore[assignment]
+    assert run(["suspend", "digits", "--wait", "--coordinators", address]) == 5
+    assert capsys.readouterr().out == "digits: ended as SUCCEEDED\n"
+
+
+def test_resume_wait_returns_when_ranks_train_or_it_has_ended(
+    replica: FakeReplica, address: str, capsys: Out
+) -> None:
+    replica.items = running_job()
+    assert run(["resume", "digits", "--wait", "--coordinators", address]) == 0
+    assert capsys.readouterr().out == "digits: all 4 ranks train\n"
+    replica.items = ended(JobPhase.FAILED)  # type: ignore[assignment]
+    assert run(["resume", "digits", "--wait", "--coordinators", address]) == 20
 
 
 def test_checkpoint_wait_names_the_one_that_was_committed(
@@ -340,3 +373,49 @@ def wait_for(condition: object, timeout_s: float = 10.0) -> None:
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.02)
+
+
+def test_a_machine_is_cordoned_by_the_beginning_of_its_name(
+    replica: FakeReplica, address: str, capsys: Out
+) -> None:
+    replica.items = fleet()
+    words = ["--coordinators", address]
+    assert run(["cordon", "agent/a1", "--for", "2h", "--reason", "loud fan", *words]) == 0
+    assert capsys.readouterr().out.startswith("a1: cordoned until 20")
+    assert run(["cordon", "a1", "-o", "json", *words]) == 0
+    assert json.loads(capsys.readouterr().out)["until"] == ""
+    first, second = replica.cordons
+    assert (first.agent, first.reason, first.ttl_s, first.drain) == ("a1", "loud fan", 7200, False)
+    assert first.by
+    assert second.ttl_s == 0
+
+
+def test_uncordon_says_whether_there_was_anything_to_lift(
+    replica: FakeReplica, address: str, capsys: Out
+) -> None:
+    replica.items = fleet()
+    assert run(["uncordon", "a2", "--coordinators", address]) == 0
+    assert run(["uncordon", "a1", "--coordinators", address]) == 0
+    assert capsys.readouterr().out == "a2: uncordoned\na1: was not cordoned\n"
+
+
+def test_drain_waits_until_no_rank_runs_there(replica: FakeReplica, address: str, capsys: Out) -> None:
+    replica.items = [*running_job(), *fleet()]
+    words = ["drain", "a2", "--wait", "--coordinators", address]
+    assert run([*words, "--timeout", "100ms"]) == 6
+    assert "digits still has ranks on a2" in capsys.readouterr().err
+    timer = threading.Timer(0.3, lambda: replica.update(fleet()))
+    timer.start()
+    try:
+        assert run([*words, "--timeout", "30s"]) == 0
+    finally:
+        timer.join()
+    assert capsys.readouterr().out == "a2: drained\n"
+    assert all(request.drain for request in replica.cordons)
+
+
+def test_an_unknown_machine_is_said_so(replica: FakeReplica, address: str, capsys: Out) -> None:
+    replica.items = fleet()
+    assert run(["drain", "b7", "--coordinators", address]) != 0
+    assert "there is no agent 'b7'" in capsys.readouterr().err
+    assert not replica.cordons

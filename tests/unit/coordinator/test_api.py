@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from dtrain.coordinator.api.checkpoints import CheckpointDesk
+from dtrain.coordinator.api.cordons import Cordons
 from dtrain.coordinator.api.errors import ERROR_KEY, status_of
 from dtrain.coordinator.api.records import Operators
 from dtrain.coordinator.api.server import THREADS_WAITING, Server, waiting_slots
@@ -19,7 +20,7 @@ from dtrain.coordinator.api.servicers import CoordinatorServicer, Identity
 from dtrain.coordinator.dispatch import Channels
 from dtrain.coordinator.work import Orphans, Stores
 from dtrain.protocol import codec, errors
-from dtrain.protocol.cluster import LeaderRecord
+from dtrain.protocol.cluster import Cordon, LeaderRecord, Suspicion
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused
 from dtrain.protocol.ids import (
     AgentName,
@@ -83,6 +84,7 @@ class Replica:
             self.channels,
             Stores(),
             checkpoints=CheckpointDesk(self.etcd, CLUSTER, SystemClock(), lambda _work: Orphans()),
+            cordons=Cordons(self.etcd, CLUSTER, SystemClock()),
             term=lambda: self.term,
             waiting=self.waiting,
         )
@@ -287,6 +289,16 @@ def test_an_ended_job_wants_nothing_more(replica: Replica) -> None:
     assert "FAILED" in told["message"]
 
 
+def test_a_job_is_suspended_and_resumed_but_a_cancelled_one_is_not(replica: Replica) -> None:
+    replica.submit()
+    for wanted in (Wanted.SUSPEND, Wanted.RUN, Wanted.CANCEL):
+        replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, wanted=wanted.value))
+        assert replica.stored(KEYS.intent(JOB), Intent).wanted is wanted
+    code, told = refusal(lambda: replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, wanted="run")))
+    assert code is grpc.StatusCode.ABORTED
+    assert "cannot be undone" in told["message"]
+
+
 def test_a_lost_answer_to_an_intent_is_resolved(replica: Replica) -> None:
     replica.submit()
     replica.etcd.lose = ["after"]
@@ -485,3 +497,43 @@ def test_every_kind_of_error_has_a_status() -> None:
     assert len(kinds) == 8
     codes = {status_of(kind(ErrorCode.BUG, "x")) for kind in kinds}
     assert len(codes) == len(kinds)
+
+
+def test_a_machine_is_cordoned_for_a_while_and_let_go_again(replica: Replica) -> None:
+    replica.put(KEYS.node(AgentName("a1")), NodeRecord(AgentName("a1"), Incarnation("i"), "h:1", "h", 1))
+    replica.put(KEYS.suspicion(AgentName("a1")), Suspicion(Term(1), AgentName("a1")))
+    request = pb.CordonRequest(agent="a1", reason="new disk", by="ada", ttl_s=60, drain=True)
+    reply = replica.stub.Cordon(request)
+    stored = replica.stored(KEYS.cordon(AgentName("a1")), Cordon)
+    assert stored == codec.decode(Cordon, reply.record)
+    assert (stored.reason, stored.by, stored.drain, stored.auto) == ("new disk", "ada", True, False)
+    assert stored.until
+    assert replica.etcd.range(KEYS.cordon(AgentName("a1"))).items[0].lease
+    assert replica.stub.Uncordon(pb.UncordonRequest(agent="a1")).removed
+    assert not replica.etcd.range(KEYS.cordon(AgentName("a1"))).items
+    assert not replica.etcd.range(KEYS.suspicion(AgentName("a1"))).items
+    assert not replica.stub.Uncordon(pb.UncordonRequest(agent="a1")).removed
+
+
+def test_a_cordon_without_an_end_stays(replica: Replica) -> None:
+    replica.put(KEYS.node(AgentName("a1")), NodeRecord(AgentName("a1"), Incarnation("i"), "h:1", "h", 1))
+    replica.etcd.lose = ["after"]
+    replica.stub.Cordon(pb.CordonRequest(agent="a1"))
+    (kv,) = replica.etcd.range(KEYS.cordon(AgentName("a1"))).items
+    assert kv.lease == 0
+    assert codec.decode(Cordon, kv.value).until == ""
+
+
+def test_an_unknown_machine_is_not_cordoned(replica: Replica) -> None:
+    replica.put(
+        KEYS.node(AgentName("gpu-02")), NodeRecord(AgentName("gpu-02"), Incarnation("i"), "h:1", "h", 1)
+    )
+    for call in (
+        lambda: replica.stub.Cordon(pb.CordonRequest(agent="gpu-2")),
+        lambda: replica.stub.Uncordon(pb.UncordonRequest(agent="gpu-2")),
+    ):
+        code, told = refusal(call)
+        assert code is grpc.StatusCode.NOT_FOUND
+        assert told["fix"] == "did you mean gpu-02?"
+    code, told = refusal(lambda: replica.stub.Cordon(pb.CordonRequest(agent="gpu-02", ttl_s=1)))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT

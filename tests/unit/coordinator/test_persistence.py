@@ -17,8 +17,9 @@ from dtrain.coordinator.persistence import (
 )
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import Latest
+from dtrain.protocol.cluster import Cordon
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused, Unavailable
-from dtrain.protocol.ids import ClusterName, JobName, Seq, Step, Term, Uid
+from dtrain.protocol.ids import AgentName, ClusterName, JobName, Seq, Step, Term, Uid
 from dtrain.protocol.job import JobPhase, JobStatus
 from dtrain.protocol.keys import Keys
 from dtrain.storage.etcd.memory import MemoryEtcd
@@ -75,6 +76,38 @@ def test_a_decision_of_the_current_term_is_applied_at_one_revision(etcd: Faulty)
     outcome = committer(etcd).commit(term, put(term))
     (kv,) = etcd.range(KEY).items
     assert outcome == Committed(kv.mod_revision)
+
+
+def test_a_record_with_an_end_goes_by_itself() -> None:
+    now = 0.0
+    etcd = MemoryEtcd(lambda: now)
+    term = lead(etcd)
+    agent = AgentName("a1")
+    cordon = PutRecord(KEYS.cordon(agent), Cordon(agent, "bad", auto=True), 0, lease_ttl_s=59.5)
+    decision = Decision(writes=(*put(term).writes, cordon))
+    assert isinstance(committer(etcd).commit(term, decision), Committed)
+    now = 58.0
+    etcd.tick()
+    assert etcd.range(KEYS.cordon(agent)).items
+    now = 61.0
+    etcd.tick()
+    assert not etcd.range(KEYS.cordon(agent)).items
+    assert etcd.range(KEY).items
+
+
+def test_a_lease_that_is_not_granted_writes_nothing(etcd: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
+    term = lead(etcd)
+
+    def lost(ttl_s: int, lease: int, *, deadline_s: float = 5.0) -> float:
+        raise LOST
+
+    monkeypatch.setattr(etcd, "grant", lost)
+    agent = AgentName("a1")
+    cordon = PutRecord(KEYS.cordon(agent), Cordon(agent, "bad", auto=True), 0, lease_ttl_s=60.0)
+    outcome = committer(etcd).commit(term, Decision(writes=(cordon,)))
+    assert isinstance(outcome, NotWritten)
+    assert outcome.retry
+    assert not etcd.range(KEYS.cordon(agent)).items
 
 
 def test_a_stale_leader_cannot_commit(etcd: Faulty) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from dtrain.agent.core import draining, isolation, preparing, saving, transfers
+from dtrain.agent.core import draining, isolation, preparing, saving, transfers, warming
 from dtrain.agent.core.decisions import Action, KillLauncher, LauncherOrder
 from dtrain.agent.core.snapshots import group_phase
 from dtrain.agent.core.state import AgentState, JobState, LauncherStatus
@@ -28,6 +28,8 @@ def advance(state: AgentState, job: JobState, tick: bool, now: float, out: list[
         job = moved
     elif job.phase is WorkerPhase.STARTING:
         job = _prepare(state, job, now, out)
+    elif job.warm is not None:
+        job = warming.advance(state.machine, job, now, out)
     job = _count_plain_ranks(job, now)
     job = dataclasses.replace(job, phase=group_phase(job))
     job = transfers.order_fetch(state, job, now, out)
@@ -43,6 +45,7 @@ def wake_at(state: AgentState, now: float) -> float | None:
     times: list[float] = isolation.wake_at(state) + draining.wake_at(state)
     for job in state.jobs.values():
         times.extend(preparing.wake_at(job, now))
+        times.extend(warming.wake_at(job))
         if job.kill_at is not None:
             times.append(job.kill_at)
         if job.stopping is not None:

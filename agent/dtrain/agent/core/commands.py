@@ -3,7 +3,7 @@
 import dataclasses
 from typing import assert_never
 
-from dtrain.agent.core import draining, launchers, preparing, saving, starting
+from dtrain.agent.core import draining, launchers, preparing, saving, starting, warming
 from dtrain.agent.core.decisions import Action, Answer, DeleteSnapshot, LauncherOrder
 from dtrain.agent.core.events import CommandArrived, ShutDown
 from dtrain.agent.core.saving import tell_all
@@ -88,6 +88,9 @@ def _refusal(state: AgentState, command: Command) -> Answer | None:
     head, job = command.header, state.jobs.get(command.header.job)
     if isinstance(command, Stop):
         return None
+    if isinstance(command, Warm):
+        why = warming.refusal(state, job, command)
+        return Answer(False, why) if why else None
     if isinstance(command, Prepare):
         if why := draining.refusal(
             state, job if job is not None and job.uid == head.uid else None, head.attempt
@@ -142,7 +145,11 @@ def _apply(state: AgentState, command: Command, now: float, out: list[Action]) -
     job = state.jobs.get(command.header.job)
     match command:
         case Prepare():
-            if job is not None and job.uid == command.header.uid and job.attempt == command.header.attempt:
+            if (
+                job is not None
+                and (job.uid, job.attempt) == (command.header.uid, command.header.attempt)
+                and not warming.awaits_prepare(job)
+            ):
                 # Asked again (by another leader, or of another incarnation): attempts are one-shot.
                 return job
             return preparing.prepare(state.machine, job, command, now, out)
@@ -162,7 +169,9 @@ def _apply(state: AgentState, command: Command, now: float, out: list[Action]) -
             assert job is not None
             saving.keep_manifest(job, command, out)
             return saving.settle(job, Outcome(command.seq, committed=True, final=command.final), out)
-        case Warm() | DumpStacks():
+        case Warm():
+            return warming.warm(job, command, out)
+        case DumpStacks():
             return job
         case _:
             assert_never(command)

@@ -5,6 +5,7 @@ import json
 import signal
 from typing import Any
 
+from dtrain.agent.core.fingerprint import STARTUP_S, fingerprint
 from dtrain.agent.core.state import JobState, LocalRank
 from dtrain.agent.launching import RankEnded
 from dtrain.protocol.ids import AgentName
@@ -17,6 +18,8 @@ CAUSE_GRACE_S = 0.5
 machine, is awaited this long, so that the survivors' kill does not hide the cause."""
 
 _CONSEQUENCES = (FailureKind.COLLECTIVE, FailureKind.ISOLATED)
+
+_OWN_ERRORS = (FailureKind.EXCEPTION, FailureKind.EXIT)
 
 _PEER_SIGNS = (
     "connection closed by peer",
@@ -39,7 +42,9 @@ _PEER_SIGNS = (
 """In lower case: what gloo, NCCL and the TCPStore say when another rank has gone."""
 
 
-def rank_failure(agent: AgentName, job: JobState, rank: LocalRank, report: RankEnded) -> Failure:
+def rank_failure(
+    agent: AgentName, job: JobState, rank: LocalRank, report: RankEnded, *, now: float
+) -> Failure:
     """Describe a rank that ended with other than 0."""
     message = error_message(report.error)
     number = -report.exit_code if report.exit_code < 0 else None
@@ -62,7 +67,16 @@ def rank_failure(agent: AgentName, job: JobState, rank: LocalRank, report: RankE
         step=rank.step,
         at=report.at,
         log_tail=report.log_tail[-LOG_TAIL_CHARS_MAX:],
+        fingerprint=fingerprint(report.error, report.log_tail)
+        if kind in _OWN_ERRORS and _knows_where(rank, now)
+        else "",
     )
+
+
+def _knows_where(rank: LocalRank, now: float) -> bool:
+    """Whether the step of ``rank`` says where its program was: without the SDK it is always 0."""
+    young = rank.forked_at is not None and now - rank.forked_at <= STARTUP_S
+    return rank.sdk or young
 
 
 def error_message(text: str) -> str:

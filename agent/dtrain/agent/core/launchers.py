@@ -3,7 +3,7 @@
 import dataclasses
 from typing import assert_never
 
-from dtrain.agent.core import health, preparing, starting
+from dtrain.agent.core import health, preparing, starting, warming
 from dtrain.agent.core.decisions import Action, LauncherOrder
 from dtrain.agent.core.events import LauncherReported, LauncherStarted, ProcessesProbed
 from dtrain.agent.core.failures import LOG_TAIL_CHARS_MAX, fail, rank_failure, signal_name
@@ -171,7 +171,7 @@ def _ended(state: AgentState, job: JobState, report: RankEnded, now: float) -> J
     job = replace_rank(job, rank)
     if good or job.stopping is not None or job.phase not in (*_RUNNING, WorkerPhase.ERROR):
         return job
-    return fail(job, rank_failure(state.machine.agent, job, rank, report), now)
+    return fail(job, rank_failure(state.machine.agent, job, rank, report, now=now), now)
 
 
 def _launcher_ended(
@@ -192,7 +192,7 @@ def _launcher_ended(
     if job.stopping is not None or (expected and job.phase is WorkerPhase.STARTING):
         return job
     if job.phase not in (*_BEFORE_START, *_RUNNING):
-        return job
+        return warming.ended(job, report.log_tail, now)
     code = report.exit_code
     lost = f"is gone: {report.log_tail.strip()[-200:]}" if report.log_tail else "is gone"
     how = lost if code is None else signal_name(-code) if code < 0 else f"exited with code {code}"

@@ -15,6 +15,7 @@ from dtrain.agent.core.state import (
 from dtrain.agent.core.torch_env import launcher_env
 from dtrain.agent.launching import ClearBelow, LaunchSettings, Quit, ServeStore
 from dtrain.protocol.commands import Prepare
+from dtrain.protocol.job import JobSpec
 from dtrain.protocol.snapshot import WorkerPhase
 
 ANSWER_S_MAX = 30.0
@@ -42,7 +43,15 @@ def prepare(
             out.append(LauncherOrder(job.name, job.uid, Quit(0.0)))
             departing = (*departing, Departing(job.uid, job.launcher.folder, job.launcher.process, now))
         return dataclasses.replace(fresh, departing=departing, leftovers=job.leftovers, held=job.held)
-    fresh = dataclasses.replace(
+    fresh = succeed(job, fresh)
+    if fresh.launcher.status is LauncherStatus.GONE or fresh.launcher.quitting:
+        return fresh
+    return ask(machine, fresh, now, out)
+
+
+def succeed(job: JobState, fresh: JobState) -> JobState:
+    """Take over what outlives an attempt: the launcher with its arenas, and what is still to be seen gone."""
+    return dataclasses.replace(
         fresh,
         departing=job.departing,
         launcher=job.launcher,
@@ -52,9 +61,6 @@ def prepare(
         seq_over=job.seq_over,
         kept=job.kept,
     )
-    if fresh.launcher.status is LauncherStatus.GONE or fresh.launcher.quitting:
-        return fresh
-    return ask(machine, fresh, now, out)
 
 
 def ensure_launcher(machine: Machine, job: JobState, now: float, out: list[Action]) -> JobState:
@@ -62,21 +68,27 @@ def ensure_launcher(machine: Machine, job: JobState, now: float, out: list[Actio
     if job.launcher.status is not LauncherStatus.GONE:
         return job
     assert job.prepare is not None
-    spec = job.prepare.spec
+    job = launch(machine, job, job.prepare.spec, now, out, nproc=job.prepare.ranks_here)
+    return ask(machine, job, now, out)
+
+
+def launch(
+    machine: Machine, job: JobState, spec: JobSpec, now: float, out: list[Action], *, nproc: int
+) -> JobState:
+    """Start a launcher of the job."""
     # Short, because a socket lies in it, and of its own for each life: two launchers never share it.
     text = f"{job.name}/{job.uid}/{job.attempt}/{machine.life}/{now}"
     folder = f"{machine.run_dir}/{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     settings = LaunchSettings(
         folder=folder,
         working_dir=spec.working_dir or machine.working_dir,
-        env=launcher_env(machine, job.prepare),
+        env=launcher_env(machine, spec),
         preload=spec.preload,
         orphan_grace_s=machine.orphan_grace_s,
-        nproc=spec.nproc_per_node,
+        nproc=nproc,
     )
     out.append(EnsureLauncher(job.name, job.uid, settings))
-    job = dataclasses.replace(job, launcher=Launcher(LauncherStatus.STARTING, folder), cleared=False)
-    return ask(machine, job, now, out)
+    return dataclasses.replace(job, launcher=Launcher(LauncherStatus.STARTING, folder), cleared=False)
 
 
 def ask(machine: Machine, job: JobState, now: float, out: list[Action]) -> JobState:

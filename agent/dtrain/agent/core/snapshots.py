@@ -4,7 +4,8 @@ import dataclasses
 
 from dtrain.agent.core.health import stuck
 from dtrain.agent.core.state import AgentState, JobState
-from dtrain.protocol.ids import Step
+from dtrain.agent.core.warming import is_warm
+from dtrain.protocol.ids import Seq, Step
 from dtrain.protocol.snapshot import WorkerPhase, WorkerSnapshot
 
 
@@ -28,6 +29,7 @@ def snapshot_of(state: AgentState, job: JobState) -> WorkerSnapshot:
         restored=bool(job.ranks) and all(rank.restored for rank in job.ranks),
         note=job.note,
         stuck=stuck(job),
+        warm=is_warm(job),
     )
 
 
@@ -57,6 +59,7 @@ def _structure(snapshot: WorkerSnapshot) -> WorkerSnapshot:
             rank,
             step=Step(0),
             metrics={},
+            sealed=Seq(0),
             timing=None,
             nonfinite=(),
             nonfinite_seen=dict.fromkeys(rank.nonfinite_seen, Step(0)),

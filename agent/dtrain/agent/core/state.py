@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from dtrain.agent.launching import ProcessId
 from dtrain.agent.transferring import KeptBlob
-from dtrain.protocol.commands import Prepare, Start
+from dtrain.protocol.commands import Prepare, Start, Warm
 from dtrain.protocol.ids import (
     AgentName,
     Attempt,
@@ -192,7 +192,8 @@ class LocalRank:
             self.save_at,
             self.timing,
             self.nonfinite,
-            self.nonfinite_seen,
+            sealed=self.sealed.seq if self.sealed else Seq(0),
+            nonfinite_seen=self.nonfinite_seen,
         )
 
 
@@ -278,6 +279,10 @@ class JobState:
     sdk: bool = False
     """A rank of this job has joined through the SDK, in this attempt or before."""
     pace: Pace = Pace()
+    warm: Warm | None = None
+    """A launcher is kept ready for a PREPARE that may come; nothing else is here."""
+    warm_at: float = 0.0
+    """Not before is one started (monotonic): the last one ended by itself."""
     note: str = ""
     """What was last done with it without an order, for people."""
 
@@ -334,6 +339,10 @@ class Drain:
     grace_s: float
     heard_at: float
     """When a leader last ordered anything here."""
+    since: str = ""
+    """UTC time of the first wish, for people."""
+    stays: bool = False
+    """Nobody waits for the agent to end: its ranks go on until they have moved, or the grace is over."""
     answered: bool = False
     """A leader has ordered what the one that knows of it does."""
     over: str = ""
@@ -408,6 +417,7 @@ def durable_view(job: JobState) -> JobState:
         restore=dataclasses.replace(job.restore, plan=None, tries=0, ordered=False, tiers={}),
         uploads=(),
         pace=Pace(),
+        warm_at=0.0,
         held=(),
         kill_at=None,
         stopping=dataclasses.replace(job.stopping, kill_at=0.0) if job.stopping else None,

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dtrain.agent.core.state import Machine
 from dtrain.protocol import ranklink
 from dtrain.protocol.commands import Prepare, Start
+from dtrain.protocol.job import JobSpec
 
 _NOT_INHERITED = ("DTRAIN_", "ETCDCTL_", "TORCHELASTIC_", "GRPC_")
 """Settings, passwords and lease descriptors of the agent are none of a rank's business."""
@@ -19,9 +20,9 @@ def base_env(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if not name.startswith(_NOT_INHERITED)}
 
 
-def launcher_env(machine: Machine, prepare: Prepare) -> dict[str, str]:
+def launcher_env(machine: Machine, spec: JobSpec) -> dict[str, str]:
     """Return the environment of a job's launcher: it imports the user's modules."""
-    return {**base_env(machine.env), **prepare.spec.env}
+    return {**base_env(machine.env), **spec.env}
 
 
 def split_endpoint(endpoint: str) -> tuple[str, str]:
@@ -38,7 +39,7 @@ def rank_env(
     nproc = spec.nproc_per_node
     rank = prepare.first_rank + local_rank
     host, port = split_endpoint(start.rendezvous)
-    env = launcher_env(machine, prepare)
+    env = launcher_env(machine, spec)
     if nproc > 1:
         # As torchrun: otherwise every rank takes all cores and they fight.
         env.setdefault("OMP_NUM_THREADS", "1")

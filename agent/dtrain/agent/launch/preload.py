@@ -3,16 +3,22 @@
 A fork copies only the thread that called it: locks held by another thread stay
 locked for ever in the child. So the launcher counts its threads, and where an
 import has started one (or has opened a GPU, which a child cannot use after a
-fork) the module is named and ranks are exec'd instead.
+fork) the module is named and ranks are exec'd instead. gRPC is safe as long as
+nothing was done with it: its core lives in threads, from the first channel or
+server until seconds after the last one, and these are found by their names.
+
+Looked at before each fork, not only after the imports: threads may start late,
+and one that has ended is no danger any more.
 """
 
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from dtrain.agent.launch.processes import open_descriptors, thread_count
+from dtrain.agent.launch.processes import open_descriptors, thread_count, thread_names
 from dtrain.protocol import checksum
 
 # DDP's constructor imports torch._dynamo, which takes longer than torch itself.
@@ -20,6 +26,18 @@ TORCH_MODULES = ("torch", "torch.distributed", "torch.nn.parallel", "torch._dyna
 SDK_MODULE = "dtrain.trainer"
 
 _GPU_DEVICES = ("/dev/nvidia-uvm", "/dev/kfd")
+
+THREADS_SHOWN = 4
+
+_OWNERS = (
+    ("grpc", "gRPC"),
+    ("event_engine", "gRPC"),
+    ("cuda", "CUDA"),
+    ("pt_nccl", "torch.distributed"),
+    ("pt_", "torch"),
+    ("jemalloc", "jemalloc"),
+)
+"""Libraries by the names of their threads, as the kernel has them (15 characters)."""
 
 
 @dataclass(slots=True)
@@ -34,15 +52,26 @@ class Preloaded:
 
     def fork_problem(self) -> str:
         """Why this process must not fork now; "" if it may."""
-        threads = thread_count()
-        if threads > 1:
-            return f"{self._blame()} runs {threads - 1} more thread(s) in the launcher"
+        names = thread_names()[1:]
+        if names:
+            return f"{self._blame(names)} runs {_counted(names)} in the launcher"
         if _holds_gpu():
-            return f"{self._blame()} has opened a GPU in the launcher"
+            return f"{self._blame(())} has opened a GPU in the launcher"
         return ""
 
-    def _blame(self) -> str:
-        return ", ".join(self.offenders) or "something that was imported"
+    def _blame(self, threads: Sequence[str]) -> str:
+        if self.offenders:
+            return ", ".join(self.offenders)
+        # It was started after the imports, by what they left behind.
+        known = {owner for thread in threads for mark, owner in _OWNERS if thread.startswith(mark)}
+        return ", ".join(sorted(known)) or "something that was imported"
+
+
+def _counted(names: Sequence[str]) -> str:
+    shown = sorted(set(names))
+    more = f" and {len(shown) - THREADS_SHOWN} more" if len(shown) > THREADS_SHOWN else ""
+    plural = "" if len(names) == 1 else "s"
+    return f"{len(names)} more thread{plural} ({', '.join(shown[:THREADS_SHOWN])}{more})"
 
 
 def calm_libraries() -> None:
@@ -101,4 +130,8 @@ def provide_checksum() -> None:
 
 
 def _holds_gpu() -> bool:
+    torch: Any = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)
+    if cuda is not None and hasattr(cuda, "is_initialized") and cuda.is_initialized():
+        return True
     return any(target.startswith(_GPU_DEVICES) for target in open_descriptors().values())

@@ -148,6 +148,18 @@ def thread_count() -> int:
     return len(os.listdir("/proc/self/task"))  # noqa: PTH208
 
 
+def thread_names() -> list[str]:
+    """Names of this process's threads as the kernel has them, the first thread's first."""
+    own = os.getpid()
+    names = []
+    for thread in sorted(os.listdir("/proc/self/task"), key=lambda name: (int(name) != own, int(name))):  # noqa: PTH208
+        try:
+            names.append(Path(f"/proc/self/task/{thread}/comm").read_text().strip())
+        except OSError:
+            continue  # it has ended
+    return names
+
+
 def open_descriptors() -> dict[int, str]:
     """This process's descriptors and what they point at."""
     found = {}

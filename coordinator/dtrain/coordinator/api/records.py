@@ -158,6 +158,8 @@ class Operators:
             if _has_ended(found):
                 phase = found.status.phase.value if found.status is not None else ""
                 raise Conflict(ErrorCode.CONFLICT, f"job {name} has ended already: {phase}")
+            if before.wanted is Wanted.CANCEL and after.wanted is not Wanted.CANCEL:
+                raise Conflict(ErrorCode.CONFLICT, f"job {name} is being cancelled, which cannot be undone")
             after = replace(after, by=by[:BY_CHARACTERS_MAX], at=iso(self._clock.wall()))
             try:
                 result = self._etcd.txn(

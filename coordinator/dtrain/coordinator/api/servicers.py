@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import grpc
 
 from dtrain.coordinator.api.checkpoints import CheckpointDesk
+from dtrain.coordinator.api.cordons import Cordons
 from dtrain.coordinator.api.errors import translated
 from dtrain.coordinator.api.records import Operators
 from dtrain.coordinator.dispatch import Channels
@@ -80,6 +81,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         stores: Stores,
         *,
         checkpoints: CheckpointDesk,
+        cordons: Cordons,
         term: Callable[[], Term | None],
         waiting: threading.BoundedSemaphore,
         default_store: str = "",
@@ -92,6 +94,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self._channels = channels
         self._stores = stores
         self._checkpoints = checkpoints
+        self._cordons = cordons
         self._term = term
         self._waiting = waiting
         self._default_store = default_store
@@ -325,6 +328,32 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             revision=review.revision,
             problem=review.problem,
         )
+
+    # Cordons.
+
+    @translated
+    def Cordon(  # noqa: N802
+        self, request: pb.CordonRequest, context: grpc.ServicerContext
+    ) -> pb.CordonReply:
+        record, revision = self._cordons.put(
+            request.agent,
+            request.reason,
+            by=_who(request.by, context),
+            ttl_s=request.ttl_s,
+            drain=request.drain,
+        )
+        self._log.info("cordoned", agent=record.agent, by=record.by, until=record.until, drain=record.drain)
+        return pb.CordonReply(record=codec.encode(record), revision=revision)
+
+    @translated
+    def Uncordon(  # noqa: N802
+        self,
+        request: pb.UncordonRequest,
+        context: grpc.ServicerContext,  # noqa: ARG002 - grpc's signature
+    ) -> pb.UncordonReply:
+        removed, revision = self._cordons.remove(request.agent)
+        self._log.info("uncordoned", agent=request.agent, removed=removed)
+        return pb.UncordonReply(removed=removed, revision=revision)
 
     # Logs.
 

@@ -2,9 +2,10 @@
 
 import math
 
+from dtrain.protocol import patterns
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.ids import parse_name
-from dtrain.protocol.job import JobSpec, NonFiniteAction
+from dtrain.protocol.job import RULE_REASONS, JobSpec, NonFiniteAction
 from dtrain.runtime import redact
 
 NODES_MAX = 10_000
@@ -17,7 +18,10 @@ TEXT_BYTES_MAX = 100 * 1024
 SPEC_BYTES_MAX = 250 * 1024
 """As stored; below what anybody reads, so that no accepted job is unreadable."""
 PRELOAD_MAX = 64
+PRIORITY_MAX = 1000
 KEEP_LAST_MAX = 1_000
+RULES_MAX = 32
+CORDON_S_MAX = 30 * 86_400.0
 METRICS_MAX = 8
 """Numbers that must stay finite: agents tell of no more."""
 STORES = ("/", "file:///", "s3://", "memory://")
@@ -74,6 +78,22 @@ def check(spec: JobSpec) -> None:
     _seconds("checkpoint.timeout", policy.timeout_s, 1.0)
     _between("restarts.max", spec.restarts.max_restarts, 0, 10**6)
     _seconds("restarts.window", spec.restarts.window_s, 1.0)
+    if len(spec.failure_rules) > RULES_MAX:
+        raise _bad("failure_rules", f"has {len(spec.failure_rules)} rules", f"use at most {RULES_MAX}")
+    for number, rule in enumerate(spec.failure_rules, start=1):
+        field = f"failure_rules[{number}]"
+        unknown = sorted(set(rule.reasons) - RULE_REASONS.keys())
+        if unknown:
+            raise _bad(
+                f"{field}.reasons", f"names {unknown[0][:40]!r}", f"use some of {', '.join(RULE_REASONS)}"
+            )
+        # Whoever leads searches with it: what costs too much would cost the lease.
+        if why := patterns.problem(rule.message):
+            raise _bad(f"{field}.message", why, "write it simpler, or as several rules")
+        _between(f"{field}.back", rule.back, 1, 1000)
+        _seconds(f"{field}.cordon", rule.cordon_s, 0.0)
+        if rule.cordon_s > CORDON_S_MAX:
+            raise _bad(f"{field}.cordon", f"is {rule.cordon_s:g} seconds", f"use at most {CORDON_S_MAX:g}")
     policy_of_numbers = spec.nonfinite
     _between("nonfinite.back", policy_of_numbers.back, 1, KEEP_LAST_MAX)
     _between("nonfinite.metrics", len(policy_of_numbers.metrics), 0, METRICS_MAX)
@@ -86,6 +106,7 @@ def check(spec: JobSpec) -> None:
     _seconds("shutdown_grace", spec.shutdown_grace_s, 0.0)
     _seconds("isolation_grace", spec.isolation_grace_s, 0.0)
     _seconds("reschedule_grace", spec.reschedule_grace_s, 0.0)
+    _between("priority", spec.priority, -PRIORITY_MAX, PRIORITY_MAX)
 
 
 def holds_credentials(uri: str) -> bool:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from dtrain.coordinator.core import nonfinite
+from dtrain.coordinator.core import nonfinite, sealed
 from dtrain.coordinator.core.decisions import VerifyCheckpoint
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.liveness import Seat
@@ -675,7 +675,8 @@ def tell_outcomes(draft: Draft, members: Sequence[Seat]) -> None:
         for seq in seat.snapshot.saving:
             if seq not in undecided:
                 _tell(draft, seat.member.agent, seq, committed=seq in committed)
-    if draft.status.phase is JobPhase.RUNNING and end_of_training(members) is not None:
+    phases = (JobPhase.RUNNING, JobPhase.SUSPENDING)
+    if draft.status.phase in phases and end_of_training(members) is not None:
         _let_go(draft, members)
 
 
@@ -727,7 +728,8 @@ def settle(draft: Draft, *, patient: bool) -> bool:
     restoring, no older checkpoint may still be committed. Not ``patient``: what
     is not verified by now is dropped.
     """
-    since = draft.in_phase_since if draft.status.phase is JobPhase.RECOVERING else None
+    waits = draft.status.phase in (JobPhase.RECOVERING, JobPhase.SUSPENDING)
+    since = draft.in_phase_since if waits else None
     deadline = None if since is None else since + SETTLE_S
     settled = True
     for stored in reversed(own_open(draft)):  # newest first: ``latest`` is put once
@@ -746,7 +748,9 @@ def _settle_one(draft: Draft, stored: Stored[OpenRecord], patient: bool, deadlin
     parts = durable_parts(draft, record)
     verdict = verdict_of(draft, record)
     if not is_complete(parts, record):
-        missing = [rank for rank in range(record.world_size) if rank not in parts]
+        missing = [Rank(rank) for rank in range(record.world_size) if rank not in parts]
+        if patient and sealed.is_awaited(draft, record, missing):
+            return False
         abort(draft, stored, f"the attempt ended before ranks {_some(missing)} were durable", warning=False)
         return True
     if unfit := nonfinite.refusal(draft, record):

@@ -14,6 +14,7 @@ from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, Condition, JobPh
 
 OF_RANKS = ("NonFinite", "Straggling")
 """Conditions that only some jobs ever have."""
+_SUSPENDED = (JobPhase.SUSPENDING, JobPhase.SUSPENDED)
 
 BRAKE_ON = "BrakeOn"
 """Reason of the condition Degraded while the brake is on."""
@@ -45,6 +46,8 @@ def derive(
         *_of_ranks(status, noted, before),
         _finished(status),
     ]
+    if status.phase in _SUSPENDED or "Suspended" in before:
+        found.append(_suspended(status))
     result = []
     for condition in found:
         old = before.get(condition.type)
@@ -110,6 +113,14 @@ def _degraded(fleet: FleetView, spec: JobSpec, status: JobStatus) -> Condition:
     if status.failed_saves:
         return Condition("Degraded", "True", "CheckpointFailed", "the last checkpoint failed")
     return Condition("Degraded", "False", "AsWanted")
+
+
+def _suspended(status: JobStatus) -> Condition:
+    if status.phase is JobPhase.SUSPENDED:
+        return Condition("Suspended", "True", "AsAsked", status.reason)
+    if status.phase is JobPhase.QUEUED and status.preempted_by:
+        return Condition("Suspended", "True", "Preempted", f"it made room for {status.preempted_by}")
+    return Condition("Suspended", "False", status.phase.value.capitalize())
 
 
 def _finished(status: JobStatus) -> Condition:

@@ -19,11 +19,15 @@ class Guard:
 
 @dataclass(frozen=True, slots=True)
 class PutRecord:
-    """Write a record (a protocol dataclass); ``expect_mod`` as in ``Guard``."""
+    """Write a record (a protocol dataclass); ``expect_mod`` as in ``Guard``.
+
+    ``lease_ttl_s`` above 0: under a lease of its own, so that the record goes by itself.
+    """
 
     key: str
     value: Any
     expect_mod: int
+    lease_ttl_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

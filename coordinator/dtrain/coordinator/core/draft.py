@@ -82,14 +82,15 @@ class Draft:
 
     @property
     def in_phase_since(self) -> float | None:
-        """First sight of the stored status if it is of the draft's phase and attempt, else None.
+        """First sight of the stored status if it is of the draft's phase, stage of it and attempt, else None.
 
         None means that this decision itself brings the phase about: deadlines
         begin with its first sight in the next view.
         """
         stored = self.stored
-        if stored is None or (stored.phase, stored.attempt, stored.uid) != (
+        if stored is None or (stored.phase, stored.stopping, stored.attempt, stored.uid) != (
             self.status.phase,
+            self.status.stopping,
             self.status.attempt,
             self.status.uid,
         ):
@@ -182,9 +183,10 @@ class Draft:
         """Decide only if no key is under ``prefix``."""
         self._absent.append(NoKeysUnder(prefix))
 
-    def put(self, key: str, value: Any, expect_mod: int) -> None:
+    def put(self, key: str, value: Any, expect_mod: int, *, lease_ttl_s: float = 0.0) -> None:
+        """Write a record; with ``lease_ttl_s`` one that goes by itself after so long."""
         assert key not in self._writes, f"{key} is written twice in one decision"
-        self._writes[key] = PutRecord(key, value, expect_mod)
+        self._writes[key] = PutRecord(key, value, expect_mod, lease_ttl_s)
 
     def delete(self, key: str, expect_mod: int | None) -> None:
         assert key not in self._writes, f"{key} is written twice in one decision"

@@ -1,7 +1,8 @@
 """Machines that are about to go: their jobs stop at a checkpoint, then go on elsewhere.
 
 An agent that drains goes on training and says so in its node record; whoever
-leads reads it there, so that a change of leader changes nothing. The attempt
+leads reads it there, so that a change of leader changes nothing. A machine that an
+operator wants empty is treated alike, only that its agent stays. The attempt
 ends with a checkpoint that its ranks hold at: no step is done twice. If there
 can be none, or it fails, the attempt ends without it; the agent would soon end
 its ranks anyway.
@@ -46,18 +47,19 @@ def is_due(draft: Draft, members: Sequence[Seat], going: Sequence[Seat]) -> bool
         # Training has ended: its last checkpoint is as good as one of ours, and nothing has to move.
         checkpoints.drive(draft, members)
         return False
-    until = min(_until(seat) for seat in going)
+    until = ends_at(draft, going)
     if draft.now >= until or checkpoints.is_pointless(draft, members):
         return True
     draft.wake(until)
-    if not checkpoints.own_open(draft) and (deaf := _not_answering(draft, members)):
+    if not checkpoints.own_open(draft) and (deaf := not_answering(draft, members)):
         # Its ranks would hear of the step when the others hold at it already, and that is too late.
         draft.say(f"agent {deaf} does not answer; the checkpoint waits for it")
         return False
-    return _is_decided(draft, members, until)
+    return is_decided(draft, members, until)
 
 
-def _not_answering(draft: Draft, members: Sequence[Seat]) -> str:
+def not_answering(draft: Draft, members: Sequence[Seat]) -> str:
+    """A member that did not answer lately; "": all do."""
     found = [
         seat.member.agent
         for seat in members
@@ -66,7 +68,7 @@ def _not_answering(draft: Draft, members: Sequence[Seat]) -> str:
     return min(found, default="")
 
 
-def _is_decided(draft: Draft, members: Sequence[Seat], until: float) -> bool:
+def is_decided(draft: Draft, members: Sequence[Seat], until: float) -> bool:
     """Go on with the checkpoint; True if it is committed, or has failed in a way that another one would."""
     held = [stored.value for stored in checkpoints.own_open(draft) if stored.value.hold_s > 0]
     late_before = draft.status.late_saves
@@ -105,15 +107,25 @@ def sentence(going: Sequence[Seat]) -> str:
 
 
 def _reason(seat: Seat) -> str:
-    told = None if seat.agent is None else seat.agent.node.draining
+    if seat.agent is None:
+        return ""
+    told = seat.agent.node.draining or seat.agent.vacating
     return "" if told is None else told.reason
 
 
-def _until(seat: Seat) -> float:
+def ends_at(draft: Draft, going: Sequence[Seat]) -> float:
+    """Until when a checkpoint must be durable, so that the first of them can still stop in order."""
+    return min(_until(draft, seat) for seat in going)
+
+
+def _until(draft: Draft, seat: Seat) -> float:
     assert seat.agent is not None
     assert seat.agent.draining_at is not None
     told = seat.agent.node.draining
-    return seat.agent.draining_at + GRACE_SHARE * (0.0 if told is None else told.grace_s)
+    if told is None:
+        # The machine stays: nothing is lost by waiting as long as any checkpoint may take.
+        return seat.agent.draining_at + draft.spec.checkpoint.timeout_s
+    return seat.agent.draining_at + GRACE_SHARE * told.grace_s
 
 
 def _about(going: Sequence[Seat]) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from dtrain.coordinator.core.draft import Draft
+from dtrain.protocol.checkpoint import CommitRecord
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.job import EXIT_CODE_DO_NOT_RETRY
 from dtrain.protocol.snapshot import Failure, FailureKind, WorkerPhase, WorkerSnapshot
@@ -18,20 +19,24 @@ BACKOFF_FREE = 2
 
 BACKOFF_S_MAX = 30.0
 
+ALSO_MAX = 8
+ALSO_CHARS_MAX = 200
+
 FAILURE_TEXT_MAX = 500
 """Characters of a failure's message that go into a reason sentence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """An attempt is over. ``charge``: it counts against the restart budget.
+    """An attempt is over. ``charge``: it counts against the restart budget, unless a rule says otherwise.
 
-    ``do_not_retry``: a rank exited with 93 and meant it.
+    ``do_not_retry``: a rank exited with 93 and meant it. ``others`` failed with it, mostly because of it.
     """
 
     failure: Failure
     charge: bool
     do_not_retry: bool = False
+    others: tuple[Failure, ...] = ()
 
 
 def reported(snapshots: Iterable[WorkerSnapshot]) -> list[Failure]:
@@ -60,6 +65,14 @@ def root_cause(failures: Iterable[Failure]) -> Failure:
             failure.agent,
         ),
     )
+
+
+def folded(others: Iterable[Failure]) -> tuple[str, ...]:
+    """Secondary failures in a sentence each, those of the cause's kind of story first; bounded."""
+    ordered = sorted(others, key=lambda one: (_CAUSES_FIRST.index(one.kind), one.at, one.agent))
+    told = [sentence(one)[:ALSO_CHARS_MAX] for one in ordered]
+    more = len(told) - ALSO_MAX
+    return (*told[:ALSO_MAX], *((f"{more} more",) if more > 0 else ()))
 
 
 def wants_no_retry(snapshots: Iterable[WorkerSnapshot]) -> bool:
@@ -92,10 +105,19 @@ def event_of(failure: Failure) -> tuple[EventReason, str]:
             return EventReason.PROCESS_UNKILLABLE, about
         case FailureKind.UNREACHABLE | FailureKind.PREPARE:
             return EventReason.PREPARE_TIMEOUT, about
+        case FailureKind.HANG:
+            return EventReason.HANG_FOUND, about
         case FailureKind.NONFINITE:
             return EventReason.NON_FINITE, about
         case _:
             return EventReason.RANK_EXITED, about
+
+
+def newest_commit(draft: Draft) -> CommitRecord | None:
+    """The newest checkpoint that counts as progress: what training was rolled back past does not."""
+    passed = draft.status.passed_over
+    known = [*(commit.value for commit in draft.commits()), *draft.committed]
+    return max((commit for commit in known if commit.seq not in passed), key=lambda c: c.seq, default=None)
 
 
 def within_window(draft: Draft) -> tuple[float, ...]:
@@ -103,9 +125,7 @@ def within_window(draft: Draft) -> tuple[float, ...]:
 
     Not if training is to go back past it: it would go that way for ever.
     """
-    newest = max(
-        [commit.value for commit in draft.commits()] + draft.committed, key=lambda c: c.seq, default=None
-    )
+    newest = newest_commit(draft)
     cause = draft.status.failure
     rolled = draft.status.charge and cause is not None and cause.kind is FailureKind.NONFINITE
     if newest is not None and newest.attempt == draft.status.attempt and not rolled:

@@ -19,7 +19,10 @@ from dtrain.coordinator.core import (
     quarantine,
     retention,
     rollback,
+    rules,
+    spares,
     stragglers,
+    suspicion,
 )
 from dtrain.coordinator.core.decisions import ProbeStore
 from dtrain.coordinator.core.draft import Draft
@@ -37,7 +40,7 @@ from dtrain.coordinator.core.views import Damage
 from dtrain.protocol.commands import Prepare, Start, Stop
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import AgentName, Attempt, Step
-from dtrain.protocol.job import JobPhase, Member, NonFiniteAction, RestorePoint, Wanted
+from dtrain.protocol.job import EXIT_CODE_DO_NOT_RETRY, JobPhase, Member, RestorePoint, RuleAction, Wanted
 from dtrain.protocol.snapshot import BadBlob, Failure, FailureKind, WorkerPhase, WorkerSnapshot
 
 SILENT_S = 10.0
@@ -150,7 +153,7 @@ def starting(draft: Draft) -> None:
         cancel(draft)
         return
     members = seats(draft)
-    ending = _why_over(draft, members)
+    ending = why_over(draft, members)
     if ending is not None:
         attempt_over(draft, ending, avoid=_not_ready(members))
         return
@@ -248,7 +251,7 @@ def running(draft: Draft) -> None:
         cancel(draft)
         return
     members = seats(draft)
-    ending = _why_over(draft, members)
+    ending = why_over(draft, members)
     if ending is not None:
         attempt_over(draft, ending)
         return
@@ -272,6 +275,7 @@ def running(draft: Draft) -> None:
     nonfinite.note(draft, members)
     stragglers.note(draft, members)
     release_strays(draft)
+    spares.keep_warm(draft)
     if draft.status.store:
         retention.sweep(draft)
 
@@ -298,7 +302,7 @@ def succeed(draft: Draft) -> None:
 # Why an attempt ends ----------------------------------------------------------------
 
 
-def _why_over(draft: Draft, members: Sequence[Seat]) -> Ending | None:
+def why_over(draft: Draft, members: Sequence[Seat]) -> Ending | None:
     """What ends the attempt now, if anything does."""
     if not members:
         return Ending(_leader_failure(draft, FailureKind.PREPARE, "the attempt has no members"), charge=False)
@@ -310,11 +314,13 @@ def _why_over(draft: Draft, members: Sequence[Seat]) -> Ending | None:
         return Ending(_leader_failure(draft, FailureKind.RESTORE, text, bad[0]), charge=False)
     found = failures.reported(snapshots)
     if failures.wants_no_retry(snapshots):
-        final = [f for f in found if f.exit_code is not None] or found
+        meant = [f for f in found if f.exit_code == EXIT_CODE_DO_NOT_RETRY]
+        final = meant or [f for f in found if f.exit_code is not None] or found
         cause = (
             failures.root_cause(final) if final else _leader_failure(draft, FailureKind.EXIT, "exit code 93")
         )
-        return Ending(cause, charge=True, do_not_retry=True)
+        others = tuple(failure for failure in found if failure is not cause)
+        return Ending(cause, charge=True, do_not_retry=True, others=others)
     if (sick := nonfinite.failure(draft, members)) is not None:
         # A script that ends because of it only says the same again.
         return Ending(sick, charge=True)
@@ -332,7 +338,8 @@ def _why_over(draft: Draft, members: Sequence[Seat]) -> Ending | None:
         free += _gone(draft, members)
     cause = failures.root_cause([*found, *free])
     charged = [failure for failure in found if failure.kind not in failures.FREE]
-    return Ending(cause, charge=any(cause is failure for failure in charged))
+    others = tuple(failure for failure in (*found, *free) if failure is not cause)
+    return Ending(cause, charge=any(cause is failure for failure in charged), others=others)
 
 
 def _snapshots_of_attempt(draft: Draft, members: Sequence[Seat]) -> list[WorkerSnapshot]:
@@ -457,22 +464,29 @@ def _quarantine(draft: Draft, agent: AgentName, bad: BadBlob) -> None:
 def attempt_over(draft: Draft, ending: Ending, *, avoid: Set[AgentName] = frozenset()) -> None:
     """End the attempt, and begin the next one in the same decision if possible."""
     fruitless = draft.status.fruitless + 1 if failures.was_fruitless(draft) else 0
-    failure = replace(ending.failure, attempt=draft.status.attempt)
-    draft.set(failure=failure, charge=ending.charge, fruitless=fruitless)
+    failure = replace(
+        ending.failure,
+        attempt=draft.status.attempt,
+        also=failures.folded(ending.others) or ending.failure.also,
+    )
+    consequence = rules.judge(draft, ending)
+    rules.remember(draft, (failure, *ending.others))
+    draft.set(failure=failure, charge=consequence.charge, fruitless=fruitless)
     reason, about = failures.event_of(failure)
-    draft.event(reason, failures.sentence(failure), about, warning=True)
-    if ending.do_not_retry:
+    told = f"; {consequence.why}" if consequence.why else ""
+    text = f"{failures.sentence(failure)}{told}"
+    over = consequence.action is RuleAction.FAIL
+    draft.event(reason, failures.sentence(failure) if over else text, about, warning=True)
+    suspicion.note(draft, failure, ending.others, cordon_s=consequence.cordon_s)
+    if over:
         checkpoints.settle(draft, patient=False)
-        text = f"{failures.sentence(failure)}; exit code 93 means do not retry"
-        fail(draft, EventReason.DO_NOT_RETRY, text)
+        fail(draft, consequence.event, text)
         return
-    if failure.kind is FailureKind.NONFINITE:
-        policy = draft.spec.nonfinite
-        if policy.action is NonFiniteAction.FAIL:
-            checkpoints.settle(draft, patient=False)
-            fail(draft, EventReason.NON_FINITE, failures.sentence(failure))
-            return
-        rollback.pass_over(draft, policy.back, to_scratch=True)
+    if consequence.action is RuleAction.ROLLBACK:
+        # Numbers that went wrong may have begun to before the oldest checkpoint.
+        to_scratch = failure.kind is FailureKind.NONFINITE
+        if not rollback.pass_over(draft, consequence.back, to_scratch=to_scratch):
+            draft.say("there is no older checkpoint to go back to")
     draft.enter(JobPhase.RECOVERING, f"recovering from: {failures.sentence(failure)}", members=())
     recovering(draft, avoid=avoid)
 
@@ -507,7 +521,7 @@ def recovering(draft: Draft, *, avoid: Set[AgentName] = frozenset()) -> None:
         draft.say("waiting before the next attempt: the last ones got nowhere")
         stop_survivors(draft)
         return
-    found = placement.place(draft, avoid=avoid, join_window=since is not None)
+    found = placement.place(draft, avoid=avoid, without=rules.shunned(draft), join_window=since is not None)
     if found.members:
         start_attempt(draft, found.members, draft.status.store)
         release_strays(draft)
@@ -569,12 +583,7 @@ def cancelling(draft: Draft) -> None:
     grace = draft.spec.shutdown_grace_s
     since = draft.in_phase_since
     due = (draft.now if since is None else since) + grace + CANCEL_SLACK_S
-    alive = []
-    for seat in seats(draft):
-        if seat.standing is Standing.LOST:
-            continue
-        if seat.phase in LIVE_PHASES or (seat.agent is None and seat.standing is Standing.SETTLING):
-            alive.append(seat.member.agent)
+    alive = still_alive(seats(draft))
     if not alive or draft.now >= due:
         checkpoints.settle(draft, patient=False)
         cancelled(draft, "cancelled")
@@ -584,6 +593,16 @@ def cancelling(draft: Draft) -> None:
     header = draft.header(f"cancel.{draft.status.attempt}")
     for agent in alive:
         draft.command(agent, Stop(header, grace, release=False, why="the job was cancelled"))
+
+
+def still_alive(members: Sequence[Seat]) -> list[AgentName]:
+    """Machines on which ranks of the attempt live, or may live for all that is known."""
+    return [
+        seat.member.agent
+        for seat in members
+        if seat.standing is not Standing.LOST
+        and (seat.phase in LIVE_PHASES or (seat.agent is None and seat.standing is Standing.SETTLING))
+    ]
 
 
 def cancelled(draft: Draft, reason: str) -> None:
@@ -633,7 +652,7 @@ def release_strays(draft: Draft) -> None:
     members = {member.agent for member in draft.status.members}
     for agent, stored in sorted(draft.job.workers.items()):
         snapshot = stored.value
-        if agent in members or snapshot.attempt > draft.status.attempt:
+        if agent in members or snapshot.attempt > draft.status.attempt or spares.is_kept(draft, agent):
             continue
         why = "this agent is not part of the attempt"
         draft.command(agent, Stop(draft.header_of(snapshot), 0.0, release=True, why=why))

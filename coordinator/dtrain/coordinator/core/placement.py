@@ -4,13 +4,15 @@ All or nothing (gang), one member per machine. Machines that held ranks keep
 their place where possible, so that warm launchers and caches are of use.
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from dtrain.coordinator.core.draft import Draft
+from dtrain.coordinator.core.liveness import STARTED_PHASES
 from dtrain.coordinator.core.views import AgentView
 from dtrain.protocol.ids import AgentName, Rank
 from dtrain.protocol.job import Member
+from dtrain.protocol.snapshot import WorkerPhase
 
 JOIN_WINDOW_S = 2.0
 """How long a job with enough machines waits for more of those it may have."""
@@ -31,17 +33,29 @@ class Placement:
     why: str = ""
 
 
-def place(draft: Draft, *, avoid: Set[AgentName] = frozenset(), join_window: bool) -> Placement:
+def place(
+    draft: Draft,
+    *,
+    avoid: Set[AgentName] = frozenset(),
+    without: Set[AgentName] = frozenset(),
+    join_window: bool,
+) -> Placement:
     """Choose members for the next attempt.
 
-    ``avoid`` is used only if nothing else is there. With ``join_window`` fewer
-    than ``nnodes_max`` machines are taken only after JOIN_WINDOW_S.
+    ``avoid`` is used only if nothing else is there, ``without`` only if there are not enough others
+    for the smallest size. With ``join_window`` fewer than ``nnodes_max`` machines are taken only after
+    JOIN_WINDOW_S.
     """
     spec = draft.spec
     if draft.fleet.brake:
         draft.say(draft.fleet.brake)  # its numbers change: they are not stored
         return Placement(why="nothing is placed while the brake is on")
+    if why := _behind_others(draft):
+        return Placement(why=why)
     usable = candidates(draft)
+    others = {name: view for name, view in usable.items() if name not in without}
+    if len(others) >= spec.nnodes_min:
+        usable = others
     if len(usable) < spec.nnodes_min:
         return Placement(why=_short_of(draft, usable))
     if join_window and len(usable) < spec.nnodes_max:
@@ -54,14 +68,22 @@ def place(draft: Draft, *, avoid: Set[AgentName] = frozenset(), join_window: boo
     return Placement(_seat_ranks(draft, usable, avoid))
 
 
+def _behind_others(draft: Draft) -> str:
+    """Why it is not its turn; "": it is, or nobody else waits."""
+    if draft.fleet.queue.changes_at is not None:
+        draft.wake(draft.fleet.queue.changes_at)
+    return draft.fleet.queue.why(draft.job.name)
+
+
 def candidates(draft: Draft) -> dict[AgentName, AgentView]:
     """Agents that could take this job's ranks now."""
     fleet = draft.fleet
+    held = fleet.queue.held_from(draft.job.name)
     found = {}
     for name, view in fleet.agents.items():
         if name in fleet.cordoned or blocked(draft, name, view) or view.draining_at is not None:
             continue
-        if view.node.slots - fleet.used.get(name, 0) < draft.spec.nproc_per_node:
+        if view.node.slots - fleet.used.get(name, 0) - held.get(name, 0) < draft.spec.nproc_per_node:
             continue
         if resting(draft, name, view):
             continue
@@ -87,14 +109,9 @@ def resting(draft: Draft, name: AgentName, view: AgentView) -> bool:
 def _seat_ranks(
     draft: Draft, usable: dict[AgentName, AgentView], avoid: Set[AgentName]
 ) -> tuple[Member, ...]:
-    spec, fleet = draft.spec, draft.fleet
+    spec = draft.spec
     before = previous_places(draft)
-
-    def preference(name: AgentName) -> tuple[bool, int, str]:
-        doubtful = name in avoid or name in fleet.unreachable
-        return doubtful, before.get(name, len(fleet.agents) + len(before)), name
-
-    chosen = sorted(usable, key=preference)[: spec.nnodes_max]
+    chosen = sorted(usable, key=lambda name: preference(draft, name, before, avoid))[: spec.nnodes_max]
     places: dict[int, AgentName] = {}
     for name in chosen:
         place_before = before.get(name)
@@ -115,6 +132,30 @@ def _seat_ranks(
         )
         for node_rank in range(len(chosen))
     )
+
+
+def preference(
+    draft: Draft,
+    name: AgentName,
+    before: Mapping[AgentName, int] | None = None,
+    avoid: Set[AgentName] = frozenset(),
+) -> tuple[bool, bool, int, str]:
+    """Sorts machines: those that answer, those whose launcher is warm, those that held ranks before."""
+    places = before or {}
+    doubtful = name in avoid or name in draft.fleet.unreachable
+    place = places.get(name, len(draft.fleet.agents) + len(places))
+    return doubtful, not is_warm(draft, name), place, name
+
+
+def is_warm(draft: Draft, name: AgentName) -> bool:
+    """Whether the agent, in its present life, has a launcher of this submission that could fork at once."""
+    stored, view = draft.job.workers.get(name), draft.fleet.agents.get(name)
+    if stored is None or view is None or stored.value.uid != draft.status.uid:
+        return False
+    snapshot = stored.value
+    # Of a failed attempt the launcher may be what failed: its agent says whether there is one.
+    runs = snapshot.phase in STARTED_PHASES - {WorkerPhase.ERROR} or snapshot.phase is WorkerPhase.READY
+    return snapshot.incarnation == view.node.incarnation and (snapshot.warm or runs)
 
 
 def previous_places(draft: Draft) -> dict[AgentName, int]:
@@ -143,6 +184,7 @@ def draining(names: Sequence[AgentName]) -> str:
 
 def _short_of(draft: Draft, usable: dict[AgentName, AgentView]) -> str:
     spec, fleet = draft.spec, draft.fleet
+    held = fleet.queue.held_from(draft.job.name)
     missing = spec.nnodes_min - len(usable)
     plural = "" if spec.nnodes_min == 1 else "s"
     slots = f"{spec.nproc_per_node} free slot{'' if spec.nproc_per_node == 1 else 's'}"
@@ -158,7 +200,7 @@ def _short_of(draft: Draft, usable: dict[AgentName, AgentView]) -> str:
         for name, view in staying.items()
         if name not in fleet.cordoned
         and not blocked(draft, name, view)
-        and view.node.slots - fleet.used.get(name, 0) < draft.spec.nproc_per_node
+        and view.node.slots - fleet.used.get(name, 0) - held.get(name, 0) < draft.spec.nproc_per_node
     )
     silent = len(staying) - cordoned - stuck - full - len(usable)
     if leaving:

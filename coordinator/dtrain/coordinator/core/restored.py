@@ -172,6 +172,12 @@ def _attempts(draft: Draft) -> bool:
     if status.phase is JobPhase.CANCELLING:
         draft.set(attempt=found.attempt)  # else agents would take STOP for one of the past
         return False
+    if status.phase is JobPhase.SUSPENDING:
+        draft.set(attempt=found.attempt, stopping=True)
+        return False
+    if status.phase is JobPhase.SUSPENDED:
+        _give_up(draft, found.attempt)
+        return True
     members = seats(draft)
     if members and all(one.standing is Standing.PRESENT and one.snapshot is not None for one in members):
         # The attempt that etcd knows is whole: what else turns up comes from the time that was forgotten.

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from dtrain.coordinator.core.queue import Queue
 from dtrain.protocol.checkpoint import (
     CommitRecord,
     Garbage,
@@ -17,11 +18,14 @@ from dtrain.protocol.checkpoint import (
     Quarantine,
     Verification,
 )
+from dtrain.protocol.cluster import Cordon, Suspicion
 from dtrain.protocol.ids import AgentName, ClusterName, JobName, Rank, ReplicaId, Seq, Term, Uid
 from dtrain.protocol.job import Intent, JobSpec, JobStatus
 from dtrain.protocol.snapshot import NodeRecord, WorkerSnapshot
 
 T = TypeVar("T")
+
+NO_QUEUE = Queue()
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +169,10 @@ class AgentView:
     seen_at: float
     """When this leader first saw this incarnation."""
     draining_at: float | None = None
-    """When this replica first saw that the agent drains, in whichever of its lives; None: it does not."""
+    """When this replica first saw that the agent drains, in whichever of its lives, or that an operator
+    wants it empty; None: neither."""
+    vacating: Cordon | None = None
+    """An operator wants it empty; the agent itself stays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +201,11 @@ class FleetView:
     """Of ``lost_at``, those that drained: they end their ranks before they go and are not waited for."""
     scrub_interval_s: float = 0.0
     """How often committed checkpoints are read whole; 0: never."""
+    suspicions: Mapping[AgentName, Stored[Suspicion]] = field(default_factory=dict)
+    cordon_s: float = 0.0
+    """How long a suspected machine is cordoned; 0: machines are not suspected."""
+    queue: Queue = NO_QUEUE
+    """The jobs that wait for machines, what is claimed for them, and who makes room."""
 
 
 @dataclass(frozen=True, slots=True)
