@@ -783,9 +783,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "G2: an open checkpoint of an older attempt may still be committed behind the new one's back.",
         f"{CORE}/checkpoints.py",
         (
-            "    since = draft.in_phase_since if draft.status.phase is JobPhase.RECOVERING else None\n",
-            "    return True\n"
-            "    since = draft.in_phase_since if draft.status.phase is JobPhase.RECOVERING else None\n",
+            "    waits = draft.status.phase in (JobPhase.RECOVERING, JobPhase.SUSPENDING)\n",
+            "    return True\n",
         ),
         f"{ON_COORDINATOR}/test_plan_checkpoints.py::test_incomplete_checkpoint_is_deleted_before_the_next_attempt",
     ),
