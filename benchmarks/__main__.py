@@ -2,13 +2,14 @@
 
 import argparse
 
-from benchmarks import failover, overhead, recovery, report
+from benchmarks import elastic, failover, overhead, recovery, report
 from benchmarks.checkpoint import suite
 from benchmarks.store import client_cpu
 
 MEASURES = {
     "failover": failover.measure,
     "recovery": recovery.measure,
+    "elastic": elastic.measure,
     "overhead": overhead.measure,
     "store": client_cpu.measure,
     "checkpoint": suite.measure,

@@ -297,6 +297,16 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         f"{ON_AGENT}/test_notices.py::test_a_notice_is_told_once_and_stands_until_it_is_withdrawn",
     ),
+    _mutant(
+        "rolled-back-and-not-noticed",
+        "I5: the auditor does not see an attempt that begins from the very checkpoint that was rolled back past.",
+        "common/dtrain/protocol/audit.py",
+        (
+            "        if begins_from is not None and begins_from.seq in record.passed_over:\n",
+            "        if begins_from is not None and not record.passed_over:\n",
+        ),
+        "tests/unit/protocol/test_audit.py::test_the_auditor_names[an attempt that begins from what training was rolled back past]",
+    ),
     # Leadership -----------------------------------------------------------------------------
     _mutant(
         "lost-claim-not-recognised",
@@ -783,8 +793,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "G2: an open checkpoint of an older attempt may still be committed behind the new one's back.",
         f"{CORE}/checkpoints.py",
         (
-            "    waits = draft.status.phase in (JobPhase.RECOVERING, JobPhase.SUSPENDING)\n",
-            "    return True\n",
+            "    since = draft.in_phase_since if waits else None\n",
+            "    return True\n    since = draft.in_phase_since if waits else None\n",
         ),
         f"{ON_COORDINATOR}/test_plan_checkpoints.py::test_incomplete_checkpoint_is_deleted_before_the_next_attempt",
     ),

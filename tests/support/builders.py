@@ -8,6 +8,7 @@ from dtrain.coordinator.core import invariants, stragglers
 from dtrain.coordinator.core.decisions import Decision, Directed, PutRecord, Work
 from dtrain.coordinator.core.plan import plan
 from dtrain.coordinator.core.queue import Queue
+from dtrain.coordinator.core.stamps import iso
 from dtrain.coordinator.core.views import (
     AgentView,
     FleetView,
@@ -80,6 +81,7 @@ def make_spec(
     max_restarts: int = 3,
     window_s: float = 3600.0,
     reschedule_grace_s: float = 0.0,
+    grow_cooldown_s: float = 60.0,
 ) -> JobSpec:
     """A valid job of ``nodes`` machines."""
     return JobSpec(
@@ -94,6 +96,7 @@ def make_spec(
         ),
         restarts=RestartPolicy(max_restarts, window_s),
         reschedule_grace_s=reschedule_grace_s,
+        grow_cooldown_s=grow_cooldown_s,
     )
 
 
@@ -584,9 +587,18 @@ class Stage:
         bad = BadBlob(Seq(seq), "blobs/x.st", 3, "aa", "bb", self.member(name).first_rank, "chunk 3 differs")
         self.report(name, WorkerPhase.ERROR, bad=bad)
 
-    def want(self, wanted: Wanted = Wanted.RUN, *, token: str = "") -> None:
+    def want(self, wanted: Wanted = Wanted.RUN, *, token: str = "", nnodes: tuple[int, int] = (0, 0)) -> None:
         """An operator changes the intent."""
-        self.write(KEYS.intent(JOB), Intent(self.spec.uid, wanted, token, by="ann"))
+        at = iso(EPOCH + self.now)
+        self.write(KEYS.intent(JOB), Intent(self.spec.uid, wanted, token, "ann", at, *nnodes))
+
+    def warm(self, *names: str, warm: bool = True) -> None:
+        """Launchers on machines that are no members have imported everything, or are about to."""
+        for name in names:
+            agent = AgentName(name)
+            incarnation = self.agents[agent].node.incarnation
+            idle = WorkerSnapshot(agent, self.status.uid, incarnation, self.status.attempt, WorkerPhase.IDLE)
+            self.put_snapshot(replace(idle, warm=warm))
 
     def change_leader(self) -> None:
         """Another replica takes office; what the old one saw for itself is gone."""

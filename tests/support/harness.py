@@ -147,6 +147,7 @@ class Harness:
         await_import: bool = False,
         nonfinite: NonFinitePolicy = NonFinitePolicy(),  # noqa: B008 - immutable
         priority: int = 0,
+        grow_cooldown_s: float = 60.0,
     ) -> JobName:
         """Submit a job; its ranks leave marks."""
         job = JobName(name)
@@ -174,6 +175,7 @@ class Harness:
             nonfinite=nonfinite,
             spares=spares,
             priority=priority,
+            grow_cooldown_s=grow_cooldown_s,
         )
         self.client.submit(codec.encode(self._specs[job]), uuid.uuid4().hex)
         return job

@@ -37,6 +37,7 @@ NPROC_WORDS = ("auto", "cpu", "gpu")
 _RULE = FailureRule(RuleAction.RESTART)
 RULES_MAX = 32
 _CHECKPOINT, _RESTARTS, _NONFINITE = CheckpointPolicy(), RestartPolicy(), NonFinitePolicy()
+_JOB_GROW_COOLDOWN_S = 60.0
 
 
 METRIC_NAME_CHARS_MAX = 64
@@ -97,10 +98,12 @@ def _nodes(value: Any) -> tuple[int, int]:
 def _nproc(value: Any) -> int:
     if isinstance(value, str) and value.strip().isdecimal():
         value = int(value)
+    if value == "auto":
+        return 0
     if value in NPROC_WORDS:
         raise ValueError(
             f"{value!r} cannot be resolved here: which machines the job gets is not known at submission; "
-            "write a number, such as the number of GPUs in one machine"
+            "write auto for as many as a machine has slots, or a number"
         )
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{_show(value)} is not a number of processes")
@@ -338,6 +341,7 @@ class JobModel(_Strict):
     name: Annotated[str, BeforeValidator(_name)]
     nnodes: Annotated[tuple[int, int], BeforeValidator(_nodes)] = (1, 1)
     nproc_per_node: Annotated[int, BeforeValidator(_nproc)] = 1
+    grow_cooldown: Annotated[float, _seconds()] = _JOB_GROW_COOLDOWN_S
     spares: Annotated[int, _integer(0)] = 0
     script: Annotated[str, BeforeValidator(_filled)] | None = None
     module: Annotated[str, BeforeValidator(_module)] | None = None
@@ -379,6 +383,7 @@ def to_spec(model: JobModel, folder: Path) -> JobSpec:
         nnodes_min=model.nnodes[0],
         nnodes_max=model.nnodes[1],
         nproc_per_node=model.nproc_per_node,
+        grow_cooldown_s=model.grow_cooldown,
         spares=model.spares,
         working_dir=str((folder / Path(model.working_dir).expanduser()).resolve()),
         env=model.env,

@@ -13,14 +13,16 @@ from dtrain.cli import terminal
 from dtrain.cli.client import GarbageItem
 from dtrain.cli.durations import show_bytes, show_s
 from dtrain.cli.records import Agent, Cluster, Job, Replica
+from dtrain.protocol.cluster import Suspicion
 from dtrain.protocol.events import EventRecord
 from dtrain.protocol.job import JobPhase
-from dtrain.protocol.snapshot import Failure, FailureKind, Timing
+from dtrain.protocol.snapshot import Failure, FailureKind, Timing, WorkerPhase
 
 if TYPE_CHECKING:
     from dtrain.storage.checkpoints.reading import Damage
 
 UNKNOWN = "–"
+BLAMES_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,14 +409,16 @@ def describe_job(job: Job, now: float) -> list[str]:
     if spec:
         lines += [
             f"Program       {spec.entry.kind} {' '.join((spec.entry.target, *spec.entry.args))}",
-            f"Size          {_nodes(spec.nnodes_min, spec.nnodes_max)} x {spec.nproc_per_node} ranks",
+            f"Size          {_size(job)}",
             f"Folder        {spec.working_dir}",
             f"Uid           {spec.uid}   submitted {spec.submitted_at}",
         ]
     table = rank_table(job)
     if table.rows:
         lines += ["", "Ranks", *(f"  {line}" for line in table.lines())]
-    notes = [f"{agent}: {snapshot.note}" for agent, snapshot in sorted(job.workers.items()) if snapshot.note]
+    workers = sorted(job.workers.items())
+    notes = [f"{agent}: {snapshot.note}" for agent, snapshot in workers if snapshot.note]
+    notes += [f"{agent}: {snapshot.warning}" for agent, snapshot in workers if snapshot.warning]
     if notes:
         lines += ["", "Notes", *(f"  {line}" for line in notes)]
     if status and status.conditions:
@@ -442,6 +446,8 @@ def describe_agent(agent: Agent, now: float) -> list[str]:
         )
     if node and node.problem:
         lines.append(f"  {node.problem}")
+    if agent.suspicion and agent.suspicion.blames:
+        lines += blames(agent.suspicion, now)
     if node:
         lines += [
             "",
@@ -454,12 +460,12 @@ def describe_agent(agent: Agent, now: float) -> list[str]:
                 "Labels        " + " ".join(f"{name}={value}" for name, value in node.labels.items())
             )
     for job, snapshot in sorted(agent.workers.items()):
-        lines += ["", f"Job {job}   attempt {snapshot.attempt}   {snapshot.phase}"]
+        ready = " (warm)" if snapshot.warm and snapshot.phase is WorkerPhase.IDLE else ""
+        lines += ["", f"Job {job}   attempt {snapshot.attempt}   {snapshot.phase}{ready}"]
         if snapshot.command:
             outcome = "done" if snapshot.command.ok else f"failed: {snapshot.command.message}"
             lines.append(f"  last command {snapshot.command.kind} {outcome}")
-        if snapshot.note:
-            lines.append(f"  {snapshot.note}")
+        lines += [f"  {text}" for text in (snapshot.note, snapshot.warning) if text]
         if snapshot.failure:
             lines += [f"  {line}" for line in failure_card(snapshot.failure)]
         rows = tuple(
@@ -475,6 +481,17 @@ def describe_agent(agent: Agent, now: float) -> list[str]:
         if rows:
             lines += [f"  {line}" for line in Table(("RANK", "PID", "STATE", "STEP", "EXIT"), rows).lines()]
     return lines
+
+
+def blames(suspicion: Suspicion, now: float) -> list[str]:
+    """What attempts have ended because of a machine, the newest last."""
+    shown = suspicion.blames[-BLAMES_SHOWN:]
+    more = len(suspicion.blames) - len(shown)
+    lines = ["", "Attempts ended because of it" + (f" ({more} more before these)" if more else "")]
+    return lines + [
+        f"  {show_s(max(0.0, now - blame.at))} ago   attempt {blame.attempt} of {blame.job}: {blame.kind}"
+        for blame in shown
+    ]
 
 
 def job_change(job: Job) -> str:
@@ -545,6 +562,18 @@ def _ranks(job: Job) -> str:
 
 def _live(states: Iterable[object]) -> list[object]:
     return [state for state in states if getattr(state, "exit_code", None) is None]
+
+
+def _size(job: Job) -> str:
+    """How many machines and ranks a job may have, and who gets ready to join."""
+    assert job.spec is not None
+    text = f"{_nodes(*job.nodes)} x {job.spec.nproc_per_node or 'as many ranks as slots'}"
+    text += " ranks" if job.spec.nproc_per_node else ""
+    if job.nodes != (job.spec.nnodes_min, job.spec.nnodes_max):
+        text += f" (job file: {_nodes(job.spec.nnodes_min, job.spec.nnodes_max)})"
+    if job.status and job.status.joining:
+        text += f"; getting ready to join: {', '.join(job.status.joining)}"
+    return text
 
 
 def _nodes(low: int, high: int) -> str:

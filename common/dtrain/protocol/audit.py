@@ -349,6 +349,10 @@ class Auditor:
             return
         if record.seq_last < before.seq_last:
             self._bad("I5", f"{place.job} forgot checkpoint numbers up to {before.seq_last}")
+        begins_from = record.restore if record.attempt > before.attempt else None
+        if begins_from is not None and begins_from.seq in record.passed_over:
+            which = f"attempt {record.attempt} of {place.job} begins from checkpoint {begins_from.seq}"
+            self._bad("I5", f"{which}, which training was rolled back past")
         if record.uid != before.uid:
             if before.phase not in TERMINAL_PHASES:
                 self._bad("phase", f"{place.job} was replaced while {before.phase}")

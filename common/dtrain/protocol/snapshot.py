@@ -255,6 +255,8 @@ class WorkerSnapshot:
     """Wall time of writing, epoch seconds, for people."""
     warm: bool = False
     """IDLE or ERROR, with a launcher that has imported everything: PREPARE will be answered at once."""
+    warning: str = ""
+    """Why ranks start slower here than they could, in one sentence."""
     stalls: tuple[Stall, ...] = ()
     stacks: tuple[Stack, ...] = ()
     seq_over: Seq = Seq(0)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
-from dtrain.coordinator.core import stragglers
+from dtrain.coordinator.core import elastic, stragglers
 from dtrain.coordinator.core.decisions import InspectCheckpoint
 from dtrain.coordinator.core.placement import UNREACHABLE_REST_S
 from dtrain.coordinator.core.queue import Machine, Running, Waiting
@@ -693,7 +693,10 @@ class World:
     def _note_waiting(self, job: _Job) -> None:
         spec = job.single.get("spec")
         waits = spec is not None and (
-            job.status is None or job.status.phase in _WAITING_PHASES or job.status.uid != _uid(spec)
+            job.status is None
+            or job.status.phase in _WAITING_PHASES
+            or job.status.uid != _uid(spec)
+            or self._may_grow(job, job.status)
         )
         (self._waiting.add if waits else self._waiting.discard)(job.name)
         self._note_line(job.name)
@@ -773,6 +776,10 @@ class World:
             slots = view.node.slots
             found[name] = Machine(slots, slots - self._used.get(name, 0))
         return found, min(instants, default=None)
+
+    def _may_grow(self, job: _Job, status: JobStatus) -> bool:
+        spec = self._record(job, "spec", JobSpec)
+        return spec is not None and elastic.may_grow(spec.value, self._record(job, "intent", Intent), status)
 
     def _touch_fleet(self, agent: AgentName) -> None:
         self._line.machines_changed()

@@ -1,6 +1,7 @@
 """PREPARE to the end of an attempt, as the core decides it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -20,6 +21,7 @@ from dtrain.agent.launching import (
     Cleared,
     ForkRanks,
     LauncherEnded,
+    LauncherReady,
     LauncherState,
     ProcessId,
     Quit,
@@ -36,8 +38,6 @@ from .core_builder import JOB, LAUNCHER, RESTORE, Table
 
 
 def test_a_command_of_another_cluster_is_refused() -> None:
-    from dataclasses import replace
-
     table = Table()
     prepare = table.prepare()
     foreign = replace(prepare, header=replace(prepare.header, cluster="prod"))
@@ -192,6 +192,25 @@ def test_start_forks_ranks_with_torchruns_environment() -> None:
     assert env["DTRAIN_AGENT_SOCKET"] == "/run/ranks.sock"
     assert "secret" not in env.values()
     assert table.snapshot.phase is WorkerPhase.RESTORING
+
+
+def test_a_machine_may_have_another_number_of_ranks_than_others() -> None:
+    table = Table()
+    prepare = replace(table.prepare(), nproc=3, first_rank=Rank(4), world_size=7, node_rank=1, nnodes=2)
+    table.command(prepare)
+    (ensure,) = table.wanted(EnsureLauncher)
+    assert ensure.settings.nproc == 3
+    table.feed(LauncherStarted(JOB, Uid("u1"), LAUNCHER))
+    for message in (LauncherState(LAUNCHER, ready=False), Cleared(Attempt(1)), StoreReady(Attempt(1), 29500)):
+        table.report(message)
+    table.report(LauncherReady())
+    table.command(table.start())
+    (fork,) = [order for order in table.launcher_orders() if isinstance(order, ForkRanks)]
+    assert [launch.rank for launch in fork.ranks] == [4, 5, 6]
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
+    assert [fork.ranks[2].env[name] for name in names] == ["6", "2", "7", "3", "1", "2"]
+    # A number that etcd forgot and gave out again to another size is another attempt.
+    assert not table.command(replace(prepare, nproc=2)).answer.accepted  # type: ignore[union-attr]
 
 
 def test_the_base_environment_keeps_the_users_and_drops_the_agents() -> None:

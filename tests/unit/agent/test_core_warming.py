@@ -142,6 +142,14 @@ def test_ranks_that_failed_leave_a_warm_launcher_unless_it_is_what_failed() -> N
     assert (table.snapshot.phase, table.snapshot.warm) == (WorkerPhase.ERROR, False)
 
 
+def test_what_the_launcher_warns_of_is_shown() -> None:
+    table = Table()
+    table.command(order(table))
+    table.feed(LauncherStarted(JOB, Uid("u1"), LAUNCHER))
+    table.report(LauncherReady("ranks are started by exec instead of fork: mine runs 1 more thread"))
+    assert table.snapshot.warning == "ranks are started by exec instead of fork: mine runs 1 more thread"
+
+
 def test_a_launcher_that_ends_by_itself_is_started_again_but_not_at_once() -> None:
     table = warmed(Table())
     table.report(LauncherEnded(1, "MemoryError"))

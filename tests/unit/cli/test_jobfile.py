@@ -27,6 +27,7 @@ def test_a_minimal_file_gets_the_defaults_of_the_protocol() -> None:
     spec = parse(MINIMAL)
     assert (spec.nnodes_min, spec.nnodes_max, spec.nproc_per_node) == (1, 1, 1)
     assert spec.working_dir == "/jobs"
+    assert spec.grow_cooldown_s == JobSpec.__dataclass_fields__["grow_cooldown_s"].default
     assert spec.restarts == JobSpec.__dataclass_fields__["restarts"].default
     assert spec.checkpoint == JobSpec.__dataclass_fields__["checkpoint"].default
 
@@ -56,6 +57,7 @@ shutdown_grace: 500ms
 isolation_grace: 30m
 reschedule_grace: 20
 priority: -5
+grow_cooldown: 5m
 """
     )
     assert (spec.nnodes_min, spec.nnodes_max, spec.nproc_per_node, spec.spares) == (2, 4, 8, 1)
@@ -75,7 +77,7 @@ priority: -5
     assert (spec.restarts.max_restarts, spec.restarts.window_s) == (3, 5400.0)
     assert spec.shutdown_grace_s == 0.5
     assert (spec.isolation_grace_s, spec.reschedule_grace_s) == (1800.0, 20.0)
-    assert spec.priority == -5
+    assert (spec.priority, spec.grow_cooldown_s) == (-5, 300.0)
 
 
 def test_what_follows_from_numbers_that_are_not_finite() -> None:
@@ -106,11 +108,15 @@ def test_a_command_may_be_one_line_or_a_list() -> None:
     )
 
 
+def test_as_many_ranks_as_a_machine_has_slots_are_no_number() -> None:
+    assert parse("name: digits\nscript: train.py\nnproc_per_node: auto\n").nproc_per_node == 0
+
+
 def test_all_errors_are_listed_at_once_with_line_and_column() -> None:
     found = errors(
         """name: Digits
 nnodes: 4:2
-nproc_per_node: auto
+nproc_per_node: gpu
 script: train.py
 module: foo
 restarts:

@@ -52,9 +52,9 @@ def nothing_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_verbs_are_those_of_the_folder() -> None:
     assert set(verbs()) == {
         *("up", "run", "submit", "get", "describe", "logs", "wait", "checkpoint", "cancel"),
-        "checkpoints",
+        *("checkpoints", "cordon", "uncordon", "drain"),
         *("suspend", "resume"),
-        *("coordinator", "agent", "version", "completion", "chaos", "audit"),
+        *("coordinator", "agent", "version", "completion", "chaos", "audit", "scale"),
     }
 
 

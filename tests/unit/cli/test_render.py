@@ -6,6 +6,7 @@ from tests.unit.cli.fakes import (
     JOB,
     KEYS,
     NOW,
+    TERM,
     Seq,
     Step,
     at,
@@ -21,7 +22,8 @@ from tests.unit.cli.fakes import (
 
 from dtrain.cli import records, render
 from dtrain.protocol import codec
-from dtrain.protocol.ids import AgentName
+from dtrain.protocol.cluster import Blame, Suspicion
+from dtrain.protocol.ids import AgentName, Attempt, JobName, Uid
 from dtrain.protocol.job import Condition, Intent, JobPhase, RestorePoint, Wanted
 from dtrain.protocol.snapshot import Draining, FailureKind, NodeRecord, Timing
 
@@ -180,6 +182,15 @@ def test_describe_agent() -> None:
     lines = render.describe_agent(cluster.agents["a2"], NOW)
     assert lines[:2] == ["a2  Cordoned  since 10s", "  cordoned: bad memory (by ops)"]
     assert "Job digits   attempt 3   TRAINING" in lines
+
+
+def test_what_speaks_against_a_machine_is_shown_with_it() -> None:
+    found = Blame(JobName("digits"), Uid("u1"), Attempt(2), FailureKind.SIGNAL, NOW - 90)
+    agent = AgentName("a2")
+    cluster = records.group(reading(*fleet(), item(KEYS.suspicion(agent), Suspicion(TERM, agent, (found,)))))
+    lines = render.describe_agent(cluster.agents["a2"], NOW)
+    start = lines.index("Attempts ended because of it")
+    assert lines[start + 1] == "  1m30s ago   attempt 2 of digits: signal"
 
 
 def test_failures_are_titled_by_who_and_how() -> None:

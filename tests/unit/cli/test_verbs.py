@@ -201,6 +201,19 @@ def test_resume_wait_returns_when_ranks_train_or_it_has_ended(
     assert run(["resume", "digits", "--wait", "--coordinators", address]) == 20
 
 
+def test_scale_sets_the_bounds(replica: FakeReplica, address: str, capsys: Out) -> None:
+    replica.items = running_job()
+    assert run(["scale", "digits", "--nnodes", "2:8", "--coordinators", address]) == 0
+    assert run(["scale", "digits", "--nnodes", "1", "--coordinators", address]) == 0
+    found = [(i.wanted, i.nnodes_min, i.nnodes_max) for i in replica.intents]
+    assert found == [("", 2, 8), ("", 1, 1)]
+    assert capsys.readouterr().out == (
+        "digits: may have 2:8 machines from now on\ndigits: may have 1 machine from now on\n"
+    )
+    assert run(["scale", "digits", "--nnodes", "3:2", "--coordinators", address]) == 2
+    assert "--nnodes cannot be '3:2'" in capsys.readouterr().err
+
+
 def test_checkpoint_wait_names_the_one_that_was_committed(
     replica: FakeReplica, address: str, capsys: Out
 ) -> None:

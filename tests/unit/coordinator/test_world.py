@@ -11,7 +11,7 @@ from dtrain.coordinator.core.views import FleetView, Inspection, Verdict
 from dtrain.coordinator.world import BRAKE_WINDOW_S, MIRROR_AGE_S_MAX, World
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import CommitRecord, OpenRecord, Order, OrderKind, Verification
-from dtrain.protocol.cluster import Cordon
+from dtrain.protocol.cluster import Blame, Cordon, Suspicion
 from dtrain.protocol.ids import (
     AgentName,
     Attempt,
@@ -37,7 +37,7 @@ from dtrain.protocol.job import (
     Wanted,
 )
 from dtrain.protocol.keys import Keys
-from dtrain.protocol.snapshot import Draining, NodeRecord, RankState, WorkerPhase, WorkerSnapshot
+from dtrain.protocol.snapshot import Draining, FailureKind, NodeRecord, RankState, WorkerPhase, WorkerSnapshot
 from dtrain.storage.etcd.mirror import Change
 from dtrain.storage.etcd.port import KeyValue
 
@@ -286,6 +286,18 @@ def test_a_change_of_an_agent_touches_its_jobs_and_those_that_wait() -> None:
     assert etcd.world.take_touched() == [JOB, "waits"]
 
 
+def test_a_running_job_that_may_grow_waits_for_machines_too() -> None:
+    etcd = Etcd()
+    member = (Member(A1, 0, Rank(0), 2),)
+    for name, most in (("fixed", 1), ("grows", 2), ("scaled", 1)):
+        etcd.put(KEYS.spec(JobName(name)), replace(spec(JobName(name)), nnodes_max=most))
+        etcd.put(KEYS.status(JobName(name)), status(members=member))
+    etcd.put(KEYS.intent(JobName("scaled")), Intent(Uid("u1"), nnodes_min=1, nnodes_max=3))
+    etcd.world.take_touched()
+    etcd.put(KEYS.node(AgentName("a9")), replace(node(), agent=AgentName("a9")))
+    assert etcd.world.take_touched() == ["grows", "scaled"]
+
+
 def test_events_of_a_job_are_numbers_and_touch_nothing() -> None:
     etcd = Etcd()
     etcd.put(KEYS.spec(JOB), spec())
@@ -335,6 +347,42 @@ def test_a_cordon_holds_even_if_it_cannot_be_read() -> None:
     assert etcd.fleet().cordoned == {A1}
     etcd.delete(KEYS.cordon(A1))
     assert etcd.fleet().cordoned == frozenset()
+
+
+def test_a_machine_that_is_to_be_empty_counts_as_leaving_from_then_on() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.node(A1), node())
+    assert etcd.fleet().agents[A1].draining_at is None
+    etcd.put(KEYS.cordon(A1), Cordon(A1, "disk", drain=True))
+    view = etcd.fleet().agents[A1]
+    assert view.draining_at is not None
+    assert view.vacating == Cordon(A1, "disk", drain=True)
+    etcd.put(KEYS.node(A1), node(life="i2"))
+    assert etcd.fleet().agents[A1].draining_at == view.draining_at
+    etcd.delete(KEYS.node(A1))
+    assert etcd.fleet().left == frozenset()  # an agent that vanishes is lost: it was not about to end
+    etcd.put(KEYS.node(A1), node(life="i3"))
+    assert etcd.fleet().agents[A1].draining_at is not None
+    etcd.delete(KEYS.cordon(A1))
+    assert etcd.fleet().agents[A1].draining_at is None
+    etcd.put(KEYS.cordon(A1), Cordon(A1, "disk"))
+    assert etcd.fleet().agents[A1].draining_at is None
+
+
+def test_suspicions_are_known_by_machine_and_a_bad_one_is_written_anew() -> None:
+    etcd = Etcd()
+    etcd.put(
+        KEYS.suspicion(A1),
+        Suspicion(Term(1), A1, (Blame(JOB, Uid("u1"), Attempt(1), FailureKind.SIGNAL, 1.0),)),
+    )
+    assert len(etcd.fleet().suspicions[A1].value.blames) == 1
+    etcd.put(KEYS.suspicion(A1), b"garbage")
+    found = etcd.fleet().suspicions[A1]
+    assert found.value.blames == ()
+    assert found.mod_revision > 0
+    assert etcd.world.problems
+    etcd.delete(KEYS.suspicion(A1))
+    assert etcd.fleet().suspicions == {}
 
 
 def test_verdicts_end_with_their_open_record_and_all_facts_with_the_submission() -> None:

@@ -236,6 +236,19 @@ BAD: dict[str, tuple[str, Callable[[History], object]]] = {
             .write(checkpoint=None, garbage=garbage())
         ),
     ),
+    "an attempt that begins from what training was rolled back past": (
+        "I5",
+        lambda h: (
+            h.committed()
+            .committed(2)
+            .write(status=status(JobPhase.RECOVERING, seq_last=2))
+            .write(
+                status=replace(
+                    status(JobPhase.STARTING, 2, seq_last=2), restore=RESTORE, passed_over=(Seq(1), Seq(2))
+                )
+            )
+        ),
+    ),
     "a commit written twice": (
         "I3",
         lambda h: h.committed().write(open=opened()).write(checkpoint=commit(), open=None),

@@ -45,8 +45,8 @@ def join(backend: str | None = None) -> "Run":
     and everything about checkpoints does nothing.
 
     Args:
-        backend: of ``torch.distributed.init_process_group``, called if there are
-            several ranks and nobody did before. None: gloo, with nccl where CUDA is.
+        backend: of ``torch.distributed.init_process_group``, called if there are several
+            ranks, or under an agent, and nobody did before. None: gloo, with nccl where CUDA is.
     """
     rank, world_size, local_rank = process_group.world()
     return Run(rank, world_size, local_rank, connect_from_env(rank, local_rank), backend)
@@ -81,7 +81,7 @@ class Run:
         self._watch = timing.Stopwatch()
         self._closed = False
         self._pid = os.getpid()
-        if world_size > 1:
+        if world_size > 1 or (link is not None and "torch" in sys.modules):
             self._set_up()
         atexit.register(self.close)
 

@@ -8,6 +8,8 @@ from dtrain.agent.core.warming import is_warm
 from dtrain.protocol.ids import Seq, Step
 from dtrain.protocol.snapshot import WorkerPhase, WorkerSnapshot
 
+WARNING_CHARS_MAX = 300
+
 
 def snapshot_of(state: AgentState, job: JobState) -> WorkerSnapshot:
     """Return what is to be published of a job; ``at`` is filled in when it is written."""
@@ -30,6 +32,7 @@ def snapshot_of(state: AgentState, job: JobState) -> WorkerSnapshot:
         note=job.note,
         stuck=stuck(job),
         warm=is_warm(job),
+        warning=job.launcher.warning[:WARNING_CHARS_MAX],
     )
 
 

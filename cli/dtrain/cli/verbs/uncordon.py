@@ -5,7 +5,10 @@ import click
 from dtrain.cli.options import complete_agent, connected, examples, formatted, settings
 
 
-@click.command(short_help="Let ranks on a machine again.", epilog=examples("dtrain uncordon gpu-02"))
+@click.command(
+    short_help="Let ranks on a machine again.",
+    epilog=examples("dtrain uncordon gpu-02", "dtrain uncordon gpu-02 -o json"),
+)
 @click.argument("agent", shell_complete=complete_agent)
 @formatted("table", "json", "name")
 @connected

@@ -34,9 +34,8 @@ def check(spec: JobSpec) -> None:
         Refused: BAD_NAME or BAD_JOB_FILE, naming the field.
     """
     parse_name(spec.name, "job")
-    _between("nnodes", spec.nnodes_min, 1, NODES_MAX)
-    _between("nnodes", spec.nnodes_max, spec.nnodes_min, NODES_MAX)
-    _between("nproc_per_node", spec.nproc_per_node, 1, RANKS_PER_NODE_MAX)
+    check_nodes(spec.nnodes_min, spec.nnodes_max)
+    _between("nproc_per_node", spec.nproc_per_node, 0, RANKS_PER_NODE_MAX)
     if not spec.entry.target.strip():
         raise _bad("script", "is empty", "name a script, a module or a command")
     if spec.working_dir and not spec.working_dir.startswith("/"):
@@ -107,6 +106,16 @@ def check(spec: JobSpec) -> None:
     _seconds("isolation_grace", spec.isolation_grace_s, 0.0)
     _seconds("reschedule_grace", spec.reschedule_grace_s, 0.0)
     _between("priority", spec.priority, -PRIORITY_MAX, PRIORITY_MAX)
+
+
+def check_nodes(low: int, high: int) -> None:
+    """Return if a job may have from ``low`` to ``high`` machines.
+
+    Raises:
+        Refused: BAD_JOB_FILE.
+    """
+    _between("nnodes", low, 1, NODES_MAX)
+    _between("nnodes", high, low, NODES_MAX)
 
 
 def holds_credentials(uri: str) -> bool:

@@ -463,7 +463,7 @@ def _open_if_due(draft: Draft, members: Sequence[Seat], hold_s: float) -> None:
             draft.set(final_tries=FINAL_TRIES_MAX)
             text = f"there will be no checkpoint of the end of training: {unfit}"
             draft.event(EventReason.NON_FINITE, text, warning=True)
-        elif ended.agree and not _may_go(draft, members) and _rested(draft):
+        elif ended.agree and not _may_go(draft, members) and rested(draft):
             _begin(draft, members, open_checkpoint(draft, ended.step, final=True))
         return
     if any(rank.last_step is not None for seat in members for rank in seat.ranks):
@@ -482,7 +482,7 @@ def _open_if_due(draft: Draft, members: Sequence[Seat], hold_s: float) -> None:
         _begin(draft, members, open_checkpoint(draft, held_at, final=False, hold_s=hold_s))
         return
     target = _target(draft, reached, slack, soonest, rate)
-    if target is not None and _rested(draft):
+    if target is not None and rested(draft):
         _begin(draft, members, open_checkpoint(draft, target, final=False))
 
 
@@ -620,7 +620,7 @@ def _last_save_wall(draft: Draft) -> float:
     return min(draft.moment.wall, max((at for at in times if at is not None), default=0.0))
 
 
-def _rested(draft: Draft) -> bool:
+def rested(draft: Draft) -> bool:
     """Whether enough time has passed since saves failed; late ones are tried again at once."""
     failed = draft.status.failed_saves
     if failed == 0:

@@ -59,7 +59,7 @@ def is_due(draft: Draft, members: Sequence[Seat], going: Sequence[Seat]) -> bool
 
 
 def not_answering(draft: Draft, members: Sequence[Seat]) -> str:
-    """A member that did not answer lately; "": all do."""
+    """A member that would not hear of a checkpoint now; "" if all would."""
     found = [
         seat.member.agent
         for seat in members

@@ -12,6 +12,7 @@ from dataclasses import replace
 from dtrain.coordinator.core import (
     checkpoints,
     draining,
+    elastic,
     failures,
     importing,
     nonfinite,
@@ -136,6 +137,8 @@ def start_attempt(draft: Draft, members: tuple[Member, ...], store: str) -> None
         final_tries=0,
         nonfinite_step=Step(0),
         stragglers=(),
+        joining=(),
+        joining_since="",
     )
     names = ", ".join(member.agent for member in members[:8]) + (", ..." if len(members) > 8 else "")
     draft.event(
@@ -155,7 +158,7 @@ def starting(draft: Draft) -> None:
     members = seats(draft)
     ending = why_over(draft, members)
     if ending is not None:
-        attempt_over(draft, ending, avoid=_not_ready(members))
+        attempt_over(draft, ending, avoid=_at_fault(ending, members))
         return
     if going := draining.leaving(members):
         move(draft, going)
@@ -196,6 +199,7 @@ def _prepare(draft: Draft, members: Sequence[Seat]) -> None:
                 status.world_size,
                 serve_store=member.node_rank == 0,
                 max_restarts=draft.spec.restarts.max_restarts,
+                nproc=member.nproc,
             ),
         )
 
@@ -238,7 +242,10 @@ def _is_training(seat: Seat) -> bool:
     return seat.snapshot.restored or seat.phase is WorkerPhase.DONE
 
 
-def _not_ready(members: Sequence[Seat]) -> Set[AgentName]:
+def _at_fault(ending: Ending, members: Sequence[Seat]) -> Set[AgentName]:
+    """Who held up the start. Those that were still on their way when something else failed did not."""
+    if ending.failure.kind not in (FailureKind.PREPARE, FailureKind.UNREACHABLE):
+        return frozenset()
     return {seat.member.agent for seat in members if not _is_ready(seat)}
 
 
@@ -259,17 +266,23 @@ def running(draft: Draft) -> None:
         succeed(draft)
         return
     going = draining.leaving(members)
-    if not going:
+    change = None if going else elastic.due(draft, members)
+    if going:
+        if draining.is_due(draft, members, going):
+            move(draft, going)
+            return
+    elif change is not None:
+        if elastic.is_due(draft, members, change):
+            resize(draft, change)
+            return
+    else:
         draft.explain(f"training on {_count(draft.status.world_size, 'rank')}")
-    elif draining.is_due(draft, members, going):
-        move(draft, going)
-        return
     if draft.fleet.brake:
         draft.say(f"no loss is declared while the brake is on: {draft.fleet.brake}")
     for seat in members:
         if seat.standing is Standing.SETTLING:
             draft.say(f"{seat.why}; waiting before it is called lost")
-    if not going:
+    if not going and change is None:
         checkpoints.drive(draft, members)
     checkpoints.tell_outcomes(draft, members)
     nonfinite.note(draft, members)
@@ -498,7 +511,17 @@ def move(draft: Draft, going: Sequence[Seat]) -> None:
     recovering(draft)
 
 
-def recovering(draft: Draft, *, avoid: Set[AgentName] = frozenset()) -> None:
+def resize(draft: Draft, change: elastic.Resize) -> None:
+    """End the attempt, whose ranks hold at a checkpoint, and begin the next one in another size."""
+    text = elastic.sentence(draft, change)
+    only = elastic.note_end(draft, change)
+    draft.enter(JobPhase.RECOVERING, text, members=())
+    recovering(draft, only=only)
+
+
+def recovering(
+    draft: Draft, *, avoid: Set[AgentName] = frozenset(), only: Set[AgentName] = frozenset()
+) -> None:
     """Between attempts: settle, charge the budget, pause, place."""
     if wants_cancel(draft):
         checkpoints.settle(draft, patient=False)
@@ -521,7 +544,9 @@ def recovering(draft: Draft, *, avoid: Set[AgentName] = frozenset()) -> None:
         draft.say("waiting before the next attempt: the last ones got nowhere")
         stop_survivors(draft)
         return
-    found = placement.place(draft, avoid=avoid, without=rules.shunned(draft), join_window=since is not None)
+    found = placement.place(
+        draft, avoid=avoid, without=rules.shunned(draft), only=only, join_window=since is not None
+    )
     if found.members:
         start_attempt(draft, found.members, draft.status.store)
         release_strays(draft)
@@ -652,7 +677,9 @@ def release_strays(draft: Draft) -> None:
     members = {member.agent for member in draft.status.members}
     for agent, stored in sorted(draft.job.workers.items()):
         snapshot = stored.value
-        if agent in members or snapshot.attempt > draft.status.attempt or spares.is_kept(draft, agent):
+        if agent in members or snapshot.attempt > draft.status.attempt:
+            continue
+        if spares.is_kept(draft, agent) or elastic.is_joining(draft, agent):
             continue
         why = "this agent is not part of the attempt"
         draft.command(agent, Stop(draft.header_of(snapshot), 0.0, release=True, why=why))

@@ -10,6 +10,7 @@ from typing import assert_never
 from dtrain.coordinator.core import (
     checkpoints,
     conditions,
+    elastic,
     orders,
     phases,
     restored,
@@ -94,7 +95,7 @@ def plan(job: JobView, fleet: FleetView, moment: Moment) -> Decision:
         return _nothing("there is no job file under this name" if status is None else "its job file is gone")
     if status is not None and status.term > fleet.term:
         return _nothing(f"leader {status.term} has decided about it: this one is over")
-    spec = job.spec.value
+    spec = elastic.effective(job.spec.value, job.intent)
     if status is None:
         return _checked(_submitted(job, fleet, moment, spec, None))
     draft = Draft(job, fleet, moment, spec, status)

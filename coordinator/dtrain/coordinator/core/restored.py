@@ -16,7 +16,7 @@ The reports are bounded: an agent that lies cannot use up the numbers.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dtrain.coordinator.core import checkpoints
+from dtrain.coordinator.core import checkpoints, placement
 from dtrain.coordinator.core.decisions import Decision, Directed, Reason
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.liveness import TRAINING_PHASES, Standing, seats
@@ -226,7 +226,7 @@ def _trains(draft: Draft, agent: AgentName, snapshot: WorkerSnapshot) -> bool:
         and (snapshot.restored or snapshot.phase is WorkerPhase.DONE)
         and snapshot.failure is None
         and snapshot.incarnation == draft.fleet.agents[agent].node.incarnation
-        and len(numbers) == draft.spec.nproc_per_node
+        and len(numbers) == placement.ranks_on(draft.spec, draft.fleet.agents[agent])
         and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
     )
 
