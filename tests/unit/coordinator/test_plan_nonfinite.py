@@ -9,7 +9,7 @@ from dtrain.coordinator.core.nonfinite import QUIET_S, QUIET_STEPS
 from dtrain.protocol.commands import AbortCheckpoint
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import AgentName, Seq, Step
-from dtrain.protocol.job import JobPhase, NonFiniteAction, NonFinitePolicy
+from dtrain.protocol.job import FailureRule, JobPhase, NonFiniteAction, NonFinitePolicy, RuleAction
 from dtrain.protocol.snapshot import FailureKind, RankState, SaveProblem, WorkerPhase
 
 STORE = "memory://x"
@@ -207,6 +207,19 @@ def test_a_job_may_fail_at_once() -> None:
     assert stage.phase is JobPhase.FAILED
     assert stage.status.reason == "rank 1 on b: loss is not finite at step 12"
     assert [commit.step for commit in stage.commits] == [10]
+
+
+def test_a_rule_about_it_counts_for_more_than_a_mere_warning() -> None:
+    stage = running()
+    rule = FailureRule(RuleAction.ROLLBACK, ("nonfinite",), message="loss", back=1)
+    other = FailureRule(RuleAction.FAIL, (), message="loss")
+    for rules, phase in (((other,), JobPhase.RUNNING), ((rule, other), JobPhase.STARTING)):
+        stage = Stage(replace(stage.spec, failure_rules=rules)).join("a", "b").run()
+        committed(stage, 10, 20)
+        report(stage, "b", 22)
+        stage.until_quiet()
+        assert stage.phase is phase
+    assert stage.status.passed_over == (2,)
 
 
 def test_a_script_that_ends_because_of_it_is_rolled_back_all_the_same() -> None:

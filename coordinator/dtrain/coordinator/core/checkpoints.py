@@ -745,6 +745,9 @@ def _settle_one(draft: Draft, stored: Stored[OpenRecord], patient: bool, deadlin
         # Only before the first attempt, which is not to come.
         abort(draft, stored, "the job ended while it was imported", warning=False)
         return True
+    if unfit := nonfinite.refusal(draft, record):
+        abort_unfit(draft, stored, unfit)
+        return True
     parts = durable_parts(draft, record)
     verdict = verdict_of(draft, record)
     if not is_complete(parts, record):
@@ -752,9 +755,6 @@ def _settle_one(draft: Draft, stored: Stored[OpenRecord], patient: bool, deadlin
         if patient and sealed.is_awaited(draft, record, missing):
             return False
         abort(draft, stored, f"the attempt ended before ranks {_some(missing)} were durable", warning=False)
-        return True
-    if unfit := nonfinite.refusal(draft, record):
-        abort_unfit(draft, stored, unfit)
         return True
     if verdict is not None and verdict.ok:
         commit(draft, stored, verdict, settled=True)

@@ -8,6 +8,7 @@ attempt, with ``FailureKind.NONFINITE``.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from dtrain.coordinator.core import rules
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.liveness import Seat
 from dtrain.coordinator.core.stamps import parse_iso
@@ -18,6 +19,7 @@ from dtrain.protocol.job import NonFiniteAction
 from dtrain.protocol.snapshot import Failure, FailureKind, RankState, WorkerSnapshot
 
 CONDITION = "NonFinite"
+RULE_REASON = "nonfinite"
 
 QUIET_STEPS = 50
 QUIET_S = 60.0
@@ -56,14 +58,15 @@ def sightings(draft: Draft, members: Sequence[Seat]) -> list[Sighting]:
 
 
 def failure(draft: Draft, members: Sequence[Seat]) -> Failure | None:
-    """What ends the attempt because of them; None: nothing does, or the job only wants to be warned."""
-    if draft.spec.nonfinite.action is NonFiniteAction.WARN:
-        return None
+    """What ends the attempt because of them; None: nothing does, or the job only wants to be warned.
+
+    One of the job's failure rules about them counts for more than that.
+    """
     found = sightings(draft, members)
     if not found:
         return None
     first = found[0]
-    return Failure(
+    sick = Failure(
         FailureKind.NONFINITE,
         f"{are(first.names)} at step {first.step}",
         agent=first.agent,
@@ -72,6 +75,10 @@ def failure(draft: Draft, members: Sequence[Seat]) -> Failure | None:
         step=first.step,
         at=draft.moment.wall,
     )
+    about = [rule for rule in draft.spec.failure_rules if RULE_REASON in rule.reasons]
+    if draft.spec.nonfinite.action is NonFiniteAction.WARN and not any(rules.fits(r, sick) for r in about):
+        return None
+    return sick
 
 
 def unfit_now(draft: Draft, members: Sequence[Seat]) -> str:
