@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import failover, hangs, overhead, recovery, report
+from benchmarks import elastic, failover, hangs, overhead, recovery, report
 from benchmarks.checkpoint import suite
 from benchmarks.store import client_cpu
 
@@ -10,6 +10,7 @@ MEASURES = {
     "failover": failover.measure,
     "recovery": recovery.measure,
     "hangs": hangs.measure,
+    "elastic": elastic.measure,
     "overhead": overhead.measure,
     "store": client_cpu.measure,
     "checkpoint": suite.measure,

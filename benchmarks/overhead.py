@@ -45,7 +45,7 @@ def _under_torchrun() -> float:
     with tempfile.TemporaryDirectory(prefix="dtrain-bench-") as name:
         port = ports.reserve(1)
         arguments = ["--steps", str(STEPS), "--marks", name, "--pause-ms", "0", "--save-every", str(STEPS)]
-        peer = Torchrun(Path(name), port[0], arguments, nnodes=1)
+        peer = Torchrun(Path(name), port[0], arguments, nnodes="1")
         try:
             peer.start()
             return _step_ms(Path(name))

@@ -12,10 +12,17 @@ SCRIPT = Path(__file__).parent / "script.py"
 
 
 class Torchrun:
-    """``nnodes`` agents of ``nproc`` ranks each, running ``script.py``."""
+    """Agents of ``nproc`` ranks each. ``nnodes``: how many, or fewest and most of them, as "1:2"."""
 
     def __init__(
-        self, folder: Path, port: int, script_args: list[str], nnodes: int = 2, nproc: int = 2
+        self,
+        folder: Path,
+        port: int,
+        script_args: list[str],
+        *,
+        nnodes: str = "2",
+        nproc: int = 2,
+        script: Path = SCRIPT,
     ) -> None:
         self._folder = folder
         self._command = [
@@ -31,10 +38,10 @@ class Torchrun:
             "--rdzv-id=bench",
             "--rdzv-conf=last_call_timeout=1,join_timeout=120",
             "--local-addr=127.0.0.1",
-            str(SCRIPT),
+            str(script),
             *script_args,
         ]
-        self._nnodes = nnodes
+        self._nnodes = int(nnodes.rpartition(":")[2])
         self._agents: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
@@ -44,6 +51,10 @@ class Torchrun:
         """Kill the agents and every rank of theirs."""
         for agent in self._agents:
             _kill(agent)
+
+    def kill(self, node: int) -> None:
+        """Kill an agent with its ranks."""
+        _kill(self._agents[node])
 
     def replace(self, node: int) -> None:
         """Kill an agent with its ranks; another one takes its place at once."""

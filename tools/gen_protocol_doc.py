@@ -125,6 +125,7 @@ MEANINGS = {
     "WorkerSnapshot.stalls": "ranks that have completed no step for longer than their deadline",
     "WorkerSnapshot.stacks": "what the local ranks were doing when the leader asked last",
     "RankState.timing": "what its steps took lately",
+    "WorkerSnapshot.warning": "what its launcher warns of: modules it cannot import, or that forbid the fork",
     "RankState.sealed": "the newest checkpoint that lies complete in its arena; sure once it has ended",
     "HangPolicy.enabled": "whether ranks are taken for hung at all",
     "HangPolicy.timeout_s": "seconds without a step; 0: follows the job's own step times",
@@ -175,7 +176,8 @@ MEANINGS = {
     "CommitRecord.parent": "newest good checkpoint before it",
     "Condition.last_transition": "when `status` changed (UTC)",
     "Condition.reason": "CamelCase, for programs",
-    "Condition.type": "Accepted, Placed, RanksReady, Progressing, Checkpointed, Degraded or Finished",
+    "Condition.type": "Accepted, Placed, RanksReady, Progressing, Checkpointed, Degraded, NonFinite, "
+    "Straggling or Finished",
     "DurablePart.size_bytes": "bytes of the rank's blobs",
     "Entry.args": "its arguments",
     "Entry.kind": "script, module or command",
@@ -218,6 +220,7 @@ MEANINGS = {
     "JobStatus.restore": "what the attempt starts from, see `RestorePoint`",
     "JobStatus.seq_last": "last checkpoint number given out",
     "JobStatus.token_done": "last checkpoint token answered",
+    "JobStatus.joining_since": "since when `joining` is not empty (UTC)",
     "JobStatus.unknown_from": "first number that a restored etcd had forgotten, see `unknown_to`; 0: none",
     "LeaderRecord.address": "host:port of its API",
     "LeaderRecord.nonce": "random; tells its own timed-out write from another's",
@@ -252,6 +255,7 @@ MEANINGS = {
     "RankManifest.layout": "hash over the whole state: equal on all ranks",
     "RankManifest.same": "CRC32 by tensor (`name#n`: part n of a sharded one) of what other ranks hold too; "
     "equal on all that have it",
+    "JobStatus.stragglers": "ranks of the attempt that are persistently slower than the others",
     "JobStatus.fruitless": "attempts in a row that ended without progress",
     "JobStatus.late_saves": "checkpoints in a row that came too late; each doubles the slack",
     "JobStatus.failed_saves": "checkpoints in a row that failed; spaces the next tries",

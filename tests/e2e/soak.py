@@ -63,6 +63,7 @@ FATAL = tuple(
     for kind, part in WEIGHTS
     if (kind is Kind.KILL and part not in (Part.RANK, Part.LAUNCHER))
     or (kind in (Kind.FREEZE, Kind.CUT) and part in (Part.COORDINATOR, Part.LEADER))
+    or kind is Kind.PREEMPT
 )
 """Faults that end a daemon or a member of etcd: a replica that has lost its lease leaves."""
 SETTLE_S = 180.0

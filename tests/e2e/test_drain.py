@@ -1,4 +1,4 @@
-"""SIGTERM at agents: their jobs are saved at one step and go on elsewhere, within the grace."""
+"""SIGTERM at agents, or a notice that they go: jobs are saved at one step and go on elsewhere."""
 
 import os
 import signal
@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from tests.support.harness import Harness, say
 
 from dtrain.protocol import codec
 from dtrain.protocol.events import EventReason
+from dtrain.protocol.ids import JobName
 from dtrain.protocol.job import JobPhase
 from dtrain.protocol.snapshot import NodeRecord
 
@@ -22,8 +24,12 @@ GRACE_S = 30.0
 
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
-    flags = ("--report-interval", "0.2", "--drain-grace", str(GRACE_S), "--stop-grace", "5")
-    with Harness(tmp_path_factory.mktemp("h"), agent_flags=flags) as made:
+    folder = tmp_path_factory.mktemp("h")
+    flags = (
+        *("--report-interval", "0.2", "--drain-grace", str(GRACE_S), "--stop-grace", "5"),
+        *("--preemption-notice", f"{folder}/{{name}}-goes", "--preemption-interval", "0.2"),
+    )
+    with Harness(folder, agent_flags=flags) as made:
         made.await_ready()
         yield made
         made.assert_clean()
@@ -33,6 +39,8 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
 def whole(harness: Harness) -> Iterator[None]:
     """Every test ends with all machines."""
     yield
+    for agent in harness.cluster.agents:
+        notice(harness, agent).unlink(missing_ok=True)
     for name in [*harness.cluster.coordinators, *harness.cluster.agents]:
         if not harness.cluster.daemon(name).is_running:
             harness.cluster.start_daemon(name)
@@ -54,10 +62,15 @@ def await_end(harness: Harness, agent: str, since: float) -> float:
     return took_s
 
 
+def node(harness: Harness, agent: str) -> NodeRecord | None:
+    found = harness.cluster.etcd.range(harness.keys.node(agent)).items  # type: ignore[arg-type]
+    return codec.decode(NodeRecord, found[0].value) if found else None
+
+
 def await_draining(harness: Harness, agent: str) -> None:
     def drains() -> bool:
-        found = harness.cluster.etcd.range(harness.keys.node(agent)).items  # type: ignore[arg-type]
-        return bool(found) and codec.decode(NodeRecord, found[0].value).draining is not None
+        found = node(harness, agent)
+        return found is not None and found.draining is not None
 
     harness.until(f"{agent} says that it drains", drains)
 
@@ -93,6 +106,18 @@ def test_an_operator_empties_a_machine_and_its_agent_stays(harness: Harness) -> 
     harness.await_end(job)
 
 
+def notice(harness: Harness, agent: str) -> Path:
+    """The file whose appearance says that the machine is about to go."""
+    return harness.folder / f"{agent}-goes"
+
+
+def done_and_repeated(harness: Harness, job: JobName, attempt: int) -> tuple[int, int]:
+    """Steps that rank 0 had done by the end of ``attempt``, and how many of all it did twice."""
+    marks = [mark for mark in harness.marks(job) if mark.rank == 0]
+    done = max(mark.step for mark in marks if mark.attempt <= attempt) + 1
+    return done, len(marks) - len({mark.step for mark in marks})
+
+
 def test_a_drained_machine_costs_no_step_and_no_restart(harness: Harness) -> None:
     name = "moves"
     args = f"--steps 1000000 --pause-ms 10 --stop-file {harness.stop_file(name)}"
@@ -115,14 +140,70 @@ def test_a_drained_machine_costs_no_step_and_no_restart(harness: Harness) -> Non
     assert victim not in [member.agent for member in after.members]
     assert (after.restarts, after.failure) == ((), None)
     harness.await_steps(job)
-    marks = [mark for mark in harness.marks(job) if mark.rank == 0]
-    done = max(mark.step for mark in marks if mark.attempt == before.attempt) + 1
-    again = len(marks) - len({mark.step for mark in marks})
+    done, again = done_and_repeated(harness, job, before.attempt)
     say(f"drained at step {done}, checkpoint of step {commit.step}: {again} steps done twice")
     assert (done, again) == (commit.step, 0)
     assert took_s < GRACE_S / 2
     reasons = [event.reason for event in harness.events(job)]
     assert reasons.index(EventReason.AGENT_DRAINING) < reasons.index(EventReason.DRAINED)
+    harness.stop_file(name).touch()
+    harness.await_end(job)
+
+
+def test_a_spot_notice_costs_no_step_and_the_machine_is_left_alone_until_it_goes(harness: Harness) -> None:
+    name = "spot"
+    args = f"--steps 1000000 --pause-ms 10 --stop-file {harness.stop_file(name)}"
+    job = harness.start(name, args, every_steps=0)
+    harness.await_steps(job, 50)
+    before = harness.status(job)
+    victim = before.members[0].agent
+
+    notice(harness, victim).write_text("25 the market asks")
+    began = time.monotonic()
+    after = harness.await_training(job, after_attempt=before.attempt)
+    say(f"a notice of 25 s: all train elsewhere after {time.monotonic() - began:.2f} s")
+    (commit,) = harness.commits(job)
+    assert after.restore is not None
+    assert (after.attempt, after.restore.seq) == (before.attempt + 1, commit.seq)
+    assert victim not in [member.agent for member in after.members]
+    assert (after.restarts, after.failure) == ((), None)
+    harness.await_steps(job)
+    assert done_and_repeated(harness, job, before.attempt) == (commit.step, 0)
+    told = [event.message for event in harness.events(job) if event.reason is EventReason.AGENT_DRAINING]
+    assert "the market asks" in told[0]
+    # Its next life is told the same before it says that it is there.
+    harness.cluster.kill_agent(victim)
+    former = node(harness, victim)
+    harness.until("a new life of it is there", lambda: (one := node(harness, victim)) and one != former)
+    await_draining(harness, victim)
+    assert harness.cluster.daemon(victim).is_running
+    notice(harness, victim).unlink()
+    await_end(harness, victim, time.monotonic())
+    assert harness.status(job).attempt == after.attempt
+    harness.stop_file(name).touch()
+    harness.await_end(job)
+
+
+def test_a_job_of_one_machine_waits_for_another_one_and_loses_no_step(harness: Harness) -> None:
+    name = "single"
+    args = f"--steps 1000000 --pause-ms 10 --stop-file {harness.stop_file(name)}"
+    job = harness.start(name, args, nnodes=1, every_steps=0)
+    harness.await_steps(job, 20)
+    before = harness.status(job)
+    for agent in harness.cluster.agents:
+        notice(harness, agent).touch()
+    harness.until("it waits", lambda: harness.status(job).phase is JobPhase.RECOVERING)
+    status = harness.status(job)
+    assert "waiting for 1 of 1 agent" in status.reason
+    (commit,) = harness.commits(job)
+    for agent in harness.cluster.agents:
+        notice(harness, agent).unlink()
+        await_end(harness, agent, time.monotonic())
+        harness.cluster.start_daemon(agent)
+    after = harness.await_training(job, after_attempt=before.attempt)
+    harness.await_steps(job)
+    assert (after.attempt, after.restarts) == (before.attempt + 1, ())
+    assert done_and_repeated(harness, job, before.attempt) == (commit.step, 0)
     harness.stop_file(name).touch()
     harness.await_end(job)
 

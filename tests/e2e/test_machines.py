@@ -27,9 +27,14 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 def job(harness: Harness) -> JobName:
     name = "faults"
     args = f"--steps 1000000 --pause-ms 10 --stubborn --stop-file {harness.stop_file(name)}"
-    started = harness.start(name, args)
+    started = harness.start(name, args, spares=1)
     harness.await_commit(started, after=0)
     return started
+
+
+def warm(harness: Harness, job: JobName) -> str:
+    """The machine that is ready to take a lost one's place, "" while none is."""
+    return next((name for name, snapshot in harness.snapshots(job).items() if snapshot.warm), "")
 
 
 @contextmanager
@@ -95,12 +100,18 @@ def test_a_killed_launcher_takes_one_attempt(harness: Harness, job: JobName) -> 
         harness.cluster.kill_launcher(agent)
 
 
-def test_a_lost_machine_is_replaced_by_the_spare(harness: Harness, job: JobName) -> None:
-    victim = harness.status(job).members[1].agent
-    with recovers(harness, job, "machine lost"):
+@pytest.mark.parametrize("node_rank", [1, 0])
+def test_a_lost_machine_is_replaced_by_the_spare(harness: Harness, job: JobName, node_rank: int) -> None:
+    """Any machine, that of rank 0 too. Its ranks are forked from what the spare imported ahead."""
+    victim = harness.status(job).members[node_rank].agent
+    spare = harness.until("a machine is warm", lambda: warm(harness, job))
+    ready = harness.launchers(spare)
+    with recovers(harness, job, f"machine of node rank {node_rank} lost"):
         harness.cluster.power_cut(victim)
         status = harness.await_training(job, after_attempt=harness.status(job).attempt)
         assert victim not in [member.agent for member in status.members]
+        assert status.members[node_rank].agent == spare
+        assert harness.launchers(spare) == ready
         harness.cluster.start_daemon(victim)
 
 

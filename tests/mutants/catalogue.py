@@ -229,6 +229,84 @@ MUTANTS: tuple[Mutant, ...] = (
         ("        told = self._signals > 0\n", "        told = False\n"),
         f"{ON_ETCD}/test_guardian.py::test_a_draining_child_that_dies_is_started_again_and_knows_since_when",
     ),
+    _mutant(
+        "notice-with-less-time-ignored",
+        "A machine that drains by its own clock is taken away in the middle of it: the notice was heard and not heeded.",
+        f"{AGENT}/core/draining.py",
+        ("    elif until >= known.until:\n", "    elif known is not None:\n"),
+        f"{ON_AGENT}/test_core_draining.py::"
+        "test_a_wish_with_less_time_shortens_the_first_one_and_one_with_more_changes_nothing",
+    ),
+    _mutant(
+        "notice-given-up-before-its-time",
+        "Ranks on a machine that goes in two minutes are ended after ten seconds without a leader, instead of saved by the next.",
+        f"{AGENT}/core/draining.py",
+        ('    if drain.stays:\n        return ""\n', ""),
+        f"{ON_AGENT}/test_core_draining.py::test_ranks_on_a_machine_that_goes_are_not_ended_before_it_does",
+    ),
+    _mutant(
+        "notice-looked-at-after-registering",
+        "An agent that starts on a machine that is about to go gets ranks in the seconds before it says so.",
+        f"{AGENT}/main.py",
+        ("        self._watch.start()\n        self._begin_drain()\n", "        self._begin_drain()\n"),
+        f"{ON_AGENT}/test_main.py::"
+        "test_a_machine_that_is_to_go_says_so_before_anything_is_placed_there_and_stays_until_it_goes",
+    ),
+    _mutant(
+        "preempted-agent-ends-by-itself",
+        "An agent that its notice has drained ends, is started again by its supervisor, and ends, until the machine goes.",
+        f"{AGENT}/main.py",
+        (
+            "        if self._told_to_drain_at is not None or not self._watch.standing:\n",
+            "        if True:\n",
+        ),
+        f"{ON_AGENT}/test_main.py::"
+        "test_a_machine_that_is_to_go_says_so_before_anything_is_placed_there_and_stays_until_it_goes",
+    ),
+    _mutant(
+        "notice-without-a-reserve",
+        "The drain's grace ends when the machine does: its ranks are not ended in order, and the last bytes are cut off.",
+        f"{AGENT}/notices.py",
+        (
+            "    return max(GRACE_S_LEAST, notice.left_s - slack_s)\n",
+            "    return max(GRACE_S_LEAST, notice.left_s)\n",
+        ),
+        f"{ON_AGENT}/test_notices.py::test_a_reserve_is_kept_of_what_a_notice_leaves",
+    ),
+    _mutant(
+        "notice-of-another-machine-heeded",
+        "Azure tells all machines of a scale set of each one's end, and all of them drain at once.",
+        f"{AGENT}/notice_http.py",
+        ("        return self._name() in resources\n", "        return True\n"),
+        f"{ON_AGENT}/test_notices.py::test_azure_s_events_count_if_they_take_this_machine_away",
+    ),
+    _mutant(
+        "notice-by-the-machine-s-own-clock",
+        "On a machine whose clock is ahead every notice is over before it has come, and nothing is saved.",
+        f"{AGENT}/notice_http.py",
+        ("until - (answer.at or wall)", "until - wall"),
+        f"{ON_AGENT}/test_notices.py::test_aws_is_asked_with_a_token_that_is_renewed",
+    ),
+    _mutant(
+        "failing-source-withdraws-its-notice",
+        "A metadata service that goes before its machine takes its notice back: the agent ends, and its next life takes ranks.",
+        f"{AGENT}/notices.py",
+        (
+            "            self._failed(one, error)\n            return\n",
+            "            self._failed(one, error)\n            one.standing = False\n            return\n",
+        ),
+        f"{ON_AGENT}/test_notices.py::test_a_notice_is_told_once_and_stands_until_it_is_withdrawn",
+    ),
+    _mutant(
+        "rolled-back-and-not-noticed",
+        "I5: the auditor does not see an attempt that begins from the very checkpoint that was rolled back past.",
+        "common/dtrain/protocol/audit.py",
+        (
+            "        if begins_from is not None and begins_from.seq in record.passed_over:\n",
+            "        if begins_from is not None and not record.passed_over:\n",
+        ),
+        "tests/unit/protocol/test_audit.py::test_the_auditor_names[an attempt that begins from what training was rolled back past]",
+    ),
     # Leadership -----------------------------------------------------------------------------
     _mutant(
         "lost-claim-not-recognised",
@@ -715,9 +793,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "G2: an open checkpoint of an older attempt may still be committed behind the new one's back.",
         f"{CORE}/checkpoints.py",
         (
-            "    since = draft.in_phase_since if draft.status.phase is JobPhase.RECOVERING else None\n",
-            "    return True\n"
-            "    since = draft.in_phase_since if draft.status.phase is JobPhase.RECOVERING else None\n",
+            "    since = draft.in_phase_since if waits else None\n",
+            "    return True\n    since = draft.in_phase_since if waits else None\n",
         ),
         f"{ON_COORDINATOR}/test_plan_checkpoints.py::test_incomplete_checkpoint_is_deleted_before_the_next_attempt",
     ),
@@ -764,11 +841,58 @@ MUTANTS: tuple[Mutant, ...] = (
         "G2: a checkpoint that the store does not hold is committed.",
         f"{CORE}/checkpoints.py",
         (
-            "    if verdict is not None and verdict.ok and is_complete(parts, record):\n        if ended",
-            "    if verdict is not None and is_complete(parts, record):\n        if ended",
+            "    elif verdict is not None and verdict.ok and is_complete(parts, record):\n        if ended",
+            "    elif verdict is not None and is_complete(parts, record):\n        if ended",
         ),
         f"{ON_COORDINATOR}/test_plan_checkpoints.py::"
         "test_refused_verdict_aborts_and_a_silent_store_is_asked_again",
+    ),
+    _mutant(
+        "unfit-state-is-committed",
+        "A checkpoint whose reported loss is not finite is committed.",
+        f"{CORE}/checkpoints.py",
+        (
+            "    if unfit := nonfinite.refusal(draft, record):\n        abort_unfit(draft, stored, unfit)\n    elif",
+            "    if",
+        ),
+        f"{ON_COORDINATOR}/test_plan_nonfinite.py::"
+        "test_what_a_rank_calls_unfit_is_never_committed_however_durable_it_is",
+    ),
+    _mutant(
+        "unfit-state-is-settled",
+        "A checkpoint whose reported loss is not finite is committed between attempts.",
+        f"{CORE}/checkpoints.py",
+        (
+            "    if unfit := nonfinite.refusal(draft, record):\n        abort_unfit(draft, stored, unfit)\n        return True\n",
+            "",
+        ),
+        f"{ON_COORDINATOR}/test_plan_nonfinite.py::"
+        "test_an_unfit_checkpoint_of_an_attempt_that_is_over_is_not_settled_into_one",
+    ),
+    _mutant(
+        "unfit-state-is-handed-on",
+        "A rank hands its agent a copy of a state that a number speaks against.",
+        "trainer/dtrain/trainer/session.py",
+        (
+            " and not self._refuse_unfit(sealed):\n                self._sealed = sealed",
+            ":\n                self._sealed = sealed",
+        ),
+        "tests/unit/trainer/test_unfit.py::test_a_copy_that_was_made_all_the_same_is_not_handed_on",
+    ),
+    _mutant(
+        "rollbacks-cost-nothing",
+        "Training is rolled back past the same checkpoints for ever.",
+        f"{CORE}/failures.py",
+        (" and not rolled:", ":"),
+        f"{ON_COORDINATOR}/test_plan_nonfinite.py::"
+        "test_rolling_back_again_and_again_spends_the_budget_whatever_is_committed_between",
+    ),
+    _mutant(
+        "a-straggler-is-named-at-once",
+        "A rank that is slow for a moment is called persistently slow.",
+        f"{CORE}/stragglers.py",
+        ("NAMED_AFTER_S = 10.0", "NAMED_AFTER_S = 0.0"),
+        f"{ON_COORDINATOR}/test_plan_stragglers.py::test_a_rank_that_stays_slow_is_named_and_cleared_once_it_keeps_up",
     ),
     _mutant(
         "commit-not-guarded-by-its-intent",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+from dtrain.coordinator.core.stamps import iso
 from dtrain.protocol.checkpoint import CommitRecord
 from dtrain.protocol.cluster import Blame, Cordon, Suspicion
 from dtrain.protocol.events import EventReason
@@ -20,6 +21,8 @@ from dtrain.protocol.job import (
     EntryKind,
     Intent,
     JobSpec,
+    NonFiniteAction,
+    NonFinitePolicy,
     RestartPolicy,
     Wanted,
 )
@@ -117,10 +120,11 @@ class Script:
     def do_submit(self, name: str, *words: str) -> None:
         """``submit JOB nnodes=1[:2] nproc=1 every_steps=0 steps=1000 keep=3 restarts=10 timeout=60``,
 
-        ``isolation_grace=0 reschedule_grace=0 spares=0``.
+        ``isolation_grace=0 reschedule_grace=0 spares=0 nonfinite=warn|fail|rollback:2 priority=0``.
         """
         _, options = _options(words)
         low, _, high = options.get("nnodes", "1").partition(":")
+        action, _, back = options.get("nonfinite", "warn").partition(":")
         stage, job = self._stage, JobName(name)
         saves: dict[tuple[int, int], int] = {}
         stage.jobs[job] = SimpleNamespace(
@@ -145,7 +149,11 @@ class Script:
             isolation_grace_s=float(options.get("isolation_grace", "0")),
             reschedule_grace_s=float(options.get("reschedule_grace", "0")),
             spares=int(options.get("spares", "0")),
+            nonfinite=NonFinitePolicy(NonFiniteAction(action), back=int(back or "1")),
+            priority=int(options.get("priority", "0")),
+            submitted_at=iso(stage.scheduler.now),
         )
+        stage.told.several = bool(stage.specs)
         stage.jobs[job].spec = spec
         # The simulation's checks find a job by its submission.
         stage.jobs[JobName(spec.uid)] = stage.jobs[job]
@@ -157,6 +165,16 @@ class Script:
         """``cancel JOB``: an operator cancels it."""
         job = JobName(name)
         self._intend(job, replace(self._stage.intents[job], wanted=Wanted.CANCEL, by="ann"))
+
+    def do_suspend(self, name: str) -> None:
+        """``suspend JOB``: an operator wants its machines for something else."""
+        job = JobName(name)
+        self._intend(job, replace(self._stage.intents[job], wanted=Wanted.SUSPEND, by="ann"))
+
+    def do_resume(self, name: str) -> None:
+        """``resume JOB``."""
+        job = JobName(name)
+        self._intend(job, replace(self._stage.intents[job], wanted=Wanted.RUN, by="ann"))
 
     def do_save(self, name: str, *words: str) -> None:
         """``save JOB at=40 ranks=0,1 step=40``: scripts of these ranks save a step at ``at``."""
@@ -215,7 +233,8 @@ class Script:
         }
         if kind in stage.specs:
             phases = TERMINAL_PHASES if what == "over" else {what}
-            self._wait(" ".join(words), lambda: self._status() is not None and self._status().phase in phases)
+            history = checks.history(JobName(kind))
+            self._wait(" ".join(words), lambda: history.status is not None and history.status.phase in phases)
         elif kind in stage.machines:
             self._wait(" ".join(words), lambda: stage.told.phase(kind) == what)
         elif kind in conditions:
@@ -247,6 +266,11 @@ class Script:
     def do_hang(self, _rank: str, number: str, kind: str) -> None:
         """``hang rank 2 code``: it completes no step any more, and its stack says this (see StackKind)."""
         self._rank(int(number)).hung = StackKind(kind)
+
+    def do_nan(self, _rank: str, number: str, *words: str) -> None:
+        """``nan rank 1 steps=1``: its loss is NaN in the steps to come."""
+        _, options = _options(words)
+        self._rank(int(number)).sick_steps = int(options.get("steps", "1"))
 
     def do_exit(self, _rank: str, number: str, code: str, *words: str) -> None:
         """``exit rank 2 1 ValueError: bad batch``: a rank ends with a code and an error."""
@@ -288,6 +312,12 @@ class Script:
         """``uncordon a2``: an operator lets ranks on it again."""
         self._stage.etcd.txn(Txn(success=(Delete(self._stage.keys.cordon(AgentName(name))),)))
         self._stage.publish()
+
+    def do_notice(self, *words: str) -> None:
+        """``notice a2 grace=25``: its cloud says that the machine goes; it goes by ``power off``."""
+        names, options = _options(words)
+        for name in names:
+            self._stage.machines[name].notice(float(options.get("grace", "25")))
 
     def do_cut(self, name: str) -> None:
         """``cut a2``: its agent reaches neither etcd nor a coordinator; its ranks reach the others."""

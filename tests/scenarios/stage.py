@@ -527,6 +527,12 @@ class StageMachine(Machine):
         self.draining = DrainAsked("SIGTERM", self.scheduler.now, "", grace_s)
         self.agent.drain()
 
+    def notice(self, grace_s: float) -> None:
+        """Its agent hears that the machine goes; what becomes of it is the script's."""
+        assert self.agent is not None
+        self.draining = DrainAsked("AWS: terminate", self.scheduler.now, "", grace_s, stays=True)
+        self.agent.drain()
+
     def drained(self) -> None:
         session, self._session = self._session, FixedSession(0)
         self.end_agent()

@@ -39,8 +39,11 @@ class Transcript:
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
         self._lines: list[tuple[str, list[str], str]] = []
-        self._status: JobStatus | None = None
-        self._snapshots: dict[str, WorkerSnapshot] = {}
+        self._statuses: dict[str, JobStatus] = {}
+        self._snapshots: dict[tuple[str, str], WorkerSnapshot] = {}
+        """By agent and job."""
+        self.several = False
+        """More than one job is told of: each line says of which."""
         self._terms: dict[int, int] = {}
         self.events: list[EventReason] = []
         """Of all events so far."""
@@ -62,8 +65,9 @@ class Transcript:
         self._lines.append((head, [who], text))
 
     def phase(self, agent: str) -> str:
-        """The phase of an agent's snapshot."""
-        return self._snapshots[agent].phase if agent in self._snapshots else ""
+        """The phase of an agent's newest snapshot."""
+        found = [snapshot.phase for (name, _), snapshot in self._snapshots.items() if name == agent]
+        return found[-1] if found else ""
 
     def durable(self, seq: int) -> int:
         """How many parts of a checkpoint the snapshots show."""
@@ -74,8 +78,10 @@ class Transcript:
     def command(self, sender: str, directed: Directed, ok: bool, message: str, copy: int) -> None:
         """An agent has answered a command. Repeats that change nothing are told only of doubled ones."""
         head, message = directed.command.header, self._ordinal(message)
-        place = (directed.agent, head.id, head.term, ok)
+        place = (directed.agent, f"{head.job} {head.id}", head.term, ok)
         what = f"{type(directed.command).__name__} {head.id}"
+        if self.several:
+            what += f" for {head.job}"
         if copy and ok:
             self.line(directed.agent, f"{what} once more ({message or 'taken'})", f"{sender} -> ")
         elif place not in self._commands:
@@ -88,7 +94,7 @@ class Transcript:
     def on_the_way(self, sender: str, directed: Directed, fate: str) -> None:
         """A command does not arrive; told once, however often it is sent."""
         head = directed.command.header
-        place = (directed.agent, f"{head.id} {fate}", head.term, False)
+        place = (directed.agent, f"{head.job} {head.id} {fate}", head.term, False)
         if place not in self._commands:
             self._commands.add(place)
             self.line(directed.agent, f"{type(directed.command).__name__} {head.id} {fate}", f"{sender} -> ")
@@ -116,21 +122,23 @@ class Transcript:
                 drains = value is not None and codec.decode(NodeRecord, value).draining is not None
                 there = "says that it drains" if drains else "registered"
                 self.line(place.agent, there if value else "its session is gone")
-            case "status" if value:
-                self._job(codec.decode(JobStatus, value))
-            case "event" if value:
+            case "status" if value and place is not None:
+                self._job(place.job, codec.decode(JobStatus, value))
+            case "event" if value and place is not None:
                 record = codec.decode(EventRecord, value)
                 self.events.append(record.reason)
                 sign = "!" if record.type is EventType.WARNING else ""
-                self.line(f"{record.reason}{sign}", self._ordinal(record.message), "event ")
-            case "open" if value:
-                self._open(codec.decode(OpenRecord, value), event)
-            case "checkpoint" if value:
+                head = f"event {self._of(place.job)}"
+                self.line(f"{record.reason}{sign}", self._ordinal(record.message), head)
+            case "open" if value and place is not None:
+                self._open(place.job, codec.decode(OpenRecord, value), event)
+            case "checkpoint" if value and place is not None:
                 made = codec.decode(CommitRecord, value)
                 term = self._terms[made.term]
                 self.line(
                     "commit",
                     f"checkpoint {made.seq} of step {made.step}, attempt {made.attempt}, term {term}",
+                    self._of(place.job),
                 )
             case "checkpoint" if place is not None:
                 self.line("retired", f"checkpoint {place.seq}")
@@ -141,7 +149,8 @@ class Transcript:
             case "cordon" if place is not None:
                 self.line(place.agent, "is cordoned no more")
             case "worker" if place is not None:
-                self._snapshot(place.agent, codec.decode(WorkerSnapshot, value) if value else None)
+                new = codec.decode(WorkerSnapshot, value) if value else None
+                self._snapshot(place.agent, place.job, new)
 
     def _leader(self, value: bytes | None, revision: int) -> None:
         if value is None:
@@ -151,38 +160,44 @@ class Transcript:
         replica = codec.decode(ReplicaRecord, value).replica
         self.line("leader", f"{replica}, term {self._terms[revision]}")
 
-    def _job(self, new: JobStatus) -> None:
-        old, self._status = self._status, new
+    def _of(self, job: str) -> str:
+        return f"{job} " if self.several else ""
+
+    def _job(self, name: str, new: JobStatus) -> None:
+        old = self._statuses.get(name)
+        self._statuses[name] = new
         if old is None or (old.phase, old.attempt, old.reason) != (new.phase, new.attempt, new.reason):
-            self.line(new.phase, new.reason, "job ")
+            self.line(new.phase, new.reason, f"job {self._of(name)}")
         if len(new.restarts) != (0 if old is None else len(old.restarts)):
             self.line("budget", f"{len(new.restarts)} used")
 
-    def _open(self, record: OpenRecord, event: Event) -> None:
+    def _open(self, job: str, record: OpenRecord, event: Event) -> None:
         final = ", the final one" if record.final else ""
         if event.kv.create_revision == event.kv.mod_revision:
-            self.line("open", f"checkpoint {record.seq} at step {record.step}{final}")
+            self.line("open", f"checkpoint {record.seq} at step {record.step}{final}", self._of(job))
         elif record.reports:
             ranks = " ".join(str(part.rank) for part in record.reports)
-            self.line("open", f"checkpoint {record.seq} remembers the parts of ranks {ranks}")
+            text = f"checkpoint {record.seq} remembers the parts of ranks {ranks}"
+            self.line("open", text, self._of(job))
 
-    def _snapshot(self, agent: str, new: WorkerSnapshot | None) -> None:
-        old = self._snapshots.pop(agent, None)
+    def _snapshot(self, agent: str, job: str, new: WorkerSnapshot | None) -> None:
+        old = self._snapshots.pop((agent, job), None)
+        who = f"{agent} for {job}" if self.several else agent
         if new is None:
-            self.line(agent, "its snapshot is gone")
+            self.line(who, "its snapshot is gone")
             return
-        self._snapshots[agent] = new
+        self._snapshots[agent, job] = new
         if old is not None and old.attempt != new.attempt:
             old = None
         if old is None or (old.phase, old.incarnation) != (new.phase, new.incarnation):
-            self.line(agent, new.phase)
+            self.line(who, new.phase)
         if new.failure is not None and (old is None or old.failure != new.failure):
-            who = "" if new.failure.rank is None else f"rank {new.failure.rank}: "
-            self.line(agent, f"{who}{new.failure.message}")
+            rank = "" if new.failure.rank is None else f"rank {new.failure.rank}: "
+            self.line(who, f"{rank}{new.failure.message}")
         ends = sorted({rank.last_step for rank in new.ranks if rank.last_step is not None})
         known = {rank.last_step for rank in old.ranks} if old is not None else set()
         if ends and not known & set(ends):
-            self.line(agent, f"training ended at step {' '.join(map(str, ends))}")
+            self.line(who, f"training ended at step {' '.join(map(str, ends))}")
         parts = [part for part in new.durable if old is None or part not in old.durable]
         for seq in sorted({part.seq for part in parts}):
             ranks = " ".join(str(part.rank) for part in parts if part.seq == seq)
@@ -196,4 +211,4 @@ class Transcript:
                     "rank ",
                 )
         if new.bad is not None and (old is None or old.bad != new.bad):
-            self.line(agent, f"checkpoint {new.bad.seq} is damaged: {new.bad.message}")
+            self.line(who, f"checkpoint {new.bad.seq} is damaged: {new.bad.message}")

@@ -111,7 +111,7 @@ class Calm:
             return "has not been looked at"
         if status.phase in TERMINAL_PHASES:
             return ""
-        if status.phase not in PLACED_PHASES and self._has_no_room(name):
+        if status.phase not in PLACED_PHASES and (self._has_no_room(name) or self._comes_later(name)):
             return ""
         if status.phase is not JobPhase.RUNNING:
             return f"is {status.phase}: {status.reason}"
@@ -125,6 +125,17 @@ class Calm:
                     return f"is RUNNING and stands at step {group.step}"
                 return ""
         return "is RUNNING without ranks"
+
+    def _comes_later(self, name: JobName) -> bool:
+        """Machines may be kept for another job that waits."""
+        cluster = self._cluster
+        return any(
+            other != name
+            and (status := cluster.checks.history(other).status) is not None
+            and status.phase not in PLACED_PHASES | TERMINAL_PHASES
+            and self._has_no_room(other)
+            for other in cluster.jobs
+        )
 
     def _has_no_room(self, name: JobName) -> bool:
         """The other jobs hold what this one needs."""

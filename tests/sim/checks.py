@@ -192,7 +192,7 @@ class Checks:
 
     def _gone(self, job: JobName, seq: Seq) -> None:
         """Invariant 16: the newest good one stays, whatever retention and operators want."""
-        commits, bad = self.jobs[job].commits, self._cluster.bad_seqs(job)
+        commits, bad = self.jobs[job].commits, [*self._cluster.bad_seqs(job), *self._passed_over(job)]
         record = commits[seq]
         good = [s for s in self._cluster.committed_seqs(job) if s not in bad and commits[s].uid == record.uid]
         if record.uid == self._cluster.last_uid(job) and seq not in bad and max(good, default=0) < seq:
@@ -240,11 +240,16 @@ class Checks:
             if count > slots:
                 self.bad(f"{name} has {slots} slots and is given {count} ranks")
 
+    def _passed_over(self, job: JobName) -> tuple[Seq, ...]:
+        """What training was rolled back past: no longer what an attempt may begin from."""
+        status = self.jobs[job].status
+        return () if status is None else status.passed_over
+
     def _check_restore(self, job: JobName, status: JobStatus) -> None:
         """G6: a new attempt starts from the newest checkpoint that is good."""
         if status.attempt in self.auditor._agents.forgotten(job, status.uid):
             return  # it trains already: a restored etcd had forgotten it
-        bad = self._cluster.bad_seqs(job)
+        bad = [*self._cluster.bad_seqs(job), *status.passed_over]
         mine = [s for s in self._cluster.committed_seqs(job) if self.jobs[job].commits[s].uid == status.uid]
         newest = max((seq for seq in mine if seq not in bad), default=None)
         found = None if status.restore is None else int(status.restore.seq)

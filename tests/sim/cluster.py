@@ -17,6 +17,7 @@ import tenacity.nap
 
 from dtrain.agent import consult, reporter
 from dtrain.coordinator import work
+from dtrain.coordinator.core.stamps import iso
 from dtrain.coordinator.leadership import lease
 from dtrain.protocol import codec
 from dtrain.protocol.ids import ClusterName, JobName, Seq, Uid
@@ -44,7 +45,7 @@ from tests.sim.etcd import EtcdServer
 from tests.sim.faults import Faults
 from tests.sim.machine import Machine
 from tests.sim.network import Network
-from tests.sim.process import SimClock
+from tests.sim.process import WALL_AT_START, SimClock
 from tests.sim.schedule import JobShape, Schedule
 from tests.sim.scheduler import Scheduler, Trace
 from tests.sim.training import Group
@@ -184,7 +185,7 @@ class Cluster:
         """Submit the job, for the first time or again."""
         job = self.jobs[name]
         number = job.submissions + 1
-        stamp = f"2026-01-01T00:00:{number:02d}.000Z"
+        stamp = iso(WALL_AT_START + self.scheduler.now)
         new = replace(job.spec, uid=Uid(f"{name}-{number}"), submitted_at=stamp)
         spec = Put(self.keys.spec(name), codec.encode(new))
         intent = Put(self.keys.intent(name), codec.encode(Intent(new.uid)))
@@ -218,6 +219,14 @@ class Cluster:
         put = Put(self.keys.intent(name), codec.encode(intent))
         self.etcd.apply(lambda etcd: etcd.txn(Txn(success=(put,))))
         return True
+
+    def resume(self, name: JobName) -> None:
+        """Want a suspended job to go on, as soon as that can be said."""
+        found = self.etcd.memory._live.get(self.keys.intent(name))
+        if found is None or codec.decode(Intent, found.value).wanted is not Wanted.SUSPEND:
+            return
+        if not self.ask(name, Wanted.RUN):
+            self.scheduler.after(OPERATOR_S, lambda: self.resume(name))
 
     def submissions(self, name: JobName) -> int:
         return self.jobs[name].submissions
@@ -376,6 +385,7 @@ def _spec(job: JobShape) -> JobSpec:
         reschedule_grace_s=job.reschedule_grace_s,
         restarts=RestartPolicy(max_restarts=10_000),
         shutdown_grace_s=5.0,
+        priority=job.priority,
     )
 
 

@@ -641,6 +641,22 @@ def _drain(faults: "Faults", strike: Strike) -> None:
         machine.drain(strike.args["grace_s"], strike.lasts_s)
 
 
+@kind("machine preempted", a_machine, every_s=(15.0, 90.0), lasts_s=(1.0, 60.0), apart=True)
+def _preempt(faults: "Faults", strike: Strike) -> None:
+    """A notice, and the end of the machine that it announces; another one comes under its name."""
+    machine = _machine(faults, strike)
+    if machine is None or not machine.preempt(strike.lasts_s):
+        return
+    boots = machine.boots
+
+    def goes() -> None:
+        if machine.powered and machine.boots == boots:
+            machine.power_off()
+            faults.scheduler.after(1.0, lambda: None if machine.powered else machine.power_on())
+
+    faults.until(strike, goes)
+
+
 def repair(cluster: "Cluster") -> None:
     """What no strike heals by itself: replicas that are gone start, and enough machines."""
     readers.unpin_all(cluster)
@@ -656,3 +672,11 @@ def repair(cluster: "Cluster") -> None:
         powered = sum(1 for other in cluster.machines.values() if other.powered)
         if not machine.powered and powered < need:
             machine.power_on()
+
+
+@kind("suspend", a_job, every_s=(10.0, 40.0), lasts_s=(0.2, 40.0), apart=True)
+def _suspend(faults: "Faults", strike: Strike) -> None:
+    """An operator wants the machines for a while; the calm finds every job resumed."""
+    cluster, job = faults.cluster, JobName(strike.target)
+    if job in cluster.jobs and cluster.ask(job, Wanted.SUSPEND):
+        faults.until(strike, lambda: cluster.resume(job))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dtrain.agent import notices
 from dtrain.agent.consult import Consultant
 from dtrain.agent.core.decisions import (
     ForgetJob,
@@ -32,6 +33,7 @@ from dtrain.agent.core.state import AgentState, JobState, LauncherStatus
 from dtrain.agent.core.state import Machine as MachineFacts
 from dtrain.agent.driver import AgentDriver, Ports
 from dtrain.agent.launching import LauncherOrder, LauncherReport, LaunchSettings, ProcessId
+from dtrain.agent.notice_value import Notice
 from dtrain.agent.reporter import Reporter
 from dtrain.agent.transferring import TransferEnded, TransferOrder, TransferReport
 from dtrain.protocol import codec
@@ -151,8 +153,9 @@ class Machine:
         if self.guardian is not None:
             self.guardian.die()
             self.guardian = None
-            # Whoever told it to stop is not asked again.
-            self.draining = None
+            if self.draining is not None and not self.draining.stays:
+                # Whoever told it to stop is not asked again; a notice stands.
+                self.draining = None
             self.scheduler.after(self.scheduler.rng.uniform(0.5, 3.0), self._boot_again)
 
     def drain(self, grace_s: float, away_s: float) -> None:
@@ -163,6 +166,16 @@ class Machine:
         self._away_s = away_s
         if self.agent is not None:
             self.agent.drain()
+
+    def preempt(self, left_s: float) -> bool:
+        """Tell the agent, and each life of it, that the machine goes; tell whether that is news."""
+        if not self.powered or self.draining is not None or (self.guardian and self.guardian.stopped):
+            return False
+        grace_s = notices.grace_s(Notice("preempted", left_s), 0.0)
+        self.draining = DrainAsked("preempted", self.clock.monotonic(), "", grace_s, stays=True)
+        if self.agent is not None:
+            self.agent.drain()
+        return True
 
     def drained(self) -> None:
         """The agent has ended cleanly: its guardian revokes the lease and ends too."""
@@ -342,6 +355,8 @@ class SimAgent:
         self._tick: Event | None = None
         self.ending = False
         """It was drained, and ends what is left before it ends itself."""
+        self.gave_up = False
+        """The grace of a notice was over with ranks here."""
         self.loops: list[Task] = []
         """What must not end before the process does."""
         self.process.later(0.01, self._begin)
@@ -457,7 +472,10 @@ class SimAgent:
     def _moved(self) -> None:
         self.cluster.checks.agent_stepped(self, self.driver.state)
         drain = self.driver.state.drain
-        if drain is not None and drain.over and not self.ending:
+        if drain is not None and drain.over and drain.stays and not self.gave_up:
+            self.gave_up = True
+            self.process.later(0.0, lambda: self._handle(ShutDown(STOP_GRACE_S)))
+        elif drain is not None and drain.over and not drain.stays and not self.ending:
             self.ending = True
             self._end_by = self.clock.monotonic() + STOP_GRACE_S + 15.0
             self.process.later(0.0, lambda: self._handle(ShutDown(STOP_GRACE_S)))

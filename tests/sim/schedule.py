@@ -29,6 +29,7 @@ class JobShape:
     reschedule_grace_s: float = 0.0
     save_every: int = 0
     """Its script saves every so many steps itself, and waits for the commit; 0: never."""
+    priority: int = 0
     submissions_max: int = 1
     """An operator who sees it end while faults go on submits it again, so often in all."""
 
@@ -108,6 +109,7 @@ class Schedule:
                 f"  job {job.name}: {job.nnodes_min}-{job.nnodes_max} x {job.nproc}, {job.total_steps} steps,"
                 f" a checkpoint each {job.every_steps} steps / {job.every_seconds:g} s,"
                 f" submitted at {job.submit_at:.1f} s"
+                + (f", priority {job.priority}" if job.priority else "")
             )
         storms = ", ".join(f"{storm.start:.1f}-{storm.end:.1f} s" for storm in self.storms)
         lines.append(

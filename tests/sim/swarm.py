@@ -32,6 +32,8 @@ def draw(seed: int) -> Schedule:
     jobs = [_job(rng, "train", again=9 if long else 1, long=long)]
     if rng.random() < SECOND_JOB_SHARE:
         jobs.append(_job(rng, "other", again=9 if long else 1, long=long))
+        ranks = random.Random(f"dtrain-priority-{seed}")
+        jobs = [replace(job, priority=ranks.choice((0, 0, 5))) for job in jobs]
     shape, mix = _shape(rng, tuple(jobs)), _mix(rng)
     apart = random.Random(f"dtrain-apart-{seed}")
     shape = replace(shape, scrub_s=apart.choice((0.0, 0.0, 10.0, 40.0)))

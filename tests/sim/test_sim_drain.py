@@ -1,4 +1,4 @@
-"""Machines are told to stop, one after the other or together, and nothing else happens: no step is lost."""
+"""Machines are told to stop, or that they go, and nothing else happens: no step is lost."""
 
 import random
 
@@ -11,15 +11,18 @@ from .training import SimRank
 GRACE_S = 60.0
 
 
+@pytest.mark.parametrize("kind", ["agent drained", "machine preempted"])
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("seed", range(1, 3))
-def test_drains_alone_repeat_no_step_and_cost_no_restart(seed: int, together: bool) -> None:
+def test_drains_alone_repeat_no_step_and_cost_no_restart(seed: int, together: bool, kind: str) -> None:
     rng = random.Random(f"drains-{seed}-{together}")
     job = JobShape("train", 1.0, total_steps=120, nnodes_min=2, nnodes_max=2, nproc=rng.choice((1, 2)))
     at = rng.uniform(12.0, 20.0)
     times = {"a1": at, "a2": at + (rng.uniform(0.0, 0.5) if together else rng.uniform(10.0, 20.0))}
     strikes = tuple(
-        Strike(when, "agent drained", name, rng.uniform(1.0, 10.0), {"grace_s": GRACE_S})
+        Strike(when, kind, name, rng.uniform(1.0, 10.0), {"grace_s": GRACE_S})
+        if kind == "agent drained"
+        else Strike(when, kind, name, rng.uniform(25.0, 40.0))
         for name, when in times.items()
     )
     shape = Shape((10, 10, 10), 10, 4, (job,), clock_drift=0.0)

@@ -202,6 +202,8 @@ class SimRank:
         self.world = int(launch.env["WORLD_SIZE"])
         self.rendezvous = f"{launch.env['MASTER_ADDR']}:{launch.env['MASTER_PORT']}"
         self.total_steps = total_steps
+        self.sick_steps = 0
+        """In so many steps to come its loss is not finite."""
         self.alive = True
         self.ended: RankEnded | None = None
         self.ending = False
@@ -326,6 +328,11 @@ class SimRank:
         self.machine.cluster.checks.stepped(self, step)
         self.step, self.state = step, advance(self.state, step)
         self.session.set_metrics({"loss": 1.0 / (1 + step)})
+        if self.sick_steps:
+            self.session.set_nonfinite(("loss",), ("loss",))
+            self.sick_steps -= 1
+        else:
+            self.session.set_nonfinite((), ())
         self._seal(self.session.complete(step))
         self._wake()
         asked = self.machine.cluster.jobs[self.launcher.job].save_of(self.rank, step)
@@ -392,6 +399,8 @@ class SimRank:
             return True
         if self._held is None or not self.alive:
             return False
+        if self.session.stop_reason is not None:
+            return True  # as ``Run.steps`` does: told to stop, it leaves before another step
         begin, until = self._held
         return self.scheduler.now < until and self.session.is_held(begin.seq)
 

@@ -4,15 +4,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dtrain.coordinator.core import invariants
+from dtrain.coordinator.core import invariants, stragglers
 from dtrain.coordinator.core.decisions import Decision, Directed, PutRecord, Work
 from dtrain.coordinator.core.plan import plan
+from dtrain.coordinator.core.queue import Queue
+from dtrain.coordinator.core.stamps import iso
 from dtrain.coordinator.core.views import (
     AgentView,
     FleetView,
     Inspection,
     JobView,
     Moment,
+    Sightings,
     Stored,
     SweepFound,
     Verdict,
@@ -78,6 +81,7 @@ def make_spec(
     max_restarts: int = 3,
     window_s: float = 3600.0,
     reschedule_grace_s: float = 0.0,
+    grow_cooldown_s: float = 60.0,
 ) -> JobSpec:
     """A valid job of ``nodes`` machines."""
     return JobSpec(
@@ -92,6 +96,7 @@ def make_spec(
         ),
         restarts=RestartPolicy(max_restarts, window_s),
         reschedule_grace_s=reschedule_grace_s,
+        grow_cooldown_s=grow_cooldown_s,
     )
 
 
@@ -164,12 +169,14 @@ class Stage:
     inspections: dict[tuple[Seq, str, str, int], Inspection] = field(default_factory=dict)
     scrub_interval_s: float = 0.0
     cordon_s: float = 0.0
+    queue: Queue = Queue()
     swept_found: SweepFound = SweepFound()
     store_ok: bool | None = True
     store_problem: str = ""
     swept_at: float | None = None
     swept_former: set[Uid] = field(default_factory=set)
     step_rate: float = 0.0
+    sightings: Sightings = Sightings()
     last: Decision = field(default_factory=Decision)
     decisions: int = 0
     history: list[JobPhase] = field(default_factory=list)
@@ -274,7 +281,16 @@ class Stage:
             store_ok=self.store_ok,
             store_problem=self.store_problem,
             step_rate=self.step_rate,
+            sightings=self._sightings(),
         )
+
+    def _sightings(self) -> Sightings:
+        stored = next(iter(self.of("status").values()), None)
+        if stored is not None:
+            of = (stored.value.uid, stored.value.attempt)
+            shown = [one.value for one in self.workers.values() if (one.value.uid, one.value.attempt) == of]
+            self.sightings = stragglers.observe(self.sightings, stored.value, shown, self.now)
+        return self.sightings
 
     def fleet(self) -> FleetView:
         """The machines as the leader sees them."""
@@ -301,6 +317,7 @@ class Stage:
                 if (parsed := KEYS.parse(key)) and parsed.kind == "suspicion"
             },
             self.cordon_s,
+            self.queue,
         )
 
     # Deciding.
@@ -573,9 +590,18 @@ class Stage:
         bad = BadBlob(Seq(seq), "blobs/x.st", 3, "aa", "bb", self.member(name).first_rank, "chunk 3 differs")
         self.report(name, WorkerPhase.ERROR, bad=bad)
 
-    def want(self, wanted: Wanted = Wanted.RUN, *, token: str = "") -> None:
+    def want(self, wanted: Wanted = Wanted.RUN, *, token: str = "", nnodes: tuple[int, int] = (0, 0)) -> None:
         """An operator changes the intent."""
-        self.write(KEYS.intent(JOB), Intent(self.spec.uid, wanted, token, by="ann"))
+        at = iso(EPOCH + self.now)
+        self.write(KEYS.intent(JOB), Intent(self.spec.uid, wanted, token, "ann", at, *nnodes))
+
+    def warm(self, *names: str, warm: bool = True) -> None:
+        """Launchers on machines that are no members have imported everything, or are about to."""
+        for name in names:
+            agent = AgentName(name)
+            incarnation = self.agents[agent].node.incarnation
+            idle = WorkerSnapshot(agent, self.status.uid, incarnation, self.status.attempt, WorkerPhase.IDLE)
+            self.put_snapshot(replace(idle, warm=warm))
 
     def change_leader(self) -> None:
         """Another replica takes office; what the old one saw for itself is gone."""
@@ -590,6 +616,7 @@ class Stage:
         self.unreachable.clear()
         self.swept_at = None
         self.swept_former.clear()
+        self.sightings = Sightings()
         for cell in self.cells.values():
             cell.seen_at = self.now
         self.agents = {

@@ -36,6 +36,7 @@ from dtrain.protocol.job import (
     JobPhase,
     JobSpec,
     JobStatus,
+    NonFinitePolicy,
     RestartPolicy,
 )
 from dtrain.protocol.snapshot import RankState, WorkerPhase, WorkerSnapshot
@@ -141,8 +142,12 @@ class Harness:
         shutdown_grace_s: float = 2.0,
         isolation_grace_s: float = 0.0,
         reschedule_grace_s: float = 0.0,
+        spares: int = 0,
         marks: bool = True,
         await_import: bool = False,
+        nonfinite: NonFinitePolicy = NonFinitePolicy(),  # noqa: B008 - immutable
+        priority: int = 0,
+        grow_cooldown_s: float = 60.0,
     ) -> JobName:
         """Submit a job; its ranks leave marks."""
         job = JobName(name)
@@ -167,6 +172,10 @@ class Harness:
             shutdown_grace_s=shutdown_grace_s,
             isolation_grace_s=isolation_grace_s,
             reschedule_grace_s=reschedule_grace_s,
+            nonfinite=nonfinite,
+            spares=spares,
+            priority=priority,
+            grow_cooldown_s=grow_cooldown_s,
         )
         self.client.submit(codec.encode(self._specs[job]), uuid.uuid4().hex)
         return job

@@ -11,7 +11,7 @@ from pathlib import Path
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.ids import AgentName, ClusterName, parse_name
 from dtrain.runtime.addresses import bracketed, is_wildcard, towards
-from dtrain.runtime.config import ETCD, EtcdOptions, Setting, etcd_options, parse, size, switch
+from dtrain.runtime.config import ETCD, EtcdOptions, Setting, etcd_options, parse, size, switch, words
 from dtrain.runtime.serving import check_listen
 from dtrain.runtime.tls import TLS, TlsFiles, tls_files
 
@@ -42,6 +42,15 @@ SETTINGS = (
         60.0,
         float,
     ),
+    Setting(
+        "preemption-notice",
+        "what says that this machine is about to be taken away, comma-separated or repeated: a path that "
+        "appears, aws, gcp, azure, a URL (URL#REGEX: whose answer fits), or an entry point",
+        (),
+        words,
+        repeat=True,
+    ),
+    Setting("preemption-interval", "seconds between two looks for such a notice", 2.0, float),
     Setting(
         "accept-restored-etcd",
         "obey the leader of an etcd that was restored without raising its revisions: forget the newest term",
@@ -83,6 +92,11 @@ class Config:
     tls: TlsFiles | None = None
     health_listen: str = ""
     accept_restored_etcd: bool = False
+    preemption_notices: tuple[str, ...] = ()
+    """Sources of notices, unparsed: the guardian has no use for them."""
+    preemption_interval_s: float = 2.0
+    notice_grace_s: float = 0.0
+    """If a notice does not say when it ends. Also ranks that a stop leaves alone go with their machine."""
     cache_bytes: int = 0
     """Copies of checkpoints kept here, so that a restart need not read the store: at most so much."""
 
@@ -102,6 +116,11 @@ class Config:
             raise _bad("--report-interval and --stop-grace cannot be negative", "use 0 or more seconds")
         if not 0 <= self.drain_grace_s < math.inf:
             raise _bad(f"--drain-grace cannot be {self.drain_grace_s}", "use 0 or more seconds")
+        if not 0.1 <= self.preemption_interval_s <= 60:
+            raise _bad(
+                f"--preemption-interval cannot be {self.preemption_interval_s} s",
+                "use 0.1 to 60: some clouds give half a minute",
+            )
         for setting, address in (("listen", self.listen), ("advertise", self.advertise)):
             host, _, port = address.rpartition(":")
             if address and not (host and port.isdecimal() and int(port) < 65536):
@@ -151,6 +170,9 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         tls=tls_files(values),
         health_listen=values["health-listen"],
         accept_restored_etcd=values["accept-restored-etcd"],
+        preemption_notices=values["preemption-notice"],
+        preemption_interval_s=values["preemption-interval"],
+        notice_grace_s=values["drain-grace"],
         cache_bytes=values["cache-size"],
     )
 

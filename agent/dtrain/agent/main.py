@@ -17,13 +17,14 @@ import signal
 import socket
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any
 
-from dtrain.agent import config
+from dtrain.agent import config, notices
 from dtrain.agent.config import Config
 from dtrain.agent.consult import Consultant, ConsultThread, ask_over_grpc
 from dtrain.agent.core import hangs
@@ -37,6 +38,7 @@ from dtrain.agent.journal import Journal
 from dtrain.agent.launch.processes import boot_id
 from dtrain.agent.link import AgentServer, AgentServicer
 from dtrain.agent.logs import RankLogs
+from dtrain.agent.notice_value import Notice
 from dtrain.agent.processes import Launchers, Transfers
 from dtrain.agent.rank_socket import RankServer, short_run_dir
 from dtrain.agent.reporter import Reporter, ReporterThread, Settings
@@ -77,6 +79,8 @@ _WARNINGS = frozenset(
         "launcher warning",
         "machine blocked",
         "name taken",
+        "preemption notice",
+        "preemption notices fail",
         "log folder failed",
         "rank refused",
         "registration lost",
@@ -110,6 +114,10 @@ class Agent:
         self._end_process = end_process
         self._told_to_stop = False
         self._told_to_drain_at: float | None = None
+        self._drain_begun = False
+        self._noticed: deque[DrainAsked] = deque()
+        self._gave_up = False
+        """The grace of a notice was over with ranks here, and they were told to end."""
         self._log = log.get("agent").bind(agent=settings.name)
         self._keys = Keys(settings.cluster)
         self._queue: queue.Queue[_Item] = queue.Queue(QUEUE_MAX)
@@ -119,7 +127,7 @@ class Agent:
         if self._journal.problem:
             self.log("journal moved aside", problem=self._journal.problem)
         logs = RankLogs(data_dir / "logs")
-        self._watch = RankWatch(logs, self._post)
+        self._rank_watch = RankWatch(logs, self._post)
         self._ranks = RankServer(
             run_dir / "ranks.sock",
             self._post,
@@ -181,7 +189,7 @@ class Agent:
                 self._ranks,
                 self._reporter,
                 logs,
-                self._watch,
+                self._rank_watch,
             ),
             clock,
             confirm_term=self._confirm_term,
@@ -204,6 +212,13 @@ class Agent:
         self._servicer = AgentServicer(
             self._execute, logs, self._rank_ended, lambda: self._driver.state.term, self._stacks
         )
+        self._watch = notices.Watch(
+            settings.preemption_notices,
+            interval_s=settings.preemption_interval_s,
+            clock=clock,
+            on_notice=self._on_notice,
+            log=self.log,
+        )
         self._loop_at = clock.monotonic()
         self._status = None if health is None else self._status_server(health)
 
@@ -212,6 +227,7 @@ class Agent:
         self._ranks.start()
         self._driver.adopt()
         # Before it registers: a successor that drains must not look as if it did not.
+        self._watch.start()
         self._begin_drain()
         self._session.set_started()
         self._reporting.start()
@@ -220,7 +236,7 @@ class Agent:
         if self._status is not None:
             threading.Thread(target=self._serve_status, name="status", daemon=True).start()
         self.log("agent started", address=self.address, slots=self._settings.slots)
-        while not self._told_to_stop and not self._is_drained():
+        while not self._told_to_stop and not (self._is_drained() and not self._stays()):
             self._turn()
         self._end()
 
@@ -241,6 +257,7 @@ class Agent:
 
     def close(self) -> None:
         """Free everything: for tests that go on living."""
+        self._watch.close()
         self._reporting.close()
         self._consulting.close()
         self._ranks.close()
@@ -288,9 +305,31 @@ class Agent:
 
     def _begin_drain(self) -> None:
         at = self._told_to_drain_at
-        if at is not None and self._driver.state.drain is None:
+        if at is not None and not self._drain_begun:
+            self._drain_begun = True
             since = iso(self._clock.wall() - (self._clock.monotonic() - at))
             self._driver.handle(DrainAsked("SIGTERM", at, since, self._settings.drain_grace_s))
+        while self._noticed:
+            self._driver.handle(self._noticed.popleft())
+
+    def _on_notice(self, notice: Notice) -> None:
+        """Take in, in whichever thread, that the machine is about to go; the loop drains."""
+        at = self._clock.monotonic()
+        grace_s = notices.grace_s(notice, self._settings.notice_grace_s)
+        since = iso(self._clock.wall())
+        self._noticed.append(DrainAsked(notice.reason, at, since, grace_s, stays=True))
+
+    def _stays(self) -> bool:
+        """Whether it stays, drained by a notice and not told to end, until the machine goes.
+
+        Ended, it would be started again at once, only to find that the machine is still to go.
+        """
+        if self._told_to_drain_at is not None or not self._watch.standing:
+            return False
+        if not self._gave_up and not self._settings.keep_ranks:
+            self._gave_up = True
+            self._driver.handle(ShutDown(self._settings.stop_grace_s))
+        return True
 
     def _is_drained(self) -> bool:
         drain = self._driver.state.drain
@@ -347,7 +386,11 @@ class Agent:
             self._settings.slots,
             state=lambda: self._driver.state,
             registered=lambda: self._reporter.registered,
-            stopping=lambda: self._told_to_stop or self._told_to_drain_at is not None,
+            stopping=lambda: (
+                self._told_to_stop
+                or self._told_to_drain_at is not None
+                or self._driver.state.drain is not None
+            ),
             loop_at=lambda: self._loop_at,
             monotonic=self._clock.monotonic,
         )
@@ -374,7 +417,7 @@ class Agent:
         if known is None or known.uid != uid:
             raise NotFound(ErrorCode.NOT_FOUND, f"job {job} has no ranks on this machine")
         found = hangs.processes(known)
-        return self._watch.now(known.name, known.uid, known.attempt, found, "somebody asked")
+        return self._rank_watch.now(known.name, known.uid, known.attempt, found, "somebody asked")
 
     def _on_taken(self, other: NodeRecord | None, waited_s: float) -> None:
         """Another lease holds our name: our own former guardian's, or a second machine's."""

@@ -382,9 +382,18 @@ def _cut_logs(snapshot: WorkerSnapshot) -> WorkerSnapshot:
 
 
 def _cut_metrics(snapshot: WorkerSnapshot) -> WorkerSnapshot:
-    return dataclasses.replace(
-        snapshot, ranks=tuple(dataclasses.replace(rank, metrics={}) for rank in snapshot.ranks)
+    ranks = (
+        dataclasses.replace(
+            rank,
+            metrics={},
+            timing=None,
+            # The first ones are those that the job wants to be finite.
+            nonfinite=rank.nonfinite[:1],
+            nonfinite_seen=dict(list(rank.nonfinite_seen.items())[:1]),
+        )
+        for rank in snapshot.ranks
     )
+    return dataclasses.replace(snapshot, ranks=tuple(ranks))
 
 
 def _cut_prose(snapshot: WorkerSnapshot) -> WorkerSnapshot:

@@ -261,15 +261,30 @@ class Client:
         )
         return Submitted(reply.spec, reply.created, reply.revision, tuple(reply.warnings))
 
-    def set_intent(self, job: str, *, wanted: str = "", checkpoint_token: str = "", by: str = "") -> int:
-        """Say what is wanted of a job; return the revision of it.
+    def set_intent(
+        self,
+        job: str,
+        *,
+        wanted: str = "",
+        checkpoint_token: str = "",
+        by: str = "",
+        nnodes: tuple[int, int] = (0, 0),
+    ) -> int:
+        """Say what is wanted of a job; return the revision of it. ``nnodes`` (0, 0): as before.
 
         Raises:
             NotFound: there is no such job.
             Conflict: it has ended.
             Unavailable: no replica could be reached, or none reaches etcd.
         """
-        request = pb.SetIntentRequest(job=job, wanted=wanted, checkpoint_token=checkpoint_token, by=by)
+        request = pb.SetIntentRequest(
+            job=job,
+            wanted=wanted,
+            checkpoint_token=checkpoint_token,
+            by=by,
+            nnodes_min=nnodes[0],
+            nnodes_max=nnodes[1],
+        )
         reply = self._call(lambda stub, timeout: stub.SetIntent(request, timeout=timeout))
         return int(reply.revision)
 

@@ -24,6 +24,8 @@ from dtrain.protocol.job import (
     FailureRule,
     HangPolicy,
     JobSpec,
+    NonFiniteAction,
+    NonFinitePolicy,
     RestartPolicy,
     RuleAction,
 )
@@ -33,11 +35,17 @@ _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _RANGE = re.compile(r"(\d+)\s*:\s*(\d+)")
 
 NPROC_WORDS = ("auto", "cpu", "gpu")
-_CHECKPOINT, _RESTARTS, _HANG = CheckpointPolicy(), RestartPolicy(), HangPolicy()
+_HANG = HangPolicy()
 _RULE = FailureRule(RuleAction.RESTART)
 RULES_MAX = 32
+_CHECKPOINT, _RESTARTS, _NONFINITE = CheckpointPolicy(), RestartPolicy(), NonFinitePolicy()
+_JOB_GROW_COOLDOWN_S = 60.0
 
 
+METRIC_NAME_CHARS_MAX = 64
+"""Of reported numbers: agents cut longer names."""
+
+PRIORITY_MAX = 1000
 BANDWIDTH_MB_S_MIN, BANDWIDTH_MB_S_MAX = 0.1, 1_000_000.0
 
 
@@ -92,10 +100,12 @@ def _nodes(value: Any) -> tuple[int, int]:
 def _nproc(value: Any) -> int:
     if isinstance(value, str) and value.strip().isdecimal():
         value = int(value)
+    if value == "auto":
+        return 0
     if value in NPROC_WORDS:
         raise ValueError(
             f"{value!r} cannot be resolved here: which machines the job gets is not known at submission; "
-            "write a number, such as the number of GPUs in one machine"
+            "write auto for as many as a machine has slots, or a number"
         )
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{_show(value)} is not a number of processes")
@@ -256,6 +266,23 @@ def _pattern(value: Any) -> str:
     return _text(value)
 
 
+def _nonfinite_action(value: Any) -> str:
+    allowed = [action.value for action in NonFiniteAction]
+    if value not in allowed:
+        raise ValueError(f"{_show(value)} is none of {', '.join(allowed)}")
+    return str(value)
+
+
+def _metrics(value: Any) -> tuple[str, ...]:
+    names = _words(value)
+    for name in names:
+        if not name or len(name) > METRIC_NAME_CHARS_MAX:
+            raise ValueError(
+                f"{name!r} is not the name of a number of at most {METRIC_NAME_CHARS_MAX} characters"
+            )
+    return names
+
+
 def _show(value: Any) -> str:
     if value is None:
         return "nothing"
@@ -310,12 +337,21 @@ class RuleSection(_Strict):
     back: Annotated[int, _integer(1, 1000)] = _RULE.back
 
 
+class NonFiniteSection(_Strict):
+    """``nonfinite:``, what follows from a reported number that is NaN or infinite."""
+
+    action: Annotated[str, BeforeValidator(_nonfinite_action)] = _NONFINITE.action.value
+    metrics: Annotated[tuple[str, ...], BeforeValidator(_metrics)] = _NONFINITE.metrics
+    back: Annotated[int, _integer(1, 1000)] = _NONFINITE.back
+
+
 class JobModel(_Strict):
     """A whole job file."""
 
     name: Annotated[str, BeforeValidator(_name)]
     nnodes: Annotated[tuple[int, int], BeforeValidator(_nodes)] = (1, 1)
     nproc_per_node: Annotated[int, BeforeValidator(_nproc)] = 1
+    grow_cooldown: Annotated[float, _seconds()] = _JOB_GROW_COOLDOWN_S
     spares: Annotated[int, _integer(0)] = 0
     script: Annotated[str, BeforeValidator(_filled)] | None = None
     module: Annotated[str, BeforeValidator(_module)] | None = None
@@ -328,9 +364,11 @@ class JobModel(_Strict):
     restarts: RestartsSection = RestartsSection()
     hang: HangSection = HangSection()
     failure_rules: Annotated[tuple[RuleSection, ...], BeforeValidator(_rules)] = ()
+    nonfinite: NonFiniteSection = NonFiniteSection()
     shutdown_grace: Annotated[float, _seconds()] = 30.0
     isolation_grace: Annotated[float, _seconds()] = 0.0
     reschedule_grace: Annotated[float, _seconds()] = 0.0
+    priority: Annotated[int, _integer(-PRIORITY_MAX, PRIORITY_MAX)] = 0
 
 
 PROGRAMS = ("script", "module", "command")
@@ -356,6 +394,7 @@ def to_spec(model: JobModel, folder: Path) -> JobSpec:
         nnodes_min=model.nnodes[0],
         nnodes_max=model.nnodes[1],
         nproc_per_node=model.nproc_per_node,
+        grow_cooldown_s=model.grow_cooldown,
         spares=model.spares,
         working_dir=str((folder / Path(model.working_dir).expanduser()).resolve()),
         env=model.env,
@@ -386,7 +425,13 @@ def to_spec(model: JobModel, folder: Path) -> JobSpec:
             )
             for rule in model.failure_rules
         ),
+        nonfinite=NonFinitePolicy(
+            action=NonFiniteAction(model.nonfinite.action),
+            metrics=model.nonfinite.metrics,
+            back=model.nonfinite.back,
+        ),
         shutdown_grace_s=model.shutdown_grace,
         isolation_grace_s=model.isolation_grace,
         reschedule_grace_s=model.reschedule_grace,
+        priority=model.priority,
     )

@@ -36,6 +36,7 @@ MEANT = {
     "create": "submit",
     "start": "up",
     "save": "checkpoint",
+    "resize": "scale",
     "verify": "checkpoints verify",
     "export": "checkpoints export",
     "pin": "checkpoints pin",

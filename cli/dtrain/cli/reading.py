@@ -30,7 +30,8 @@ def name(client: Client, wanted: str) -> str:
 
 def agent(client: Client, wanted: str) -> tuple[Agent, Cluster]:
     """The agent that ``wanted`` names, and what was read with it."""
-    cluster = everything(client)
+    jobs, agents = client.read("jobs/"), client.read("agents/")
+    cluster = records.group(jobs, agents, client.read("cordons/"), client.read("suspicions/"))
     return cluster.agents[records.find(cluster.agents, wanted, "agent")], cluster
 
 

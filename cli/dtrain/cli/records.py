@@ -13,7 +13,7 @@ from dtrain.cli import exits
 from dtrain.cli.client import Item, Reading
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord, Quarantine, Verification
-from dtrain.protocol.cluster import Cordon, LeaderRecord, ReplicaRecord
+from dtrain.protocol.cluster import Cordon, LeaderRecord, ReplicaRecord, Suspicion
 from dtrain.protocol.errors import ErrorCode, NotFound, Refused
 from dtrain.protocol.events import EventReason, EventRecord
 from dtrain.protocol.ids import ClusterName
@@ -98,7 +98,17 @@ class Job:
         """Ranks: of the current attempt, else as asked for."""
         if self.status and self.status.members:
             return self.status.world_size
-        return self.spec.nnodes_max * self.spec.nproc_per_node if self.spec else 0
+        return self.nodes[1] * self.spec.nproc_per_node if self.spec else 0
+
+    @property
+    def nodes(self) -> tuple[int, int]:
+        """Fewest and most machines: as scaled, else as in the job file."""
+        if self.spec is None:
+            return 0, 0
+        intent = self.intent
+        if intent is not None and intent.uid == self.spec.uid and intent.nnodes_max:
+            return intent.nnodes_min, intent.nnodes_max
+        return self.spec.nnodes_min, self.spec.nnodes_max
 
     @property
     def budget_spent(self) -> bool:
@@ -137,6 +147,7 @@ class Agent:
     name: str
     node: NodeRecord | None = None
     cordon: Cordon | None = None
+    suspicion: Suspicion | None = None
     workers: dict[str, WorkerSnapshot] = field(default_factory=dict)
     raw: Json = field(default_factory=dict)
 
@@ -236,6 +247,10 @@ def _place(cluster: Cluster, parsed: Parsed, item: Item) -> None:
             agent = cluster.agents.setdefault(parsed.agent, Agent(parsed.agent))
             agent.cordon = _decode(Cordon, item.value)
             agent.raw["cordon"] = document
+        case "suspicion":
+            agent = cluster.agents.setdefault(parsed.agent, Agent(parsed.agent))
+            agent.suspicion = _decode(Suspicion, item.value)
+            agent.raw["suspicion"] = document
         case "worker":
             snapshot = _decode(WorkerSnapshot, item.value)
             agent = cluster.agents.setdefault(parsed.agent, Agent(parsed.agent))

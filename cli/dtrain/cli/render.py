@@ -13,14 +13,16 @@ from dtrain.cli import terminal
 from dtrain.cli.client import GarbageItem
 from dtrain.cli.durations import show_bytes, show_s
 from dtrain.cli.records import Agent, Cluster, Job, Replica
+from dtrain.protocol.cluster import Suspicion
 from dtrain.protocol.events import EventRecord
 from dtrain.protocol.job import JobPhase
-from dtrain.protocol.snapshot import Failure, FailureKind
+from dtrain.protocol.snapshot import Failure, FailureKind, Timing, WorkerPhase
 
 if TYPE_CHECKING:
     from dtrain.storage.checkpoints.reading import Damage
 
 UNKNOWN = "–"
+BLAMES_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ def ago(since: str, now: float) -> str:
 def jobs(cluster: Cluster, now: float, *, wide: bool = False) -> Table:
     """``get jobs``."""
     headings = ("NAME", "PHASE", "STEP", "ATTEMPT", "RANKS", "LAST-CKPT", "AGE")
-    extra = ("UID", "MEMBERS", "RESTARTS")
+    extra = ("UID", "MEMBERS", "RESTARTS", "PRIORITY")
     rows = []
     for job in cluster.jobs.values():
         submitted = job.spec.submitted_at if job.spec else ""
@@ -77,6 +79,7 @@ def jobs(cluster: Cluster, now: float, *, wide: bool = False) -> Table:
                 (job.spec.uid if job.spec else "") or UNKNOWN,
                 ",".join(member.agent for member in job.status.members) if job.status else UNKNOWN,
                 restarts(job, now),
+                str(job.spec.priority) if job.spec else UNKNOWN,
             )
         rows.append((*row, reason(job)))
     return Table((*headings, *(extra if wide else ()), "REASON"), tuple(rows))
@@ -172,6 +175,8 @@ def checkpoint_lines(job: Job) -> list[CheckpointLine]:
     for seq, record in job.commits.items():
         damaged = job.bad.get(seq)
         note = f"{damaged.blob} chunk {damaged.chunk}" if damaged else "final" if record.final else ""
+        if job.status and seq in job.status.passed_over:
+            note = "training was rolled back past it"
         lines[seq] = CheckpointLine(
             seq, record.step, record.attempt, record.world_size, record.bytes,
             "Bad" if damaged else "Committed", seq == newest, seq in pinned, record.committed_at, note,
@@ -258,20 +263,41 @@ def rank_table(job: Job) -> Table:
     for member in job.status.members if job.status else ():
         for rank in range(member.first_rank, member.first_rank + member.nproc):
             if rank not in known:
-                rows.append((str(rank), member.agent, UNKNOWN, "no report", UNKNOWN, "", ""))
+                rows.append((str(rank), member.agent, UNKNOWN, "no report", UNKNOWN, UNKNOWN, "", ""))
                 continue
             agent, state = known[rank]
-            metrics = " ".join(f"{name}={value:.4g}" for name, value in sorted(state.metrics.items()))
+            numbers = [f"{name}={value:.4g}" for name, value in sorted(state.metrics.items())]
+            metrics = " ".join([f"{name}=not-finite" for name in state.nonfinite] + numbers)
             ended = "" if state.exit_code is None else show_exit(state.exit_code)
-            rows.append((str(rank), agent, str(state.pid), str(state.phase), str(state.step), ended, metrics))
-    return Table(("RANK", "AGENT", "PID", "STATE", "STEP", "EXIT", "METRICS"), tuple(rows))
+            took = show_timing(state.timing)
+            rows.append(
+                (str(rank), agent, str(state.pid), str(state.phase), str(state.step), took, ended, metrics)
+            )
+    return Table(("RANK", "AGENT", "PID", "STATE", "STEP", "STEP/OWN/DATA", "EXIT", "METRICS"), tuple(rows))
+
+
+def show_timing(timing: Timing | None) -> str:
+    """What a step took, of it the rank's own part, of that waiting for data: in milliseconds."""
+    if timing is None:
+        return UNKNOWN
+    return (
+        "/".join(f"{1000 * seconds:.3g}" for seconds in (timing.step_s, timing.own_s, timing.data_s)) + " ms"
+    )
 
 
 def reason(job: Job) -> str:
     """The leader's sentence on a job."""
     if job.status is None:
         return "waiting for a leader to look at it"
-    return job.status.reason
+    return "; ".join([job.status.reason, *of_ranks(job)])
+
+
+def of_ranks(job: Job) -> list[str]:
+    """What is said of its ranks while it trains: slow ones, numbers that are not finite."""
+    conditions = job.status.conditions if job.status else ()
+    return [
+        one.message for one in conditions if one.type in ("NonFinite", "Straggling") and one.status == "True"
+    ]
 
 
 def restarts(job: Job, now: float) -> str:
@@ -383,14 +409,16 @@ def describe_job(job: Job, now: float) -> list[str]:
     if spec:
         lines += [
             f"Program       {spec.entry.kind} {' '.join((spec.entry.target, *spec.entry.args))}",
-            f"Size          {_nodes(spec.nnodes_min, spec.nnodes_max)} x {spec.nproc_per_node} ranks",
+            f"Size          {_size(job)}",
             f"Folder        {spec.working_dir}",
             f"Uid           {spec.uid}   submitted {spec.submitted_at}",
         ]
     table = rank_table(job)
     if table.rows:
         lines += ["", "Ranks", *(f"  {line}" for line in table.lines())]
-    notes = [f"{agent}: {snapshot.note}" for agent, snapshot in sorted(job.workers.items()) if snapshot.note]
+    workers = sorted(job.workers.items())
+    notes = [f"{agent}: {snapshot.note}" for agent, snapshot in workers if snapshot.note]
+    notes += [f"{agent}: {snapshot.warning}" for agent, snapshot in workers if snapshot.warning]
     if notes:
         lines += ["", "Notes", *(f"  {line}" for line in notes)]
     if status and status.conditions:
@@ -418,6 +446,8 @@ def describe_agent(agent: Agent, now: float) -> list[str]:
         )
     if node and node.problem:
         lines.append(f"  {node.problem}")
+    if agent.suspicion and agent.suspicion.blames:
+        lines += blames(agent.suspicion, now)
     if node:
         lines += [
             "",
@@ -430,12 +460,12 @@ def describe_agent(agent: Agent, now: float) -> list[str]:
                 "Labels        " + " ".join(f"{name}={value}" for name, value in node.labels.items())
             )
     for job, snapshot in sorted(agent.workers.items()):
-        lines += ["", f"Job {job}   attempt {snapshot.attempt}   {snapshot.phase}"]
+        ready = " (warm)" if snapshot.warm and snapshot.phase is WorkerPhase.IDLE else ""
+        lines += ["", f"Job {job}   attempt {snapshot.attempt}   {snapshot.phase}{ready}"]
         if snapshot.command:
             outcome = "done" if snapshot.command.ok else f"failed: {snapshot.command.message}"
             lines.append(f"  last command {snapshot.command.kind} {outcome}")
-        if snapshot.note:
-            lines.append(f"  {snapshot.note}")
+        lines += [f"  {text}" for text in (snapshot.note, snapshot.warning) if text]
         if snapshot.failure:
             lines += [f"  {line}" for line in failure_card(snapshot.failure)]
         rows = tuple(
@@ -451,6 +481,17 @@ def describe_agent(agent: Agent, now: float) -> list[str]:
         if rows:
             lines += [f"  {line}" for line in Table(("RANK", "PID", "STATE", "STEP", "EXIT"), rows).lines()]
     return lines
+
+
+def blames(suspicion: Suspicion, now: float) -> list[str]:
+    """What attempts have ended because of a machine, the newest last."""
+    shown = suspicion.blames[-BLAMES_SHOWN:]
+    more = len(suspicion.blames) - len(shown)
+    lines = ["", "Attempts ended because of it" + (f" ({more} more before these)" if more else "")]
+    return lines + [
+        f"  {show_s(max(0.0, now - blame.at))} ago   attempt {blame.attempt} of {blame.job}: {blame.kind}"
+        for blame in shown
+    ]
 
 
 def job_change(job: Job) -> str:
@@ -501,6 +542,8 @@ def _checkpoint_summary(job: Job, now: float) -> str:
         parts.append(text + ")")
     parts += [f"{seq} open (step {intent.step})" for seq, intent in sorted(job.open.items())]
     parts += [f"{seq} bad" for seq in sorted(job.bad)]
+    if passed := [str(seq) for seq in (job.status.passed_over if job.status else ()) if seq in job.commits]:
+        parts.append(f"{', '.join(passed)} rolled back past")
     if not parts:
         store = job.status.store if job.status else ""
         started = job.status is not None and job.status.attempt > 0
@@ -519,6 +562,18 @@ def _ranks(job: Job) -> str:
 
 def _live(states: Iterable[object]) -> list[object]:
     return [state for state in states if getattr(state, "exit_code", None) is None]
+
+
+def _size(job: Job) -> str:
+    """How many machines and ranks a job may have, and who gets ready to join."""
+    assert job.spec is not None
+    text = f"{_nodes(*job.nodes)} x {job.spec.nproc_per_node or 'as many ranks as slots'}"
+    text += " ranks" if job.spec.nproc_per_node else ""
+    if job.nodes != (job.spec.nnodes_min, job.spec.nnodes_max):
+        text += f" (job file: {_nodes(job.spec.nnodes_min, job.spec.nnodes_max)})"
+    if job.status and job.status.joining:
+        text += f"; getting ready to join: {', '.join(job.status.joining)}"
+    return text
 
 
 def _nodes(low: int, high: int) -> str:

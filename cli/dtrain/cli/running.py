@@ -91,6 +91,9 @@ def shown_ranks(given: Mapping[str, Any], nproc: int) -> "Any":
     wanted = torchflags.local_ranks(given["local_ranks_filter"])
 
     def ranks(job: Job) -> Sequence[int]:
+        if wanted and not nproc:
+            members = job.status.members if job.status else ()
+            return [m.first_rank + local for m in members for local in range(m.nproc) if local in wanted]
         if wanted:
             return [rank for rank in range(job.world_size) if rank % nproc in wanted]
         return range(job.world_size) if everyone else [0]
@@ -121,7 +124,7 @@ def _document(given: Mapping[str, Any], program: str, args: list[str], *, here: 
     document: dict[str, Any] = {
         "name": name or torchflags.job_name(program, new_id()[:4]),
         "nnodes": f"{low}:{high}",
-        "nproc_per_node": nproc,
+        "nproc_per_node": nproc or "auto",
         kind: [program] if kind == "command" else program,
         "args": args,
         "working_dir": str(Path.cwd()),

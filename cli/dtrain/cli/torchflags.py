@@ -42,6 +42,8 @@ def check_nodes(text: str) -> tuple[int, int]:
 def local_nproc(text: str, *, here: bool, gpus: int, cpus: int) -> int:
     """Read ``--nproc-per-node``; words are resolved only if the job runs ``here``.
 
+    Elsewhere auto is 0: as many ranks as each machine has slots.
+
     Raises:
         Refused: not a number, and not one of auto, cpu, gpu on this machine.
     """
@@ -49,12 +51,14 @@ def local_nproc(text: str, *, here: bool, gpus: int, cpus: int) -> int:
     if word.isdecimal() and 1 <= int(word) <= 1024:
         return int(word)
     if word in ("auto", "cpu", "gpu"):
+        if word == "auto" and not here:
+            return 0
         if not here:
             raise Refused(
                 ErrorCode.USAGE,
                 f"--nproc-per-node {word} cannot be resolved here",
                 cause="the job runs in a cluster, and which machines it gets is not known yet",
-                fix="write a number",
+                fix="write auto for as many as a machine has slots, or a number",
             )
         if word == "gpu" and not gpus:
             raise Refused(

@@ -21,8 +21,9 @@ Checked (numbers as in ``docs/guarantees.md``):
 * I7  one command id, one effect;
 * I9  nothing is declared lost, or placed, by a decision that saw the brake on.
 
-Two more names occur: ``phase`` (a job went where the phase diagram does not
-lead) and ``readable`` (a record that does not parse). I8 and I10 to I12 are not
+Three more names occur: ``phase`` (a job went where the phase diagram does not
+lead, or has members although it waits), ``slots`` (a machine is given more ranks
+than it has slots) and ``readable`` (a record that does not parse). I8 and I10 to I12 are not
 in a history; the simulation and the chaos tests check them.
 
 An etcd that was restored from a backup with its revisions raised far above all
@@ -44,8 +45,8 @@ from dtrain.protocol.audit_agents import AgentAudit
 from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord, Quarantine, Verification
 from dtrain.protocol.errors import Refused
 from dtrain.protocol.events import EventReason, EventRecord
-from dtrain.protocol.ids import RESTORE_BUMP_LEAST, ClusterName, JobName
-from dtrain.protocol.job import TERMINAL_PHASES, JobPhase, JobStatus
+from dtrain.protocol.ids import RESTORE_BUMP_LEAST, AgentName, ClusterName, JobName
+from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobStatus
 from dtrain.protocol.keys import Keys, Parsed
 from dtrain.protocol.snapshot import FailureKind, NodeRecord, WorkerSnapshot
 
@@ -89,7 +90,14 @@ PHASE_CHANGES: Mapping[JobPhase, frozenset[JobPhase]] = {
         }
     ),
     JobPhase.SUSPENDING: frozenset(
-        {JobPhase.SUSPENDED, JobPhase.QUEUED, JobPhase.CANCELLING, JobPhase.CANCELLED, JobPhase.FAILED}
+        {
+            JobPhase.SUSPENDED,
+            JobPhase.QUEUED,
+            JobPhase.CANCELLING,
+            JobPhase.CANCELLED,
+            JobPhase.SUCCEEDED,
+            JobPhase.FAILED,
+        }
     ),
     JobPhase.SUSPENDED: frozenset({JobPhase.QUEUED, JobPhase.CANCELLED}),
     JobPhase.CANCELLING: frozenset({JobPhase.CANCELLED}),
@@ -159,6 +167,10 @@ class Auditor:
         self._revision = 0
         self._jobs: dict[JobName, _Job] = {}
         self._agents = AgentAudit(self._bad)
+        self._slots: dict[AgentName, int] = {}
+        """As the machines said last."""
+        self._placed: dict[JobName, dict[AgentName, int]] = {}
+        """Ranks that placed attempts have on each machine."""
 
     def begin_at(self, revision: int, records: Iterable[Change]) -> None:
         """Take ``records``, all that there are at ``revision``, for the state to go on from.
@@ -172,6 +184,8 @@ class Auditor:
         leapt = 0 < reached < self._agents.restored_at
         former, self._jobs = ({} if leapt else self._jobs), {}
         self._agents.forget()
+        self._slots.clear()
+        self._placed.clear()
         self._term = None
         for place, change, record in found:
             if place.kind == "leader":
@@ -181,6 +195,7 @@ class Auditor:
                 self._term_last = max(self._term_last, self._term)
             elif place.kind == "node":
                 self._agents.node(place, _as(NodeRecord, record), change.create_revision)
+                self._note_slots(record)
             elif place.job and place.kind in _KEPT_KINDS:
                 self._job(place.job).records[place] = record
             if place.kind in _LEADERS_KINDS and record is not None:
@@ -195,6 +210,7 @@ class Auditor:
             status = job.status(name)
             if status is not None:
                 self._agents.status(Parsed("status", job=name), status)
+                self._note_ranks(name, status)
         # Leaders of a time that is forgotten have left their terms with the agents alone.
         term_last = revision if self._agents.restored_at else self._term_last
         for place, _, record in found:
@@ -212,6 +228,7 @@ class Auditor:
                 self._lead(change)
             elif place.kind == "node":
                 self._agents.node(place, _as(NodeRecord, record), change.create_revision)
+                self._note_slots(record)
         now: dict[Parsed, Record | None] = {place: record for place, _, record in parsed if place.job}
         for place, record in now.items():
             if place.kind in _LEADERS_KINDS:
@@ -323,16 +340,42 @@ class Auditor:
             self._bad("I5", f"{place.job} went from attempt {last} to {record.attempt}")
         self.attempts += record.attempt > last
         self._agents.status(place, record)
+        if record.members and record.phase not in PLACED_PHASES | TERMINAL_PHASES:
+            self._bad("phase", f"{place.job} is {record.phase} and has {len(record.members)} members")
+        self._note_ranks(place.job, record)
+        if record.attempt > last and not self._is_proven(place.job, record):
+            self._check_slots(place.job)
         if before is None:
             return
         if record.seq_last < before.seq_last:
             self._bad("I5", f"{place.job} forgot checkpoint numbers up to {before.seq_last}")
+        begins_from = record.restore if record.attempt > before.attempt else None
+        if begins_from is not None and begins_from.seq in record.passed_over:
+            which = f"attempt {record.attempt} of {place.job} begins from checkpoint {begins_from.seq}"
+            self._bad("I5", f"{which}, which training was rolled back past")
         if record.uid != before.uid:
             if before.phase not in TERMINAL_PHASES:
                 self._bad("phase", f"{place.job} was replaced while {before.phase}")
         elif record.phase != before.phase and record.phase not in PHASE_CHANGES[before.phase]:
             self._bad("phase", f"{place.job} went from {before.phase} to {record.phase}")
         self._check_brake(place, before, record)
+
+    def _note_slots(self, record: Record | None) -> None:
+        if isinstance(record, NodeRecord):
+            self._slots[record.agent] = record.slots
+
+    def _note_ranks(self, job: JobName, status: JobStatus) -> None:
+        if status.phase in PLACED_PHASES:
+            self._placed[job] = {member.agent: member.nproc for member in status.members}
+        else:
+            self._placed.pop(job, None)
+
+    def _check_slots(self, job: JobName) -> None:
+        """An attempt that begins finds its slots free, whichever jobs have the others."""
+        for agent in self._placed.get(job, ()):
+            ranks = sum(members.get(agent, 0) for members in self._placed.values())
+            if ranks > self._slots.get(agent, ranks):
+                self._bad("slots", f"{agent} has {self._slots[agent]} slots and is given {ranks} ranks")
 
     def _is_proven(self, job: JobName, record: JobStatus) -> bool:
         """Tell whether agents have shown the attempt, which a restored etcd has forgotten."""
@@ -499,7 +542,7 @@ class _Job:
             what = f"checkpoint {record.seq} of {name} is open"
             if record.attempt != status.attempt:
                 yield "I5", f"{what} for attempt {record.attempt} in attempt {status.attempt}"
-            elif status.phase in TERMINAL_PHASES:
+            elif status.phase in TERMINAL_PHASES or status.phase is JobPhase.SUSPENDED:
                 yield "I5", f"{what} although the job is {status.phase}"
         if len({record.attempt for record in mine}) > 1:
             yield "I5", f"several attempts of {name} can commit at once"

@@ -362,8 +362,20 @@ class JobStatus:
     """The last failures that have a traceback, oldest first."""
     passed_over: tuple[Seq, ...] = ()
     """Committed checkpoints that no attempt begins from any more: training was rolled back past them."""
+    nonfinite_step: Step = Step(0)
+    """Numbers of this attempt that were not finite have been told of up to here, this step not included."""
+    stragglers: tuple[Rank, ...] = ()
+    """Ranks of this attempt that are persistently slower than the others."""
+    joining: tuple[AgentName, ...] = ()
+    """Machines that get ready to join a running job, in order of name."""
+    joining_since: str = ""
+    grown_at: str = ""
+    """When it last grew: it does not again before its cooldown is over."""
     preempted_by: str = ""
-    """With SUSPENDING, and QUEUED after it: the job that needs the machines."""
+    """With SUSPENDING, and QUEUED after it: the job that needs the machines. It stays while the job runs
+    again, which is then left alone for a while."""
+    stopping: bool = False
+    """With SUSPENDING: the checkpoint is taken, or there will be none, and ranks are being stopped."""
     unswept: tuple[Former, ...] = ()
     """Earlier submissions of this name that were used again before their last sweep."""
 

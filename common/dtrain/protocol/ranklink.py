@@ -142,7 +142,10 @@ class Report:
     """Set from a plan ``on_demand`` until the state is loaded."""
     timing: Timing | None = None
     nonfinite: tuple[str, ...] = ()
-    """Names of numbers that the script reported as NaN or infinite."""
+    """Names of numbers whose newest value is NaN or infinite."""
+    nonfinite_seen: Mapping[str, Step] = field(default_factory=dict)
+    """Names of numbers that were ever reported so, and the step that it happened in last: a later value
+    takes a name out of ``nonfinite``, perhaps before anybody has read it there."""
     section: str = ""
     """What the script says it is doing: a phase in which no step is to be expected."""
     beats: int = 0
@@ -162,6 +165,8 @@ class Welcome:
     why: str = ""
     save_timeout_s: float = 0.0
     """How long one checkpoint may take. 0: this agent knows nothing of saves that scripts ask for."""
+    finite: tuple[str, ...] = ()
+    """Reported numbers that must be finite: a snapshot of a step at which one is not is never kept."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,6 +105,8 @@ class SaveProblem:
     late: bool
     step: Step
     message: str
+    unfit: bool = False
+    """A number that must stay finite is not: what was sealed for it, durable or not, does not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +212,8 @@ class RankState:
     """Reported numbers that are NaN or infinite now."""
     sealed: Seq = Seq(0)
     """The newest checkpoint that lies complete in this rank's arena; known for sure once it has ended."""
+    nonfinite_seen: Mapping[str, Step] = field(default_factory=dict)
+    """Those that ever were in this attempt, and the step that it happened in last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +256,9 @@ class WorkerSnapshot:
     at: float = 0.0
     """Wall time of writing, epoch seconds, for people."""
     warm: bool = False
-    """IDLE with a launcher that has imported everything: PREPARE will be answered at once."""
+    """IDLE or ERROR, with a launcher that has imported everything: PREPARE will be answered at once."""
+    warning: str = ""
+    """Why ranks start slower here than they could, in one sentence."""
     stalls: tuple[Stall, ...] = ()
     stacks: tuple[Stack, ...] = ()
     seq_over: Seq = Seq(0)

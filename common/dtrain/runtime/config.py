@@ -44,6 +44,8 @@ class Setting:
     """A variable of another tool that is honoured too (``ETCDCTL_ENDPOINTS``)."""
     flag: bool = True
     """False for secrets: environment only."""
+    repeat: bool = False
+    """The flag may be given several times, which is the same as once with commas."""
 
     @property
     def env(self) -> str:
@@ -184,13 +186,18 @@ def parse(
         if setting.flag:
             shown = "" if setting.default in (None, "") else f" (default: {setting.default})"
             parser.add_argument(
-                f"--{setting.name}", dest=setting.name, help=f"{setting.help}{shown} [{setting.env}]"
+                f"--{setting.name}",
+                dest=setting.name,
+                action="append" if setting.repeat else "store",
+                help=f"{setting.help}{shown} [{setting.env}]",
             )
     flags = vars(parser.parse_args(list(argv)))
     _refuse_unknown(settings, environ)
     values: dict[str, Any] = {}
     for setting in settings:
         source, text = f"--{setting.name}", flags.get(setting.name)
+        if isinstance(text, list):
+            text = ",".join(text)
         if text is None:
             source, text = setting.env, environ.get(setting.env)
         if text is None and setting.fallback_env:

@@ -111,13 +111,17 @@ class Committer:
         if not self._may_act():
             # Correctness never rests on it: it spares etcd a transaction that the fence would refuse.
             return Deposed()
-        txn: Txn | None = None
         try:
-            txn = fenced(self._keys, term, decision, self._stored, self._leases(decision))
+            leases = self._leases(decision)
+        except (Unavailable, OutcomeUnknown) as error:
+            # Nothing of the decision is written: a lease without a key does no harm, and ends.
+            return NotWritten(error.message, retry=True)
+        except DtrainError as error:
+            return self._not_accepted(error)
+        txn = fenced(self._keys, term, decision, self._stored, leases)
+        try:
             result = self._etcd.txn(txn, deadline_s=COMMIT_DEADLINE_S)
         except OutcomeUnknown:
-            if txn is None:
-                return NotWritten("etcd did not say whether it granted a lease", retry=True)
             return self._look(term, txn)
         except Unavailable as error:
             return NotWritten(error.message, retry=True)

@@ -12,16 +12,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
+from dtrain.coordinator.core import elastic, stragglers
 from dtrain.coordinator.core.decisions import InspectCheckpoint
+from dtrain.coordinator.core.placement import UNREACHABLE_REST_S
+from dtrain.coordinator.core.queue import Machine, Running, Waiting
+from dtrain.coordinator.core.stamps import parse_iso
 from dtrain.coordinator.core.views import (
     AgentView,
     FleetView,
     Inspection,
     JobView,
+    Sightings,
     Stored,
     SweepFound,
     Verdict,
 )
+from dtrain.coordinator.line import Line
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import (
     CommitRecord,
@@ -35,7 +41,7 @@ from dtrain.protocol.checkpoint import (
 from dtrain.protocol.cluster import Cordon, Suspicion
 from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId, Seq, Term, Uid, parse_name
-from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, Intent, JobPhase, JobSpec, JobStatus
+from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, Intent, JobPhase, JobSpec, JobStatus, Wanted
 from dtrain.protocol.keys import Keys, Parsed
 from dtrain.protocol.snapshot import NodeRecord, WorkerSnapshot
 from dtrain.storage.etcd.mirror import Change
@@ -108,6 +114,7 @@ class _Job:
     """(instant, step) of the current attempt, oldest first."""
     progress_of: tuple[str, int] = ("", 0)
     """The uid and attempt that ``progress`` is of."""
+    sightings: Sightings = Sightings()
     broken: dict[str, str] = field(default_factory=dict)
     """Why a record cannot be used, by key."""
     status: JobStatus | None = None
@@ -171,6 +178,8 @@ class World:
         self._used: dict[AgentName, int] = {}
         self._reserved: dict[JobName, JobStatus] = {}
         self._waiting: set[JobName] = set()
+        self._line = Line()
+        self._now = 0.0
         self._heard_at: float | None = None
         self._touched: set[JobName] = set()
         self.problems: list[str] = []
@@ -180,7 +189,7 @@ class World:
 
     def apply(self, changes: Iterable[Change], now: float) -> None:
         """Take over changes of the mirror, in order."""
-        self._heard_at = now
+        self._heard_at = self._now = now
         for change in changes:
             parsed = self._keys.parse(change.key)
             if parsed is None:
@@ -248,6 +257,7 @@ class World:
         if (known := self._jobs.get(job)) is not None:
             known.store_ok, known.store_problem, known.store_probed_at = not problem, problem, now
             self._touched.add(job)
+            self._note_line(job)
 
     def record_reached(self, agent: AgentName, reached: bool, now: float) -> None:
         """Remember whether an agent answered the newest command."""
@@ -331,6 +341,7 @@ class World:
             store_problem=job.store_problem,
             store_probed_at=job.store_probed_at,
             step_rate=_step_rate(job, workers.values()),
+            sightings=_sightings(job, workers.values()),
             quarantined=self.quarantine(name),
         )
 
@@ -350,6 +361,9 @@ class World:
     def fleet_view(self, name: JobName, now: float, *, term: Term, took_office_at: float) -> FleetView:
         """Return the machines as the given job should see them."""
         self._agents_shared = True
+        self._now = now
+        queue, changed = self._line.queue(now, self._machines)
+        self._touched |= changed - {name}
         return FleetView(
             cluster=self.cluster,
             replica=self.replica,
@@ -368,6 +382,7 @@ class World:
             scrub_interval_s=self._scrub_interval_s,
             suspicions=dict(self._suspicions),
             cordon_s=self._cordon_s,
+            queue=queue,
         )
 
     @property
@@ -543,6 +558,7 @@ class World:
             self._touched.add(job.name)
         if job.is_empty():
             del self._jobs[job.name]
+            self._line.put(job.name, None)
 
     def _may_name_a_job(self, name: JobName) -> bool:
         try:
@@ -661,6 +677,8 @@ class World:
             self._usage[name] = new
         else:
             self._usage.pop(name, None)
+        self._line.machines_changed()
+        self._note_line(name)
         if any(new.get(agent, 0) < slots for agent, slots in old.items()):
             self._touched |= self._waiting
 
@@ -675,11 +693,96 @@ class World:
     def _note_waiting(self, job: _Job) -> None:
         spec = job.single.get("spec")
         waits = spec is not None and (
-            job.status is None or job.status.phase in _WAITING_PHASES or job.status.uid != _uid(spec)
+            job.status is None
+            or job.status.phase in _WAITING_PHASES
+            or job.status.uid != _uid(spec)
+            or self._may_grow(job, job.status)
         )
         (self._waiting.add if waits else self._waiting.discard)(job.name)
+        self._note_line(job.name)
+
+    # The queue.
+
+    def _note_line(self, name: JobName) -> None:
+        job = self._jobs.get(name)
+        self._line.put(name, None if job is None else self._in_line(job))
+
+    def _in_line(self, job: _Job) -> Waiting | Running | None:
+        """What the job is to others: one that has machines, or wants some."""
+        spec = self._record(job, "spec", JobSpec)
+        if used := self._usage.get(job.name):
+            return self._as_running(job, None if spec is None else spec.value, used)
+        intent, status = self._record(job, "intent", Intent), job.status
+        if spec is None or ("status" in job.single and status is None):
+            return None
+        of, wanted = (
+            spec.value,
+            None if intent is None or intent.value.uid != spec.value.uid else intent.value,
+        )
+        if status is not None and status.uid != of.uid:
+            if status.phase not in TERMINAL_PHASES:
+                return None
+            status = None
+        if status is not None and status.phase not in (JobPhase.QUEUED, JobPhase.RECOVERING):
+            return None
+        if wanted is not None and wanted.wanted is not Wanted.RUN:
+            return None
+        attempt = 0 if status is None else status.attempt
+        if job.store_ok is False or (
+            of.checkpoint.await_import and not attempt and not job.numbered.get("checkpoint")
+        ):
+            return None
+        restarts = status is not None and status.phase is JobPhase.RECOVERING
+        store = of.checkpoint.store or self.default_store
+        since = parse_iso(of.submitted_at if status is None or not attempt else status.since) or 0.0
+        known = self._line.waits(job.name)
+        same = known is not None and (known.since, known.restarts) == (since, restarts)
+        return Waiting(
+            job.name,
+            of.priority,
+            since,
+            known.seen_at if known is not None and same else self._now,
+            (0 if wanted is None else wanted.nnodes_min) or of.nnodes_min,
+            (0 if wanted is None else wanted.nnodes_max) or of.nnodes_max,
+            of.nproc_per_node,
+            restarts=restarts,
+            after="" if status is None else status.preempted_by,
+            ready=restarts or not store or bool(job.store_ok),
+        )
+
+    def _as_running(self, job: _Job, spec: JobSpec | None, used: Mapping[AgentName, int]) -> Running:
+        status = self._reserved.get(job.name) or job.status
+        known = self._line.runs(job.name)
+        return Running(
+            job.name,
+            0 if spec is None else spec.priority,
+            self._now if known is None else known.since,
+            used,
+            leaving=status is not None and status.phase not in (JobPhase.STARTING, JobPhase.RUNNING),
+            saves=status is not None and bool(status.store),
+            made_room=status is not None and bool(status.preempted_by),
+        )
+
+    def _machines(self) -> tuple[dict[AgentName, Machine], float | None]:
+        """The machines that ranks may be placed on, and when one that did not answer is tried again."""
+        found, instants = {}, []
+        for name, view in self._agents.items():
+            if name in self._cordons or view.draining_at is not None or view.node.problem:
+                continue
+            since = self._unreachable.get(name)
+            if since is not None and view.seen_at <= since and self._now < since + UNREACHABLE_REST_S:
+                instants.append(since + UNREACHABLE_REST_S)
+                continue
+            slots = view.node.slots
+            found[name] = Machine(slots, slots - self._used.get(name, 0))
+        return found, min(instants, default=None)
+
+    def _may_grow(self, job: _Job, status: JobStatus) -> bool:
+        spec = self._record(job, "spec", JobSpec)
+        return spec is not None and elastic.may_grow(spec.value, self._record(job, "intent", Intent), status)
 
     def _touch_fleet(self, agent: AgentName) -> None:
+        self._line.machines_changed()
         self._touched |= self._waiting
         for name, job in self._jobs.items():
             status = job.status
@@ -705,6 +808,17 @@ def _uid(cell: _Cell[Any]) -> str:
 
 def _is_current(snapshot: WorkerSnapshot, status: JobStatus | None) -> bool:
     return status is not None and snapshot.uid == status.uid and snapshot.attempt >= status.attempt
+
+
+def _sightings(job: _Job, workers: Iterable[Stored[WorkerSnapshot]]) -> Sightings:
+    """Which ranks are slower than the others, and since when, by all snapshots seen so far."""
+    if job.status is not None:
+        of = (str(job.status.uid), int(job.status.attempt))
+        shown = [stored for stored in workers if (stored.value.uid, stored.value.attempt) == of]
+        at = max((stored.seen_at for stored in shown), default=0.0)
+        values = [stored.value for stored in shown]
+        job.sightings = stragglers.observe(job.sightings, job.status, values, at)
+    return job.sightings
 
 
 def _step_rate(job: _Job, workers: Iterable[Stored[WorkerSnapshot]]) -> float:

@@ -64,7 +64,7 @@ class LocalBreaker:
     def cannot(self, kind: Kind, part: Part) -> str:
         if (kind, part) not in WEIGHTS:
             return f"{kind} is nothing that can be done to a {part}"
-        if kind in (Kind.CUT, Kind.SLOW) and not self._cluster.links:
+        if kind in (Kind.CUT, Kind.SLOW, Kind.PREEMPT) and not self._cluster.links:
             return "its daemons have no links of their own to etcd: it was not started with faults"
         return ""
 
@@ -97,6 +97,8 @@ class LocalBreaker:
                         cluster.start_daemon(name)
                 case Kind.CUT | Kind.SLOW:
                     cluster.heal(name)
+                case Kind.PREEMPT:
+                    cluster.give_back(name)
                 case Kind.FILL:
                     pass
             self._broken.remove(fault)
@@ -131,5 +133,7 @@ class LocalBreaker:
                 cluster.cut(name, next((way for way in WAYS if way == fault.way), "both"))
             case Kind.SLOW, _:
                 cluster.slow(name, fault.delay_s)
+            case Kind.PREEMPT, _:
+                cluster.preempt(name)
             case _:
                 raise AssertionError(fault)

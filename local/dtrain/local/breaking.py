@@ -21,6 +21,9 @@ from dtrain.protocol.snapshot import WorkerSnapshot
 from dtrain.storage.etcd.port import KeyValue, prefix_end
 from dtrain.storage.etcd.transport import GatewayEtcd
 
+NOTICE_S = 30
+"""What a notice says that a machine has left, as on the dearest of clouds."""
+
 
 class Breakable:
     """The half of ``LocalCluster`` that breaks things; not of use by itself."""
@@ -123,6 +126,27 @@ class Breakable:
     def power_cut(self, agent: str) -> None:
         """Everything of one machine dies at the same moment; ``start_daemon`` brings it back."""
         self.daemon(agent).power_cut()
+
+    def notice(self, agent: str) -> Path:
+        """The file whose appearance tells an agent that its machine is about to go."""
+        return self.folder / "notices" / self.daemon(agent).name
+
+    def preempt(self, agent: str) -> None:
+        """Tell an agent that its machine goes in NOTICE_S; the machine does not go by itself.
+
+        Raises:
+            Refused: the cluster was made without ``faults``.
+        """
+        self._links(agent)
+        path = self.notice(agent)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{NOTICE_S} the market asks for it")
+
+    def give_back(self, agent: str) -> None:
+        """Do what follows on ``preempt``: the machine goes, and another one comes under its name."""
+        self.power_cut(agent)
+        self.notice(agent).unlink(missing_ok=True)
+        self.start_daemon(agent)
 
     def kill_member(self, name: str) -> None:
         """SIGKILL for one member of etcd; ``start_daemon`` brings it back with its data."""

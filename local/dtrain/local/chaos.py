@@ -275,6 +275,13 @@ class Chaos:
         unseated = hit and one.fault.part in (Part.LEADER, Part.COORDINATOR, Part.COORDINATOR_GUARDIAN)
         if unseated and one.fault.kind is not Kind.SLOW and now.term == one.before.term and self._still(one):
             return f"{one.fault.name} is still the leader by record"
+        if one.fault.kind is Kind.PREEMPT and one.heal_at is not None:
+            # Its ranks train on while the checkpoint is taken: that is no recovery yet.
+            staying = sorted(
+                name for name, job in now.jobs.items() if job.trains and one.fault.name in job.agents
+            )
+            if staying:
+                return f"{', '.join(staying)} still uses {one.fault.name}"
         return missing(one.before, now)
 
     def _still(self, one: _Pending) -> bool:

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from dtrain.local import marks, ports, reaper, sweeping
 from dtrain.local.breaker import LocalBreaker
@@ -270,6 +271,12 @@ class LocalCluster(Breakable):
         )
         self._add(self.agents, name, command, folder, keeper)
 
+    def _notices_of(self, name: str) -> dict[str, str]:
+        """Where an agent looks whether its machine goes: where ``preempt`` says so."""
+        path = self.folder / "notices" / name
+        path.unlink(missing_ok=True)
+        return {"DTRAIN_PREEMPTION_NOTICE": f"file:{quote(str(path))}", "DTRAIN_PREEMPTION_INTERVAL": "0.5"}
+
     def _mark(self) -> None:
         """Say in etcd whether this cluster may be broken; a mark of an earlier start counts no more."""
         if self._faults:
@@ -287,7 +294,12 @@ class LocalCluster(Breakable):
         return self.links[name].endpoints
 
     def _add(
-        self, where: dict[str, Daemon], name: str, command: tuple[str, ...], folder: Path, keeper: Keeper
+        self,
+        where: dict[str, Daemon],
+        name: str,
+        command: tuple[str, ...],
+        folder: Path,
+        keeper: Keeper,
     ) -> None:
         # Settings of whoever starts us are for other clusters.
         env = {
@@ -295,7 +307,9 @@ class LocalCluster(Breakable):
             for key, value in os.environ.items()
             if key in _KEPT or not key.startswith(("DTRAIN_", "ETCDCTL_"))
         }
-        own = _ONE_MACHINE if command[0] == sys.executable else {}
+        own = dict(_ONE_MACHINE) if command[0] == sys.executable else {}
+        if own and self._faults and where is self.agents:
+            own |= self._notices_of(name)
         daemon = Daemon(
             name,
             command,

@@ -20,6 +20,7 @@ class Kind(StrEnum):
     CUT = "cut"
     SLOW = "slow"
     FILL = "fill"
+    PREEMPT = "preempt"
 
 
 class Part(StrEnum):
@@ -57,6 +58,7 @@ WEIGHTS: Mapping[tuple[Kind, Part], int] = {
     (Kind.SLOW, Part.COORDINATOR): 1,
     (Kind.SLOW, Part.LEADER): 1,
     (Kind.FILL, Part.ETCD): 1,
+    (Kind.PREEMPT, Part.MACHINE): 2,
 }
 """Every fault there is, and how often it is drawn by default."""
 
@@ -101,6 +103,8 @@ class Fault:
                 return f"slow {self.part} {self.name} by {1000 * self.delay_s:.0f} ms each way"
             case Kind.FILL, _:
                 return "fill etcd up to its quota"
+            case Kind.PREEMPT, _:
+                return f"take machine {self.name} away, with a notice before"
             case _:
                 return f"{self.kind} {self.part} {self.name}"
 

@@ -38,6 +38,8 @@ class HostBreaker:
             return f"{kind} is nothing that can be done to a {part}"
         if kind in (Kind.CUT, Kind.SLOW):
             return "links can be cut and slowed only in a cluster that 'dtrain up --test' started here"
+        if kind is Kind.PREEMPT:
+            return "where an agent looks for notices is known only in a cluster of 'dtrain up --test'"
         if kind is Kind.KILL and part in _NO_WAY_BACK:
             return f"nobody here could start {_NO_WAY_BACK[part]} again that another program has started"
         if kind is Kind.FREEZE and part is Part.ETCD:

@@ -100,6 +100,8 @@ def recipe(
                 **_common(shape),
                 "DTRAIN_ID": name,
                 "DTRAIN_DEFAULT_STORE": shape.store_uri,
+                # Machines are killed on purpose: that makes none of them a bad one.
+                "DTRAIN_CORDON_FOR": "0",
                 # Older versions advertise the wildcard that the image listens on.
                 "DTRAIN_ADVERTISE": f"{address}:{API_PORT}",
             }

@@ -69,8 +69,25 @@ def test_the_cache_has_a_size_and_by_default_none(text: str, size_bytes: int) ->
         ("--stop-grace", "-1"),
         ("--drain-grace", "-1"),
         ("--drain-grace", "inf"),
+        ("--preemption-interval", "0"),
+        ("--preemption-interval", "nan"),
     ],
 )
 def test_what_cannot_work_is_refused(argv: tuple[str, str]) -> None:
     with pytest.raises(Refused):
         _load(*argv)
+
+
+def test_notices_are_a_list_by_commas_or_by_flags() -> None:
+    assert _load().preemption_notices == ()
+    assert _load(DTRAIN_PREEMPTION_NOTICE="aws, /run/preempted").preemption_notices == (
+        "aws",
+        "/run/preempted",
+    )
+    flags = ("--preemption-notice", "aws", "--preemption-notice", "gcp,azure")
+    assert _load(*flags).preemption_notices == ("aws", "gcp", "azure")
+
+
+def test_ranks_that_a_stop_leaves_alone_go_with_their_machine() -> None:
+    found = _load("--keep-ranks", "yes", "--drain-grace", "40")
+    assert (found.drain_grace_s, found.notice_grace_s) == (0.0, 40.0)

@@ -1,6 +1,7 @@
 """PREPARE to the end of an attempt, as the core decides it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -20,6 +21,7 @@ from dtrain.agent.launching import (
     Cleared,
     ForkRanks,
     LauncherEnded,
+    LauncherReady,
     LauncherState,
     ProcessId,
     Quit,
@@ -28,16 +30,14 @@ from dtrain.agent.launching import (
     StoreReady,
     Unkilled,
 )
-from dtrain.protocol.ids import Attempt, Incarnation, Rank, Uid
+from dtrain.protocol.ids import Attempt, Incarnation, Rank, Step, Uid
 from dtrain.protocol.ranklink import StopRank, Welcome
-from dtrain.protocol.snapshot import FailureKind, WorkerPhase
+from dtrain.protocol.snapshot import FailureKind, Timing, WorkerPhase
 
 from .core_builder import JOB, LAUNCHER, RESTORE, Table
 
 
 def test_a_command_of_another_cluster_is_refused() -> None:
-    from dataclasses import replace
-
     table = Table()
     prepare = table.prepare()
     foreign = replace(prepare, header=replace(prepare.header, cluster="prod"))
@@ -194,6 +194,25 @@ def test_start_forks_ranks_with_torchruns_environment() -> None:
     assert table.snapshot.phase is WorkerPhase.RESTORING
 
 
+def test_a_machine_may_have_another_number_of_ranks_than_others() -> None:
+    table = Table()
+    prepare = replace(table.prepare(), nproc=3, first_rank=Rank(4), world_size=7, node_rank=1, nnodes=2)
+    table.command(prepare)
+    (ensure,) = table.wanted(EnsureLauncher)
+    assert ensure.settings.nproc == 3
+    table.feed(LauncherStarted(JOB, Uid("u1"), LAUNCHER))
+    for message in (LauncherState(LAUNCHER, ready=False), Cleared(Attempt(1)), StoreReady(Attempt(1), 29500)):
+        table.report(message)
+    table.report(LauncherReady())
+    table.command(table.start())
+    (fork,) = [order for order in table.launcher_orders() if isinstance(order, ForkRanks)]
+    assert [launch.rank for launch in fork.ranks] == [4, 5, 6]
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
+    assert [fork.ranks[2].env[name] for name in names] == ["6", "2", "7", "3", "1", "2"]
+    # A number that etcd forgot and gave out again to another size is another attempt.
+    assert not table.command(replace(prepare, nproc=2)).answer.accepted  # type: ignore[union-attr]
+
+
 def test_the_base_environment_keeps_the_users_and_drops_the_agents() -> None:
     env = base_env({"HOME": "/root", "DTRAIN_USER": "u", "ETCDCTL_USER": "u", "CUDA_VISIBLE_DEVICES": "0"})
     assert env == {"HOME": "/root", "CUDA_VISIBLE_DEVICES": "0"}
@@ -223,6 +242,35 @@ def test_a_metric_that_is_no_number_does_not_reach_the_snapshot() -> None:
     table = Table().training()
     table.rank_report(1, metrics={"loss": float("inf"), "lr": 0.1})
     assert table.snapshot.ranks[0].metrics == {"lr": 0.1}
+
+
+def test_step_times_are_progress_and_the_first_number_that_is_not_finite_is_urgent() -> None:
+    table = Table().training()
+    table.rank_report(1, at=5, timing=Timing(0.2, 0.1, 0.15), section="evaluate", beats=3)
+    assert not table.written().urgent
+    assert table.snapshot.ranks[0].timing == Timing(0.2, 0.1, 0.15)
+    table.rank_report(1, at=6, nonfinite=("loss",), nonfinite_seen={"loss": Step(5)})
+    assert table.written().urgent
+    table.rank_report(1, at=7, nonfinite=(), nonfinite_seen={"loss": Step(6)})
+    assert not table.written().urgent
+    state = table.snapshot.ranks[0]
+    assert (state.nonfinite, state.nonfinite_seen) == ((), {"loss": 6})
+
+
+def test_of_many_numbers_that_are_not_finite_those_that_matter_are_told() -> None:
+    table = Table().training()
+    names = (*(f"grad/{number}" for number in range(40)), "loss")
+    table.rank_report(1, nonfinite=names, nonfinite_seen=dict.fromkeys(names, Step(1)))
+    state = table.snapshot.ranks[0]
+    assert state.nonfinite[0] == "loss"
+    assert next(iter(state.nonfinite_seen)) == "loss"
+    assert len(state.nonfinite) == len(state.nonfinite_seen) == 8
+
+
+def test_a_rank_hears_which_numbers_must_be_finite() -> None:
+    table = Table().forked()
+    table.hello(0)
+    assert [message.finite for message in table.messages(Welcome)] == [("loss",)]
 
 
 def test_a_plain_script_counts_as_training_after_a_second() -> None:

@@ -7,6 +7,7 @@ import pytest
 from dtrain.agent.core.decisions import PublishDraining
 from dtrain.agent.core.draining import ANSWER_SHARE
 from dtrain.agent.core.events import DrainAsked, SessionSeen
+from dtrain.agent.core.state import LinkState
 from dtrain.agent.launching import Cleared
 from dtrain.agent.transferring import Uploaded
 from dtrain.protocol.ids import Attempt
@@ -153,3 +154,42 @@ def test_a_rank_that_connects_again_is_told_to_hold_again() -> None:
 
 def _begin() -> tuple[int, str, int]:
     return 1, "n1", 10
+
+
+def test_a_wish_with_less_time_shortens_the_first_one_and_one_with_more_changes_nothing() -> None:
+    table = drained(Table().training())
+    table.tick(10.0)
+    table.feed(DrainAsked("AWS: terminate", table.now, "2026-01-01T00:00:10Z", 20.0))
+    assert table.wanted(PublishDraining) == [PublishDraining(Draining("AWS: terminate", SINCE, 30.0))]
+    table.feed(DrainAsked("SIGTERM", table.now, "2026-01-01T00:00:10Z", GRACE_S))
+    assert not table.wanted(PublishDraining)
+    table.command(replace(table.begin(), hold_s=18.0))
+    table.tick(19.9)
+    assert not over(table)
+    table.tick(0.2)
+    assert "grace of 30 s" in over(table)
+
+
+def test_ranks_on_a_machine_that_goes_are_not_ended_before_it_does() -> None:
+    table = Table().training()
+    table.feed(DrainAsked("AWS: terminate", table.now, SINCE, GRACE_S, stays=True))
+    table.tick(GRACE_S / 2)
+    table.feed(SessionSeen(1, 10.0, table.now - 1.0))
+    table.now += 2.0
+    table.feed(SessionSeen(1, 10.0, table.now - 3.0))
+    assert table.state.link.state is LinkState.ISOLATED
+    assert not over(table), "a leader may be found, or etcd be reached, until the machine goes"
+    table.tick(GRACE_S / 2)
+    assert "grace of 60 s" in over(table)
+
+
+def test_an_agent_that_is_told_to_end_after_a_notice_waits_for_nobody_s_answer() -> None:
+    table = Table().training()
+    table.feed(DrainAsked("AWS: terminate", table.now, SINCE, GRACE_S, stays=True))
+    table.tick(25.0)
+    table.feed(DrainAsked("SIGTERM", table.now, SINCE, 90.0))
+    assert not table.wanted(PublishDraining)
+    table.tick(ANSWER_SHARE * GRACE_S - 0.1)
+    assert not over(table)
+    table.tick(0.2)
+    assert "no coordinator" in over(table)

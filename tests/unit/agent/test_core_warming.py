@@ -122,6 +122,34 @@ def test_ranks_that_were_stopped_leave_a_warm_launcher() -> None:
     assert (table.snapshot.phase, table.snapshot.warm) == (WorkerPhase.IDLE, True)
 
 
+def test_what_an_earlier_attempt_left_in_the_books_is_not_told_of_the_next_one() -> None:
+    """A restarted agent never heard how its stopped ranks had ended."""
+    table = Table().training()
+    table.command(table.begin())
+    table.command(table.stop(1))
+    table.report(Cleared(Attempt(2)))
+    table.command(order(table, attempt=3))
+    assert accepted(table)
+    snapshot = table.snapshot
+    assert (snapshot.attempt, snapshot.ranks, snapshot.saving, snapshot.warm) == (3, (), (), True)
+
+
+def test_ranks_that_failed_leave_a_warm_launcher_unless_it_is_what_failed() -> None:
+    table = Table().training()
+    table.ended(1, -9)
+    assert (table.snapshot.phase, table.snapshot.warm) == (WorkerPhase.ERROR, True)
+    table.report(LauncherEnded(-9))
+    assert (table.snapshot.phase, table.snapshot.warm) == (WorkerPhase.ERROR, False)
+
+
+def test_what_the_launcher_warns_of_is_shown() -> None:
+    table = Table()
+    table.command(order(table))
+    table.feed(LauncherStarted(JOB, Uid("u1"), LAUNCHER))
+    table.report(LauncherReady("ranks are started by exec instead of fork: mine runs 1 more thread"))
+    assert table.snapshot.warning == "ranks are started by exec instead of fork: mine runs 1 more thread"
+
+
 def test_a_launcher_that_ends_by_itself_is_started_again_but_not_at_once() -> None:
     table = warmed(Table())
     table.report(LauncherEnded(1, "MemoryError"))

@@ -7,7 +7,15 @@ import pytest
 from dtrain.cli import jobfile
 from dtrain.cli.jobfile import BadJobFile
 from dtrain.protocol.errors import ErrorCode, NotFound
-from dtrain.protocol.job import EntryKind, FailureRule, HangPolicy, JobSpec, RuleAction
+from dtrain.protocol.job import (
+    EntryKind,
+    FailureRule,
+    HangPolicy,
+    JobSpec,
+    NonFiniteAction,
+    NonFinitePolicy,
+    RuleAction,
+)
 
 MINIMAL = "name: digits\nscript: train.py\n"
 
@@ -27,6 +35,7 @@ def test_a_minimal_file_gets_the_defaults_of_the_protocol() -> None:
     spec = parse(MINIMAL)
     assert (spec.nnodes_min, spec.nnodes_max, spec.nproc_per_node) == (1, 1, 1)
     assert spec.working_dir == "/jobs"
+    assert spec.grow_cooldown_s == JobSpec.__dataclass_fields__["grow_cooldown_s"].default
     assert spec.restarts == JobSpec.__dataclass_fields__["restarts"].default
     assert spec.checkpoint == JobSpec.__dataclass_fields__["checkpoint"].default
 
@@ -56,6 +65,8 @@ failure_rules:
 shutdown_grace: 500ms
 isolation_grace: 30m
 reschedule_grace: 20
+priority: -5
+grow_cooldown: 5m
 """
     )
     assert (spec.nnodes_min, spec.nnodes_max, spec.nproc_per_node, spec.spares) == (2, 4, 8, 1)
@@ -76,6 +87,15 @@ reschedule_grace: 20
     assert spec.hang == HangPolicy(True, 120.0, 3600.0)
     assert spec.shutdown_grace_s == 0.5
     assert (spec.isolation_grace_s, spec.reschedule_grace_s) == (1800.0, 20.0)
+    assert (spec.priority, spec.grow_cooldown_s) == (-5, 300.0)
+
+
+def test_what_follows_from_numbers_that_are_not_finite() -> None:
+    spec = parse(MINIMAL + "nonfinite: {action: rollback, metrics: [loss, norm], back: 2}")
+    assert spec.nonfinite == NonFinitePolicy(NonFiniteAction.ROLLBACK, ("loss", "norm"), 2)
+    assert parse(MINIMAL).nonfinite == NonFinitePolicy()
+    (found,) = errors(MINIMAL + "nonfinite: {action: ignore}")
+    assert "nonfinite.action: 'ignore' is none of warn, rollback, fail" in found
 
 
 def test_a_range_of_nodes_is_not_read_as_a_sexagesimal_number() -> None:
@@ -98,11 +118,15 @@ def test_a_command_may_be_one_line_or_a_list() -> None:
     )
 
 
+def test_as_many_ranks_as_a_machine_has_slots_are_no_number() -> None:
+    assert parse("name: digits\nscript: train.py\nnproc_per_node: auto\n").nproc_per_node == 0
+
+
 def test_all_errors_are_listed_at_once_with_line_and_column() -> None:
     found = errors(
         """name: Digits
 nnodes: 4:2
-nproc_per_node: auto
+nproc_per_node: gpu
 script: train.py
 module: foo
 restarts:

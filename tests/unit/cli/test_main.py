@@ -52,8 +52,9 @@ def nothing_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_verbs_are_those_of_the_folder() -> None:
     assert set(verbs()) == {
         *("up", "run", "submit", "get", "describe", "logs", "stacks", "wait", "checkpoint", "cancel"),
-        "checkpoints",
-        *("coordinator", "agent", "version", "completion", "chaos", "audit", "cordon", "uncordon", "drain"),
+        *("checkpoints", "cordon", "uncordon", "drain"),
+        *("suspend", "resume"),
+        *("coordinator", "agent", "version", "completion", "chaos", "audit", "scale"),
     }
 
 

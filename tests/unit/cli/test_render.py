@@ -6,6 +6,7 @@ from tests.unit.cli.fakes import (
     JOB,
     KEYS,
     NOW,
+    TERM,
     Seq,
     Step,
     at,
@@ -21,9 +22,10 @@ from tests.unit.cli.fakes import (
 
 from dtrain.cli import records, render
 from dtrain.protocol import codec
-from dtrain.protocol.ids import AgentName
+from dtrain.protocol.cluster import Blame, Suspicion
+from dtrain.protocol.ids import AgentName, Attempt, JobName, Uid
 from dtrain.protocol.job import Condition, Intent, JobPhase, RestorePoint, Wanted
-from dtrain.protocol.snapshot import Draining, FailureKind, NodeRecord
+from dtrain.protocol.snapshot import Draining, FailureKind, NodeRecord, Timing
 
 
 def test_get_jobs() -> None:
@@ -32,7 +34,7 @@ def test_get_jobs() -> None:
         "NAME     PHASE     STEP   ATTEMPT   RANKS   LAST-CKPT     AGE    REASON",
         "digits   RUNNING   45     3         4/4     4 (step 40)   1h1m   all 4 ranks train",
     ]
-    assert render.jobs(cluster, NOW, wide=True).rows[0][7:10] == ("u1", "a1,a2", "1/10")
+    assert render.jobs(cluster, NOW, wide=True).rows[0][7:11] == ("u1", "a1,a2", "1/10", "0")
 
 
 def test_a_job_no_leader_has_seen_is_queued_and_says_so() -> None:
@@ -131,10 +133,31 @@ def test_describe_job_opens_with_the_answer() -> None:
     ]
     start = lines.index("Ranks")
     assert lines[start + 1 : start + 3] == [
-        "  RANK   AGENT   PID   STATE      STEP   EXIT   METRICS",
-        "  0      a1      100   TRAINING   46            loss=0.25",
+        "  RANK   AGENT   PID   STATE      STEP   STEP/OWN/DATA   EXIT   METRICS",
+        "  0      a1      100   TRAINING   46     –                      loss=0.25",
     ]
     assert "  Placed   True     Members   " + at(60) + "   on a1, a2" in lines
+
+
+def test_slow_ranks_and_numbers_that_are_not_finite_are_said_first_and_shown_with_their_rank() -> None:
+    told = (
+        Condition("NonFinite", "False", "Finite", "all numbers have been finite since step 9", at(60)),
+        Condition("Straggling", "True", "SlowRank", "rank 1 on a1 needs 180 ms", at(60)),
+    )
+    job = records.group(reading(*running_job(conditions=told))).jobs["digits"]
+    assert render.reason(job) == "all 4 ranks train; rank 1 on a1 needs 180 ms"
+    agent, state = job.ranks[1]
+    sick = replace(state, timing=Timing(0.2, 0.0105, 0.18), nonfinite=("norm",), metrics={"loss": 0.5})
+    job.workers[agent] = replace(job.workers[agent], ranks=(sick,))
+    row = next(row for row in render.rank_table(job).rows if row[0] == "1")
+    assert row[5:] == ("200/180/10.5 ms", "", "norm=not-finite loss=0.5")
+
+
+def test_checkpoints_that_training_was_rolled_back_past_are_marked() -> None:
+    job = records.group(reading(*running_job(passed_over=(Seq(4),)))).jobs["digits"]
+    notes = {line.seq: line.note for line in render.checkpoint_lines(job)}
+    assert notes[4] == "training was rolled back past it"
+    assert any("4 rolled back past" in line for line in render.describe_job(job, NOW))
 
 
 def test_a_member_without_a_snapshot_is_shown_as_silent() -> None:
@@ -159,6 +182,15 @@ def test_describe_agent() -> None:
     lines = render.describe_agent(cluster.agents["a2"], NOW)
     assert lines[:2] == ["a2  Cordoned  since 10s", "  cordoned: bad memory (by ops)"]
     assert "Job digits   attempt 3   TRAINING" in lines
+
+
+def test_what_speaks_against_a_machine_is_shown_with_it() -> None:
+    found = Blame(JobName("digits"), Uid("u1"), Attempt(2), FailureKind.SIGNAL, NOW - 90)
+    agent = AgentName("a2")
+    cluster = records.group(reading(*fleet(), item(KEYS.suspicion(agent), Suspicion(TERM, agent, (found,)))))
+    lines = render.describe_agent(cluster.agents["a2"], NOW)
+    start = lines.index("Attempts ended because of it")
+    assert lines[start + 1] == "  1m30s ago   attempt 2 of digits: signal"
 
 
 def test_failures_are_titled_by_who_and_how() -> None:

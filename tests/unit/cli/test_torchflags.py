@@ -54,7 +54,8 @@ def test_words_for_processes_are_resolved_only_on_this_machine() -> None:
     assert torchflags.local_nproc("auto", here=True, gpus=0, cpus=6) == 6
     assert torchflags.local_nproc("auto", here=True, gpus=4, cpus=6) == 4
     assert torchflags.local_nproc("gpu", here=True, gpus=4, cpus=6) == 4
-    for text, here in (("auto", False), ("gpu", True), ("0", True), ("many", True)):
+    assert torchflags.local_nproc("auto", here=False, gpus=0, cpus=6) == 0  # as many as a machine has slots
+    for text, here in (("cpu", False), ("gpu", True), ("0", True), ("many", True)):
         with pytest.raises(Refused):
             torchflags.local_nproc(text, here=here, gpus=0, cpus=6)
 

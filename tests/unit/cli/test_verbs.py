@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -168,17 +169,68 @@ def test_cancel_with_yes_writes_the_intent(replica: FakeReplica, address: str, c
     assert capsys.readouterr().out == "digits: cancel accepted\n"
 
 
+def test_suspend_and_resume_write_the_intent(replica: FakeReplica, address: str, capsys: Out) -> None:
+    replica.items = running_job()
+    assert run(["suspend", "digits", "--coordinators", address]) == 0
+    assert run(["resume", "digits", "--coordinators", address, "-o", "name"]) == 0
+    assert [(intent.job, intent.wanted) for intent in replica.intents] == [
+        ("digits", "suspend"),
+        ("digits", "run"),
+    ]
+    assert capsys.readouterr().out == "digits: suspend accepted\njob/digits\n"
+
+
+def test_suspend_wait_returns_when_the_machines_are_free(
+    replica: FakeReplica, address: str, capsys: Out
+) -> None:
+    reason = "suspended by ann at step 40, with checkpoint 4"
+    replica.items = ended(JobPhase.SUSPENDED, reason=reason)  # type: ignore[assignment]
+    assert run(["suspend", "digits", "--wait", "--coordinators", address]) == 0
+    assert capsys.readouterr().out == f"digits: {reason}\n"
+    replica.items = ended(JobPhase.SUCCEEDED)  # type: ignore[assignment]
+    assert run(["suspend", "digits", "--wait", "--coordinators", address]) == 5
+    assert capsys.readouterr().out == "digits: ended as SUCCEEDED\n"
+
+
+def test_resume_wait_returns_when_ranks_train_or_it_has_ended(
+    replica: FakeReplica, address: str, capsys: Out
+) -> None:
+    replica.items = running_job()
+    assert run(["resume", "digits", "--wait", "--coordinators", address]) == 0
+    assert capsys.readouterr().out == "digits: all 4 ranks train\n"
+    replica.items = ended(JobPhase.FAILED)  # type: ignore[assignment]
+    assert run(["resume", "digits", "--wait", "--coordinators", address]) == 20
+
+
+def test_scale_sets_the_bounds(replica: FakeReplica, address: str, capsys: Out) -> None:
+    replica.items = running_job()
+    assert run(["scale", "digits", "--nnodes", "2:8", "--coordinators", address]) == 0
+    assert run(["scale", "digits", "--nnodes", "1", "--coordinators", address]) == 0
+    found = [(i.wanted, i.nnodes_min, i.nnodes_max) for i in replica.intents]
+    assert found == [("", 2, 8), ("", 1, 1)]
+    assert capsys.readouterr().out == (
+        "digits: may have 2:8 machines from now on\ndigits: may have 1 machine from now on\n"
+    )
+    assert run(["scale", "digits", "--nnodes", "3:2", "--coordinators", address]) == 2
+    assert "--nnodes cannot be '3:2'" in capsys.readouterr().err
+
+
 def test_checkpoint_wait_names_the_one_that_was_committed(
     replica: FakeReplica, address: str, capsys: Out
 ) -> None:
     replica.items = running_job()
 
     def commit_it() -> None:
+        # On a busy machine the command comes late.
+        while not replica.intents:
+            time.sleep(0.02)
         token = replica.intents[0].checkpoint_token
         items = [i for i in running_job(token_done=token, seq_last=Seq(6)) if "open/" not in i.key]
         replica.update([*items, item(KEYS.checkpoint(JOB, Seq(6)), commit(6, 60))])
 
-    threading.Timer(0.3, commit_it).start()
+    timer = threading.Timer(0.3, commit_it)
+    timer.daemon = True
+    timer.start()
     assert run(["checkpoint", "digits", "--wait", "--coordinators", address]) == 0
     assert capsys.readouterr().out == "digits: checkpoint 6 of step 60 is committed\n"
 

@@ -210,13 +210,16 @@ def test_submissions_at_once_create_one_job(replica: Replica) -> None:
         ({"name": "../up"}, "cannot name a job"),
         ({"name": "a\nb"}, "cannot name a job"),
         ({"nnodes_min": 3, "nnodes_max": 2}, "nnodes"),
-        ({"nproc_per_node": 0}, "nproc_per_node"),
+        ({"nproc_per_node": -1}, "nproc_per_node"),
         ({"entry": {"kind": "script", "target": " "}}, "script"),
         ({"entry": {"kind": "shell", "target": "x"}}, "not one of"),
         ({"env": {"A=B": "x"}}, "env"),
         ({"checkpoint": {"store": "ftp://x"}}, "not a store"),
         ({"checkpoint": {"keep_last": 0}}, "keep_last"),
         ({"working_dir": "here"}, "working_dir"),
+        ({"nonfinite": {"action": "rollback", "back": 3}}, "only 3 checkpoints are kept"),
+        ({"nonfinite": {"back": 0}}, "nonfinite.back"),
+        ({"nonfinite": {"metrics": list("abcdefghi")}}, "nonfinite.metrics"),
     ],
 )
 def test_a_job_that_cannot_run_is_refused_by_name_of_its_field(
@@ -271,6 +274,19 @@ def test_an_intent_changes_only_what_was_asked(replica: Replica) -> None:
     assert replica.etcd.range(KEYS.intent(JOB)).items[0].version == 3
 
 
+def test_a_job_is_scaled_and_stays_so(replica: Replica) -> None:
+    replica.submit()
+    replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, nnodes_min=2, nnodes_max=8))
+    replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, checkpoint_token="t1"))
+    stored = replica.stored(KEYS.intent(JOB), Intent)
+    assert (stored.nnodes_min, stored.nnodes_max, stored.wanted) == (2, 8, Wanted.RUN)
+    for low, high in ((3, 2), (0, 2), (2, 0), (-1, 2), (1, 10**6)):
+        request = pb.SetIntentRequest(job=JOB, nnodes_min=low, nnodes_max=high)
+        code, told = refusal(lambda request=request: replica.stub.SetIntent(request))  # type: ignore[misc]
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert "nnodes" in told["message"]
+
+
 def test_an_intent_for_an_unknown_job_names_one_like_it(replica: Replica) -> None:
     replica.put(KEYS.spec(JOB), codec.decode(JobSpec, replica.submit().spec))
     code, told = refusal(lambda: replica.stub.SetIntent(pb.SetIntentRequest(job="trian", wanted="cancel")))
@@ -284,6 +300,16 @@ def test_an_ended_job_wants_nothing_more(replica: Replica) -> None:
     code, told = refusal(lambda: replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, wanted="cancel")))
     assert code is grpc.StatusCode.ABORTED
     assert "FAILED" in told["message"]
+
+
+def test_a_job_is_suspended_and_resumed_but_a_cancelled_one_is_not(replica: Replica) -> None:
+    replica.submit()
+    for wanted in (Wanted.SUSPEND, Wanted.RUN, Wanted.CANCEL):
+        replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, wanted=wanted.value))
+        assert replica.stored(KEYS.intent(JOB), Intent).wanted is wanted
+    code, told = refusal(lambda: replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, wanted="run")))
+    assert code is grpc.StatusCode.ABORTED
+    assert "cannot be undone" in told["message"]
 
 
 def test_a_lost_answer_to_an_intent_is_resolved(replica: Replica) -> None:
@@ -524,3 +550,20 @@ def test_an_unknown_machine_is_not_cordoned(replica: Replica) -> None:
         assert told["fix"] == "did you mean gpu-02?"
     code, told = refusal(lambda: replica.stub.Cordon(pb.CordonRequest(agent="gpu-02", ttl_s=1)))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("rule", "field"),
+    [
+        ({"action": "fail", "reasons": ["nonsense"]}, "failure_rules[1].reasons"),
+        ({"action": "fail", "message": "(a+)+"}, "failure_rules[1].message"),
+        ({"action": "rollback", "back": 0}, "failure_rules[1].back"),
+        ({"action": "fail", "cordon_s": 1e9}, "failure_rules[1].cordon"),
+    ],
+)
+def test_a_rule_that_no_job_file_could_hold_is_refused(
+    replica: Replica, rule: dict[str, Any], field: str
+) -> None:
+    code, told = refusal(lambda: replica.submit(failure_rules=[rule]))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert told["message"].startswith(field)

@@ -138,6 +138,25 @@ def test_the_same_for_the_machine_of_rank_0() -> None:
     assert [(one.agent, one.node_rank) for one in stage.status.members] == [("d", 0), ("b", 1)]
 
 
+def test_a_machine_whose_launcher_died_gives_way_to_a_warm_one() -> None:
+    """Its next launcher would have to import everything first."""
+    stage = training("c", store="s3://b")
+    idle(stage, "c", warm=True)
+    stage.fail("b")
+    stage.decide()
+    assert [one.agent for one in stage.status.members] == ["a", "c"]
+
+
+def test_a_machine_whose_launcher_lives_keeps_its_place() -> None:
+    stage = training("c", store="s3://b")
+    idle(stage, "c", warm=True)
+    stage.fail("b")
+    snapshot = stage.workers[AgentName("b")].value
+    stage.put_snapshot(replace(snapshot, warm=True))
+    stage.decide()
+    assert [one.agent for one in stage.status.members] == ["a", "b"]
+
+
 def test_what_a_former_life_of_the_agent_had_warmed_counts_for_nothing() -> None:
     stage = training("c", "d", store="s3://b")
     idle(stage, "d", warm=True)

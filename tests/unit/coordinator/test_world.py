@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from dtrain.coordinator.core.decisions import InspectCheckpoint
+from dtrain.coordinator.core.queue import Queue
 from dtrain.coordinator.core.views import FleetView, Inspection, Verdict
 from dtrain.coordinator.world import BRAKE_WINDOW_S, MIRROR_AGE_S_MAX, World
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import CommitRecord, OpenRecord, Order, OrderKind, Verification
-from dtrain.protocol.cluster import Cordon
+from dtrain.protocol.cluster import Blame, Cordon, Suspicion
 from dtrain.protocol.ids import (
     AgentName,
     Attempt,
@@ -24,9 +25,19 @@ from dtrain.protocol.ids import (
     Term,
     Uid,
 )
-from dtrain.protocol.job import Entry, EntryKind, JobPhase, JobSpec, JobStatus, Member
+from dtrain.protocol.job import (
+    CheckpointPolicy,
+    Entry,
+    EntryKind,
+    Intent,
+    JobPhase,
+    JobSpec,
+    JobStatus,
+    Member,
+    Wanted,
+)
 from dtrain.protocol.keys import Keys
-from dtrain.protocol.snapshot import Draining, NodeRecord, RankState, WorkerPhase, WorkerSnapshot
+from dtrain.protocol.snapshot import Draining, FailureKind, NodeRecord, RankState, WorkerPhase, WorkerSnapshot
 from dtrain.storage.etcd.mirror import Change
 from dtrain.storage.etcd.port import KeyValue
 
@@ -275,6 +286,18 @@ def test_a_change_of_an_agent_touches_its_jobs_and_those_that_wait() -> None:
     assert etcd.world.take_touched() == [JOB, "waits"]
 
 
+def test_a_running_job_that_may_grow_waits_for_machines_too() -> None:
+    etcd = Etcd()
+    member = (Member(A1, 0, Rank(0), 2),)
+    for name, most in (("fixed", 1), ("grows", 2), ("scaled", 1)):
+        etcd.put(KEYS.spec(JobName(name)), replace(spec(JobName(name)), nnodes_max=most))
+        etcd.put(KEYS.status(JobName(name)), status(members=member))
+    etcd.put(KEYS.intent(JobName("scaled")), Intent(Uid("u1"), nnodes_min=1, nnodes_max=3))
+    etcd.world.take_touched()
+    etcd.put(KEYS.node(AgentName("a9")), replace(node(), agent=AgentName("a9")))
+    assert etcd.world.take_touched() == ["grows", "scaled"]
+
+
 def test_events_of_a_job_are_numbers_and_touch_nothing() -> None:
     etcd = Etcd()
     etcd.put(KEYS.spec(JOB), spec())
@@ -324,6 +347,42 @@ def test_a_cordon_holds_even_if_it_cannot_be_read() -> None:
     assert etcd.fleet().cordoned == {A1}
     etcd.delete(KEYS.cordon(A1))
     assert etcd.fleet().cordoned == frozenset()
+
+
+def test_a_machine_that_is_to_be_empty_counts_as_leaving_from_then_on() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.node(A1), node())
+    assert etcd.fleet().agents[A1].draining_at is None
+    etcd.put(KEYS.cordon(A1), Cordon(A1, "disk", drain=True))
+    view = etcd.fleet().agents[A1]
+    assert view.draining_at is not None
+    assert view.vacating == Cordon(A1, "disk", drain=True)
+    etcd.put(KEYS.node(A1), node(life="i2"))
+    assert etcd.fleet().agents[A1].draining_at == view.draining_at
+    etcd.delete(KEYS.node(A1))
+    assert etcd.fleet().left == frozenset()  # an agent that vanishes is lost: it was not about to end
+    etcd.put(KEYS.node(A1), node(life="i3"))
+    assert etcd.fleet().agents[A1].draining_at is not None
+    etcd.delete(KEYS.cordon(A1))
+    assert etcd.fleet().agents[A1].draining_at is None
+    etcd.put(KEYS.cordon(A1), Cordon(A1, "disk"))
+    assert etcd.fleet().agents[A1].draining_at is None
+
+
+def test_suspicions_are_known_by_machine_and_a_bad_one_is_written_anew() -> None:
+    etcd = Etcd()
+    etcd.put(
+        KEYS.suspicion(A1),
+        Suspicion(Term(1), A1, (Blame(JOB, Uid("u1"), Attempt(1), FailureKind.SIGNAL, 1.0),)),
+    )
+    assert len(etcd.fleet().suspicions[A1].value.blames) == 1
+    etcd.put(KEYS.suspicion(A1), b"garbage")
+    found = etcd.fleet().suspicions[A1]
+    assert found.value.blames == ()
+    assert found.mod_revision > 0
+    assert etcd.world.problems
+    etcd.delete(KEYS.suspicion(A1))
+    assert etcd.fleet().suspicions == {}
 
 
 def test_verdicts_end_with_their_open_record_and_all_facts_with_the_submission() -> None:
@@ -413,3 +472,120 @@ def test_what_was_found_about_a_checkpoint_goes_with_it() -> None:
     assert (view.verified[Seq(1)].value.at, view.verified[Seq(1)].seen_at) == ("y", 9.0)
     etcd.delete(KEYS.checkpoint(JOB, Seq(1)))
     assert not etcd.world.job_view(JOB).inspections
+
+
+# The queue.
+
+
+def named(name: str, **fields: Any) -> JobSpec:
+    return replace(spec(JobName(name), f"u-{name}"), **fields)
+
+
+def line(etcd: Etcd, now: float = 0.0, job: str = "job") -> Queue:
+    return etcd.fleet(now, JobName(job)).queue
+
+
+def wait(etcd: Etcd, name: str, *, now: float = 0.0, **fields: Any) -> None:
+    """A job is submitted; it has no store, so nothing but machines is missing."""
+    found = named(name, **{"submitted_at": f"2026-01-01T00:00:{now:06.3f}Z", **fields})
+    etcd.put(KEYS.spec(found.name), found, now)
+    etcd.put(KEYS.intent(found.name), Intent(found.uid), now)
+
+
+def place(etcd: Etcd, name: str, phase: JobPhase, *agents: AgentName, nproc: int = 4, **fields: Any) -> None:
+    members = tuple(Member(agent, n, Rank(n * nproc), nproc) for n, agent in enumerate(agents))
+    found = JobStatus(Term(1), Uid(f"u-{name}"), phase, attempt=Attempt(1), members=members, **fields)
+    etcd.put(KEYS.status(JobName(name)), found, 1.0)
+
+
+def test_jobs_that_wait_stand_in_the_queue_until_they_have_machines() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.node(A1), node())
+    wait(etcd, "one", nproc_per_node=4)
+    wait(etcd, "two", now=1.0, nproc_per_node=4)
+    queue = line(etcd)
+    assert list(queue.waiting) == ["one", "two"]
+    assert queue.claims == {"one": {A1: 4}}
+    place(etcd, "one", JobPhase.STARTING, A1)
+    queue = line(etcd)
+    assert list(queue.waiting) == ["two"]
+    assert not queue.places[JobName("two")].fits
+    assert "two" in etcd.world.take_touched()
+    place(etcd, "one", JobPhase.SUCCEEDED)
+    assert line(etcd).places[JobName("two")].fits
+
+
+def test_slots_that_are_about_to_be_taken_are_not_claimed_again() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.node(A1), node())
+    wait(etcd, "one", nproc_per_node=2)
+    wait(etcd, "two", now=1.0, nproc_per_node=2)
+    members = (Member(A1, 0, Rank(0), 2),)
+    etcd.world.reserve(
+        JobName("one"),
+        JobStatus(Term(1), Uid("u-one"), JobPhase.STARTING, attempt=Attempt(1), members=members),
+    )
+    queue = line(etcd)
+    assert (list(queue.waiting), queue.claims) == (["two"], {"two": {A1: 2}})
+
+
+def test_who_has_to_make_room_is_looked_at() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.node(A1), node())
+    wait(etcd, "small", nproc_per_node=4)
+    place(etcd, "small", JobPhase.RUNNING, A1)
+    line(etcd)
+    etcd.world.take_touched()
+    wait(etcd, "big", now=2.0, nproc_per_node=4, priority=10)
+    assert line(etcd, 2.0, "big").victims == {"small": "big"}
+    assert "small" in etcd.world.take_touched()
+    place(etcd, "small", JobPhase.SUSPENDING, A1, preempted_by="big")
+    assert line(etcd, 3.0, "big").victims == {}
+    assert line(etcd, 3.0, "big").why(JobName("big")) == "waits until small has made room"
+    place(etcd, "small", JobPhase.QUEUED, preempted_by="big", since="2026-01-01T00:00:04.000Z")
+    queue = line(etcd, 4.0, "big")
+    assert queue.claims == {"big": {A1: 4}}
+    assert list(queue.waiting) == ["big", "small"]
+
+
+def test_who_does_not_wait_for_machines_alone_is_not_waited_for() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.node(A1), node())
+    wait(etcd, "asleep")
+    etcd.put(KEYS.intent(JobName("asleep")), Intent(Uid("u-asleep"), Wanted.SUSPEND))
+    wait(etcd, "importing", checkpoint=CheckpointPolicy(await_import=True))
+    wait(etcd, "stored", checkpoint=CheckpointPolicy("s3://b"), priority=9)
+    assert list(line(etcd).waiting) == ["stored"]
+    assert not line(etcd).waiting[JobName("stored")].ready
+    etcd.world.record_probe(JobName("stored"), "", 1.0)
+    assert line(etcd).waiting[JobName("stored")].ready
+    etcd.world.record_probe(JobName("stored"), "access denied", 2.0)
+    assert line(etcd).waiting == {}
+
+
+def test_only_machines_that_may_be_used_count() -> None:
+    etcd = Etcd()
+    names = [AgentName(f"a{n}") for n in range(1, 5)]
+    for name in names:
+        etcd.put(KEYS.node(name), node(name))
+    etcd.put(KEYS.node(names[0]), replace(node(names[0]), draining=Draining("SIGTERM", grace_s=9.0)))
+    etcd.put(KEYS.cordon(names[1]), Cordon(names[1], "bad memory"))
+    etcd.world.record_reached(names[2], False, 0.0)
+    wait(etcd, "one", nnodes_max=4)
+    queue = line(etcd)
+    assert queue.claims == {"one": {names[3]: 1}}
+    # One that did not answer is tried again after a while.
+    assert queue.changes_at == 15.0
+    assert line(etcd, 15.0).claims == {"one": {names[2]: 1, names[3]: 1}}
+
+
+def test_a_change_of_the_queue_by_time_alone_is_seen() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.node(A1), node())
+    wait(etcd, "busy", nproc_per_node=2)
+    place(etcd, "busy", JobPhase.RUNNING, A1, nproc=2)
+    wait(etcd, "wide", now=1.0, nproc_per_node=4)
+    assert line(etcd, 2.0).claims == {}
+    changes_at = line(etcd, 2.0).changes_at
+    assert changes_at is not None
+    assert line(etcd, changes_at).claims == {"wide": {A1: 4}}

@@ -86,6 +86,14 @@ def test_settings_that_cannot_be_are_refused(wrong: dict[str, object]) -> None:
 # Whom it hits.
 
 
+def test_a_notice_hits_a_machine_that_trains_and_has_to_be_followed_up() -> None:
+    chosen = Settings(1)
+    fault = aim(draw(Kind.PREEMPT, Part.MACHINE, 0.9), sight(), (), chosen)
+    assert fault == Fault(Kind.PREEMPT, Part.MACHINE, "a2", pick=900)
+    assert fault.lasts
+    assert str(fault) == "take machine a2 away, with a notice before"
+
+
 def test_a_fault_names_who_is_there_at_that_moment() -> None:
     chosen, now = Settings(1), sight()
     assert aim(draw(Kind.KILL, Part.RANK, 0.9), now, (), chosen) == Fault(
@@ -227,6 +235,23 @@ class Board:
         self.broken.clear()
 
 
+class Moving(Board):
+    """Trains all the time, and after some looks elsewhere than on the machine that is to go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looks = 0
+
+    def look(self, jobs: object = None) -> Sight:
+        self.step += 5
+        if self.broken:
+            self.looks += 1
+        return moved(self.step, agents=("a3",) if self.looks > 20 or not self.broken else ("a1", "a2"))
+
+    def cannot(self, kind: Kind, part: Part) -> str:
+        return ""
+
+
 def started(board: Board, **more: object) -> Chaos:
     given: dict[str, object] = {"every_s": 0.0, "hold_s": (0.05, 0.1), "patience_s": 0.6}
     chaos = Chaos(Settings(1, **(given | more)), board, board)  # type: ignore[arg-type]
@@ -237,6 +262,16 @@ def started(board: Board, **more: object) -> Chaos:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "POLL_S", 0.005)
+
+
+def test_a_machine_that_is_to_go_has_not_been_replaced_while_its_ranks_go_on() -> None:
+    board = Moving()
+    chaos = started(board, kinds=(Kind.PREEMPT,), hold_s=(0.5, 0.5), patience_s=20.0)
+    chaos.storm(count=1)
+    assert chaos.calm()
+    (struck_one,) = chaos.report().struck
+    assert struck_one.works_s is not None
+    assert board.looks > 20
 
 
 def test_each_fault_that_lasts_is_healed_and_measured() -> None:

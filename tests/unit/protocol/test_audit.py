@@ -22,7 +22,15 @@ from dtrain.protocol.ids import (
     Term,
     Uid,
 )
-from dtrain.protocol.job import TERMINAL_PHASES, Condition, JobPhase, JobStatus, Member, RestorePoint
+from dtrain.protocol.job import (
+    PLACED_PHASES,
+    TERMINAL_PHASES,
+    Condition,
+    JobPhase,
+    JobStatus,
+    Member,
+    RestorePoint,
+)
 from dtrain.protocol.keys import Keys
 from dtrain.protocol.snapshot import (
     CommandOutcome,
@@ -44,8 +52,9 @@ MEMBERS = (Member(AGENT, 0, Rank(0), 2), Member(OTHER, 1, Rank(2), 2))
 def status(
     phase: JobPhase = JobPhase.RUNNING, attempt: int = 1, seq_last: int = 1, term: int = TERM, uid: Uid = UID
 ) -> JobStatus:
+    members = MEMBERS if phase in PLACED_PHASES | TERMINAL_PHASES else ()
     return JobStatus(
-        Term(term), uid, phase, attempt=Attempt(attempt), seq_last=Seq(seq_last), members=MEMBERS
+        Term(term), uid, phase, attempt=Attempt(attempt), seq_last=Seq(seq_last), members=members
     )
 
 
@@ -227,6 +236,19 @@ BAD: dict[str, tuple[str, Callable[[History], object]]] = {
             .write(checkpoint=None, garbage=garbage())
         ),
     ),
+    "an attempt that begins from what training was rolled back past": (
+        "I5",
+        lambda h: (
+            h.committed()
+            .committed(2)
+            .write(status=status(JobPhase.RECOVERING, seq_last=2))
+            .write(
+                status=replace(
+                    status(JobPhase.STARTING, 2, seq_last=2), restore=RESTORE, passed_over=(Seq(1), Seq(2))
+                )
+            )
+        ),
+    ),
     "a commit written twice": (
         "I3",
         lambda h: h.committed().write(open=opened()).write(checkpoint=commit(), open=None),
@@ -388,6 +410,35 @@ BAD: dict[str, tuple[str, Callable[[History], object]]] = {
             h.running().write(status=status(JobPhase.SUCCEEDED)).write(status=status(JobPhase.STARTING, 2))
         ),
     ),
+    "a suspended job that keeps its machines": (
+        "phase",
+        lambda h: (
+            h.running()
+            .write(status=status(JobPhase.SUSPENDING))
+            .write(status=replace(status(JobPhase.SUSPENDED), members=MEMBERS))
+        ),
+    ),
+    "a suspended job that runs again without having waited": (
+        "phase",
+        lambda h: (
+            h.running()
+            .write(status=status(JobPhase.SUSPENDING))
+            .write(status=status(JobPhase.SUSPENDED))
+            .write(status=status(JobPhase.STARTING, 2))
+        ),
+    ),
+    "a checkpoint open although the job is suspended": (
+        "I5",
+        lambda h: (
+            h.running()
+            .write(status=status(JobPhase.SUSPENDING), open=opened())
+            .write(status=status(JobPhase.SUSPENDED))
+        ),
+    ),
+    "a machine that is given more ranks than it has slots": (
+        "slots",
+        lambda h: h.write(status=replace(status(), members=(Member(AGENT, 0, Rank(0), 3),))),
+    ),
     "a job replaced while it runs": ("phase", lambda h: h.running().write(status=status(uid=Uid("u2")))),
     "a status that is deleted": ("phase", lambda h: h.running().write(status=None)),
     "a record that is no JSON": ("readable", lambda h: h.write(latest=b"nonsense")),
@@ -417,6 +468,7 @@ def test_every_rule_has_a_bad_history() -> None:
     assert {invariant for invariant, _ in BAD.values()} == {
         *(f"I{number}" for number in (1, 2, 3, 4, 5, 6, 7, 9)),
         "phase",
+        "slots",
         "readable",
     }
 
@@ -531,3 +583,19 @@ def test_after_a_restoration_agents_obey_only_what_is_decided() -> None:
 def test_every_phase_has_a_way_out_unless_it_is_terminal() -> None:
     assert set(PHASE_CHANGES) == set(JobPhase)
     assert {phase for phase, exits in PHASE_CHANGES.items() if not exits} == TERMINAL_PHASES
+
+
+def test_slots_are_free_again_when_a_job_is_suspended_and_not_before() -> None:
+    other = JobName("other")
+    members = (Member(AGENT, 0, Rank(0), 2),)
+    theirs = replace(status(), uid=Uid("u2"), members=members)
+
+    def beside(phase: JobPhase) -> set[str]:
+        history = History().running().write(status=status(JobPhase.SUSPENDING))
+        history.write(status=status(phase))
+        change = Change(KEYS.status(other), codec.encode(theirs), history.revision + 1)
+        history.auditor.feed(history.revision + 1, [change])
+        return history.broken()
+
+    assert beside(JobPhase.SUSPENDED) == set()
+    assert beside(JobPhase.SUSPENDING) == {"slots"}

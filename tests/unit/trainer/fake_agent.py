@@ -74,6 +74,8 @@ class FakeAgent:
         self._open: Begin | None = None
         self._final_seq: int | None = None
         self._asked_over = 0
+        self.finite: tuple[str, ...] = ()
+        """Numbers that must be finite."""
         self.grants = True
         """Open a checkpoint for each save that the script asks for."""
         self.may_commit = threading.Event()
@@ -140,7 +142,9 @@ class FakeAgent:
 
     def _on_message(self, message: Message) -> None:
         if isinstance(message, Hello):
-            self.send(Welcome(self.accept, self.checkpoints, "test", save_timeout_s=WAIT_S))
+            self.send(
+                Welcome(self.accept, self.checkpoints, "test", save_timeout_s=WAIT_S, finite=self.finite)
+            )
             with self._changed:
                 self.hellos.append(message)
                 self._changed.notify_all()
@@ -168,7 +172,12 @@ class FakeAgent:
             supplied = self.transfer.get(timeout=WAIT_S)
             assert isinstance(supplied, Supplied), supplied
             self.send(supplied.have)
-        if report.sealed is not None and self._open is not None and report.sealed.seq == self._open.seq:
+        trouble = report.problem
+        if trouble is not None and trouble.unfit and self._open is not None and trouble.seq == self._open.seq:
+            self._asked_over = trouble.seq if self._open.asked else self._asked_over
+            self._open = None
+            self.send(Outcome(trouble.seq, committed=False, final=False, why=trouble.message))
+        elif report.sealed is not None and self._open is not None and report.sealed.seq == self._open.seq:
             self._commit(report.sealed, final=report.sealed.seq == self._final_seq)
         if self._open is None and self._planned:
             if report.save_at is not None and report.settled >= self._asked_over and self.grants:

@@ -352,10 +352,38 @@ def test_numbers_that_are_not_finite_still_reach_the_agent(
         run = new_run(agent)
         for _ in run.steps(1):
             run.report(loss=float("nan"), lr=0.1)
-        metrics = agent.wait_report(lambda r: r.phase is WorkerPhase.DONE).metrics
-        assert metrics["nonfinite/loss"] == 1.0
-        assert metrics["lr"] == 0.1
-        assert "loss" not in metrics
+        report = agent.wait_report(lambda r: r.phase is WorkerPhase.DONE)
+        assert (report.nonfinite, report.nonfinite_seen) == (("loss",), {"loss": 0})
+        assert report.metrics["lr"] == 0.1
+        assert "loss" not in report.metrics
+
+
+@pytest.mark.parametrize("uses_torch", [True, False])
+def test_the_only_rank_of_an_attempt_runs_what_runs_on_many(tmp_path: Path, uses_torch: bool) -> None:
+    """A job that has shrunk to one rank wraps its model as before; a script without torch loads none."""
+    script = (
+        "import sys\n"
+        + ("import torch, torch.distributed as dist\n" if uses_torch else "")
+        + "from dtrain import trainer\n"
+        + "run = trainer.join()\n"
+        + (
+            "model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 1))\n"
+            "model(torch.ones(1, 2)).sum().backward()\n"
+            "assert (dist.get_rank(), dist.get_world_size()) == (0, 1)\n"
+            if uses_torch
+            else "assert 'torch' not in sys.modules\n"
+        )
+        + "run.close()\n"
+    )
+    with FakeAgent(tmp_path) as agent:
+        env = {
+            **os.environ, ranklink.ENV_SOCKET: agent.socket_path, ranklink.ENV_ATTEMPT: "4", "RANK": "0",
+            "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False, timeout=60
+        )
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_rank_trains_before_all_have_their_state(tmp_path: Path) -> None:

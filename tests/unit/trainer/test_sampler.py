@@ -37,6 +37,38 @@ def test_another_world_size_goes_on_with_the_same_stream(world: int) -> None:
     assert after == whole[16 : 16 + len(after)]
 
 
+@pytest.mark.parametrize("workers", [-1, 0, 2])
+def test_every_sample_is_seen_once_per_epoch_over_sizes_that_change(workers: int) -> None:
+    """Two ranks, then one, then three: each size begins where the last one was saved, and what was done
+    beyond a checkpoint, and is lost with its ranks, is done again."""
+    n, batch = 50, 4
+    seen: list[int] = []
+    state: dict[str, object] | None = None
+    for world, steps, lost in ((2, 7, 3), (1, 9, 0), (3, 8, 2), (2, 6, 0)):
+        sources: list[Sampler | Loader] = []
+        for rank in range(world):
+            sampler = Sampler(n, batch, seed=1, rank=rank, world_size=world)
+            # A Loader's workers read ahead of what is trained.
+            sources.append(Loader(range(n), sampler, num_workers=workers) if workers >= 0 else sampler)
+        iterators = [iter(source) for source in sources]
+        for source in sources:
+            if state is not None:
+                source.load_state_dict(state)
+        for step in range(steps + lost):
+            if step == steps:
+                state = sources[0].state_dict()
+            batches = [[int(one) for one in next(iterator)] for iterator in iterators]
+            if step < steps:
+                seen += [each[i] for i in range(batch) for each in batches]
+        if not lost:
+            state = sources[0].state_dict()
+    epochs = [seen[i : i + n] for i in range(0, len(seen), n)]
+    assert len(epochs) > 4
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs[:-1])
+    assert len(set(epochs[-1])) == len(epochs[-1])
+    assert epochs[0] != epochs[1]
+
+
 def test_a_batch_may_span_two_epochs() -> None:
     sampler = Sampler(3, 4, shuffle=False, rank=0, world_size=1)
     assert [next(sampler), next(sampler)] == [[0, 1, 2, 0], [1, 2, 0, 1]]

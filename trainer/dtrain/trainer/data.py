@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dtrain.protocol.errors import ErrorCode, Refused
-from dtrain.trainer import process_group
+from dtrain.trainer import process_group, timing
 
 
 class Sampler:
@@ -140,7 +140,7 @@ class Loader:
         # Its own generator: drawing a seed for the workers from the global one would
         # make a resumed run differ from an uninterrupted one.
         options = {"generator": torch.Generator().manual_seed(self.sampler.seed), **self._options}
-        for batch in DataLoader(self._dataset, batch_sampler=_Ahead(self.sampler), **options):
+        for batch in timing.waited(DataLoader(self._dataset, batch_sampler=_Ahead(self.sampler), **options)):
             # Counted when it is handed out: what workers hold ready is not consumed.
             self.sampler.advance()
             yield batch

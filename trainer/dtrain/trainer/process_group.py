@@ -33,14 +33,20 @@ def set_up(backend: str | None, world_size: int, local_rank: int) -> tuple[Any, 
     if cuda and backend != "gloo":
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    if world_size == 1:
+    under_agent = ranklink.ENV_ATTEMPT in os.environ
+    if world_size == 1 and not under_agent:
         return device, False
     import torch.distributed as dist
 
     if dist.is_initialized():
         return device, False
     chosen = backend or ("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if ranklink.ENV_ATTEMPT in os.environ:
+    if world_size == 1:
+        # A job that has shrunk to one rank runs the script that it ran on many: what wraps the
+        # model in DDP there must not fail here.
+        alone = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(chosen, store=alone, rank=0, world_size=1)
+    elif under_agent:
         # The attempt's store is up already; by torch's default rank 0 would open another on its port.
         store = _attempt_store("group")
         rank = int(os.environ["RANK"])

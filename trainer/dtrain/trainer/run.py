@@ -15,7 +15,7 @@ from dtrain.protocol import ranklink
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused
 from dtrain.protocol.ids import Seq
 from dtrain.protocol.ranklink import Begin, RestorePlan, Sealed
-from dtrain.trainer import process_group
+from dtrain.trainer import process_group, timing
 from dtrain.trainer.checkpoint import plain, rng, state
 from dtrain.trainer.checkpoint import restore as restoring
 from dtrain.trainer.checkpoint.arena import Arena
@@ -34,7 +34,6 @@ Wait = Literal["snapshotted", "durable", "committed"]
 log = logging.getLogger("dtrain.trainer")
 
 METRICS_MAX = 64
-SECTION_CHARS_MAX = 64
 _NO_ARENA = "this rank has no memory for snapshots (DTRAIN_ARENA_FD)"
 _CLOSE_S = 2.0
 
@@ -46,8 +45,8 @@ def join(backend: str | None = None) -> "Run":
     and everything about checkpoints does nothing.
 
     Args:
-        backend: of ``torch.distributed.init_process_group``, called if there are
-            several ranks and nobody did before. None: gloo, with nccl where CUDA is.
+        backend: of ``torch.distributed.init_process_group``, called if there are several
+            ranks, or under an agent, and nobody did before. None: gloo, with nccl where CUDA is.
     """
     rank, world_size, local_rank = process_group.world()
     return Run(rank, world_size, local_rank, connect_from_env(rank, local_rank), backend)
@@ -78,9 +77,11 @@ class Run:
         self._prepared = False
         self._due: Begin | None = None
         self._metrics: dict[str, float] = {}
+        self._nonfinite: dict[str, None] = {}
+        self._watch = timing.Stopwatch()
         self._closed = False
         self._pid = os.getpid()
-        if world_size > 1:
+        if world_size > 1 or (link is not None and "torch" in sys.modules):
             self._set_up()
         atexit.register(self.close)
 
@@ -130,7 +131,9 @@ class Run:
         while self._step < total:
             self._leave_if_stopped()
             step = self._step
+            self._watch.begin()
             yield step
+            self._watch.end()
             # Not from ``_step`` again: a save in the body has counted this step already.
             self._complete(step + 1)
         self.finish()
@@ -146,6 +149,7 @@ class Run:
         if self._session is not None:
             self._restore_from_agent()
             self._session.restored(self._step)
+            self._measure(self._session)
         self._restored = True
         return self._step
 
@@ -156,7 +160,9 @@ class Run:
         before the state changes.
         """
         self._step = step
+        self._watch.end()
         self._due = self._session.complete(step) if self._session is not None else None
+        self._watch.begin()
         return self._due is not None
 
     def save(self, step: int, wait: Wait | None = None) -> int | None:
@@ -184,26 +190,15 @@ class Run:
         begin = self._due
         if begin is not None and begin.step == step and wait is None:
             self._due = None
-            self._seal(begin)
+            with self._watch.span("aside"):
+                self._seal(begin)
             return None
         if wait not in (None, "snapshotted", "durable", "committed"):
             raise Refused(ErrorCode.USAGE, f"wait is {wait!r}, not snapshotted, durable or committed")
         if self._through_dcp:
             raise _mixed()
-        session = self._begin_save(step)
-        self._due = None
-        ask, begin = session.ask_save(step)
-        try:
-            session.keep(self._snapshot(begin))
-        except Exception as error:
-            session.give_up(begin, _sentence(error))
-            if isinstance(error, DtrainError):
-                raise
-            message = f"no snapshot at step {step}: {_sentence(error)}"
-            raise Refused(ErrorCode.STATE_NOT_SAVABLE, message) from error
-        if wait != "snapshotted":
-            session.await_answer(ask, durable=wait == "durable")
-        return begin.seq
+        with self._watch.span("aside"):
+            return self._save_asked(step, wait)
 
     def dcp_writer(self, step: int, wait: Literal["snapshotted", "committed"] = "committed") -> "Writer":
         """The ``storage_writer`` of one ``dcp.save`` or ``dcp.async_save``: it makes a checkpoint of dtrain.
@@ -281,17 +276,24 @@ class Run:
         self._leave_if_stopped()
 
     def report(self, **metrics: float) -> None:
-        """Show numbers beside the progress; the newest of each name wins."""
+        """Show numbers beside the progress; the newest of each name wins.
+
+        What is NaN or infinite is told by its name. If the job file's ``nonfinite.metrics`` has it, the
+        state that it was computed from is no checkpoint, nor is any later one until it is finite again.
+        """
+        bad: dict[str, None] = {}
         for name, value in metrics.items():
             number = float(value)
             if math.isfinite(number):
                 self._metrics[name] = number
-                self._metrics.pop(f"nonfinite/{name}", None)
             else:
-                # JSON has no NaN; that it is one is what people must see.
+                # JSON has no NaN.
                 self._metrics.pop(name, None)
-                self._metrics[f"nonfinite/{name}"] = 1.0
+                bad[name] = None
         if self._session is not None:
+            if bad or self._nonfinite:
+                self._nonfinite = {name: None for name in self._nonfinite if name not in metrics} | bad
+                self._session.set_nonfinite(bad, tuple(self._nonfinite)[:METRICS_MAX])
             if len(self._metrics) > METRICS_MAX:
                 for name in list(self._metrics)[: len(self._metrics) - METRICS_MAX]:
                     del self._metrics[name]
@@ -304,21 +306,32 @@ class Run:
 
     @contextlib.contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """Name what happens inside, such as ``evaluate``: as long as it lasts, no step is expected."""
-        if self._session is None:
+        """Name what happens inside, such as ``evaluate``: it does not count as time of the step.
+
+        No step is expected until it is over. ``data`` is waiting for data: it counts as that part of the
+        step, which has to go on.
+        """
+        session = self._session
+        if session is None:
             yield
             return
-        before = self._session.enter(name[:SECTION_CHARS_MAX] or "section")
+        if name == "data":
+            with self._watch.span("data"):
+                yield
+            return
+        before, session.section = session.section, name
         try:
-            yield
+            with self._watch.span("aside"):
+                yield
         finally:
-            self._session.enter(before)
+            session.section = before
 
     def close(self) -> None:
         """Send the last report and take down what ``join`` set up; repeated calls do nothing."""
         if self._closed or self._pid != os.getpid():
             return  # a forked worker leaves to the rank what is the rank's
         self._closed = True
+        timing.remove()
         atexit.unregister(self.close)
         if self._saver is not None:
             # A GPU that failed must not keep the last report from leaving.
@@ -331,6 +344,15 @@ class Run:
 
     def _set_up(self) -> None:
         self._device, self._owns_group = process_group.set_up(self._backend, self.world_size, self.local_rank)
+
+    def _measure(self, session: Session) -> None:
+        """Have the times of steps measured and reported."""
+        device = getattr(self._device, "type", "")
+        if device == "cuda":
+            self._watch.use_gpu()
+        timing.install(self._watch, world_size=self.world_size)
+        session.timing = self._watch.timing
+        session.beats = lambda: self._watch.beats
 
     def _complete(self, step: int) -> None:
         self._step = step
@@ -399,6 +421,7 @@ class Run:
             session.give_up(begin, _sentence(error))
             return
         self._metrics["checkpoint_stall_s"] = time.perf_counter() - began
+        self._watch.beats += 1
         session.set_metrics(dict(self._metrics))
         if begin.hold_s > 0:
             session.await_outcome(begin.seq, begin.hold_s)
@@ -416,6 +439,22 @@ class Run:
                 session.give_up(begin, _sentence(error))
 
         return saver.seal_behind(begin, done, lambda: session.taking(begin))
+
+    def _save_asked(self, step: int, wait: Wait | None) -> int:
+        session = self._begin_save(step)
+        self._due = None
+        ask, begin = session.ask_save(step)
+        try:
+            session.keep(self._snapshot(begin))
+        except Exception as error:
+            session.give_up(begin, _sentence(error))
+            if isinstance(error, DtrainError):
+                raise
+            message = f"no snapshot at step {step}: {_sentence(error)}"
+            raise Refused(ErrorCode.STATE_NOT_SAVABLE, message) from error
+        if wait != "snapshotted":
+            session.await_answer(ask, durable=wait == "durable")
+        return begin.seq
 
     def _begin_save(self, step: int) -> Session:
         """Check that the script may save this step, and count it."""

@@ -10,8 +10,8 @@ state of that step is at hand, wherever training is by then.
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from dtrain.protocol.errors import ErrorCode, Refused, TimedOut
 from dtrain.protocol.ids import Rank, Seq, Step
@@ -30,7 +30,8 @@ from dtrain.protocol.ranklink import (
     StopRank,
     Welcome,
 )
-from dtrain.protocol.snapshot import SaveProblem, WorkerPhase
+from dtrain.protocol.snapshot import SaveProblem, Timing, WorkerPhase
+from dtrain.trainer.numbers import Unfit
 
 _WAIT_S = 1.0
 """Longest single wait: Python handles signals between two."""
@@ -64,6 +65,13 @@ class Session:
         self._step = 0
         self._last_step: int | None = None
         self._metrics: Mapping[str, float] = {}
+        self._unfit = Unfit()
+        self._finite: tuple[str, ...] = ()
+        self.section = ""
+        """What the script says it is doing."""
+        self.beats: Callable[[], int] = lambda: 0
+        self.timing: Callable[[], Timing | None] = lambda: None
+        """Both are asked on the link thread, for each report."""
         self._sealed: Sealed | None = None
         self._problem: SaveProblem | None = None
         self._restore_failed: RestoreFailed | None = None
@@ -81,8 +89,6 @@ class Session:
         self._save_timeout_s = 0.0
         self._intended: list[int] = []
         self._ask: Ask | None = None
-        self._section = ""
-        self._beats = 0
         self._collective = ""
         self._wanted: Begin | None = None
         """The order for a checkpoint that scripts ask for, this one or another rank's."""
@@ -109,6 +115,7 @@ class Session:
         """Count ``step`` as completed; return the order to seal a snapshot of it now, if there is one."""
         with self._changed:
             self._step = step
+            self._unfit.complete(step)
             if self._wanted is not None and self._wanted.step < step and not self._will_save(self._wanted):
                 self._refuse(
                     self._wanted, late=True, message=f"its script did not save step {self._wanted.step}"
@@ -123,7 +130,7 @@ class Session:
                 held = self._sealed or self._taking
                 assert held is not None
                 self._refuse(begin, late=False, message=f"checkpoint {held.seq} is still being saved")
-            else:
+            elif not self._is_unfit(begin, step):
                 return begin
         self._wake()
         return None
@@ -131,16 +138,22 @@ class Session:
     def set_metrics(self, metrics: Mapping[str, float]) -> None:
         self._metrics = metrics
 
-    def enter(self, section: str) -> str:
-        """Say what the script does now, other than a step ("": steps); return what it did before."""
-        with self._changed:
-            before, self._section = self._section, section
-            self._beats += 1
-        return before
-
     def set_collective(self, text: str) -> None:
         """The newest collective, of torch's flight recorder; the link thread looks for it."""
         self._collective = text
+
+    def set_nonfinite(self, names: Collection[str], now: tuple[str, ...]) -> None:
+        """``names`` were reported as NaN or infinite, in the step that is under way; ``now`` all that are.
+
+        A snapshot of the state that they were computed from is withdrawn.
+        """
+        with self._changed:
+            new = self._unfit.report(names, now, self._step)
+            sealed = self._sealed
+            if sealed is not None and sealed.step == self._step and self._refuse_unfit(sealed):
+                new = True
+        if new:
+            self._wake()
 
     def taking(self, begin: Begin) -> None:
         """The snapshot is copied while training goes on; ``keep`` or ``give_up`` follows, on any thread."""
@@ -155,7 +168,8 @@ class Session:
             if self._wanted is not None and self._wanted.seq == sealed.seq:
                 self._wanted = None
             self._end_taking(sealed.seq)
-            if sealed.seq > self._settled_seq:
+            # Whoever has made it: a copy of a state that numbers speak against is never handed on.
+            if sealed.seq > self._settled_seq and not self._refuse_unfit(sealed):
                 self._sealed = sealed
                 if self._problem is not None and self._problem.seq <= sealed.seq:
                     self._problem = None
@@ -258,8 +272,11 @@ class Session:
                 self._refuse(self._wanted, late=True, message=f"training ended at step {step}")
             while self._final is None and self._checkpoints is not False and self._stop is None:
                 # With the slot still held, the outcome of what is in it comes first.
-                if self._begin is not None and self._sealed is None and self._taking is None:
-                    return self._begin
+                begin = self._begin
+                if begin is not None and self._sealed is None and self._taking is None:
+                    if not self._is_unfit(begin, step):
+                        return begin
+                    self._wake()
                 self._changed.wait(_WAIT_S)
             if self._stop is None:
                 self._phase = WorkerPhase.DONE
@@ -415,8 +432,11 @@ class Session:
                 settled=Seq(0 if ask is None else max(0, self._settled_seq)),
                 wants_durable=None if ask is None or not ask.wants_durable else ask.seq,
                 need=self._need,
-                section=self._section,
-                beats=self._beats,
+                timing=self.timing(),
+                nonfinite=self._unfit.names,
+                nonfinite_seen={name: Step(step) for name, step in self._unfit.seen.items()},
+                section=self.section,
+                beats=self.beats(),
                 collective=self._collective,
             )
 
@@ -426,6 +446,7 @@ class Session:
             if isinstance(message, Welcome):
                 self._checkpoints = message.checkpoints
                 self._save_timeout_s = message.save_timeout_s
+                self._finite = message.finite
             elif isinstance(message, RestorePlan):
                 # What lay behind the plan before ended with the process that held it.
                 before = self._plan
@@ -498,6 +519,25 @@ class Session:
         if self._begin is not None and self._begin.seq <= seq:
             self._begin = None
         self._changed.notify_all()
+
+    def _is_unfit(self, begin: Begin, step: int) -> bool:
+        """Whether numbers speak against the state at ``step``: ``begin`` is refused, and nothing copied."""
+        why = self._unfit.against(step, self._finite)
+        if why:
+            self._refuse(begin, late=False, message=why)
+            self._tell_unfit()
+        return bool(why)
+
+    def _refuse_unfit(self, sealed: Sealed) -> bool:
+        why = self._unfit.against(sealed.step, self._finite)
+        if why:
+            self._problem = SaveProblem(sealed.seq, self._rank, late=False, step=sealed.step, message=why)
+            self._tell_unfit()
+        return bool(why)
+
+    def _tell_unfit(self) -> None:
+        assert self._problem is not None
+        self._problem = replace(self._problem, unfit=True)
 
     def _refuse(self, begin: Begin, *, late: bool, message: str) -> None:
         if begin.asked:

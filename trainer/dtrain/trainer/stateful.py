@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dtrain.protocol.errors import ErrorCode, Refused
-from dtrain.trainer import process_group
+from dtrain.trainer import process_group, timing
 from dtrain.trainer.checkpoint import plain
 
 STATE_BYTES_MAX = 1024 * 1024
@@ -78,7 +78,7 @@ class StatefulLoader:
     def __iter__(self) -> Iterator[Any]:
         while True:
             resumed, handed_out = self._pending is not None, 0
-            for batch in self._begin_epoch():
+            for batch in timing.waited(self._begin_epoch()):
                 handed_out += 1
                 yield batch
             # One that was saved behind its last batch resumes with none.

@@ -124,10 +124,11 @@ def _is_namesake(state: AgentState, command: Command) -> bool:
     known = job.prepare
     if (job.uid, job.attempt) != (command.header.uid, command.header.attempt):
         return False
-    return (known.node_rank, known.nnodes, known.first_rank, known.world_size) != (
+    return (known.node_rank, known.nnodes, known.first_rank, known.ranks_here, known.world_size) != (
         command.node_rank,
         command.nnodes,
         command.first_rank,
+        command.ranks_here,
         command.world_size,
     )
 
@@ -170,7 +171,7 @@ def _apply(state: AgentState, command: Command, now: float, out: list[Action]) -
             saving.keep_manifest(job, command, out)
             return saving.settle(job, Outcome(command.seq, committed=True, final=command.final), out)
         case Warm():
-            return warming.warm(job, command)
+            return warming.warm(job, command, out)
         case DumpStacks():
             assert job is not None
             return hangs.dump(job, command, out)

@@ -6,6 +6,9 @@ next one on other machines. The wait is over when no ranks are left here, when
 the grace is, or when nobody can be expected to move them: the machine is cut off
 from etcd, or no leader has shown itself for a share of the grace. What is then
 left here is ended with the agent.
+
+If it is the machine that goes, at the end of the grace, nothing is won by giving up
+before: a leader may be found, or etcd be reached, until then.
 """
 
 import dataclasses
@@ -24,11 +27,24 @@ ANSWER_S_LEAST = 5.0
 
 
 def begin(state: AgentState, event: DrainAsked, now: float, out: list[Action]) -> AgentState:
-    """Start to drain; asked again, nothing changes."""
-    if state.drain is not None:
+    """Start to drain; asked again, only less time, or more of a hurry, than before changes anything."""
+    until, known = event.at + event.grace_s, state.drain
+    if known is None:
+        drain = Drain(until, event.grace_s, heard_at=now, since=event.since, stays=event.stays)
+    elif known.over:
         return state
-    out.append(PublishDraining(Draining(event.reason, event.since, event.grace_s)))
-    return dataclasses.replace(state, drain=Drain(event.at + event.grace_s, event.grace_s, heard_at=now))
+    elif until >= known.until:
+        if event.stays or not known.stays:
+            return state
+        return dataclasses.replace(state, drain=dataclasses.replace(known, stays=False, heard_at=now))
+    else:
+        # Graces count from the first wish on: the leader has seen that one. Its silence counts anew, as the
+        # share of a shorter grace may have passed already.
+        grace_s = max(0.0, known.grace_s - (known.until - until))
+        stays = known.stays and event.stays
+        drain = dataclasses.replace(known, until=until, grace_s=grace_s, heard_at=now, stays=stays)
+    out.append(PublishDraining(Draining(event.reason, drain.since, drain.grace_s)))
+    return dataclasses.replace(state, drain=drain)
 
 
 def heard(state: AgentState, command: Command, now: float) -> AgentState:
@@ -66,7 +82,7 @@ def wake_at(state: AgentState) -> list[float]:
     drain = state.drain
     if drain is None or drain.over:
         return []
-    return [drain.until] if drain.answered else [drain.until, _answer_due(drain)]
+    return [drain.until] if drain.answered or drain.stays else [drain.until, _answer_due(drain)]
 
 
 def _over(state: AgentState, drain: Drain, now: float) -> str:
@@ -74,6 +90,8 @@ def _over(state: AgentState, drain: Drain, now: float) -> str:
         return "no ranks are left here"
     if now >= drain.until:
         return f"the drain grace of {drain.grace_s:g} s is over"
+    if drain.stays:
+        return ""
     if state.link.state is LinkState.ISOLATED:
         return "etcd cannot be reached, so nobody can move the ranks that are left here"
     if not drain.answered and now >= _answer_due(drain):

@@ -178,12 +178,16 @@ class ShutDown:
 
 @dataclass(frozen=True, slots=True)
 class DrainAsked:
-    """The agent was told to end at ``at`` (monotonic; ``since``: UTC), and may wait for its jobs to move."""
+    """The agent was told to end at ``at`` (monotonic; ``since``: UTC), and may wait for its jobs to move.
+
+    ``stays``: it is the machine that goes, at the end of the grace; nobody waits for the agent to end.
+    """
 
     reason: str
     at: float
     since: str
     grace_s: float
+    stays: bool = False
 
 
 @dataclass(frozen=True, slots=True)

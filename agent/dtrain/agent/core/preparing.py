@@ -43,7 +43,15 @@ def prepare(
             out.append(LauncherOrder(job.name, job.uid, Quit(0.0)))
             departing = (*departing, Departing(job.uid, job.launcher.folder, job.launcher.process, now))
         return dataclasses.replace(fresh, departing=departing, leftovers=job.leftovers, held=job.held)
-    fresh = dataclasses.replace(
+    fresh = succeed(job, fresh)
+    if fresh.launcher.status is LauncherStatus.GONE or fresh.launcher.quitting:
+        return fresh
+    return ask(machine, fresh, now, out)
+
+
+def succeed(job: JobState, fresh: JobState) -> JobState:
+    """Take over what outlives an attempt: the launcher with its arenas, and what is still to be seen gone."""
+    return dataclasses.replace(
         fresh,
         departing=job.departing,
         launcher=job.launcher,
@@ -54,9 +62,6 @@ def prepare(
         seq_over=job.seq_over,
         kept=job.kept,
     )
-    if fresh.launcher.status is LauncherStatus.GONE or fresh.launcher.quitting:
-        return fresh
-    return ask(machine, fresh, now, out)
 
 
 def ensure_launcher(machine: Machine, job: JobState, now: float, out: list[Action]) -> JobState:

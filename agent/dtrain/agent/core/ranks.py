@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from dtrain.agent.core import hangs, isolation, saving
 from dtrain.agent.core.decisions import Action, DropConnection, RankMessage
@@ -16,6 +16,7 @@ from dtrain.protocol.snapshot import Failure, FailureKind, WorkerPhase
 
 METRICS_KEPT = 32
 METRIC_NAME_CHARS_MAX = 64
+NONFINITE_KEPT = 8
 
 
 def connected(state: AgentState, event: RankConnected, out: list[Action]) -> AgentState:
@@ -43,8 +44,14 @@ def connected(state: AgentState, event: RankConnected, out: list[Action]) -> Age
         need=None,
         have_sent=False,
     )
-    timeout_s = job.prepare.spec.checkpoint.timeout_s if job.prepare else 0.0
-    out.append(RankMessage(event.connection, Welcome(True, bool(job.store), save_timeout_s=timeout_s)))
+    spec = job.prepare.spec if job.prepare else None
+    welcome = Welcome(
+        True,
+        bool(job.store),
+        save_timeout_s=spec.checkpoint.timeout_s if spec else 0.0,
+        finite=spec.nonfinite.metrics if spec else (),
+    )
+    out.append(RankMessage(event.connection, welcome))
     saving.remind(job, rank, out)
     return state.with_job(dataclasses.replace(replace_rank(job, rank), sdk=True))
 
@@ -66,6 +73,11 @@ def reported(
         step=Step(max(0, report.step)),
         last_step=report.last_step,
         metrics=_metrics(report.metrics),
+        timing=report.timing,
+        nonfinite=_kept(job, report.nonfinite),
+        nonfinite_seen={name: report.nonfinite_seen[name] for name in _kept(job, report.nonfinite_seen)},
+        section=report.section[:METRIC_NAME_CHARS_MAX],
+        beats=report.beats,
         restored=rank.restored or report.phase is not WorkerPhase.RESTORING,
         wants_restore=report.wants_restore,
         plan_sent=rank.plan_sent and report.wants_restore,
@@ -74,7 +86,6 @@ def reported(
         wants_durable=report.wants_durable,
         need=report.need,
         have_sent=rank.have_sent and report.need == rank.need,
-        section=report.section[:METRIC_NAME_CHARS_MAX],
         collective=report.collective[:METRIC_NAME_CHARS_MAX],
     )
     job, rank = hangs.heard(job, rank, report, now)
@@ -130,6 +141,13 @@ def _phase(report: Report) -> WorkerPhase:
     if report.phase in (WorkerPhase.RESTORING, WorkerPhase.CHECKPOINTING):
         return report.phase
     return WorkerPhase.TRAINING
+
+
+def _kept(job: JobState, names: Iterable[str]) -> tuple[str, ...]:
+    """A few names, those first that the job wants to be finite: the leader must hear of them."""
+    wanted = job.prepare.spec.nonfinite.metrics if job.prepare else ()
+    fitting = (name for name in names if len(name) <= METRIC_NAME_CHARS_MAX)
+    return tuple(sorted(fitting, key=lambda name: (name not in wanted, name))[:NONFINITE_KEPT])
 
 
 def _metrics(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -9,6 +9,8 @@ from dtrain.agent.core.warming import is_warm
 from dtrain.protocol.ids import Seq, Step
 from dtrain.protocol.snapshot import WorkerPhase, WorkerSnapshot
 
+WARNING_CHARS_MAX = 300
+
 
 def snapshot_of(state: AgentState, job: JobState) -> WorkerSnapshot:
     """Return what is to be published of a job; ``at`` is filled in when it is written."""
@@ -33,11 +35,15 @@ def snapshot_of(state: AgentState, job: JobState) -> WorkerSnapshot:
         stalls=hangs.stalls(state, job),
         stacks=job.stacks,
         warm=is_warm(job),
+        warning=job.launcher.warning[:WARNING_CHARS_MAX],
     )
 
 
 def is_progress(before: WorkerSnapshot | None, after: WorkerSnapshot) -> bool:
-    """Only steps and metrics moved: the snapshot need not be written at once."""
+    """Only steps and numbers moved: the snapshot need not be written at once.
+
+    The first time that a number is not finite is told at once, what follows now and then.
+    """
     return before is not None and _structure(before) == _structure(after)
 
 
@@ -55,6 +61,15 @@ def group_phase(job: JobState) -> WorkerPhase:
 
 def _structure(snapshot: WorkerSnapshot) -> WorkerSnapshot:
     ranks = tuple(
-        dataclasses.replace(rank, step=Step(0), metrics={}, sealed=Seq(0)) for rank in snapshot.ranks
+        dataclasses.replace(
+            rank,
+            step=Step(0),
+            metrics={},
+            sealed=Seq(0),
+            timing=None,
+            nonfinite=(),
+            nonfinite_seen=dict.fromkeys(rank.nonfinite_seen, Step(0)),
+        )
+        for rank in snapshot.ranks
     )
     return dataclasses.replace(snapshot, ranks=ranks)

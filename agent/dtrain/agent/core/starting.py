@@ -18,7 +18,7 @@ def start(machine: Machine, job: JobState, command: Start, now: float, out: list
     restore = Restore()
     if command.restore is not None:
         restore = Restore(id=f"{job.name}-{job.uid}-{job.attempt}-{command.restore.seq}")
-    ranks = tuple(LocalRank(Rank(first + local), local) for local in range(job.prepare.spec.nproc_per_node))
+    ranks = tuple(LocalRank(Rank(first + local), local) for local in range(job.prepare.ranks_here))
     job = dataclasses.replace(
         job, start=command, started_at=now, phase=WorkerPhase.RESTORING, restore=restore, ranks=ranks
     )

@@ -32,6 +32,7 @@ from dtrain.protocol.snapshot import (
     RankState,
     SaveProblem,
     Stack,
+    Timing,
     WorkerPhase,
 )
 
@@ -144,6 +145,10 @@ class Watch:
     """How long it has stood still although it could have run."""
     disk_s: float = 0.0
     """How long it was seen to wait for a disk, which is not counted."""
+    before_s: float = 0.0
+    """How long it had stood at this step before it last said something new."""
+    missed: bool = False
+    """This process was not there all the time."""
     excused: bool = False
     """It had a reason to stand still: nothing is to be learned from how long it did."""
     raised_s: float = 0.0
@@ -204,8 +209,13 @@ class LocalRank:
     """The last outcome that it knew of when it said so."""
     wants_durable: Seq | None = None
     durable_told: Seq | None = None
+    timing: Timing | None = None
+    nonfinite: tuple[str, ...] = ()
+    nonfinite_seen: Mapping[str, Step] = field(default_factory=dict)
     section: str = ""
-    """What its script says it is doing, other than a step."""
+    """What its script says it is doing."""
+    beats: int = 0
+    """Counts its signs of life beside steps."""
     collective: str = ""
     watch: Watch = Watch()
 
@@ -225,7 +235,10 @@ class LocalRank:
             self.metrics,
             self.sdk,
             self.save_at,
+            self.timing,
+            self.nonfinite,
             sealed=self.sealed.seq if self.sealed else Seq(0),
+            nonfinite_seen=self.nonfinite_seen,
         )
 
 
@@ -376,6 +389,10 @@ class Drain:
     grace_s: float
     heard_at: float
     """When a leader last ordered anything here."""
+    since: str = ""
+    """UTC time of the first wish, for people."""
+    stays: bool = False
+    """Nobody waits for the agent to end: its ranks go on until they have moved, or the grace is over."""
     answered: bool = False
     """A leader has ordered what the one that knows of it does."""
     over: str = ""

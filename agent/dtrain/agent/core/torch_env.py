@@ -35,11 +35,11 @@ def rank_env(
     machine: Machine, prepare: Prepare, start: Start, log_dir: str, local_rank: int
 ) -> dict[str, str]:
     """Return the whole environment of one rank."""
-    spec, head = prepare.spec, prepare.header
-    nproc = spec.nproc_per_node
+    head = prepare.header
+    nproc = prepare.ranks_here
     rank = prepare.first_rank + local_rank
     host, port = split_endpoint(start.rendezvous)
-    env = launcher_env(machine, spec)
+    env = launcher_env(machine, prepare.spec)
     if nproc > 1:
         # As torchrun: otherwise every rank takes all cores and they fight.
         env.setdefault("OMP_NUM_THREADS", "1")

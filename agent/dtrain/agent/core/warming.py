@@ -8,7 +8,7 @@ released is warm just the same. A launcher that ends is started again after a wh
 
 import dataclasses
 
-from dtrain.agent.core import preparing
+from dtrain.agent.core import preparing, saving
 from dtrain.agent.core.decisions import Action
 from dtrain.agent.core.state import AgentState, JobState, LauncherStatus, Machine
 from dtrain.protocol.commands import Warm
@@ -38,12 +38,11 @@ def refusal(state: AgentState, job: JobState | None, command: Warm) -> str:
     return ""
 
 
-def warm(job: JobState | None, command: Warm) -> JobState:
-    """Take the order on; ``advance`` starts the launcher."""
+def warm(job: JobState | None, command: Warm, out: list[Action]) -> JobState:
+    """Take the order on; ``advance`` starts the launcher. Of former ranks here nothing is left to tell."""
     head = command.header
-    if job is None:
-        return JobState(head.job, head.uid, head.attempt, WorkerPhase.IDLE, warm=command)
-    return dataclasses.replace(job, attempt=head.attempt, warm=command, warm_at=0.0)
+    fresh = JobState(head.job, head.uid, head.attempt, WorkerPhase.IDLE, warm=command)
+    return fresh if job is None else preparing.succeed(saving.drop(job, out), fresh)
 
 
 def advance(machine: Machine, job: JobState, now: float, out: list[Action]) -> JobState:
@@ -77,7 +76,7 @@ def awaits_prepare(job: JobState) -> bool:
 def is_warm(job: JobState) -> bool:
     """Whether a PREPARE would find everything imported."""
     return (
-        job.phase is WorkerPhase.IDLE
+        job.phase in (WorkerPhase.IDLE, WorkerPhase.ERROR)
         and job.stopping is None
         and job.launcher.status is LauncherStatus.READY
         and not job.launcher.quitting

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     ),
 )
 @click.option(
-    "--kinds", default="kill,freeze,cut,slow,fill", show_default=True, help="What is done, comma-separated."
+    "--kinds",
+    default="kill,freeze,cut,slow,fill,preempt",
+    show_default=True,
+    help="What is done, comma-separated.",
 )
 @click.option(
     "--targets",

@@ -124,17 +124,28 @@ class Operators:
         raise _contended(spec.name)
 
     def set_intent(
-        self, job: str, wanted: str, checkpoint_token: str, by: str, known: Iterable[str]
+        self,
+        job: str,
+        wanted: str,
+        checkpoint_token: str,
+        by: str,
+        known: Iterable[str],
+        *,
+        nnodes: tuple[int, int] = (0, 0),
     ) -> tuple[Intent, int]:
         """Change what is wanted of a job; return the intent as stored and its revision.
+
+        ``nnodes``: fewest and most machines from now on; (0, 0): as before.
 
         Raises:
             NotFound: there is no such job; the fix names one of ``known`` that is like it.
             Conflict: the job has ended, or others kept changing it.
-            Refused: ``wanted`` is no such thing.
+            Refused: ``wanted`` is no such thing, or ``nnodes`` no range.
         """
         name = JobName(parse_name(job, "job"))
         asked = _wanted(wanted)
+        if nnodes != (0, 0):
+            validate.check_nodes(*nnodes)
         unknown: OutcomeUnknown | None = None
         for _ in range(TRIES_MAX):
             found = self._read(name)
@@ -152,12 +163,16 @@ class Operators:
                 before,
                 wanted=asked or before.wanted,
                 checkpoint_token=checkpoint_token[:BY_CHARACTERS_MAX] or before.checkpoint_token,
+                nnodes_min=nnodes[0] or before.nnodes_min,
+                nnodes_max=nnodes[1] or before.nnodes_max,
             )
             if after == before and found.intent is not None:
                 return before, found.revision
             if _has_ended(found):
                 phase = found.status.phase.value if found.status is not None else ""
                 raise Conflict(ErrorCode.CONFLICT, f"job {name} has ended already: {phase}")
+            if before.wanted is Wanted.CANCEL and after.wanted is not Wanted.CANCEL:
+                raise Conflict(ErrorCode.CONFLICT, f"job {name} is being cancelled, which cannot be undone")
             after = replace(after, by=by[:BY_CHARACTERS_MAX], at=iso(self._clock.wall()))
             try:
                 result = self._etcd.txn(

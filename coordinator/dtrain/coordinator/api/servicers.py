@@ -139,7 +139,12 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         # What a client says of itself proves nothing; what its certificate says does.
         by = request.by if peer is None else peer.name
         intent, revision = self._operators.set_intent(
-            request.job, request.wanted, request.checkpoint_token, by, self._job_names()
+            request.job,
+            request.wanted,
+            request.checkpoint_token,
+            by,
+            self._job_names(),
+            nnodes=(request.nnodes_min, request.nnodes_max),
         )
         return pb.SetIntentReply(intent=codec.encode(intent), revision=revision)
 
@@ -543,6 +548,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
     def _warnings(self, spec: JobSpec) -> list[str]:
         fit = 0
         alive = 0
+        slots = max(1, spec.nproc_per_node)
         for kv in self._mirror.prefix(self._keys.agents):
             parsed = self._keys.parse(kv.key)
             if parsed is None or parsed.kind != "node":
@@ -552,12 +558,12 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             except DtrainError:
                 continue
             alive += 1
-            fit += node.slots >= spec.nproc_per_node
+            fit += node.slots >= slots
         if fit >= spec.nnodes_min:
             return []
         if alive >= spec.nnodes_min:
             return [
-                f"{fit} of {alive} agents have {spec.nproc_per_node} slots, {spec.nnodes_min} are needed: "
+                f"{fit} of {alive} agents have {slots} slots, {spec.nnodes_min} are needed: "
                 "the job waits for more"
             ]
         return [f"{alive} agents are alive, {spec.nnodes_min} are needed: the job waits for more"]

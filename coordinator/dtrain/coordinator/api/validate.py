@@ -5,7 +5,7 @@ import math
 from dtrain.protocol import patterns
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.ids import parse_name
-from dtrain.protocol.job import RULE_REASONS, JobSpec
+from dtrain.protocol.job import RULE_REASONS, JobSpec, NonFiniteAction
 from dtrain.runtime import redact
 
 NODES_MAX = 10_000
@@ -18,9 +18,12 @@ TEXT_BYTES_MAX = 100 * 1024
 SPEC_BYTES_MAX = 250 * 1024
 """As stored; below what anybody reads, so that no accepted job is unreadable."""
 PRELOAD_MAX = 64
+PRIORITY_MAX = 1000
 KEEP_LAST_MAX = 1_000
 RULES_MAX = 32
 CORDON_S_MAX = 30 * 86_400.0
+METRICS_MAX = 8
+"""Numbers that must stay finite: agents tell of no more."""
 STORES = ("/", "file:///", "s3://", "memory://")
 
 
@@ -31,9 +34,8 @@ def check(spec: JobSpec) -> None:
         Refused: BAD_NAME or BAD_JOB_FILE, naming the field.
     """
     parse_name(spec.name, "job")
-    _between("nnodes", spec.nnodes_min, 1, NODES_MAX)
-    _between("nnodes", spec.nnodes_max, spec.nnodes_min, NODES_MAX)
-    _between("nproc_per_node", spec.nproc_per_node, 1, RANKS_PER_NODE_MAX)
+    check_nodes(spec.nnodes_min, spec.nnodes_max)
+    _between("nproc_per_node", spec.nproc_per_node, 0, RANKS_PER_NODE_MAX)
     if not spec.entry.target.strip():
         raise _bad("script", "is empty", "name a script, a module or a command")
     if spec.working_dir and not spec.working_dir.startswith("/"):
@@ -91,9 +93,29 @@ def check(spec: JobSpec) -> None:
         _seconds(f"{field}.cordon", rule.cordon_s, 0.0)
         if rule.cordon_s > CORDON_S_MAX:
             raise _bad(f"{field}.cordon", f"is {rule.cordon_s:g} seconds", f"use at most {CORDON_S_MAX:g}")
+    policy_of_numbers = spec.nonfinite
+    _between("nonfinite.back", policy_of_numbers.back, 1, KEEP_LAST_MAX)
+    _between("nonfinite.metrics", len(policy_of_numbers.metrics), 0, METRICS_MAX)
+    if policy_of_numbers.action is NonFiniteAction.ROLLBACK and policy_of_numbers.back >= policy.keep_last:
+        raise _bad(
+            "nonfinite.back",
+            f"is {policy_of_numbers.back}, and only {policy.keep_last} checkpoints are kept",
+            f"set checkpoint.keep_last to {policy_of_numbers.back + 1} or more",
+        )
     _seconds("shutdown_grace", spec.shutdown_grace_s, 0.0)
     _seconds("isolation_grace", spec.isolation_grace_s, 0.0)
     _seconds("reschedule_grace", spec.reschedule_grace_s, 0.0)
+    _between("priority", spec.priority, -PRIORITY_MAX, PRIORITY_MAX)
+
+
+def check_nodes(low: int, high: int) -> None:
+    """Return if a job may have from ``low`` to ``high`` machines.
+
+    Raises:
+        Refused: BAD_JOB_FILE.
+    """
+    _between("nnodes", low, 1, NODES_MAX)
+    _between("nnodes", high, low, NODES_MAX)
 
 
 def holds_credentials(uri: str) -> bool:

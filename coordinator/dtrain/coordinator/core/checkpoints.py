@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from dtrain.coordinator.core import sealed
+from dtrain.coordinator.core import nonfinite, sealed
 from dtrain.coordinator.core.decisions import VerifyCheckpoint
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.liveness import Seat
@@ -252,6 +252,13 @@ def abort(
     )
 
 
+def abort_unfit(draft: Draft, stored: Stored[OpenRecord], why: str) -> None:
+    """Abort what a number speaks against; at the end of training another try would find the same."""
+    abort(draft, stored, why)
+    if stored.value.final:
+        draft.set(final_tries=FINAL_TRIES_MAX)
+
+
 # While the job runs --------------------------------------------------------------
 
 
@@ -302,6 +309,8 @@ def is_pointless(draft: Draft, members: Sequence[Seat]) -> bool:
     ranks = _all_ranks(members)
     if not draft.status.store or (ranks is not None and not all(rank.sdk for rank in ranks)):
         return True
+    if not own_open(draft) and nonfinite.unfit_now(draft, members):
+        return True
     if ranks is None or own_open(draft) or any(rank.step for rank in ranks):
         return False
     # Nothing is computed yet; but an agent that has come back does not know the steps before its ranks have.
@@ -346,7 +355,9 @@ def _follow(draft: Draft, members: Sequence[Seat], stored: Stored[OpenRecord]) -
     ended = end_of_training(members)
     asks = save_asks(members)
     deadline = stored.seen_at + record.timeout_s
-    if verdict is not None and verdict.ok and is_complete(parts, record):
+    if unfit := nonfinite.refusal(draft, record):
+        abort_unfit(draft, stored, unfit)
+    elif verdict is not None and verdict.ok and is_complete(parts, record):
         if ended is not None and ended.agree and ended.step == record.step:
             # Training ended at the step that was due anyway: a second one would hold the same.
             stored = replace(stored, value=replace(record, final=True))
@@ -448,13 +459,20 @@ def _open_if_due(draft: Draft, members: Sequence[Seat], hold_s: float) -> None:
         return
     ended = end_of_training(members)
     if ended is not None:
-        if ended.agree and not _may_go(draft, members) and _rested(draft):
+        if ended.agree and not _may_go(draft, members) and (unfit := nonfinite.unfit_now(draft, members)):
+            draft.set(final_tries=FINAL_TRIES_MAX)
+            text = f"there will be no checkpoint of the end of training: {unfit}"
+            draft.event(EventReason.NON_FINITE, text, warning=True)
+        elif ended.agree and not _may_go(draft, members) and rested(draft):
             _begin(draft, members, open_checkpoint(draft, ended.step, final=True))
         return
     if any(rank.last_step is not None for seat in members for rank in seat.ranks):
         return  # some ranks have ended: the others are about to, and a later step never comes
     if not any(rank.step for seat in members for rank in seat.ranks) and not _token(draft):
         return  # nothing has been computed yet
+    if unfit := nonfinite.unfit_now(draft, members):
+        draft.say(f"no checkpoint is taken while {unfit}")
+        return
     rate = max(0.0, draft.job.step_rate)
     reached = _estimated_step(draft, members, rate)
     slack = (SLACK_STEPS + rate * COMMAND_LATENCY_S) * 2.0**status.late_saves
@@ -464,7 +482,7 @@ def _open_if_due(draft: Draft, members: Sequence[Seat], hold_s: float) -> None:
         _begin(draft, members, open_checkpoint(draft, held_at, final=False, hold_s=hold_s))
         return
     target = _target(draft, reached, slack, soonest, rate)
-    if target is not None and _rested(draft):
+    if target is not None and rested(draft):
         _begin(draft, members, open_checkpoint(draft, target, final=False))
 
 
@@ -602,7 +620,7 @@ def _last_save_wall(draft: Draft) -> float:
     return min(draft.moment.wall, max((at for at in times if at is not None), default=0.0))
 
 
-def _rested(draft: Draft) -> bool:
+def rested(draft: Draft) -> bool:
     """Whether enough time has passed since saves failed; late ones are tried again at once."""
     failed = draft.status.failed_saves
     if failed == 0:
@@ -657,7 +675,8 @@ def tell_outcomes(draft: Draft, members: Sequence[Seat]) -> None:
         for seq in seat.snapshot.saving:
             if seq not in undecided:
                 _tell(draft, seat.member.agent, seq, committed=seq in committed)
-    if draft.status.phase is JobPhase.RUNNING and end_of_training(members) is not None:
+    phases = (JobPhase.RUNNING, JobPhase.SUSPENDING)
+    if draft.status.phase in phases and end_of_training(members) is not None:
         _let_go(draft, members)
 
 
@@ -709,7 +728,8 @@ def settle(draft: Draft, *, patient: bool) -> bool:
     restoring, no older checkpoint may still be committed. Not ``patient``: what
     is not verified by now is dropped.
     """
-    since = draft.in_phase_since if draft.status.phase is JobPhase.RECOVERING else None
+    waits = draft.status.phase in (JobPhase.RECOVERING, JobPhase.SUSPENDING)
+    since = draft.in_phase_since if waits else None
     deadline = None if since is None else since + SETTLE_S
     settled = True
     for stored in reversed(own_open(draft)):  # newest first: ``latest`` is put once
@@ -732,6 +752,9 @@ def _settle_one(draft: Draft, stored: Stored[OpenRecord], patient: bool, deadlin
         if patient and sealed.is_awaited(draft, record, missing):
             return False
         abort(draft, stored, f"the attempt ended before ranks {_some(missing)} were durable", warning=False)
+        return True
+    if unfit := nonfinite.refusal(draft, record):
+        abort_unfit(draft, stored, unfit)
         return True
     if verdict is not None and verdict.ok:
         commit(draft, stored, verdict, settled=True)

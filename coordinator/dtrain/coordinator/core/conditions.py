@@ -4,19 +4,36 @@ A condition's time moves only with its status. Conditions are derived when the
 status is written anyway; they never cause a write.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from dtrain.coordinator.core.stamps import iso
 from dtrain.coordinator.core.views import FleetView, Moment
 from dtrain.protocol.checkpoint import CommitRecord
 from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, Condition, JobPhase, JobSpec, JobStatus
+
+OF_RANKS = ("NonFinite", "Straggling")
+"""Conditions that only some jobs ever have."""
+_SUSPENDED = (JobPhase.SUSPENDING, JobPhase.SUSPENDED)
 
 BRAKE_ON = "BrakeOn"
 """Reason of the condition Degraded while the brake is on."""
 
 
 def derive(
-    fleet: FleetView, moment: Moment, spec: JobSpec, status: JobStatus, *, newest: CommitRecord | None
+    fleet: FleetView,
+    moment: Moment,
+    spec: JobSpec,
+    status: JobStatus,
+    *,
+    newest: CommitRecord | None,
+    noted: Mapping[str, Condition] = MappingProxyType({}),
 ) -> tuple[Condition, ...]:
-    """All conditions of ``status``, in a fixed order; ``newest`` is its newest checkpoint."""
+    """All conditions of ``status``, in a fixed order; ``newest`` is its newest checkpoint.
+
+    ``noted`` are those that its ranks' reports have brought about: they stay while training does,
+    and are shown as over after that.
+    """
     before = {condition.type: condition for condition in status.conditions}
     stamp = iso(moment.wall)
     found = [
@@ -26,14 +43,31 @@ def derive(
         _progressing(status),
         _checkpointed(status, newest),
         _degraded(fleet, spec, status),
+        *_of_ranks(status, noted, before),
         _finished(status),
     ]
+    if status.phase in _SUSPENDED or "Suspended" in before:
+        found.append(_suspended(status))
     result = []
     for condition in found:
         old = before.get(condition.type)
         since = old.last_transition if old is not None and old.status == condition.status else stamp
         result.append(Condition(condition.type, condition.status, condition.reason, condition.message, since))
     return tuple(result)
+
+
+def _of_ranks(
+    status: JobStatus, noted: Mapping[str, Condition], before: Mapping[str, Condition]
+) -> list[Condition]:
+    found = []
+    for name in OF_RANKS:
+        condition = noted.get(name) or before.get(name)
+        if condition is None:
+            continue
+        if status.phase is not JobPhase.RUNNING:
+            condition = Condition(name, "False", "NotTraining")
+        found.append(condition)
+    return found
 
 
 def _placed(status: JobStatus) -> Condition:
@@ -79,6 +113,14 @@ def _degraded(fleet: FleetView, spec: JobSpec, status: JobStatus) -> Condition:
     if status.failed_saves:
         return Condition("Degraded", "True", "CheckpointFailed", "the last checkpoint failed")
     return Condition("Degraded", "False", "AsWanted")
+
+
+def _suspended(status: JobStatus) -> Condition:
+    if status.phase is JobPhase.SUSPENDED:
+        return Condition("Suspended", "True", "AsAsked", status.reason)
+    if status.phase is JobPhase.QUEUED and status.preempted_by:
+        return Condition("Suspended", "True", "Preempted", f"it made room for {status.preempted_by}")
+    return Condition("Suspended", "False", status.phase.value.capitalize())
 
 
 def _finished(status: JobStatus) -> Condition:

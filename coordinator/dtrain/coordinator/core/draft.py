@@ -27,7 +27,7 @@ from dtrain.protocol.checkpoint import CommitRecord
 from dtrain.protocol.commands import Command, Header
 from dtrain.protocol.events import EVENTS_KEPT, EventReason, EventRecord, EventType
 from dtrain.protocol.ids import AgentName, Seq
-from dtrain.protocol.job import TERMINAL_PHASES, JobPhase, JobSpec, JobStatus
+from dtrain.protocol.job import TERMINAL_PHASES, Condition, JobPhase, JobSpec, JobStatus
 from dtrain.protocol.keys import Keys
 from dtrain.protocol.snapshot import WorkerSnapshot
 
@@ -62,6 +62,7 @@ class Draft:
         self._work: list[Work] = []
         self._reasons: list[Reason] = []
         self._takeover = False
+        self._noted: dict[str, Condition] = {}
 
     # Reading ------------------------------------------------------------------
 
@@ -81,14 +82,15 @@ class Draft:
 
     @property
     def in_phase_since(self) -> float | None:
-        """First sight of the stored status if it is of the draft's phase and attempt, else None.
+        """First sight of the stored status if it is of the draft's phase, stage of it and attempt, else None.
 
         None means that this decision itself brings the phase about: deadlines
         begin with its first sight in the next view.
         """
         stored = self.stored
-        if stored is None or (stored.phase, stored.attempt, stored.uid) != (
+        if stored is None or (stored.phase, stored.stopping, stored.attempt, stored.uid) != (
             self.status.phase,
+            self.status.stopping,
             self.status.attempt,
             self.status.uid,
         ):
@@ -161,6 +163,14 @@ class Draft:
             )
         )
 
+    def condition(self, name: str) -> Condition | None:
+        """A condition as it is stored."""
+        return next((one for one in self.status.conditions if one.type == name), None)
+
+    def note(self, name: str, status: str, reason: str, message: str) -> None:
+        """Change a condition that no other part of the status tells; an event goes with it."""
+        self._noted[name] = Condition(name, status, reason, message)
+
     def take_over(self) -> None:
         """Write the status even if nothing else changes: it must carry this term."""
         self._takeover = True
@@ -230,7 +240,10 @@ class Draft:
         status_mod = 0 if self.job.status is None else self.job.status.mod_revision
         if self._status_changed() or self._events:
             status = replace(self.status, term=self.fleet.term, step=self._step())
-            derived = conditions.derive(self.fleet, self.moment, self.spec, status, newest=self.newest_good())
+            newest = self.newest_good()
+            derived = conditions.derive(
+                self.fleet, self.moment, self.spec, status, newest=newest, noted=self._noted
+            )
             status = replace(status, conditions=derived)
             writes[status_key] = PutRecord(status_key, status, status_mod)
         elif writes:

@@ -47,18 +47,19 @@ def is_due(draft: Draft, members: Sequence[Seat], going: Sequence[Seat]) -> bool
         # Training has ended: its last checkpoint is as good as one of ours, and nothing has to move.
         checkpoints.drive(draft, members)
         return False
-    until = min(_until(draft, seat) for seat in going)
+    until = ends_at(draft, going)
     if draft.now >= until or checkpoints.is_pointless(draft, members):
         return True
     draft.wake(until)
-    if not checkpoints.own_open(draft) and (deaf := _not_answering(draft, members)):
+    if not checkpoints.own_open(draft) and (deaf := not_answering(draft, members)):
         # Its ranks would hear of the step when the others hold at it already, and that is too late.
         draft.say(f"agent {deaf} does not answer; the checkpoint waits for it")
         return False
-    return _is_decided(draft, members, until)
+    return is_decided(draft, members, until)
 
 
-def _not_answering(draft: Draft, members: Sequence[Seat]) -> str:
+def not_answering(draft: Draft, members: Sequence[Seat]) -> str:
+    """A member that would not hear of a checkpoint now; "" if all would."""
     found = [
         seat.member.agent
         for seat in members
@@ -67,7 +68,7 @@ def _not_answering(draft: Draft, members: Sequence[Seat]) -> str:
     return min(found, default="")
 
 
-def _is_decided(draft: Draft, members: Sequence[Seat], until: float) -> bool:
+def is_decided(draft: Draft, members: Sequence[Seat], until: float) -> bool:
     """Go on with the checkpoint; True if it is committed, or has failed in a way that another one would."""
     held = [stored.value for stored in checkpoints.own_open(draft) if stored.value.hold_s > 0]
     late_before = draft.status.late_saves
@@ -110,6 +111,11 @@ def _reason(seat: Seat) -> str:
         return ""
     told = seat.agent.node.draining or seat.agent.vacating
     return "" if told is None else told.reason
+
+
+def ends_at(draft: Draft, going: Sequence[Seat]) -> float:
+    """Until when a checkpoint must be durable, so that the first of them can still stop in order."""
+    return min(_until(draft, seat) for seat in going)
 
 
 def _until(draft: Draft, seat: Seat) -> float:

@@ -121,9 +121,14 @@ def newest_commit(draft: Draft) -> CommitRecord | None:
 
 
 def within_window(draft: Draft) -> tuple[float, ...]:
-    """Restarts that still count; a commit of the attempt gives all of them back."""
+    """Restarts that still count; a commit of the attempt gives all of them back.
+
+    Not if training is to go back past it: it would go that way for ever.
+    """
     newest = newest_commit(draft)
-    if newest is not None and newest.attempt == draft.status.attempt:
+    cause = draft.status.failure
+    rolled = draft.status.charge and cause is not None and cause.kind is FailureKind.NONFINITE
+    if newest is not None and newest.attempt == draft.status.attempt and not rolled:
         return ()
     horizon = draft.moment.wall - draft.spec.restarts.window_s
     return tuple(at for at in draft.status.restarts if at > horizon)

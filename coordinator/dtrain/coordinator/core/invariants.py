@@ -3,7 +3,7 @@
 from dtrain.coordinator.core.views import JobView
 from dtrain.protocol.checkpoint import CommitRecord, OpenRecord
 from dtrain.protocol.ids import Attempt
-from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobStatus
+from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobStatus
 
 
 def check(job: JobView) -> list[str]:
@@ -27,6 +27,8 @@ def _members(status: JobStatus) -> list[str]:
         broken.append(f"{status.phase} without members")
     if status.phase in PLACED_PHASES and status.attempt < 1:
         broken.append(f"{status.phase} in attempt {status.attempt}")
+    if status.phase not in PLACED_PHASES and status.phase not in TERMINAL_PHASES and status.members:
+        broken.append(f"{status.phase} with {len(status.members)} members")
     first = 0
     for index, member in enumerate(status.members):
         if member.node_rank != index or member.first_rank != first:
@@ -65,7 +67,7 @@ def _checkpoints(job: JobView, status: JobStatus) -> list[str]:
     for record in opened:
         if record.seq in commits:
             broken.append(f"checkpoint {record.seq} is open and committed")
-        if status.phase in TERMINAL_PHASES:
+        if status.phase in TERMINAL_PHASES or status.phase is JobPhase.SUSPENDED:
             broken.append(f"checkpoint {record.seq} is open although the job is {status.phase}")
         elif record.attempt != status.attempt:
             broken.append(f"checkpoint {record.seq} of attempt {record.attempt} was not settled")

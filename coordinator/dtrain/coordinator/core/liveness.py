@@ -94,7 +94,7 @@ def seats(draft: Draft) -> list[Seat]:
 def has_started(draft: Draft) -> bool:
     """Whether ranks of the draft's attempt have run anywhere, as far as this leader has seen."""
     # Once all ranks have trained, no snapshot at all means that nobody remembers them.
-    if draft.status.phase is JobPhase.RUNNING:
+    if draft.status.phase in (JobPhase.RUNNING, JobPhase.SUSPENDING):
         return True
     # An agent that lost its journal deletes what it had shown; its ranks may live on without it.
     shown = [*(stored.value for stored in draft.job.workers.values()), *draft.job.departed.values()]

@@ -12,15 +12,18 @@ from dataclasses import replace
 from dtrain.coordinator.core import (
     checkpoints,
     draining,
+    elastic,
     failures,
     hangs,
     importing,
+    nonfinite,
     placement,
     quarantine,
     retention,
     rollback,
     rules,
     spares,
+    stragglers,
     suspicion,
 )
 from dtrain.coordinator.core.decisions import ProbeStore
@@ -38,7 +41,7 @@ from dtrain.coordinator.core.liveness import (
 from dtrain.coordinator.core.views import Damage
 from dtrain.protocol.commands import Prepare, Start, Stop
 from dtrain.protocol.events import EventReason
-from dtrain.protocol.ids import AgentName, Attempt
+from dtrain.protocol.ids import AgentName, Attempt, Step
 from dtrain.protocol.job import EXIT_CODE_DO_NOT_RETRY, JobPhase, Member, RestorePoint, RuleAction, Wanted
 from dtrain.protocol.snapshot import BadBlob, Failure, FailureKind, WorkerPhase, WorkerSnapshot
 
@@ -133,6 +136,10 @@ def start_attempt(draft: Draft, members: tuple[Member, ...], store: str) -> None
         late_saves=0,
         failed_saves=0,
         final_tries=0,
+        nonfinite_step=Step(0),
+        stragglers=(),
+        joining=(),
+        joining_since="",
     )
     names = ", ".join(member.agent for member in members[:8]) + (", ..." if len(members) > 8 else "")
     draft.event(
@@ -150,9 +157,9 @@ def starting(draft: Draft) -> None:
         cancel(draft)
         return
     members = seats(draft)
-    ending = _why_over(draft, members)
+    ending = why_over(draft, members)
     if ending is not None:
-        attempt_over(draft, ending, avoid=_not_ready(members))
+        attempt_over(draft, ending, avoid=_at_fault(ending, members))
         return
     if going := draining.leaving(members):
         move(draft, going)
@@ -193,6 +200,7 @@ def _prepare(draft: Draft, members: Sequence[Seat]) -> None:
                 status.world_size,
                 serve_store=member.node_rank == 0,
                 max_restarts=draft.spec.restarts.max_restarts,
+                nproc=member.nproc,
             ),
         )
 
@@ -235,7 +243,10 @@ def _is_training(seat: Seat) -> bool:
     return seat.snapshot.restored or seat.phase is WorkerPhase.DONE
 
 
-def _not_ready(members: Sequence[Seat]) -> Set[AgentName]:
+def _at_fault(ending: Ending, members: Sequence[Seat]) -> Set[AgentName]:
+    """Who held up the start. Those that were still on their way when something else failed did not."""
+    if ending.failure.kind not in (FailureKind.PREPARE, FailureKind.UNREACHABLE):
+        return frozenset()
     return {seat.member.agent for seat in members if not _is_ready(seat)}
 
 
@@ -248,7 +259,7 @@ def running(draft: Draft) -> None:
         cancel(draft)
         return
     members = seats(draft)
-    ending = _why_over(draft, members)
+    ending = why_over(draft, members)
     if ending is not None:
         attempt_over(draft, ending)
         return
@@ -256,19 +267,27 @@ def running(draft: Draft) -> None:
         succeed(draft)
         return
     going = draining.leaving(members)
-    if not going:
+    change = None if going else elastic.due(draft, members)
+    if going:
+        if draining.is_due(draft, members, going):
+            move(draft, going)
+            return
+    elif change is not None:
+        if elastic.is_due(draft, members, change):
+            resize(draft, change)
+            return
+    else:
         draft.explain(f"training on {_count(draft.status.world_size, 'rank')}")
-    elif draining.is_due(draft, members, going):
-        move(draft, going)
-        return
     if draft.fleet.brake:
         draft.say(f"no loss is declared while the brake is on: {draft.fleet.brake}")
     for seat in members:
         if seat.standing is Standing.SETTLING:
             draft.say(f"{seat.why}; waiting before it is called lost")
-    if not going:
+    if not going and change is None:
         checkpoints.drive(draft, members)
     checkpoints.tell_outcomes(draft, members)
+    nonfinite.note(draft, members)
+    stragglers.note(draft, members)
     release_strays(draft)
     spares.keep_warm(draft)
     if draft.status.store:
@@ -284,6 +303,8 @@ def succeed(draft: Draft) -> None:
         reason = f"training ended; checkpoint {last.seq} of step {step} is the last one"
     elif not draft.status.store:
         reason = "training ended; no store is configured, so there is no checkpoint of its end"
+    elif unfit := nonfinite.unfit_at_end(draft):
+        reason = f"training ended; there is no checkpoint of its end, as {unfit}"
     elif checkpoints.gave_up_final(draft):
         reason = "training ended; the checkpoint of its end failed too often"
     else:
@@ -295,7 +316,7 @@ def succeed(draft: Draft) -> None:
 # Why an attempt ends ----------------------------------------------------------------
 
 
-def _why_over(draft: Draft, members: Sequence[Seat]) -> Ending | None:
+def why_over(draft: Draft, members: Sequence[Seat]) -> Ending | None:
     """What ends the attempt now, if anything does."""
     if not members:
         return Ending(_leader_failure(draft, FailureKind.PREPARE, "the attempt has no members"), charge=False)
@@ -314,6 +335,9 @@ def _why_over(draft: Draft, members: Sequence[Seat]) -> Ending | None:
         )
         others = tuple(failure for failure in found if failure is not cause)
         return Ending(cause, charge=True, do_not_retry=True, others=others)
+    if (sick := nonfinite.failure(draft, members)) is not None:
+        # A script that ends because of it only says the same again.
+        return Ending(sick, charge=True)
     # Machines that go away or do not answer are nobody's fault: they cost no restart.
     free = _losses(draft, members)
     if draft.status.phase is JobPhase.STARTING:
@@ -473,8 +497,11 @@ def attempt_over(draft: Draft, ending: Ending, *, avoid: Set[AgentName] = frozen
         checkpoints.settle(draft, patient=False)
         fail(draft, consequence.event, text)
         return
-    if consequence.action is RuleAction.ROLLBACK and not rollback.pass_over(draft, consequence.back):
-        draft.say("there is no older checkpoint to go back to")
+    if consequence.action is RuleAction.ROLLBACK:
+        # Numbers that went wrong may have begun to before the oldest checkpoint.
+        to_scratch = failure.kind is FailureKind.NONFINITE
+        if not rollback.pass_over(draft, consequence.back, to_scratch=to_scratch):
+            draft.say("there is no older checkpoint to go back to")
     draft.enter(JobPhase.RECOVERING, f"recovering from: {failures.sentence(failure)}", members=())
     recovering(draft, avoid=avoid)
 
@@ -486,7 +513,17 @@ def move(draft: Draft, going: Sequence[Seat]) -> None:
     recovering(draft)
 
 
-def recovering(draft: Draft, *, avoid: Set[AgentName] = frozenset()) -> None:
+def resize(draft: Draft, change: elastic.Resize) -> None:
+    """End the attempt, whose ranks hold at a checkpoint, and begin the next one in another size."""
+    text = elastic.sentence(draft, change)
+    only = elastic.note_end(draft, change)
+    draft.enter(JobPhase.RECOVERING, text, members=())
+    recovering(draft, only=only)
+
+
+def recovering(
+    draft: Draft, *, avoid: Set[AgentName] = frozenset(), only: Set[AgentName] = frozenset()
+) -> None:
     """Between attempts: settle, charge the budget, pause, place."""
     if wants_cancel(draft):
         checkpoints.settle(draft, patient=False)
@@ -509,7 +546,9 @@ def recovering(draft: Draft, *, avoid: Set[AgentName] = frozenset()) -> None:
         draft.say("waiting before the next attempt: the last ones got nowhere")
         stop_survivors(draft)
         return
-    found = placement.place(draft, avoid=avoid, without=rules.shunned(draft), join_window=since is not None)
+    found = placement.place(
+        draft, avoid=avoid, without=rules.shunned(draft), only=only, join_window=since is not None
+    )
     if found.members:
         start_attempt(draft, found.members, draft.status.store)
         release_strays(draft)
@@ -571,12 +610,7 @@ def cancelling(draft: Draft) -> None:
     grace = draft.spec.shutdown_grace_s
     since = draft.in_phase_since
     due = (draft.now if since is None else since) + grace + CANCEL_SLACK_S
-    alive = []
-    for seat in seats(draft):
-        if seat.standing is Standing.LOST:
-            continue
-        if seat.phase in LIVE_PHASES or (seat.agent is None and seat.standing is Standing.SETTLING):
-            alive.append(seat.member.agent)
+    alive = still_alive(seats(draft))
     if not alive or draft.now >= due:
         checkpoints.settle(draft, patient=False)
         cancelled(draft, "cancelled")
@@ -586,6 +620,16 @@ def cancelling(draft: Draft) -> None:
     header = draft.header(f"cancel.{draft.status.attempt}")
     for agent in alive:
         draft.command(agent, Stop(header, grace, release=False, why="the job was cancelled"))
+
+
+def still_alive(members: Sequence[Seat]) -> list[AgentName]:
+    """Machines on which ranks of the attempt live, or may live for all that is known."""
+    return [
+        seat.member.agent
+        for seat in members
+        if seat.standing is not Standing.LOST
+        and (seat.phase in LIVE_PHASES or (seat.agent is None and seat.standing is Standing.SETTLING))
+    ]
 
 
 def cancelled(draft: Draft, reason: str) -> None:
@@ -635,7 +679,9 @@ def release_strays(draft: Draft) -> None:
     members = {member.agent for member in draft.status.members}
     for agent, stored in sorted(draft.job.workers.items()):
         snapshot = stored.value
-        if agent in members or snapshot.attempt > draft.status.attempt or spares.is_kept(draft, agent):
+        if agent in members or snapshot.attempt > draft.status.attempt:
+            continue
+        if spares.is_kept(draft, agent) or elastic.is_joining(draft, agent):
             continue
         why = "this agent is not part of the attempt"
         draft.command(agent, Stop(draft.header_of(snapshot), 0.0, release=True, why=why))

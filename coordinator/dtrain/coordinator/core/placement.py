@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from dtrain.coordinator.core.draft import Draft
+from dtrain.coordinator.core.liveness import STARTED_PHASES
 from dtrain.coordinator.core.views import AgentView
 from dtrain.protocol.ids import AgentName, Rank
-from dtrain.protocol.job import Member
+from dtrain.protocol.job import JobPhase, JobSpec, Member
 from dtrain.protocol.snapshot import WorkerPhase
 
 JOIN_WINDOW_S = 2.0
@@ -37,24 +38,34 @@ def place(
     *,
     avoid: Set[AgentName] = frozenset(),
     without: Set[AgentName] = frozenset(),
+    only: Set[AgentName] = frozenset(),
     join_window: bool,
 ) -> Placement:
     """Choose members for the next attempt.
 
-    ``avoid`` is used only if nothing else is there, ``without`` only if there are not enough others
-    for the smallest size. With ``join_window`` fewer than ``nnodes_max`` machines are taken only after
-    JOIN_WINDOW_S.
+    ``avoid`` and ``without``, and if ``only`` is not empty what is not in it, are used only if there
+    are not enough others for the smallest size. With ``join_window`` fewer than ``nnodes_max`` machines are
+    taken only after JOIN_WINDOW_S, unless the job goes on with machines that it had.
     """
     spec = draft.spec
     if draft.fleet.brake:
         draft.say(draft.fleet.brake)  # its numbers change: they are not stored
         return Placement(why="nothing is placed while the brake is on")
+    if why := _behind_others(draft):
+        return Placement(why=why)
     usable = candidates(draft)
-    others = {name: view for name, view in usable.items() if name not in without}
-    if len(others) >= spec.nnodes_min:
-        usable = others
     if len(usable) < spec.nnodes_min:
         return Placement(why=_short_of(draft, usable))
+    usable = _enough(spec, usable, usable.keys() - avoid)
+    usable = _enough(spec, usable, usable.keys() - without)
+    if only:
+        return Placement(_seat_ranks(draft, _enough(spec, usable, only), avoid))
+    if draft.status.phase is JobPhase.RECOVERING:
+        # A job that may grow later waits now for nobody who has to import everything first.
+        known = previous_places(draft).keys()
+        ready = {name: view for name, view in usable.items() if name in known or is_warm(draft, name)}
+        if len(ready) >= spec.nnodes_min:
+            return Placement(_seat_ranks(draft, ready, avoid))
     if join_window and len(usable) < spec.nnodes_max:
         # Counted from when the last of the needed machines was first seen.
         needed = sorted(view.seen_at for view in usable.values())[spec.nnodes_min - 1]
@@ -65,14 +76,40 @@ def place(
     return Placement(_seat_ranks(draft, usable, avoid))
 
 
+def _behind_others(draft: Draft) -> str:
+    """Why it is not its turn; "": it is, or nobody else waits."""
+    if draft.fleet.queue.changes_at is not None:
+        draft.wake(draft.fleet.queue.changes_at)
+    return draft.fleet.queue.why(draft.job.name)
+
+
+def _enough(
+    spec: JobSpec, usable: dict[AgentName, AgentView], wanted: Set[AgentName]
+) -> dict[AgentName, AgentView]:
+    """Those that are wanted, if a job can run on them; else all."""
+    found = {name: view for name, view in usable.items() if name in wanted}
+    return found if len(found) >= spec.nnodes_min else usable
+
+
+def ranks_on(spec: JobSpec, view: AgentView) -> int:
+    """Ranks that the job has on a machine of its."""
+    return spec.nproc_per_node or view.node.slots
+
+
+def has_room(spec: JobSpec, view: AgentView, used: int) -> bool:
+    """Whether a machine on which other jobs take ``used`` slots has enough for this one."""
+    return 0 < ranks_on(spec, view) <= view.node.slots - used
+
+
 def candidates(draft: Draft) -> dict[AgentName, AgentView]:
     """Agents that could take this job's ranks now."""
     fleet = draft.fleet
+    held = fleet.queue.held_from(draft.job.name)
     found = {}
     for name, view in fleet.agents.items():
         if name in fleet.cordoned or blocked(draft, name, view) or view.draining_at is not None:
             continue
-        if view.node.slots - fleet.used.get(name, 0) < draft.spec.nproc_per_node:
+        if not has_room(draft.spec, view, fleet.used.get(name, 0) + held.get(name, 0)):
             continue
         if resting(draft, name, view):
             continue
@@ -110,17 +147,14 @@ def _seat_ranks(
     for node_rank in range(len(chosen)):
         if node_rank not in places:
             places[node_rank] = rest.pop(0)
-    nproc = spec.nproc_per_node
-    return tuple(
-        Member(
-            places[node_rank],
-            node_rank,
-            Rank(node_rank * nproc),
-            nproc,
-            usable[places[node_rank]].node.incarnation,
-        )
-        for node_rank in range(len(chosen))
-    )
+    members: list[Member] = []
+    first = 0
+    for node_rank in range(len(chosen)):
+        view = usable[places[node_rank]]
+        nproc = ranks_on(spec, view)
+        members.append(Member(places[node_rank], node_rank, Rank(first), nproc, view.node.incarnation))
+        first += nproc
+    return tuple(members)
 
 
 def preference(
@@ -142,7 +176,8 @@ def is_warm(draft: Draft, name: AgentName) -> bool:
     if stored is None or view is None or stored.value.uid != draft.status.uid:
         return False
     snapshot = stored.value
-    runs = bool(snapshot.ranks) or snapshot.phase is WorkerPhase.READY
+    # Of a failed attempt the launcher may be what failed: its agent says whether there is one.
+    runs = snapshot.phase in STARTED_PHASES - {WorkerPhase.ERROR} or snapshot.phase is WorkerPhase.READY
     return snapshot.incarnation == view.node.incarnation and (snapshot.warm or runs)
 
 
@@ -152,12 +187,16 @@ def previous_places(draft: Draft) -> dict[AgentName, int]:
     From the stored members or, between attempts, from the snapshots: a member
     that is gone has no place to keep.
     """
-    places: dict[AgentName, int] = {}
+    firsts: dict[AgentName, int] = {}
     for name, stored in draft.job.workers.items():
         snapshot = stored.value
         if snapshot.uid == draft.status.uid and snapshot.ranks:
-            first = min(rank.rank for rank in snapshot.ranks)
-            places[name] = first // draft.spec.nproc_per_node
+            firsts[name] = min(rank.rank for rank in snapshot.ranks)
+    if nproc := draft.spec.nproc_per_node:
+        places = {name: first // nproc for name, first in firsts.items()}
+    else:
+        # Machines differ: only their order is known.
+        places = {name: place for place, name in enumerate(sorted(firsts, key=firsts.__getitem__))}
     stored_status = draft.stored
     if stored_status is not None and stored_status.uid == draft.status.uid:
         places.update({member.agent: member.node_rank for member in stored_status.members})
@@ -172,9 +211,12 @@ def draining(names: Sequence[AgentName]) -> str:
 
 def _short_of(draft: Draft, usable: dict[AgentName, AgentView]) -> str:
     spec, fleet = draft.spec, draft.fleet
+    held = fleet.queue.held_from(draft.job.name)
     missing = spec.nnodes_min - len(usable)
     plural = "" if spec.nnodes_min == 1 else "s"
     slots = f"{spec.nproc_per_node} free slot{'' if spec.nproc_per_node == 1 else 's'}"
+    if not spec.nproc_per_node:
+        slots = "all slots free"
     parts = []
     leaving = sorted(name for name, view in fleet.agents.items() if view.draining_at is not None)
     staying = {name: view for name, view in fleet.agents.items() if view.draining_at is None}
@@ -187,7 +229,7 @@ def _short_of(draft: Draft, usable: dict[AgentName, AgentView]) -> str:
         for name, view in staying.items()
         if name not in fleet.cordoned
         and not blocked(draft, name, view)
-        and view.node.slots - fleet.used.get(name, 0) < draft.spec.nproc_per_node
+        and not has_room(spec, view, fleet.used.get(name, 0) + held.get(name, 0))
     )
     silent = len(staying) - cordoned - stuck - full - len(usable)
     if leaving:

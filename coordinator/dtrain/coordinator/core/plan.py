@@ -7,7 +7,17 @@ the status record, what this leader saw for itself is in the views.
 
 from typing import assert_never
 
-from dtrain.coordinator.core import checkpoints, conditions, orders, phases, restored, retention, scrubbing
+from dtrain.coordinator.core import (
+    checkpoints,
+    conditions,
+    elastic,
+    orders,
+    phases,
+    restored,
+    retention,
+    scrubbing,
+    suspending,
+)
 from dtrain.coordinator.core.decisions import Decision, Reason
 from dtrain.coordinator.core.draft import OPERATIONS_MAX, Draft
 from dtrain.coordinator.core.views import FleetView, JobView, Moment
@@ -16,7 +26,7 @@ from dtrain.protocol.events import EventReason
 from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobSpec, JobStatus
 
 TRANSITIONS: dict[JobPhase | None, frozenset[JobPhase]] = {
-    None: frozenset({JobPhase.QUEUED, JobPhase.STARTING, JobPhase.CANCELLED}),
+    None: frozenset({JobPhase.QUEUED, JobPhase.STARTING, JobPhase.SUSPENDED, JobPhase.CANCELLED}),
     JobPhase.QUEUED: frozenset({JobPhase.STARTING, JobPhase.SUSPENDED, JobPhase.CANCELLED}),
     JobPhase.STARTING: frozenset(
         {
@@ -43,7 +53,14 @@ TRANSITIONS: dict[JobPhase | None, frozenset[JobPhase]] = {
         {JobPhase.STARTING, JobPhase.QUEUED, JobPhase.SUSPENDED, JobPhase.CANCELLED, JobPhase.FAILED}
     ),
     JobPhase.SUSPENDING: frozenset(
-        {JobPhase.SUSPENDED, JobPhase.QUEUED, JobPhase.CANCELLING, JobPhase.CANCELLED, JobPhase.FAILED}
+        {
+            JobPhase.SUSPENDED,
+            JobPhase.QUEUED,
+            JobPhase.CANCELLING,
+            JobPhase.CANCELLED,
+            JobPhase.SUCCEEDED,
+            JobPhase.FAILED,
+        }
     ),
     JobPhase.SUSPENDED: frozenset({JobPhase.QUEUED, JobPhase.CANCELLED}),
     JobPhase.CANCELLING: frozenset({JobPhase.CANCELLED}),
@@ -78,7 +95,7 @@ def plan(job: JobView, fleet: FleetView, moment: Moment) -> Decision:
         return _nothing("there is no job file under this name" if status is None else "its job file is gone")
     if status is not None and status.term > fleet.term:
         return _nothing(f"leader {status.term} has decided about it: this one is over")
-    spec = job.spec.value
+    spec = elastic.effective(job.spec.value, job.intent)
     if status is None:
         return _checked(_submitted(job, fleet, moment, spec, None))
     draft = Draft(job, fleet, moment, spec, status)
@@ -117,6 +134,8 @@ def _tell_of_brake(draft: Draft) -> None:
 
 
 def _decide(draft: Draft) -> None:
+    if suspending.intervene(draft):
+        return
     match draft.status.phase:
         case JobPhase.QUEUED:
             phases.queued(draft)
@@ -126,8 +145,10 @@ def _decide(draft: Draft) -> None:
             phases.running(draft)
         case JobPhase.RECOVERING:
             phases.recovering(draft)
-        case JobPhase.SUSPENDING | JobPhase.SUSPENDED:
-            draft.say("suspended")
+        case JobPhase.SUSPENDING:
+            suspending.suspending(draft)
+        case JobPhase.SUSPENDED:
+            suspending.suspended(draft)
         case JobPhase.CANCELLING:
             phases.cancelling(draft)
         case JobPhase.SUCCEEDED | JobPhase.FAILED | JobPhase.CANCELLED:
@@ -159,7 +180,7 @@ def _submitted(
     draft.enter(JobPhase.QUEUED, "submitted")
     draft.event(EventReason.JOB_SUBMITTED, f"submission {spec.uid}")
     if not restored.is_ahead(draft):
-        phases.queued(draft)
+        _decide(draft)
     return draft
 
 

@@ -16,14 +16,14 @@ The reports are bounded: an agent that lies cannot use up the numbers.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dtrain.coordinator.core import checkpoints
+from dtrain.coordinator.core import checkpoints, placement
 from dtrain.coordinator.core.decisions import Decision, Directed, Reason
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.liveness import TRAINING_PHASES, Standing, seats
 from dtrain.coordinator.core.views import FleetView, JobView
 from dtrain.protocol.commands import Header, Stop
 from dtrain.protocol.events import EventReason
-from dtrain.protocol.ids import AgentName, Attempt, Rank, Seq
+from dtrain.protocol.ids import AgentName, Attempt, Rank, Seq, Step
 from dtrain.protocol.job import TERMINAL_PHASES, JobPhase, Member
 from dtrain.protocol.snapshot import Failure, FailureKind, WorkerPhase, WorkerSnapshot
 
@@ -172,6 +172,12 @@ def _attempts(draft: Draft) -> bool:
     if status.phase is JobPhase.CANCELLING:
         draft.set(attempt=found.attempt)  # else agents would take STOP for one of the past
         return False
+    if status.phase is JobPhase.SUSPENDING:
+        draft.set(attempt=found.attempt, stopping=True)
+        return False
+    if status.phase is JobPhase.SUSPENDED:
+        _give_up(draft, found.attempt)
+        return True
     members = seats(draft)
     if members and all(one.standing is Standing.PRESENT and one.snapshot is not None for one in members):
         # The attempt that etcd knows is whole: what else turns up comes from the time that was forgotten.
@@ -220,7 +226,7 @@ def _trains(draft: Draft, agent: AgentName, snapshot: WorkerSnapshot) -> bool:
         and (snapshot.restored or snapshot.phase is WorkerPhase.DONE)
         and snapshot.failure is None
         and snapshot.incarnation == draft.fleet.agents[agent].node.incarnation
-        and len(numbers) == draft.spec.nproc_per_node
+        and len(numbers) == placement.ranks_on(draft.spec, draft.fleet.agents[agent])
         and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
     )
 
@@ -240,6 +246,8 @@ def _take_over(draft: Draft, found: _Found) -> None:
         late_saves=0,
         failed_saves=0,
         final_tries=0,
+        nonfinite_step=Step(0),
+        stragglers=(),
     )
     draft.event(
         EventReason.ETCD_RESTORED,

@@ -13,8 +13,8 @@ from dtrain.coordinator.core.failures import Ending
 from dtrain.protocol import patterns
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import AgentName
-from dtrain.protocol.job import RULE_REASONS, FailureMark, FailureRule, RuleAction
-from dtrain.protocol.snapshot import Failure
+from dtrain.protocol.job import RULE_REASONS, FailureMark, FailureRule, NonFiniteAction, RuleAction
+from dtrain.protocol.snapshot import Failure, FailureKind
 
 MARKS_KEPT = 16
 MARKS_AT_ONCE = 4
@@ -55,6 +55,11 @@ def judge(draft: Draft, ending: Ending) -> Consequence:
             )
     if ending.do_not_retry:
         return Consequence(RuleAction.FAIL, False, "exit code 93 means do not retry")
+    if ending.failure.kind is FailureKind.NONFINITE:
+        policy = draft.spec.nonfinite
+        if policy.action is NonFiniteAction.FAIL:
+            return Consequence(RuleAction.FAIL, False, event=EventReason.NON_FINITE)
+        return Consequence(RuleAction.ROLLBACK, True, back=policy.back)
     if mistake:
         return Consequence(RuleAction.FAIL, False, mistake, EventReason.USER_ERROR)
     return Consequence(RuleAction.RESTART if ending.charge else RuleAction.RESTART_FREE, ending.charge)

@@ -19,8 +19,8 @@ def chosen(draft: Draft) -> tuple[AgentName, ...]:
     """The spares of this attempt, those first that the next one would take first."""
     if not draft.spec.spares or draft.status.phase not in _KEPT_IN:
         return ()
-    members = {member.agent for member in draft.status.members}
-    free = [name for name in placement.candidates(draft) if name not in members]
+    taken = {*(member.agent for member in draft.status.members), *draft.status.joining}
+    free = [name for name in placement.candidates(draft) if name not in taken]
     return tuple(sorted(free, key=lambda name: placement.preference(draft, name))[: draft.spec.spares])
 
 
@@ -37,7 +37,7 @@ def warm(draft: Draft, name: AgentName) -> None:
         return  # it is ready, or what is left there has to go first
     if stored is None and _was_released(draft, name):
         return  # a late order must not bring back what was released; the next attempt's is another one
-    nproc = draft.spec.nproc_per_node or draft.fleet.agents[name].node.slots
+    nproc = placement.ranks_on(draft.spec, draft.fleet.agents[name])
     draft.command(name, Warm(draft.header(f"warm.{draft.status.attempt}"), draft.spec, nproc))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from dtrain.coordinator.core.queue import Queue
 from dtrain.protocol.checkpoint import (
     CommitRecord,
     Garbage,
@@ -23,6 +24,8 @@ from dtrain.protocol.job import Intent, JobSpec, JobStatus
 from dtrain.protocol.snapshot import NodeRecord, WorkerSnapshot
 
 T = TypeVar("T")
+
+NO_QUEUE = Queue()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,16 @@ class SweepFound:
 
 
 @dataclass(frozen=True, slots=True)
+class Sightings:
+    """What this leader has seen of an attempt: since when ranks are slow, or named ones are not any more."""
+
+    of: tuple[str, int] = ("", 0)
+    """Its uid and number."""
+    slow: Mapping[Rank, float] = field(default_factory=dict)
+    fine: Mapping[Rank, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class JobView:
     """Everything known of one job."""
 
@@ -142,6 +155,8 @@ class JobView:
     """When the last probe of the store ended; None: unknown, or never."""
     step_rate: float = 0.0
     """Steps per second of the current attempt, from its snapshots; 0.0: not known yet."""
+    sightings: Sightings = Sightings()
+    """Which ranks have been slower than the others, and since when."""
     quarantined: str = ""
     """Not empty: deciding about this job crashed repeatedly; leave it alone."""
 
@@ -189,6 +204,8 @@ class FleetView:
     suspicions: Mapping[AgentName, Stored[Suspicion]] = field(default_factory=dict)
     cordon_s: float = 0.0
     """How long a suspected machine is cordoned; 0: machines are not suspected."""
+    queue: Queue = NO_QUEUE
+    """The jobs that wait for machines, what is claimed for them, and who makes room."""
 
 
 @dataclass(frozen=True, slots=True)
