@@ -31,7 +31,11 @@ class Wire:
         self.server = AgentServer("127.0.0.1:0", grpc_tls.Credentials(ca.issue("agent", "node-a")))
         self.server.start(
             AgentServicer(
-                self._execute, RankLogs(folder), lambda *_: True, lambda: self.world.driver.state.term
+                self._execute,
+                RankLogs(folder),
+                lambda *_: True,
+                lambda: self.world.driver.state.term,
+                lambda _job, _uid: [],
             )
         )
         leader = grpc_tls.Credentials(ca.issue("coordinator", "r1"))

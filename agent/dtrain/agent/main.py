@@ -127,7 +127,7 @@ class Agent:
         if self._journal.problem:
             self.log("journal moved aside", problem=self._journal.problem)
         logs = RankLogs(data_dir / "logs")
-        self._watch = RankWatch(logs, self._post)
+        self._rank_watch = RankWatch(logs, self._post)
         self._ranks = RankServer(
             run_dir / "ranks.sock",
             self._post,
@@ -189,7 +189,7 @@ class Agent:
                 self._ranks,
                 self._reporter,
                 logs,
-                self._watch,
+                self._rank_watch,
             ),
             clock,
             confirm_term=self._confirm_term,
@@ -417,7 +417,7 @@ class Agent:
         if known is None or known.uid != uid:
             raise NotFound(ErrorCode.NOT_FOUND, f"job {job} has no ranks on this machine")
         found = hangs.processes(known)
-        return self._watch.now(known.name, known.uid, known.attempt, found, "somebody asked")
+        return self._rank_watch.now(known.name, known.uid, known.attempt, found, "somebody asked")
 
     def _on_taken(self, other: NodeRecord | None, waited_s: float) -> None:
         """Another lease holds our name: our own former guardian's, or a second machine's."""

@@ -199,6 +199,21 @@ def test_the_longest_standstill_that_ended_well_is_remembered() -> None:
     assert table.job.habit.longest_s == pytest.approx(3.0)
 
 
+def test_beats_within_a_step_do_not_make_it_look_shorter() -> None:
+    table = Watched()
+    table.training()
+    for step in range(1, 8):
+        for beat in (1, 2):
+            table.pass_time(2.0)
+            for rank in (1, 2):
+                table.rank_report(rank, at=step - 1, beats=2 * step + beat)
+        table.pass_time(0.5)
+        for rank in (1, 2):
+            table.rank_report(rank, at=step, beats=2 * step + 2)
+    assert deadline(table) == pytest.approx(3 * 4.5 + hangs.SLACK_S)
+    assert table.job.habit.longest_s == pytest.approx(4.5)
+
+
 def test_a_section_teaches_nothing() -> None:
     table = training()
     for rank in (1, 2):

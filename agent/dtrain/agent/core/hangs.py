@@ -63,15 +63,23 @@ def heard(job: JobState, rank: LocalRank, report: Report, now: float) -> tuple[J
         return job, rank
     moved = Watch(signs, since=now, stepped=watch.stepped, usual=watch.usual)
     steps = report.step - int(watch.signs[0]) if watch.signs else 0
+    stood_s = _stood_s(watch, now)
+    # Beats say that it goes on; anything else, that it did something beside its step.
+    excused = watch.excused or stood_s is None or signs[2:] != watch.signs[2:]
     if steps > 0 and report.phase is WorkerPhase.TRAINING:
-        took_s = _stood_s(watch, now) if watch.stepped else None
-        if took_s is not None:
+        if watch.stepped and stood_s is not None and not watch.missed:
+            took_s = watch.before_s + stood_s
             moved = dataclasses.replace(moved, usual=(*watch.usual, took_s / steps)[-STEPS_KEPT:])
-            if signs[1:] == watch.signs[1:] and not watch.excused:
+            if not excused:
                 job = _learn(job, took_s)
         moved = dataclasses.replace(moved, stepped=True)
     elif watch.signs:
-        moved = dataclasses.replace(moved, excused=True)
+        moved = dataclasses.replace(
+            moved,
+            excused=excused,
+            before_s=watch.before_s + (stood_s or 0.0),
+            missed=watch.missed or stood_s is None,
+        )
     if job.stacks:
         job = dataclasses.replace(job, stacks=(), dump="")
     return job, dataclasses.replace(rank, watch=moved)
@@ -80,8 +88,8 @@ def heard(job: JobState, rank: LocalRank, report: Report, now: float) -> tuple[J
 def _signs(report: Report) -> tuple[str, ...]:
     sealed = 0 if report.sealed is None else report.sealed.seq
     problem = 0 if report.problem is None else report.problem.seq
-    more = (report.beats, sealed, problem, report.settled, report.save_at, report.last_step)
-    return (str(report.step), report.phase.value, report.section, *(str(one) for one in more))
+    more = (sealed, problem, report.settled, report.save_at, report.last_step)
+    return (str(report.step), str(report.beats), report.phase.value, report.section, *map(str, more))
 
 
 def _stood_s(watch: Watch, now: float) -> float | None:

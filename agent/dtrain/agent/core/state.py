@@ -145,6 +145,10 @@ class Watch:
     """How long it has stood still although it could have run."""
     disk_s: float = 0.0
     """How long it was seen to wait for a disk, which is not counted."""
+    before_s: float = 0.0
+    """How long it had stood at this step before it last said something new."""
+    missed: bool = False
+    """This process was not there all the time."""
     excused: bool = False
     """It had a reason to stand still: nothing is to be learned from how long it did."""
     raised_s: float = 0.0
