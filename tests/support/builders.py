@@ -170,6 +170,7 @@ class Stage:
     scrub_interval_s: float = 0.0
     cordon_s: float = 0.0
     queue: Queue = Queue()
+    withheld: str = ""
     swept_found: SweepFound = SweepFound()
     store_ok: bool | None = True
     store_problem: str = ""
@@ -318,6 +319,7 @@ class Stage:
             },
             self.cordon_s,
             self.queue,
+            self.withheld,
         )
 
     # Deciding.

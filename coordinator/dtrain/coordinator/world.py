@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
-from dtrain.coordinator.core import elastic, stragglers
+from dtrain.coordinator.core import elastic, releases, stragglers
 from dtrain.coordinator.core.decisions import InspectCheckpoint
 from dtrain.coordinator.core.placement import UNREACHABLE_REST_S
 from dtrain.coordinator.core.queue import Machine, Running, Waiting
@@ -38,7 +38,7 @@ from dtrain.protocol.checkpoint import (
     Quarantine,
     Verification,
 )
-from dtrain.protocol.cluster import Cordon, Suspicion
+from dtrain.protocol.cluster import Cordon, ReplicaRecord, Suspicion
 from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId, Seq, Term, Uid, parse_name
 from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, Intent, JobPhase, JobSpec, JobStatus, Wanted
@@ -173,6 +173,8 @@ class World:
         self._cordons: dict[AgentName, Cordon | None] = {}
         """None: it is there, and cannot be read."""
         self._suspicions: dict[AgentName, Stored[Suspicion]] = {}
+        self._versions: dict[ReplicaId, str] = {}
+        """What the coordinators run."""
         self._unreachable: dict[AgentName, float] = {}
         self._usage: dict[JobName, dict[AgentName, int]] = {}
         self._used: dict[AgentName, int] = {}
@@ -201,10 +203,23 @@ class World:
                     self._cordon_changed(parsed.agent, change, now)
                 case "suspicion":
                     self._suspicion_changed(parsed.agent, change, now)
-                case "leader" | "coordinator":
+                case "coordinator":
+                    self._replica_changed(ReplicaId(parsed.name), change)
+                case "leader":
                     pass
                 case _:
                     self._job_changed(parsed, change, now)
+
+    def _replica_changed(self, replica: ReplicaId, change: Change) -> None:
+        before = releases.withheld(self._versions)
+        self._versions.pop(replica, None)
+        if change.after is not None:
+            try:
+                self._versions[replica] = codec.decode(ReplicaRecord, change.after.value).version
+            except DtrainError as error:
+                self.problems.append(f"the record of coordinator {replica} cannot be read: {error.message}")
+        if before and not releases.withheld(self._versions):
+            self._touched |= self._jobs.keys()
 
     def heard(self, at: float) -> None:
         """The mirror was known to be complete at ``at``."""
@@ -381,6 +396,7 @@ class World:
             default_store=self.default_store,
             scrub_interval_s=self._scrub_interval_s,
             suspicions=dict(self._suspicions),
+            withheld=releases.withheld(self._versions),
             cordon_s=self._cordon_s,
             queue=queue,
         )

@@ -20,7 +20,7 @@ from dtrain.coordinator.api.servicers import CoordinatorServicer, Identity
 from dtrain.coordinator.dispatch import Channels
 from dtrain.coordinator.work import Orphans, Stores
 from dtrain.protocol import codec, errors
-from dtrain.protocol.cluster import Cordon, LeaderRecord, Suspicion
+from dtrain.protocol.cluster import Cordon, LeaderRecord, ReplicaRecord, Suspicion
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused
 from dtrain.protocol.ids import (
     AgentName,
@@ -310,6 +310,16 @@ def test_a_job_is_suspended_and_resumed_but_a_cancelled_one_is_not(replica: Repl
     code, told = refusal(lambda: replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, wanted="run")))
     assert code is grpc.StatusCode.ABORTED
     assert "cannot be undone" in told["message"]
+
+
+def test_no_job_is_suspended_while_a_coordinator_could_not_read_it(replica: Replica) -> None:
+    replica.submit()
+    old = ReplicaId("c9")
+    replica.put(KEYS.coordinator(old), ReplicaRecord(old, "c9:1", version="0.1.0"))
+    code, told = refusal(lambda: replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, wanted="suspend")))
+    assert code is grpc.StatusCode.ABORTED
+    assert "coordinator c9 runs dtrain 0.1.0" in told["message"]
+    assert not replica.etcd.range(KEYS.intent(JOB)).items
 
 
 def test_a_lost_answer_to_an_intent_is_resolved(replica: Replica) -> None:

@@ -171,3 +171,12 @@ C, D = StackKind.COLLECTIVE, StackKind.DATA
 )
 def test_the_rank_that_the_others_wait_for_is_named(suspects: list[Suspect], rank: int) -> None:
     assert who(suspects).stack.rank == rank
+
+
+def test_nobody_is_called_hung_while_a_coordinator_could_not_read_it() -> None:
+    stage = running()
+    stage.withheld = "coordinator c1 runs dtrain 0.1.0"
+    stall(stage, *all_ranks(stage))
+    stage.decide()
+    assert stage.receivers(DumpStacks) == []
+    assert stage.phase is JobPhase.RUNNING

@@ -451,3 +451,15 @@ def test_claims_of_others_are_respected_and_told() -> None:
     stage.decide()
     assert stage.phase is JobPhase.QUEUED
     assert stage.status.reason == "waiting for 1 of 2 agents with 1 free slot (1 without 1 free slot)"
+
+
+def test_a_job_is_suspended_only_once_every_coordinator_could_read_that_it_is() -> None:
+    stage = training()
+    stage.withheld = "coordinator c1 runs dtrain 0.1.0"
+    stage.want(Wanted.SUSPEND)
+    stage.decide()
+    assert stage.phase is JobPhase.RUNNING
+    assert stage.receivers(BeginCheckpoint) == []
+    stage.withheld = ""
+    stage.decide()
+    assert stage.phase is JobPhase.SUSPENDING

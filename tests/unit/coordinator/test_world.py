@@ -11,7 +11,7 @@ from dtrain.coordinator.core.views import FleetView, Inspection, Verdict
 from dtrain.coordinator.world import BRAKE_WINDOW_S, MIRROR_AGE_S_MAX, World
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import CommitRecord, OpenRecord, Order, OrderKind, Verification
-from dtrain.protocol.cluster import Blame, Cordon, Suspicion
+from dtrain.protocol.cluster import Blame, Cordon, ReplicaRecord, Suspicion
 from dtrain.protocol.ids import (
     AgentName,
     Attempt,
@@ -589,3 +589,15 @@ def test_a_change_of_the_queue_by_time_alone_is_seen() -> None:
     changes_at = line(etcd, 2.0).changes_at
     assert changes_at is not None
     assert line(etcd, changes_at).claims == {"wide": {A1: 4}}
+
+
+def test_jobs_are_looked_at_again_when_the_last_old_coordinator_has_gone() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.spec(JOB), spec())
+    old = ReplicaId("c9")
+    etcd.put(KEYS.coordinator(old), ReplicaRecord(old, "c9:1", version="0.1.0"))
+    assert etcd.fleet().withheld == "coordinator c9 runs dtrain 0.1.0"
+    etcd.world.take_touched()
+    etcd.put(KEYS.coordinator(old), ReplicaRecord(old, "c9:1", version="0.2.0"))
+    assert etcd.fleet().withheld == ""
+    assert JOB in etcd.world.take_touched()

@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from dtrain.coordinator.api import validate
+from dtrain.coordinator.core import releases
 from dtrain.protocol import codec
+from dtrain.protocol.cluster import ReplicaRecord
 from dtrain.protocol.errors import (
     Conflict,
     DtrainError,
@@ -20,11 +22,11 @@ from dtrain.protocol.errors import (
     OutcomeUnknown,
     Refused,
 )
-from dtrain.protocol.ids import ClusterName, JobName, Uid, parse_name
+from dtrain.protocol.ids import ClusterName, JobName, ReplicaId, Uid, parse_name
 from dtrain.protocol.job import TERMINAL_PHASES, Intent, JobSpec, JobStatus, Wanted
 from dtrain.protocol.keys import Keys
 from dtrain.runtime.clock import Clock, iso
-from dtrain.storage.etcd.port import Compare, Etcd, Get, KeyValue, Put, Target, Txn, flatten
+from dtrain.storage.etcd.port import Compare, Etcd, Get, KeyValue, Put, Target, Txn, flatten, prefix_end
 
 T = TypeVar("T")
 
@@ -144,6 +146,8 @@ class Operators:
         """
         name = JobName(parse_name(job, "job"))
         asked = _wanted(wanted)
+        if asked is Wanted.SUSPEND:
+            self._need_all_to_know()
         if nnodes != (0, 0):
             validate.check_nodes(*nnodes)
         unknown: OutcomeUnknown | None = None
@@ -190,6 +194,21 @@ class Operators:
         if unknown is not None:
             raise unknown
         raise _contended(name)
+
+    def _need_all_to_know(self) -> None:
+        """Refuse what a coordinator of a former release could not read, if it led next."""
+        versions = {}
+        replicas = f"{self._keys.root}coordinators/"
+        for kv in self._etcd.range(replicas, prefix_end(replicas)).items:
+            parsed = self._keys.parse(kv.key)
+            if parsed is not None:
+                versions[ReplicaId(parsed.name)] = codec.decode(ReplicaRecord, kv.value).version
+        if why := releases.withheld(versions):
+            raise Conflict(
+                ErrorCode.CONFLICT,
+                f"jobs can be suspended once all coordinators know how: {why}",
+                fix="upgrade it first; what is running goes on meanwhile",
+            )
 
     def _read(self, name: JobName) -> _Found:
         keys = self._keys

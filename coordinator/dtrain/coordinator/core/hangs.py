@@ -56,6 +56,9 @@ def find(draft: Draft, members: Sequence[Seat]) -> Failure | None:
     stalls = _all_stalled(members)
     if not stalls or draft.fleet.brake:
         return None
+    if draft.fleet.withheld:
+        draft.say(f"no rank completes a step; hangs are ended once all know of them: {draft.fleet.withheld}")
+        return None
     dump = _name(draft, stalls)
     suspects = []
     for seat in members:

@@ -63,7 +63,7 @@ def failure(draft: Draft, members: Sequence[Seat]) -> Failure | None:
     One of the job's failure rules about them counts for more than that.
     """
     found = sightings(draft, members)
-    if not found:
+    if not found or draft.fleet.withheld:
         return None
     first = found[0]
     sick = Failure(

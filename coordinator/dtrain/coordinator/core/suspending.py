@@ -50,6 +50,9 @@ def _begin(draft: Draft) -> bool:
     by: str = draft.fleet.queue.victims.get(draft.job.name, "")
     if not is_wanted(draft) and (not by or draft.fleet.brake):
         return False
+    if draft.fleet.withheld:
+        draft.say(f"it is suspended once all coordinators know how: {draft.fleet.withheld}")
+        return False
     # Without a step that all ranks have done there is nothing to save.
     stopping = draft.status.phase is JobPhase.STARTING
     if is_wanted(draft):
@@ -68,6 +71,9 @@ def _begin(draft: Draft) -> bool:
 def _keep(draft: Draft) -> bool:
     """Suspend a job that waits for machines: it has none to give back."""
     if not is_wanted(draft) or any(stored.value.imported for stored in checkpoints.own_open(draft)):
+        return False
+    if draft.fleet.withheld:
+        draft.say(f"it is suspended once all coordinators know how: {draft.fleet.withheld}")
         return False
     if not checkpoints.settle(draft, patient=draft.status.phase is JobPhase.RECOVERING):
         phases.stop_survivors(draft)

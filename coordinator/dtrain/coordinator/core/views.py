@@ -206,6 +206,8 @@ class FleetView:
     """How long a suspected machine is cordoned; 0: machines are not suspected."""
     queue: Queue = NO_QUEUE
     """The jobs that wait for machines, what is claimed for them, and who makes room."""
+    withheld: str = ""
+    """Not empty: which coordinator could not read what ``core/releases.py`` lists, if it led next."""
 
 
 @dataclass(frozen=True, slots=True)
