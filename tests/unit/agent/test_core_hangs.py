@@ -240,6 +240,16 @@ def test_a_few_steps_are_no_measure() -> None:
     assert table.stalled() == []
 
 
+def test_many_fast_steps_in_few_reports_are_one() -> None:
+    table = Watched()
+    table.training()
+    for at in (14, 28):
+        table.pass_time(0.5)
+        for rank in (1, 2):
+            table.rank_report(rank, at=at)
+    assert deadline(table) == pytest.approx(3 * 0.5 / 14 + hangs.SLACK_S)
+
+
 def test_a_script_without_the_sdk_has_no_deadline() -> None:
     table = Watched(startup_s=10.0)
     table.forked()

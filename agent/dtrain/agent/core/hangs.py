@@ -31,8 +31,8 @@ SLACK_S = 1.8
 """With ``STEPS``: what is left of five seconds is for reports, two looks and the leader."""
 
 LONGEST = 2.0
-MEASURED = 3
-"""So many step times make a median."""
+MEASURED, MEASURED_STEPS = 3, 10
+"""So many reports of step times make a median, or so many steps in them: fast ones come many at a time."""
 STEPS_KEPT = 31
 UNMEASURED_S = 600.0
 """The deadline until then: compilers warm up."""
@@ -61,7 +61,7 @@ def heard(job: JobState, rank: LocalRank, report: Report, now: float) -> tuple[J
     watch, signs = rank.watch, _signs(report)
     if signs == watch.signs:
         return job, rank
-    moved = Watch(signs, since=now, stepped=watch.stepped, usual=watch.usual)
+    moved = Watch(signs, since=now, stepped=watch.stepped, usual=watch.usual, steps=watch.steps)
     steps = report.step - int(watch.signs[0]) if watch.signs else 0
     stood_s = _stood_s(watch, now)
     # Beats say that it goes on; anything else, that it did something beside its step.
@@ -69,7 +69,8 @@ def heard(job: JobState, rank: LocalRank, report: Report, now: float) -> tuple[J
     if steps > 0 and report.phase is WorkerPhase.TRAINING:
         if watch.stepped and stood_s is not None and not watch.missed:
             took_s = watch.before_s + stood_s
-            moved = dataclasses.replace(moved, usual=(*watch.usual, took_s / steps)[-STEPS_KEPT:])
+            usual = (*watch.usual, took_s / steps)[-STEPS_KEPT:]
+            moved = dataclasses.replace(moved, usual=usual, steps=watch.steps + steps)
             if not excused:
                 job = _learn(job, took_s)
         moved = dataclasses.replace(moved, stepped=True)
@@ -134,7 +135,7 @@ def deadline_s(job: JobState, rank: LocalRank) -> float:
         return policy.startup_s
     if policy.timeout_s > 0:
         return policy.timeout_s
-    if len(watch.usual) < MEASURED:
+    if len(watch.usual) < MEASURED and watch.steps < MEASURED_STEPS:
         return max(watch.raised_s, min(UNMEASURED_S, policy.startup_s))
     return max(STEPS * median(watch.usual) + SLACK_S, LONGEST * job.habit.longest_s, watch.raised_s)
 

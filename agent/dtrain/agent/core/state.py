@@ -157,6 +157,8 @@ class Watch:
     """It has completed a step in this attempt."""
     usual: tuple[float, ...] = ()
     """Seconds for a step, the newest last."""
+    steps: int = 0
+    """How many have been measured in this attempt."""
 
 
 @dataclass(frozen=True, slots=True)
