@@ -319,7 +319,7 @@ def test_no_job_is_suspended_while_a_coordinator_could_not_read_it(replica: Repl
     code, told = refusal(lambda: replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, wanted="suspend")))
     assert code is grpc.StatusCode.ABORTED
     assert "coordinator c9 runs dtrain 0.1.0" in told["message"]
-    assert not replica.etcd.range(KEYS.intent(JOB)).items
+    assert replica.stored(KEYS.intent(JOB), Intent).wanted is Wanted.RUN
 
 
 def test_a_lost_answer_to_an_intent_is_resolved(replica: Replica) -> None:
