@@ -58,6 +58,8 @@ class Glimpse:
     workers: dict[int, Frames] = field(default_factory=dict)
     cpu_s: dict[int, float] = field(default_factory=dict)
     """Of the rank itself first."""
+    main_s: float = 0.0
+    """CPU time of the rank's main thread alone: others report to the agent while it waits."""
     file_bytes: int = 0
     at: float = 0.0
 
@@ -140,7 +142,7 @@ def _glimpse(process: ProcessId, path: Path, why: str) -> Glimpse:
     seen = proc.look(process.pid)
     if seen is None or seen.start_time != process.start_time:
         return Glimpse(text="the rank has ended\n", at=time.monotonic())
-    found = Glimpse(seen.state, at=time.monotonic())
+    found = Glimpse(seen.state, main_s=proc.main_cpu_s(process.pid), at=time.monotonic())
     for pid in (process.pid, *_children(process.pid)):
         state = proc.look(pid)
         if state is None or state.is_zombie:
@@ -237,7 +239,9 @@ def _children(pid: int) -> list[int]:
 def _stack(rank: Rank, dump: str, first: Glimpse, second: Glimpse | None) -> Stack:
     """A rank's stack in short, from two looks at it."""
     last = second or first
-    busy = second is not None and any(_is_busy(first, second, pid) for pid in list(first.cpu_s)[:1])
+    busy = second is not None and second.main_s - first.main_s >= stacktext.IDLE_SHARE * (
+        second.at - first.at
+    )
     # Seen twice, or it was but a moment.
     state = last.state if second is None or first.state == second.state else "S"
     kind = stacktext.classify(last.main, state, busy=busy)

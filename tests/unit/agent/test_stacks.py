@@ -90,7 +90,9 @@ def test_a_loop_and_a_sleep_are_found_where_they_are_and_neither_is_at_work(benc
 
 
 def test_a_rank_that_computes_is_at_work(bench: Bench) -> None:
-    assert bench.collect(bench.start(ARM + WORK)).moving
+    process = bench.start(ARM + WORK)
+    # Two looks may well hit the same depth of its recursion.
+    assert any(bench.collect(process).moving for _ in range(6))
 
 
 def test_a_rank_that_reads_is_at_work(bench: Bench) -> None:

@@ -157,6 +157,11 @@ def cpu_s(pid: int) -> float:
     return total
 
 
+def main_cpu_s(pid: int) -> float:
+    """The same of a process's first thread alone."""
+    return sum(_schedule(pid, str(pid)))
+
+
 def threads(pid: int) -> list[str]:
     """The threads of a process, by their ids as text; none if it is gone."""
     try:
