@@ -248,7 +248,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "notice-looked-at-after-registering",
         "An agent that starts on a machine that is about to go gets ranks in the seconds before it says so.",
         f"{AGENT}/main.py",
-        ("        self._watch.start()\n        self._begin_drain()\n", "        self._begin_drain()\n"),
+        ("        self._notices.start()\n        self._begin_drain()\n", "        self._begin_drain()\n"),
         f"{ON_AGENT}/test_main.py::"
         "test_a_machine_that_is_to_go_says_so_before_anything_is_placed_there_and_stays_until_it_goes",
     ),
@@ -257,7 +257,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "An agent that its notice has drained ends, is started again by its supervisor, and ends, until the machine goes.",
         f"{AGENT}/main.py",
         (
-            "        if self._told_to_drain_at is not None or not self._watch.standing:\n",
+            "        if self._told_to_drain_at is not None or not self._notices.standing:\n",
             "        if True:\n",
         ),
         f"{ON_AGENT}/test_main.py::"
