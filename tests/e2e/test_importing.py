@@ -19,7 +19,8 @@ from dtrain.protocol.job import JobPhase
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
 STEPS = 60
-ARGS = f"--steps {STEPS} --pause-ms 5"
+# Long enough for a checkpoint in the middle, whose step is chosen ahead of the newest report.
+ARGS = f"--steps {STEPS} --pause-ms 20"
 
 
 @pytest.fixture(scope="module")
