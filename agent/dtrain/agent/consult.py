@@ -74,6 +74,7 @@ class Consultant:
         self._rng = rng or random.Random()  # noqa: S311 - spreads load only
         self._log = log
         self._read_of = -1
+        self._read_for: frozenset[tuple[JobName, Uid, Attempt]] = frozenset()
         self._reads = 0
         self._read_at = float("-inf")
         self._ask_at = float("-inf")
@@ -83,8 +84,12 @@ class Consultant:
         now, state = self._clock.monotonic(), self._state()
         if state.link.state is LinkState.OK:
             self._ask_at = float("-inf")
+            # With ranks that are new there is something to ask about, and whoever started them is
+            # registered: an agent that found no replica when it began learns of them before a cut.
+            runs = frozenset(to_ask(state))
+            new, self._read_for = runs - self._read_for, runs
             # After each new session at once: the replicas may have moved while nobody could look.
-            if state.generation and (state.generation != self._read_of or now >= self._read_at):
+            if state.generation and (new or state.generation != self._read_of or now >= self._read_at):
                 self._read(state.generation, now)
         elif now >= self._ask_at:
             self._consult(state, now)

@@ -128,8 +128,8 @@ class StatusServer:
     """Serves ``pages`` by path on ``listener``, which it closes in the end. ``run`` is a thread's body.
 
     ``report`` gets an event and its fields: a page that failed. ``gives_way`` is asked before each
-    connection is accepted: True leaves this one and all others to a process that has the same
-    socket, as ``set_accepting(False)`` does, which may come too late.
+    connection is accepted: True leaves it to a process that has the same socket. Once it is
+    False again, say so by ``look``.
     """
 
     def __init__(
@@ -153,7 +153,6 @@ class StatusServer:
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
         self._closing = False
-        self._accepting = True
         self._accept_at: float | None = None
         self._failed: set[str] = set()
 
@@ -163,9 +162,8 @@ class StatusServer:
         host, port = self._listener.getsockname()[:2]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def set_accepting(self, accepting: bool) -> None:
-        """Leave new connections to a process that has the same socket, or take them again. Any thread."""
-        self._accepting = accepting
+    def look(self) -> None:
+        """Ask ``gives_way`` again now. Any thread."""
         self._wake()
 
     def close(self) -> None:
@@ -203,7 +201,7 @@ class StatusServer:
     def _watch_listener(self) -> None:
         if self._accept_at is not None and self._monotonic() >= self._accept_at:
             self._accept_at = None
-        wanted = self._accepting and self._accept_at is None
+        wanted = self._accept_at is None and not self._gives_way()
         registered = self._listener.fileno() in self._selector.get_map()
         if wanted and not registered:
             self._selector.register(self._listener, selectors.EVENT_READ)
@@ -218,7 +216,6 @@ class StatusServer:
 
     def _accept(self) -> None:
         if self._gives_way():
-            self._accepting = False
             return
         try:
             accepted, _ = self._listener.accept()

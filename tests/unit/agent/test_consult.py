@@ -133,6 +133,21 @@ def test_replicas_that_start_with_the_agent_are_known_soon(desk: Desk) -> None:
     assert "c4:7070" in desk.table.state.coordinators
 
 
+def test_an_agent_that_began_before_the_replicas_knows_them_as_soon_as_ranks_run() -> None:
+    desk = Desk()
+    desk.table = Table()
+    desk.registered()
+    desk.work()
+    assert desk.reads == 1
+    assert not desk.table.state.coordinators
+    desk.replica("c1")
+    desk.table.training()
+    desk.work(0.25)
+    assert desk.table.state.coordinators == ("c1:7070",)
+    desk.work(0.25)
+    assert desk.reads == 2, "once for each attempt, not with each look"
+
+
 def test_the_former_addresses_are_kept_while_no_replica_is_there(desk: Desk) -> None:
     for name in ("c1", "c2", "c3"):
         desk.etcd.txn(Txn(success=(Delete(KEYS.coordinator(ReplicaId(name))),)))

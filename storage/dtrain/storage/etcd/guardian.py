@@ -387,9 +387,8 @@ class _Guardian:
         if started and now - child.beat_at > hang_s / 2:
             # Its heart stands still: silence, until it beats again or has been killed.
             return
-        if started and self._status is not None and self._standing:
+        if started:
             self._standing = ""
-            self._status.set_accepting(False)
         if child.memory.has_flag(READY):
             self._notifier.ready()
         if child.stop_by is None:
@@ -407,7 +406,7 @@ class _Guardian:
     def _stand_in(self, why: str) -> None:
         self._standing = why
         if self._status is not None:
-            self._status.set_accepting(True)
+            self._status.look()
 
     def _child_serves(self) -> bool:
         # Looked up at each connection: who was told by the child that it is ready must not be
