@@ -9,7 +9,7 @@ from dtrain.protocol.commands import AbortCheckpoint, ConfirmCheckpoint, Prepare
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import AgentName
 from dtrain.protocol.job import JobPhase, Member
-from dtrain.protocol.snapshot import WorkerPhase
+from dtrain.protocol.snapshot import FailureKind, WorkerPhase
 
 
 def training(*members: str, nodes: tuple[int, int] = (1, 2), sdk: bool = True, **spec: object) -> Stage:
@@ -288,6 +288,22 @@ def test_what_a_joining_machine_shows_is_left_alone_until_it_is_not_wanted() -> 
 
 
 # Shrinking -------------------------------------------------------------------------
+
+
+def test_a_machine_that_is_back_before_its_former_life_has_ended_is_not_taken_for_warm() -> None:
+    stage = training("a", "b")
+    stage.unreachable[AgentName("b")] = stage.now
+    stage.fail("a", kind=FailureKind.COLLECTIVE)
+    stage.decide()
+    stage.run(step=40)
+    assert agents(stage) == ["a"]
+    # Something answers there again; what is known of it is its former life's.
+    stage.unreachable.clear()
+    stage.after(UNREACHABLE_REST_S + JOIN_WINDOW_S).decide()
+    assert not stage.of("open")
+    stage.lose("b")
+    stage.join("b", incarnation="i2").decide()
+    assert "b" in stage.receivers(Warm)
 
 
 def test_a_job_that_loses_a_machine_goes_on_at_once_with_the_others() -> None:

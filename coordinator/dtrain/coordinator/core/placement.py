@@ -177,7 +177,12 @@ def is_warm(draft: Draft, name: AgentName) -> bool:
         return False
     snapshot = stored.value
     # Of a failed attempt the launcher may be what failed: its agent says whether there is one.
-    runs = snapshot.phase in STARTED_PHASES - {WorkerPhase.ERROR} or snapshot.phase is WorkerPhase.READY
+    started = snapshot.phase in STARTED_PHASES - {WorkerPhase.ERROR} or snapshot.phase is WorkerPhase.READY
+    # Beside an attempt (between two there are no members) ranks of others were left behind. A machine
+    # that lost them and is back within a TTL is still shown in its former life: all would stand
+    # still while it imports.
+    members = draft.status.members
+    runs = started and (not members or any(member.agent == name for member in members))
     return snapshot.incarnation == view.node.incarnation and (snapshot.warm or runs)
 
 
