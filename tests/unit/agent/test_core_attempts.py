@@ -15,6 +15,7 @@ from dtrain.agent.core.decisions import (
     WriteSnapshot,
 )
 from dtrain.agent.core.events import LauncherStarted, SessionRenewed
+from dtrain.agent.core.fingerprint import STARTUP_S
 from dtrain.agent.core.torch_env import base_env
 from dtrain.agent.launching import (
     ClearBelow,
@@ -324,6 +325,24 @@ def test_an_exception_is_told_from_error_json() -> None:
     assert failure is not None
     assert (failure.kind, failure.message) == (FailureKind.EXCEPTION, "ValueError: bad batch")
     assert len(failure.log_tail) == 2048
+
+
+@pytest.mark.parametrize(
+    ("sdk", "after_s", "known"),
+    [(True, 1e6, True), (False, STARTUP_S - 1, True), (False, STARTUP_S + 1, False)],
+)
+def test_an_error_is_known_again_only_where_its_step_says_something(
+    sdk: bool, after_s: float, known: bool
+) -> None:
+    """Without the SDK all steps are 0: two outages hours apart would be the same error of the script."""
+    table = Table().forked()
+    if sdk:
+        table.rank_report(table.hello(0))
+    table.now += after_s
+    table.ended(0, 1, error=json.dumps({"message": {"message": "ValueError: bad batch"}}))
+    failure = table.snapshot.failure
+    assert failure is not None
+    assert bool(failure.fingerprint) is known
 
 
 def test_the_cause_replaces_its_consequence() -> None:

@@ -1,5 +1,6 @@
 """How long a rank may stand still, what does not count, and who gets more time."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from dtrain.protocol.ids import Attempt, Rank, Uid
 from dtrain.protocol.job import HangPolicy
 from dtrain.protocol.snapshot import Stack, StackKind, WorkerPhase
 
-from .core_builder import JOB, Table
+from .core_builder import JOB, Table, sealed
 
 STEP_S = 0.5
 
@@ -135,6 +136,16 @@ def test_a_rank_that_copies_its_state_or_holds_at_a_checkpoint_has_no_deadline()
     assert table.stalled() == []
 
 
+@pytest.mark.parametrize(("hold_s", "found"), [(600.0, []), (0.0, [0, 1])])
+def test_behind_what_it_has_sealed_only_a_rank_that_holds_is_excused(hold_s: float, found: list[int]) -> None:
+    table = training()
+    table.command(dataclasses.replace(table.begin(1, at=table.at), hold_s=hold_s))
+    for rank in (1, 2):
+        table.rank_report(rank, at=table.at, sealed=sealed(step_=table.at))
+    table.pass_time(20)
+    assert table.stalled() == found
+
+
 def test_a_checkpoint_that_is_still_to_come_excuses_nobody() -> None:
     table = training()
     table.command(table.begin(1, at=table.at + 1))
@@ -230,6 +241,15 @@ def test_the_first_step_has_its_own_deadline() -> None:
     assert table.stalled() == []
     table.pass_time(2)
     assert table.stalled() == [0, 1]
+
+
+def test_reading_the_checkpoint_may_take_as_long_as_it_takes() -> None:
+    table = Watched(startup_s=20.0)
+    table.training()
+    for rank in (1, 2):
+        table.rank_report(rank, WorkerPhase.RESTORING, wants_restore=True)
+    table.pass_time(60)
+    assert table.stalled() == []
 
 
 def test_a_few_steps_are_no_measure() -> None:

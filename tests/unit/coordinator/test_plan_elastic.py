@@ -1,14 +1,16 @@
 """Jobs that change their size: at once when they lose machines, else at a checkpoint that ranks hold at."""
 
+from dataclasses import replace
+
 import pytest
-from tests.support.builders import Stage, make_spec
+from tests.support.builders import JOB, KEYS, Stage, make_spec
 
 from dtrain.coordinator.core.elastic import SILENT_S, WARM_S
 from dtrain.coordinator.core.placement import JOIN_WINDOW_S, UNREACHABLE_REST_S
 from dtrain.protocol.commands import AbortCheckpoint, ConfirmCheckpoint, Prepare, Stop, Warm
 from dtrain.protocol.events import EventReason
-from dtrain.protocol.ids import AgentName
-from dtrain.protocol.job import JobPhase, Member
+from dtrain.protocol.ids import AgentName, Uid
+from dtrain.protocol.job import Intent, JobPhase, Member
 from dtrain.protocol.snapshot import FailureKind, WorkerPhase
 
 
@@ -83,6 +85,9 @@ def test_machines_that_come_one_after_the_other_join_together() -> None:
     stage = training("a", nodes=(1, 4))
     stage.join("b").decide()
     stage.warm("b")
+    stage.decide()
+    assert not stage.of("open")
+    assert "waiting a moment for more agents than b to join" in stage.said
     stage.after(JOIN_WINDOW_S - 0.5).join("c").decide()
     assert not stage.of("open")
     stage.after(1.0).decide()
@@ -101,6 +106,25 @@ def test_nobody_waits_for_more_machines_than_it_may_have() -> None:
     stage.decide()
     assert stage.opened.hold_s > 0
     stage.join("c")
+    hold(stage)
+    assert agents(stage) == ["a", "b"]
+
+
+def test_a_checkpoint_that_is_under_way_is_none_to_grow_at() -> None:
+    """Its ranks go on at once: what they have done since would be done twice."""
+    stage = training("a", every_steps=50)
+    stage.step(48)
+    stage.decide()
+    first = stage.opened
+    assert first.hold_s == 0
+    stage.join("b").decide()
+    stage.warm("b")
+    stage.after(JOIN_WINDOW_S).decide()
+    stage.checkpoint()
+    assert (stage.phase, stage.status.attempt) == (JobPhase.RUNNING, 1)
+    stage.step(first.step + 5)
+    stage.decide()
+    assert stage.opened.seq == first.seq + 1
     hold(stage)
     assert agents(stage) == ["a", "b"]
 
@@ -128,6 +152,14 @@ def test_an_agent_that_never_becomes_warm_joins_after_a_while(shown: bool, patie
     stage.after(1.5).decide()
     hold(stage)
     assert agents(stage) == ["a", "b"]
+
+
+def test_whoever_comes_later_makes_nobody_wait_anew() -> None:
+    stage = training("a", nodes=(1, 3))
+    stage.join("b").decide()
+    stage.after(SILENT_S - 1.0).join("c").decide()
+    stage.after(1.5).decide()
+    assert stage.opened.hold_s > 0
 
 
 def test_one_that_does_not_get_ready_holds_up_no_other() -> None:
@@ -215,6 +247,7 @@ def test_a_job_whose_training_has_ended_does_not_grow() -> None:
     stage.decide()
     assert stage.opened.final
     assert stage.opened.hold_s == 0
+    assert EventReason.GROWING not in stage.reasons_of_events()
 
 
 @pytest.mark.parametrize("how", ["cordon", "busy", "drain", "brake", "full"])
@@ -288,6 +321,22 @@ def test_what_a_joining_machine_shows_is_left_alone_until_it_is_not_wanted() -> 
 
 
 # Shrinking -------------------------------------------------------------------------
+
+
+def test_what_another_submission_left_there_goes_before_the_machine_joins() -> None:
+    stage = training("a").join("b")
+    stage.warm("b")
+    former = replace(stage.workers[AgentName("b")].value, uid=Uid("u0"))
+    stage.put_snapshot(former)
+    stage.decide()
+    stage.after(JOIN_WINDOW_S).decide()
+    assert stage.status.joining == ("b",)
+    assert not stage.of("open"), "a launcher of another submission is none that could fork at once"
+    (stop,) = stage.commands(Stop)
+    assert (stop.agent, stop.command.header.uid) == ("b", "u0")
+    del stage.workers[AgentName("b")]
+    stage.decide()
+    assert stage.receivers(Warm) == ["b"]
 
 
 def test_a_machine_that_is_back_before_its_former_life_has_ended_is_not_taken_for_warm() -> None:
@@ -419,6 +468,23 @@ def test_a_job_scaled_down_leaves_its_last_machines_at_a_checkpoint() -> None:
     assert not stage.of("open")
 
 
+def test_a_member_that_did_not_answer_once_stays_all_the_same() -> None:
+    stage = training("a", "b", "c", nodes=(3, 3))
+    stage.unreachable[AgentName("a")] = stage.now
+    stage.after(UNREACHABLE_REST_S).want(nnodes=(1, 2))
+    stage.decide()
+    hold(stage)
+    assert agents(stage) == ["a", "b"]
+
+
+def test_shrinking_begins_no_cooldown() -> None:
+    stage = training("a", "b", "c", nodes=(3, 3))
+    stage.want(nnodes=(1, 2))
+    stage.decide()
+    hold(stage)
+    assert stage.status.grown_at == ""
+
+
 def test_a_job_scaled_up_grows_at_once() -> None:
     stage = training("a", nodes=(1, 2))
     grow(stage, "b")
@@ -465,6 +531,9 @@ def test_bounds_of_another_submission_or_that_are_none_do_not_count() -> None:
     stage.want(nnodes=(3, 2))
     stage.join("b").decide()
     assert stage.status.joining == ()
+    stage.write(KEYS.intent(JOB), Intent(Uid("u0"), nnodes_min=1, nnodes_max=2))
+    stage.decide()
+    assert stage.status.joining == ()
 
 
 def test_a_queued_job_is_placed_by_its_new_bounds() -> None:
@@ -495,3 +564,6 @@ def test_nothing_is_changed_while_a_member_is_not_seen() -> None:
     stage.after(JOIN_WINDOW_S).decide()
     assert stage.phase is JobPhase.RUNNING
     assert not stage.of("open")
+    # Who is ready to join stays so, and joins once it is known how many there are.
+    assert stage.status.joining == ("c",)
+    assert not stage.receivers(Stop)

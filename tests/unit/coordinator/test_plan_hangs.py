@@ -101,6 +101,13 @@ def test_a_machine_that_is_not_there_keeps_the_job_from_being_called_hung() -> N
     assert stage.receivers(DumpStacks) == []
 
 
+def test_what_an_agent_said_in_its_former_life_proves_nothing() -> None:
+    stage = running()
+    stall(stage, *all_ranks(stage))
+    stage.join("b", incarnation="i2").decide()
+    assert stage.receivers(DumpStacks) == []
+
+
 def test_nobody_is_called_hung_under_the_brake() -> None:
     stage = running()
     stage.brake = "2 of 2 agents vanished together"

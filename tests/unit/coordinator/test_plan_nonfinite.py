@@ -104,6 +104,21 @@ def test_an_unfit_checkpoint_of_an_attempt_that_is_over_is_not_settled_into_one(
     assert stage.status.restore is None
 
 
+def test_the_last_word_of_a_machine_that_has_gone_counts() -> None:
+    stage = running()
+    stage.step(8)
+    stage.decide()
+    stage.accept()
+    stage.durable()
+    stage.decide()
+    stage.verify()
+    report(stage, "b", 10)
+    stage.lose("b")
+    stage.decide()
+    stage.until_quiet()
+    assert stage.commits == []
+
+
 def test_no_checkpoint_is_opened_while_a_number_is_not_finite() -> None:
     stage = running()
     stage.step(8)
@@ -171,6 +186,18 @@ def test_a_single_step_is_enough_to_go_back_two_checkpoints() -> None:
     stage.fail("a")
     stage.until_quiet()
     assert stage.status.restore.step == 10
+
+
+def test_nothing_is_rolled_back_while_a_coordinator_could_not_read_why() -> None:
+    stage = running(NonFiniteAction.ROLLBACK)
+    committed(stage, 10, 20)
+    stage.withheld = "coordinator c1 runs dtrain 0.1.0"
+    report(stage, "b", 22)
+    stage.decide()
+    assert (stage.phase, stage.status.attempt) == (JobPhase.RUNNING, 1)
+    stage.withheld = ""
+    stage.decide()
+    assert (stage.status.attempt, stage.status.passed_over) == (2, (2,))
 
 
 def test_with_no_checkpoint_left_training_begins_anew() -> None:

@@ -120,6 +120,31 @@ def test_elsewhere_outlives_the_wait_for_the_next_attempt() -> None:
     assert [member.agent for member in stage.status.members] == ["a", "c"]
 
 
+def test_elsewhere_is_said_of_the_attempt_that_failed_and_of_no_later_one() -> None:
+    stage = started(FailureRule(RuleAction.ELSEWHERE), machines="abc")
+    fails(stage, "b")
+    stage.run().join("d")
+    del stage.workers[B]
+    stage.drain("c")
+    stage.decide()
+    assert [member.agent for member in stage.status.members] == ["a", "b"]
+
+
+def test_what_was_being_saved_is_no_way_around_a_rollback() -> None:
+    stage = started(FailureRule(RuleAction.ROLLBACK), every_steps=10)
+    for seq in (1, 2):
+        commit(stage, seq, 1)
+    stage.step(8)
+    stage.decide()
+    stage.accept()
+    stage.durable()
+    stage.verify()
+    fails(stage, "b")
+    assert stage.status.restore is not None
+    assert stage.status.restore.seq == 1
+    assert not stage.of("open")
+
+
 def test_rollback_begins_from_an_older_checkpoint() -> None:
     stage = started(FailureRule(RuleAction.ROLLBACK, back=2))
     for seq in (1, 2, 3, 4):

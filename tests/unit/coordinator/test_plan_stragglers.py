@@ -69,6 +69,19 @@ def test_a_rank_that_is_slow_now_and_then_is_not_named() -> None:
     assert straggling(stage) is None
 
 
+def test_nor_is_it_while_another_one_is_slow_all_the_time() -> None:
+    stage = Stage(make_spec(nodes=(5, 5))).join(*"abcde").run()
+    times(stage, a=USUAL, b=USUAL, c=SLOW, d=USUAL, e=USUAL)
+    for _ in range(3):
+        times(stage, b=SLOW)
+        stage.after(NAMED_AFTER_S - 1).until_quiet()
+        times(stage, b=USUAL)
+        stage.after(2).until_quiet()
+    times(stage, b=SLOW)
+    stage.until_quiet()
+    assert stage.status.stragglers == (2,)
+
+
 def test_between_the_two_bounds_nothing_changes() -> None:
     between = replace(USUAL, own_s=0.11)
     stage = running()

@@ -176,6 +176,17 @@ def test_the_time_for_the_checkpoint_is_bounded() -> None:
     assert stage.receivers(Stop) == ["a", "b"]
 
 
+def test_ranks_that_are_always_past_the_step_do_not_put_it_off_for_ever() -> None:
+    stage = training()
+    stage.want(Wanted.SUSPEND)
+    stage.decide()
+    stage.accept()
+    stage.problem("a", late=True)
+    stage.after(stage.spec.checkpoint.timeout_s)
+    stage.decide()
+    assert stage.status.stopping
+
+
 @pytest.mark.parametrize("how", ["no store", "no sdk", "starting"])
 def test_what_cannot_be_saved_is_stopped_at_once(how: str) -> None:
     if how == "starting":

@@ -84,7 +84,7 @@ def test_several_that_go_together_blame_none() -> None:
     stage.lose("b")
     stage.decide()
     assert stage.status.attempt == 2
-    assert KEYS.suspicion(B) not in stage.cells
+    assert not {KEYS.suspicion(AgentName("a")), KEYS.suspicion(B)} & stage.cells.keys()
 
 
 def test_one_that_drained_is_not_blamed() -> None:
@@ -143,7 +143,8 @@ def test_an_operators_drain_moves_the_job_and_keeps_the_agent() -> None:
     stage.write(KEYS.cordon(B), cordon)
     stage.agents[B] = replace(stage.agents[B], draining_at=stage.now, vacating=cordon)
     stage.decide()
-    assert stage.opened.hold_s > 0
+    # The machine stays: it is in no hurry.
+    assert stage.opened.hold_s == stage.spec.checkpoint.timeout_s
     assert "b is draining (new disk)" in stage.status.reason
     stage.checkpoint()
     assert stage.phase is JobPhase.STARTING

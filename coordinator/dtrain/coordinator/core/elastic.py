@@ -215,8 +215,11 @@ def sentence(draft: Draft, change: Resize) -> str:
 
 def is_joining(draft: Draft, agent: AgentName) -> bool:
     """Whether what an agent that is no member holds of the job is there because it will be one."""
-    stored = draft.job.workers.get(agent)
-    return agent in draft.status.joining and stored is not None and not stored.value.ranks
+    if agent not in draft.status.joining:
+        return False
+    snapshot = draft.job.workers[agent].value
+    # What another submission left there would keep it from getting ready.
+    return snapshot.uid == draft.status.uid and not snapshot.ranks
 
 
 def _agents(number: int) -> str:
