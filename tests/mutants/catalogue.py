@@ -6,34 +6,19 @@
 
 # ruff: noqa: E501 - code is quoted as it stands
 
-from dataclasses import dataclass
-
-CORE = "coordinator/dtrain/coordinator/core"
-COORDINATOR = "coordinator/dtrain/coordinator"
-AGENT = "agent/dtrain/agent"
-ETCD = "storage/dtrain/storage/etcd"
-TRAINER = "trainer/dtrain/trainer"
-
-ON_COORDINATOR = "tests/unit/coordinator"
-ON_AGENT = "tests/unit/agent"
-ON_ETCD = "tests/contract/etcd"
-
-
-@dataclass(frozen=True, slots=True)
-class Mutant:
-    """One bug. ``breaks``: what is wrong, and which promise falls with it."""
-
-    id: str
-    breaks: str
-    file: str
-    old: str
-    new: str
-    killer: tuple[str, ...]
-
-
-def _mutant(identity: str, breaks: str, file: str, change: tuple[str, str], *killer: str) -> Mutant:
-    return Mutant(identity, breaks, file, change[0], change[1], killer)
-
+from tests.mutants import causes, elasticity, queueing
+from tests.mutants.mutant import (
+    AGENT,
+    COORDINATOR,
+    CORE,
+    ETCD,
+    ON_AGENT,
+    ON_COORDINATOR,
+    ON_ETCD,
+    TRAINER,
+    Mutant,
+)
+from tests.mutants.mutant import mutant as _mutant
 
 MUTANTS: tuple[Mutant, ...] = (
     # Fenced writes ------------------------------------------------------------------------
@@ -1356,4 +1341,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         "tests/unit/protocol/test_audit.py::test_the_auditor_names[an attempt that skips a number]",
     ),
+    # Who gets ranks, why attempts end, who waits: a module each ----------------------------
+    *elasticity.MUTANTS,
+    *causes.MUTANTS,
+    *queueing.MUTANTS,
 )

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from tests.mutants.catalogue import MUTANTS, Mutant
+from tests.mutants.catalogue import MUTANTS
+from tests.mutants.mutant import Mutant
 from tests.mutants.runner import FOLDERS, ROOT, _of_simulation, _of_tests
 
 LEAST = 35

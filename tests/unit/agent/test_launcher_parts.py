@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -189,3 +190,18 @@ def test_what_makes_a_fork_unsafe_is_named_whenever_it_was_begun(done: str, prob
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert re.match(problem, told) if problem else told == ""
+
+
+def test_a_module_that_starts_a_thread_when_it_is_imported_is_named(tmp_path: Path) -> None:
+    """In a process of its own, and without torch, which takes seconds."""
+    (tmp_path / "thready.py").write_text(
+        "import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()"
+    )
+    code = (
+        "import sys; sys.modules['torch'] = None; from dtrain.agent.launch.preload import preload\n"
+        "found = preload(('json', 'thready'), sys.argv[1], lambda: None)\n"
+        "print(found.offenders, found.fork_problem(), end='', flush=True); import os; os._exit(0)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.match(r"\['thready'\] thready runs 1 more thread \(", told), told

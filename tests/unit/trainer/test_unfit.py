@@ -150,6 +150,25 @@ def test_a_script_that_saves_such_a_state_is_told_so(
     assert [fetch.step for fetch in agent.committed] == [3]
 
 
+def test_only_the_same_number_takes_it_back(
+    tmp_path: Path, new_run: Callable[[FakeAgent], trainer.Run]
+) -> None:
+    with FakeAgent(tmp_path) as agent:
+        agent.finite = ("loss",)
+        run = new_run(agent)
+        run.track(x=torch.zeros(3))
+        for step in run.steps(3):
+            if step == 0:
+                run.report(loss=float("nan"), lr=0.1)
+            if step == 1:
+                run.report(lr=0.1)
+                with pytest.raises(Refused, match="loss is not finite at step 2"):
+                    run.save(2)
+            if step == 2:
+                run.report(loss=1.0)
+    assert [fetch.step for fetch in agent.committed] == [3]
+
+
 def test_sections_are_shown_while_they_last_and_are_signs_of_life(
     tmp_path: Path, new_run: Callable[[FakeAgent], trainer.Run]
 ) -> None:
