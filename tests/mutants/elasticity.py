@@ -178,7 +178,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     mutant(
         "cooldown-after-a-loss",
-        "A machine that was lost and is back joins after the cooldown only.",
+        "Shrinking begins a cooldown: a machine that comes back waits for its end.",
         f"{CORE}/elastic.py",
         (
             '    changes = {"grown_at": iso(draft.moment.wall)} if change.joiners else {}\n',
@@ -300,6 +300,26 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{CORE}/phases.py",
         ("    recovering(draft, only=only)\n", "    recovering(draft)\n"),
         f"{ON_COORDINATOR}/test_plan_elastic.py::test_an_agent_that_never_becomes_warm_joins_after_a_while",
+    ),
+    mutant(
+        "left-behind-start-kept",
+        "A machine that an attempt went on without is kept as it is: it imports nothing, and joins minutes later.",
+        f"{CORE}/elastic.py",
+        (
+            "    ours = snapshot.uid == draft.status.uid and snapshot.phase is WorkerPhase.IDLE\n",
+            "    ours = snapshot.uid == draft.status.uid\n",
+        ),
+        f"{ON_COORDINATOR}/test_plan_elastic.py::test_so_does_what_an_attempt_that_went_on_without_it_left_there",
+    ),
+    mutant(
+        "former-submission-s-launcher-kept",
+        "What another submission left on a machine keeps it from joining.",
+        f"{CORE}/elastic.py",
+        (
+            "    ours = snapshot.uid == draft.status.uid and snapshot.phase is WorkerPhase.IDLE\n",
+            "    ours = snapshot.phase is WorkerPhase.IDLE\n",
+        ),
+        f"{ON_COORDINATOR}/test_plan_elastic.py::test_what_another_submission_left_there_goes_before_the_machine_joins",
     ),
     mutant(
         "outcome-told-to-those-who-hold",

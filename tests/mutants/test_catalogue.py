@@ -8,7 +8,7 @@ from tests.mutants.catalogue import MUTANTS
 from tests.mutants.mutant import Mutant
 from tests.mutants.runner import FOLDERS, ROOT, _of_simulation, _of_tests
 
-LEAST = 35
+LEAST = 250
 
 
 def test_there_are_enough_and_each_has_a_name_of_its_own() -> None:

@@ -9,7 +9,7 @@ from dtrain.coordinator.core.elastic import SILENT_S, WARM_S
 from dtrain.coordinator.core.placement import JOIN_WINDOW_S, UNREACHABLE_REST_S
 from dtrain.protocol.commands import AbortCheckpoint, ConfirmCheckpoint, Prepare, Stop, Warm
 from dtrain.protocol.events import EventReason
-from dtrain.protocol.ids import AgentName, Uid
+from dtrain.protocol.ids import AgentName, Attempt, Uid
 from dtrain.protocol.job import Intent, JobPhase, Member
 from dtrain.protocol.snapshot import FailureKind, WorkerPhase
 
@@ -334,6 +334,23 @@ def test_what_another_submission_left_there_goes_before_the_machine_joins() -> N
     assert not stage.of("open"), "a launcher of another submission is none that could fork at once"
     (stop,) = stage.commands(Stop)
     assert (stop.agent, stop.command.header.uid) == ("b", "u0")
+    del stage.workers[AgentName("b")]
+    stage.decide()
+    assert stage.receivers(Warm) == ["b"]
+
+
+def test_so_does_what_an_attempt_that_went_on_without_it_left_there() -> None:
+    """Nobody would have it import: it waited for two minutes, and with it the others that join."""
+    stage = training("a")
+    stage.fail("a")
+    stage.run(step=50)
+    stage.join("b")
+    stage.warm("b", warm=False)
+    idle = stage.workers[AgentName("b")].value
+    stage.put_snapshot(replace(idle, phase=WorkerPhase.STARTING, attempt=Attempt(1)))
+    stage.decide()
+    assert stage.receivers(Stop) == ["b"]
+    assert stage.status.joining == ("b",)
     del stage.workers[AgentName("b")]
     stage.decide()
     assert stage.receivers(Warm) == ["b"]

@@ -17,6 +17,7 @@ from dtrain.coordinator.core.views import Stored
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import AgentName, Seq
 from dtrain.protocol.job import Intent, JobPhase, JobSpec, JobStatus
+from dtrain.protocol.snapshot import WorkerPhase
 
 WARM_S = 120.0
 """How long a machine may import before the job grows without waiting for it any longer."""
@@ -218,8 +219,9 @@ def is_joining(draft: Draft, agent: AgentName) -> bool:
     if agent not in draft.status.joining:
         return False
     snapshot = draft.job.workers[agent].value
-    # What another submission left there would keep it from getting ready.
-    return snapshot.uid == draft.status.uid and not snapshot.ranks
+    # What another submission or an attempt left there would keep it from getting ready.
+    ours = snapshot.uid == draft.status.uid and snapshot.phase is WorkerPhase.IDLE
+    return ours and not snapshot.ranks
 
 
 def _agents(number: int) -> str:
