@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dtrain.storage.checkpoints.reading import Damage
 
 UNKNOWN = "–"
+RANKS_SHOWN = 4
 BLAMES_SHOWN = 8
 
 
@@ -289,7 +290,28 @@ def reason(job: Job) -> str:
     """The leader's sentence on a job."""
     if job.status is None:
         return "waiting for a leader to look at it"
-    return "; ".join([job.status.reason, *of_ranks(job)])
+    return "; ".join([job.status.reason, *of_steps(job), *of_ranks(job)])
+
+
+def of_steps(job: Job) -> list[str]:
+    """Ranks that stand still for longer than they may, and what those do that were found at work."""
+    if job.phase is not JobPhase.RUNNING:
+        return []
+    workers = job.current_workers.values()
+    stalls = sorted((stall.rank, stall.step) for one in workers for stall in one.stalls)
+    moving = sorted((stack.rank, stack.where) for one in workers for stack in one.stacks if stack.moving)
+    texts = []
+    if stalls:
+        step = min(step for _, step in stalls)
+        texts.append(f"{_rank_names([rank for rank, _ in stalls])} completed no step after step {step}")
+    texts += [f"rank {rank} is at work" + (f" in {where}" if where else "") for rank, where in moving[:1]]
+    return texts
+
+
+def _rank_names(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:RANKS_SHOWN]))
+    more = f" and {len(ranks) - RANKS_SHOWN} more" if len(ranks) > RANKS_SHOWN else ""
+    return f"rank{'' if len(ranks) == 1 else 's'} {shown}{more}"
 
 
 def of_ranks(job: Job) -> list[str]:

@@ -129,6 +129,15 @@ def test_machines_that_are_held_back_for_another_job_are_named_as_such() -> None
     )
 
 
+def test_machines_that_are_too_small_are_not_called_full() -> None:
+    stage = Stage(make_spec(nproc=4)).join("a", slots=2).join("b", slots=4).join("c", slots=4)
+    stage.used[AgentName("b")] = 1
+    stage.decide()
+    assert stage.status.reason == (
+        "waiting for 1 of 2 agents with 4 free slots (1 without 4 free slots, 1 with fewer slots in all)"
+    )
+
+
 def test_nothing_is_placed_under_the_brake() -> None:
     stage = Stage(brake="5 of 12 agents vanished").join("a", "b")
     stage.decide()

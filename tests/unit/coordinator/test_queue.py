@@ -257,6 +257,18 @@ def test_machines_that_are_free_and_held_back_for_others_are_named() -> None:
     assert "a" not in dict(late.places[JobName("small")].kept)
 
 
+def test_a_job_that_lacks_machines_stands_behind_nobody_and_nobody_behind_it() -> None:
+    huge, big, small = waits("huge", nodes=9), waits("big", nodes=2, since=1), waits("small", since=2)
+    for late_s in (0, PATIENCE_S):
+        queue = arranged([huge, big, small], [runs("busy", "a", "b")], now=NOW + late_s)
+        assert queue.why(JobName("huge")) == ""
+        assert not queue.places[JobName("huge")].fits
+        assert queue.why(JobName("big")) == ""
+        assert queue.why(JobName("small")) == (
+            "2nd in the queue: waits for 1 agent with 2 free slots, behind big (priority 0)"
+        )
+
+
 def test_a_job_that_others_make_room_for_says_so() -> None:
     waiting = [waits("p", nodes=2, priority=3), waits("q", priority=2)]
     queue = arranged(waiting, [runs("x", "a"), runs("y", "b")])

@@ -236,20 +236,26 @@ def _short_of(draft: Draft, usable: dict[AgentName, AgentView]) -> str:
     stuck = sum(
         1 for name, view in staying.items() if name not in fleet.cordoned and blocked(draft, name, view)
     )
-    full, kept = 0, dict[JobName, list[AgentName]]()
+    small, full, kept = 0, 0, dict[JobName, list[AgentName]]()
     for name, view in sorted(staying.items()):
         used = fleet.used.get(name, 0)
         if name in fleet.cordoned or blocked(draft, name, view):
             continue
-        if not has_room(spec, view, used):
+        if not has_room(spec, view, 0):
+            small += 1
+        elif not has_room(spec, view, used):
             full += 1
         elif not has_room(spec, view, used + held.get(name, 0)):
             kept.setdefault(fleet.queue.holders(draft.job.name, name)[0], []).append(name)
-    silent = len(staying) - cordoned - stuck - full - sum(map(len, kept.values())) - len(usable)
+    silent = len(staying) - cordoned - stuck - small - full - sum(map(len, kept.values())) - len(usable)
     if leaving:
         parts.append(draining(leaving))
     if full:
         parts.append(f"{full} without {slots}")
+    if small:
+        parts.append(
+            f"{small} with fewer slots in all" if spec.nproc_per_node else f"{small} without any slot"
+        )
     for job, names in kept.items():
         more = f" and {len(names) - SHOWN_MAX} more" if len(names) > SHOWN_MAX else ""
         parts.append(held_back(names[:SHOWN_MAX], job) + more)

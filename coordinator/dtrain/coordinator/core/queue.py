@@ -187,6 +187,7 @@ def arrange(
     instants: list[float] = []
     kept: dict[JobName, tuple[AgentName, ...]] = {}
     patient: Waiting | None = None
+    never: set[JobName] = set()
     # What only starts again has its machines still, as it were: nobody takes them meanwhile.
     again = [one for one in order if one.restarts and room.has(one)]
     rest = [one for one in order if one not in again] if again else order
@@ -201,7 +202,9 @@ def arrange(
             continue
         if claims and len(kept) < PLACES_TOLD:
             kept[one.job] = room.kept_from(one)
-        if not one.ready or not room.could_have(one):
+        if not room.could_have(one):
+            never.add(one.job)
+        if not one.ready or one.job in never:
             continue  # with all machines to itself it could not begin: nothing is kept for it
         if found := room.make(one):
             made[one.job] = found
@@ -214,7 +217,7 @@ def arrange(
                 patient = one
                 instants.append(one.seen_at + PATIENCE_S)
     return Queue(
-        _places(order, fits, made, {job: _holders(claims, turns, job, names) for job, names in kept.items()}),
+        _places(order, fits, made, _holders(claims, turns, kept), never),
         {one.job: one for one in order},
         claims,
         turns,
@@ -230,34 +233,42 @@ def _places(
     fits: Mapping[JobName, float],
     made: Mapping[JobName, tuple[str, ...]],
     kept: Mapping[JobName, tuple[tuple[AgentName, JobName], ...]],
+    never: Collection[JobName],
 ) -> dict[JobName, Place]:
-    places = {}
+    """Where each stands. ``never``: what they lack is machines; they hold up nobody, and nobody them."""
+    places = {job: Place(0, True) for job in fits}
     stuck = [one for one in order if one.job not in fits]
+    able = [one for one in stuck if one.job not in never]
+    positions = {one.job: index for index, one in enumerate(able)}
     for index, one in enumerate(stuck):
-        near = index < PLACES_TOLD
-        first = stuck[0] if index else None
-        places[one.job] = Place(
-            index + 1 if near else 0,
-            False,
-            first if near else (order[0] if index else None),
-            index - 1 if near and index else 0,
-            made.get(one.job, ()),
-            kept.get(one.job, ()) if near else (),
-        )
-    for job in fits:
-        places[job] = Place(0, True)
+        position = positions.get(one.job)
+        if index >= PLACES_TOLD:
+            places[one.job] = Place(0, False, order[0])
+        elif position is None:
+            places[one.job] = Place(0, False)
+        else:
+            places[one.job] = Place(
+                position + 1,
+                False,
+                able[0] if position else None,
+                max(0, position - 1),
+                made.get(one.job, ()),
+                kept.get(one.job, ()),
+            )
     return places
 
 
 def _holders(
     claims: Mapping[JobName, Mapping[AgentName, int]],
     turns: Mapping[JobName, int],
-    job: JobName,
-    names: Iterable[AgentName],
-) -> tuple[tuple[AgentName, JobName], ...]:
-    """For whom each machine is held back from ``job``: the first who claims it."""
-    before = [of for of in claims if turns[of] < turns[job]]
-    return tuple((name, next(of for of in before if name in claims[of])) for name in names)
+    kept: Mapping[JobName, tuple[AgentName, ...]],
+) -> dict[JobName, tuple[tuple[AgentName, JobName], ...]]:
+    """For whom machines are held back from each job: the first who claims them."""
+    found = {}
+    for job, names in kept.items():
+        before = [of for of in claims if turns[of] < turns[job]]
+        found[job] = tuple((name, next(of for of in before if name in claims[of])) for name in names)
+    return found
 
 
 class _Room:
