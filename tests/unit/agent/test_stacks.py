@@ -89,6 +89,19 @@ def test_a_loop_and_a_sleep_are_found_where_they_are_and_neither_is_at_work(benc
         assert stack.where.startswith(f"{name} (")
 
 
+BUILTINS = "\ndef spin():\n    x = [1] * 999\n    while True:\n        x.count(1)\n        sorted(x)\nspin()"
+POLL = (
+    "\nimport time\ndef ready():\n    time.sleep(.05)\n    return False\n"
+    "def wait():\n    while not ready():\n        pass\nwait()"
+)
+
+
+@pytest.mark.parametrize("code", [BUILTINS, POLL])
+def test_a_loop_that_never_leaves_its_place_or_uses_no_cpu_is_no_work(bench: Bench, code: str) -> None:
+    process = bench.start(ARM + code)
+    assert not any(bench.collect(process).moving for _ in range(3))
+
+
 def test_a_rank_that_computes_is_at_work(bench: Bench) -> None:
     process = bench.start(ARM + WORK)
     # Two looks may well hit the same depth of its recursion.
