@@ -138,6 +138,22 @@ def test_a_program_that_does_not_handle_the_signal_is_not_ended_by_it(bench: Ben
     assert proc.is_alive(process)
 
 
+def test_a_program_that_does_not_answer_is_asked_through_py_spy_where_it_is_installed(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = bench.start("import time; print('on', flush=True); time.sleep(1000)")
+    tool = tmp_path / "py-spy"
+    tool.write_text(f"#!/bin/sh\necho \"asked $*\" >> {tmp_path}/asked\ncat <<'END'\n{PY_SPY}END\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    stack = bench.collect(process)
+    assert (stack.kind, stack.where) == (
+        StackKind.CODE,
+        "wait (threading.py:324), called by read (data.py:12)",
+    )
+    assert f"asked dump --nonblocking --pid {process.pid}" in (tmp_path / "asked").read_text()
+
+
 def test_a_rank_that_has_ended_has_no_stack(bench: Bench) -> None:
     process = bench.start(ARM + SLEEP)
     os.kill(process.pid, signal.SIGKILL)
