@@ -210,10 +210,11 @@ def _note(path: Path, text: str) -> str:
 def _foreign(pid: int) -> str:
     """The stacks of a program that does not answer the signal."""
     tool = shutil.which("py-spy")
-    if tool is not None:
+    # Whole names tell libraries from scripts; older releases do not know the flag.
+    for names in (("--full-filenames",), ()) if tool is not None else ():
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             done = subprocess.run(
-                [tool, "dump", "--nonblocking", "--pid", str(pid)],
+                [str(tool), "dump", "--nonblocking", *names, "--pid", str(pid)],
                 capture_output=True,
                 timeout=PY_SPY_S_MAX,
                 check=False,
