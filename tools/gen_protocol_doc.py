@@ -123,6 +123,8 @@ MEANINGS = {
     "Stack.dump": "id of the command that asked for it",
     "Stack.moving": "between two looks it went on and used the CPU, or it read or wrote files",
     "WorkerSnapshot.stalls": "ranks that have completed no step for longer than their deadline",
+    "WorkerSnapshot.dumps": "how often stacks of the local ranks were collected in this attempt",
+    "WorkerSnapshot.dumped_at": "when that was last, epoch seconds",
     "WorkerSnapshot.stacks": "what the local ranks were doing when the leader asked last",
     "RankState.timing": "what its steps took lately",
     "WorkerSnapshot.warning": "what its launcher warns of: modules it cannot import, or that forbid the fork",

@@ -5,6 +5,7 @@ each step has trained on; of a step that was done twice the later one counts, as
 weights at the end hold.
 """
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def world(harness: Harness, job: JobName) -> int:
 
 def lines(harness: Harness) -> list[Line]:
     found = []
-    for path in folder(harness).glob("*"):
+    for path in folder(harness).glob("*[0-9]"):
         for line in path.read_text().splitlines(keepends=True):
             words = line.split()
             if line.endswith("\n"):
@@ -152,3 +153,64 @@ def test_every_sample_was_seen_exactly_once_in_every_epoch(harness: Harness, job
     assert len(epochs) > 4
     assert all(sorted(epoch) == list(range(SIZE)) for epoch in epochs[:-1])
     assert len(set(epochs[-1])) == len(epochs[-1])
+
+
+# Machines that differ -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unequal(tmp_path: Path) -> Iterator[Harness]:
+    """A machine with one slot and one with two."""
+    with Harness(tmp_path, agents=2, slots=(1, 2), agent_flags=("--report-interval", "0.2")) as made:
+        made.await_ready()
+        yield made
+        made.assert_clean()
+
+
+def places(harness: Harness, attempt: int) -> list[dict[str, int]]:
+    """What each rank of an attempt was told of its place, by rank."""
+    found = [json.loads(path.read_text()) for path in folder(harness).glob("*.env")]
+    numbers = [{name: int(value) for name, value in one.items()} for one in found]
+    return sorted((one for one in numbers if one.pop("ATTEMPT") == attempt), key=lambda one: one["RANK"])
+
+
+def place(rank: int, world: int, local: tuple[int, int], group: tuple[int, int]) -> dict[str, int]:
+    return {
+        "RANK": rank,
+        "WORLD_SIZE": world,
+        "ROLE_RANK": rank,
+        "ROLE_WORLD_SIZE": world,
+        "LOCAL_RANK": local[0],
+        "LOCAL_WORLD_SIZE": local[1],
+        "GROUP_RANK": group[0],
+        "GROUP_WORLD_SIZE": group[1],
+    }
+
+
+def test_machines_of_one_and_two_slots_have_a_rank_for_each_and_one_is_lost(unequal: Harness) -> None:
+    args = f"--samples {folder(unequal)} --size {SIZE} --pause-ms 20 --stop-file {unequal.stop_file('auto')}"
+    shape = {"nnodes_min": 1, "nnodes": 2, "nproc": 0, "every_steps": 20, "marks": False}
+    job = unequal.submit("auto", args, script="samples.py", **shape)  # type: ignore[arg-type]
+    unequal.until("three ranks train", lambda: world(unequal, job) == 3)
+    status = unequal.status(job)
+    slots = {"a1": 1, "a2": 2}
+    assert {member.agent: member.nproc for member in status.members} == slots
+    expected, first = [], 0
+    for group, member in enumerate(status.members):
+        count = slots[member.agent]
+        expected += [place(first + i, 3, (i, count), (group, 2)) for i in range(count)]
+        first += count
+    assert places(unequal, status.attempt) == expected
+
+    # The smaller one goes: what three ranks have saved goes on on two.
+    commit = unequal.await_commit(job)
+    assert commit.world_size == 3
+    unequal.cluster.power_cut("a1")
+    after = changes(unequal, job, 2, "the machine with one slot lost")
+    assert after.restore is not None
+    assert after.restore.seq >= commit.seq
+    assert places(unequal, after.attempt) == [place(i, 2, (i, 2), (0, 1)) for i in range(2)]
+    done = {line.step: line for line in lines(unequal) if line.attempt == after.attempt}
+    assert min(done) == after.restore.step
+    unequal.stop_file("auto").touch()
+    unequal.await_end(job)

@@ -50,6 +50,9 @@ def test_a_person_may_look_at_ranks_that_train(harness: Harness) -> None:
     assert [one.rank for one in found.ranks] == [0, 1, 2, 3]
     assert found.problems == ()
     assert all("most recent call first" in one.text for one in found.ranks)
+    # Others find what was collected: describe names it.
+    counts = lambda: [snapshot.dumps for snapshot in harness.snapshots(job).values()]  # noqa: E731
+    harness.until("the dumps are told of", lambda: counts() and all(count >= 1 for count in counts()))
     before = harness.status(job).attempt
     step = max(state.step for state in harness.training(job).values())
     harness.until("it trains on", lambda: max(s.step for s in harness.training(job).values()) > step)

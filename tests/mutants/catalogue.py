@@ -816,6 +816,25 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{ON_COORDINATOR}/test_queue.py::test_small_jobs_slip_in_until_the_patience_of_the_first_is_over",
     ),
     _mutant(
+        "growth-onto-what-others-claim",
+        "A running job grows onto the machines that are kept for one that waits.",
+        f"{CORE}/placement.py",
+        (
+            "held = fleet.queue.claimed() if growing else fleet.queue.held_from(draft.job.name)",
+            "held = fleet.queue.held_from(draft.job.name)",
+        ),
+        f"{ON_COORDINATOR}/test_plan_elastic.py::"
+        "test_a_machine_that_is_kept_for_a_job_that_waits_is_none_to_grow_by",
+    ),
+    _mutant(
+        "growth-onto-what-the-first-is-about-to-claim",
+        "A running job takes for good what the first in the queue would have claimed a moment later.",
+        f"{CORE}/queue.py",
+        ("        {} if patient is None else room.reserve(patient),\n", "        {},\n"),
+        f"{ON_COORDINATOR}/test_queue.py::"
+        "test_what_the_first_is_about_to_claim_is_nothing_to_grow_onto_either",
+    ),
+    _mutant(
         "commands-before-the-intent",
         "G2: ranks write blobs under a number that no record protects.",
         f"{CORE}/checkpoints.py",

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dtrain.agent.core import stacktext
-from dtrain.agent.core.events import Event, RankLook, StacksCollected
+from dtrain.agent.core.events import Event, RankLook, StacksCollected, StacksShown
 from dtrain.agent.core.stacktext import Frames
 from dtrain.agent.launch import processes as proc
 from dtrain.agent.launching import ProcessId
@@ -109,6 +109,7 @@ class RankWatch:
     ) -> list[tuple[Stack, str]]:
         """Collect stacks for a person, once: each in short and in full."""
         found = self._glimpse_all(job, uid, attempt, processes, why)
+        self._post(StacksShown(job, uid, attempt))
         return [(_stack(rank, "", one, None), one.text) for rank, one in found.items()]
 
     def _collect(
@@ -209,10 +210,11 @@ def _note(path: Path, text: str) -> str:
 def _foreign(pid: int) -> str:
     """The stacks of a program that does not answer the signal."""
     tool = shutil.which("py-spy")
-    if tool is not None:
+    # Whole names tell libraries from scripts; older releases do not know the flag.
+    for names in (("--full-filenames",), ()) if tool is not None else ():
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             done = subprocess.run(
-                [tool, "dump", "--nonblocking", "--pid", str(pid)],
+                [str(tool), "dump", "--nonblocking", *names, "--pid", str(pid)],
                 capture_output=True,
                 timeout=PY_SPY_S_MAX,
                 check=False,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dtrain.storage.checkpoints.reading import Damage
 
 UNKNOWN = "–"
+RANKS_SHOWN = 4
 BLAMES_SHOWN = 8
 
 
@@ -289,7 +290,28 @@ def reason(job: Job) -> str:
     """The leader's sentence on a job."""
     if job.status is None:
         return "waiting for a leader to look at it"
-    return "; ".join([job.status.reason, *of_ranks(job)])
+    return "; ".join([job.status.reason, *of_steps(job), *of_ranks(job)])
+
+
+def of_steps(job: Job) -> list[str]:
+    """Ranks that stand still for longer than they may, and what those do that were found at work."""
+    if job.phase is not JobPhase.RUNNING:
+        return []
+    workers = job.current_workers.values()
+    stalls = sorted((stall.rank, stall.step) for one in workers for stall in one.stalls)
+    moving = sorted((stack.rank, stack.where) for one in workers for stack in one.stacks if stack.moving)
+    texts = []
+    if stalls:
+        step = min(step for _, step in stalls)
+        texts.append(f"{_rank_names([rank for rank, _ in stalls])} completed no step after step {step}")
+    texts += [f"rank {rank} is at work" + (f" in {where}" if where else "") for rank, where in moving[:1]]
+    return texts
+
+
+def _rank_names(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:RANKS_SHOWN]))
+    more = f" and {len(ranks) - RANKS_SHOWN} more" if len(ranks) > RANKS_SHOWN else ""
+    return f"rank{'' if len(ranks) == 1 else 's'} {shown}{more}"
 
 
 def of_ranks(job: Job) -> list[str]:
@@ -395,6 +417,8 @@ def describe_job(job: Job, now: float) -> list[str]:
     lines = [headline(job)]
     if status and status.failure:
         lines += failure_card(status.failure)
+        if status.failure.kind is FailureKind.HANG:
+            lines.append(f"    stacks of all ranks: {_stacks_command(job, status.failure.attempt)}")
     if job.intent and job.intent.wanted.value != "run" and not job.finished:
         lines.append(f"  wanted: {job.intent.wanted}" + (f" (by {job.intent.by})" if job.intent.by else ""))
     state = [str(job.phase)]
@@ -416,6 +440,7 @@ def describe_job(job: Job, now: float) -> list[str]:
     table = rank_table(job)
     if table.rows:
         lines += ["", "Ranks", *(f"  {line}" for line in table.lines())]
+    lines += _stack_lines(job, now)
     workers = sorted(job.workers.items())
     notes = [f"{agent}: {snapshot.note}" for agent, snapshot in workers if snapshot.note]
     notes += [f"{agent}: {snapshot.warning}" for agent, snapshot in workers if snapshot.warning]
@@ -432,6 +457,33 @@ def describe_job(job: Job, now: float) -> list[str]:
         newest = [(job.name, job.events[seq]) for seq in sorted(job.events)[-20:]]
         lines += ["", "Events", *(f"  {line}" for line in events(newest, now).lines())]
     return lines
+
+
+def _stack_lines(job: Job, now: float) -> list[str]:
+    """Stacks of this attempt: how many, when, where they are; and what ranks do, if they stand still."""
+    found = {agent: snapshot for agent, snapshot in sorted(job.current_workers.items()) if snapshot.dumps}
+    if not found:
+        return []
+    times = max(snapshot.dumps for snapshot in found.values())
+    ranks = sum(len(snapshot.ranks) for snapshot in found.values())
+    last = max(snapshot.dumped_at for snapshot in found.values())
+    often = "" if times == 1 else f"{times} times, the last time "
+    when = f"collected {often}{show_s(max(0.0, now - last))} ago"
+    text = f"of {ranks} rank{'' if ranks == 1 else 's'}, {when}: {_stacks_command(job, job.attempt)}"
+    lines = ["", f"Stacks        {text}"]
+    rows = sorted(
+        (stack.rank, agent, str(stack.kind), stack.where or UNKNOWN)
+        for agent, snapshot in found.items()
+        for stack in snapshot.stacks
+    )
+    if rows:
+        table = Table(("RANK", "AGENT", "DOES", "WHERE"), tuple((str(rank), *more) for rank, *more in rows))
+        lines += [f"  {line}" for line in table.lines()]
+    return lines
+
+
+def _stacks_command(job: Job, attempt: int) -> str:
+    return f"dtrain logs {job.name} --stacks --attempt {attempt}"
 
 
 def describe_agent(agent: Agent, now: float) -> list[str]:

@@ -261,6 +261,10 @@ class WorkerSnapshot:
     """Why ranks start slower here than they could, in one sentence."""
     stalls: tuple[Stall, ...] = ()
     stacks: tuple[Stack, ...] = ()
+    dumps: int = 0
+    """How often stacks of this attempt's ranks were written to their log folders, whoever asked."""
+    dumped_at: float = 0.0
+    """When that was last, wall time, epoch seconds, for people."""
     seq_over: Seq = Seq(0)
     """The highest checkpoint number of this submission that is over here: never to be given out again."""
 

@@ -18,6 +18,7 @@ from dtrain.coordinator.core.placement import UNREACHABLE_REST_S
 from dtrain.coordinator.core.queue import Machine, Running, Waiting
 from dtrain.coordinator.core.stamps import parse_iso
 from dtrain.coordinator.core.views import (
+    NO_QUEUE,
     AgentView,
     FleetView,
     Inspection,
@@ -181,6 +182,7 @@ class World:
         self._reserved: dict[JobName, JobStatus] = {}
         self._waiting: set[JobName] = set()
         self._line = Line()
+        self._queue_seen = NO_QUEUE
         self._now = 0.0
         self._heard_at: float | None = None
         self._touched: set[JobName] = set()
@@ -379,6 +381,11 @@ class World:
         self._now = now
         queue, changed = self._line.queue(now, self._machines)
         self._touched |= changed - {name}
+        if queue is not self._queue_seen:
+            if queue.claimed() != self._queue_seen.claimed():
+                # What nobody claims any more a running job may grow onto.
+                self._touched |= {job for job in self._waiting if self._line.runs(job)} - {name}
+            self._queue_seen = queue
         return FleetView(
             cluster=self.cluster,
             replica=self.replica,

@@ -56,6 +56,7 @@ class LocalCluster(Breakable):
     cut and slowed, and serves ``dtrain chaos``. ``auto_compaction``: how long etcd keeps
     history ("10m"; "": for ever). ``secure``: etcd with TLS and users. ``python_of``: the interpreter
     that runs a daemon, by its name; one of another environment brings another release of dtrain.
+    ``slots``: of each agent, or of one after the other; the last number is that of all further ones.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class LocalCluster(Breakable):
         *,
         coordinators: int = 3,
         agents: int = 3,
-        slots: int = 2,
+        slots: int | Sequence[int] = 2,
         store: str = "s3",
         ttl_s: int = 5,
         etcd_members: int = 1,
@@ -88,7 +89,8 @@ class LocalCluster(Breakable):
         self.folder = folder.resolve()
         self.keys = Keys(self.name)
         self._counts = (coordinators, agents)
-        self._slots, self._ttl_s = slots, ttl_s
+        self._slots = (slots,) if isinstance(slots, int) else tuple(slots)
+        self._ttl_s = ttl_s
         self._port, self._remove = port, remove
         self._etcd_members = etcd_members
         self._ready_timeout_s = ready_timeout_s
@@ -262,10 +264,11 @@ class LocalCluster(Breakable):
 
     def _add_agent(self, name: str, port: int, keeper: Keeper) -> None:
         folder = self.folder / "agents" / name
+        slots = self._slots[min(len(self.agents), len(self._slots) - 1)]
         command = (
             *(self._python_of(name), "-m", "dtrain.agent"),
             *("--cluster", self.name, "--name", name, "--listen", f"127.0.0.1:{port}"),
-            *("--host", "127.0.0.1", "--slots", str(self._slots), "--data-dir", str(folder)),
+            *("--host", "127.0.0.1", "--slots", str(slots), "--data-dir", str(folder)),
             *("--endpoints", ",".join(self._endpoints_of(name)), "--ttl", str(self._ttl_s)),
             *_named(self._agent_flags, name),
         )

@@ -1,10 +1,12 @@
 """A job that writes down which samples each of its ranks trains on, step by step.
 
 It ends with the first epoch that is over once ``--stop-file`` exists, however many ranks it has
-meanwhile. A line of ``--samples``/RANK-PID: attempt, ranks, rank, step, loss, then the samples.
+meanwhile. A line of ``--samples``/RANK-PID: attempt, ranks, rank, step, loss, then the samples. Beside them
+lies what each process was told of its place in the world, as RANK-PID.env.
 """
 
 import argparse
+import json
 import os
 import time
 from pathlib import Path
@@ -15,6 +17,10 @@ import torch.distributed as dist
 from dtrain import trainer
 
 MANY = 1_000_000
+PLACE = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE"),
+)
 
 
 def main() -> None:
@@ -34,6 +40,8 @@ def main() -> None:
     run.track(model=model, optimizer=optimizer, data=loader)
     args.samples.mkdir(parents=True, exist_ok=True)
     attempt = os.environ.get("DTRAIN_ATTEMPT", "0")
+    place = {name: os.environ.get(name, "") for name in PLACE} | {"ATTEMPT": attempt}
+    (args.samples / f"{run.rank}-{os.getpid()}.env").write_text(json.dumps(place))
     with (args.samples / f"{run.rank}-{os.getpid()}").open("a", buffering=1) as lines:
         batches = iter(loader)
         last = MANY

@@ -7,7 +7,7 @@ import pytest
 
 from dtrain.agent.core import hangs
 from dtrain.agent.core.decisions import CollectStacks, Decision, LookAtRanks, WriteSnapshot
-from dtrain.agent.core.events import Event, RankLook, RanksLookedAt, SessionSeen, StacksCollected
+from dtrain.agent.core.events import Event, RankLook, RanksLookedAt, SessionSeen, StacksCollected, StacksShown
 from dtrain.protocol.commands import DumpStacks
 from dtrain.protocol.ids import Attempt, Rank, Uid
 from dtrain.protocol.job import HangPolicy
@@ -346,3 +346,16 @@ def test_another_place_or_a_later_step_gets_no_more_than_usual() -> None:
     table.pass_time(10)
     table.stacks(found(0, where="g (y.py:2)"), found(1, StackKind.DATA))
     assert table.stalled() == [0, 1]
+
+
+def test_how_often_stacks_were_collected_is_shown_until_the_next_attempt() -> None:
+    table = training()
+    table.pass_time(10)
+    table.stacks(found(0), found(1))
+    assert (table.snapshot.dumps, table.snapshot.dumped_at) == (1, 5.0)
+    table.steps(1, step_s=0.1)
+    assert table.snapshot.stacks == ()
+    table.feed(StacksShown(JOB, Uid("u1"), Attempt(table.job.attempt)))
+    assert table.snapshot.dumps == 2
+    table.feed(StacksShown(JOB, Uid("u1"), Attempt(table.job.attempt + 1)))
+    assert table.snapshot.dumps == 2

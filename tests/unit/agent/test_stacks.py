@@ -89,6 +89,19 @@ def test_a_loop_and_a_sleep_are_found_where_they_are_and_neither_is_at_work(benc
         assert stack.where.startswith(f"{name} (")
 
 
+BUILTINS = "\ndef spin():\n    x = [1] * 999\n    while True:\n        x.count(1)\n        sorted(x)\nspin()"
+POLL = (
+    "\nimport time\ndef ready():\n    time.sleep(.05)\n    return False\n"
+    "def wait():\n    while not ready():\n        pass\nwait()"
+)
+
+
+@pytest.mark.parametrize("code", [BUILTINS, POLL])
+def test_a_loop_that_never_leaves_its_place_or_uses_no_cpu_is_no_work(bench: Bench, code: str) -> None:
+    process = bench.start(ARM + code)
+    assert not any(bench.collect(process).moving for _ in range(3))
+
+
 def test_a_rank_that_computes_is_at_work(bench: Bench) -> None:
     process = bench.start(ARM + WORK)
     # Two looks may well hit the same depth of its recursion.
@@ -123,6 +136,23 @@ def test_a_program_that_does_not_handle_the_signal_is_not_ended_by_it(bench: Ben
     process = bench.start("import time; print('on', flush=True); time.sleep(1000)")
     assert bench.collect(process).kind is StackKind.UNKNOWN
     assert proc.is_alive(process)
+
+
+def test_a_program_that_does_not_answer_is_asked_through_py_spy_where_it_is_installed(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = bench.start("import time; print('on', flush=True); time.sleep(1000)")
+    tool = tmp_path / "py-spy"
+    # An old one: it knows no whole names.
+    refuses = 'case "$*" in *--full*) exit 2;; esac'
+    tool.write_text(
+        f"#!/bin/sh\necho \"asked $*\" >> {tmp_path}/asked\n{refuses}\ncat <<'END'\n{PY_SPY}END\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    stack = bench.collect(process)
+    assert (stack.kind, stack.where) == (StackKind.CODE, "read (data.py:12)")
+    assert f"asked dump --nonblocking --pid {process.pid}" in (tmp_path / "asked").read_text()
 
 
 def test_a_rank_that_has_ended_has_no_stack(bench: Bench) -> None:
@@ -213,7 +243,10 @@ def test_the_place_is_the_call_and_the_line_of_the_script_that_made_it() -> None
 def test_py_spy_is_understood() -> None:
     frames = main_thread(PY_SPY)
     assert frames[1] == Frame("read", "data.py", 12)
-    assert where(frames).startswith("wait (threading.py:324)")
+    assert where(frames) == "read (data.py:12)"
+    # Names of files are shortened to their package.
+    inner = PY_SPY.replace("wait (threading.py:324)", "all_reduce (torch/distributed/distributed_c10d.py:9)")
+    assert classify(main_thread(inner), "S", busy=False) is StackKind.COLLECTIVE
 
 
 def test_a_text_without_stacks_is_no_stack() -> None:

@@ -23,9 +23,9 @@ from tests.unit.cli.fakes import (
 from dtrain.cli import records, render
 from dtrain.protocol import codec
 from dtrain.protocol.cluster import Blame, Suspicion
-from dtrain.protocol.ids import AgentName, Attempt, JobName, Uid
+from dtrain.protocol.ids import AgentName, Attempt, JobName, Rank, Uid
 from dtrain.protocol.job import Condition, Intent, JobPhase, RestorePoint, Wanted
-from dtrain.protocol.snapshot import Draining, FailureKind, NodeRecord, Timing
+from dtrain.protocol.snapshot import Draining, FailureKind, NodeRecord, Stack, StackKind, Stall, Timing
 
 
 def test_get_jobs() -> None:
@@ -151,6 +151,44 @@ def test_slow_ranks_and_numbers_that_are_not_finite_are_said_first_and_shown_wit
     job.workers[agent] = replace(job.workers[agent], ranks=(sick,))
     row = next(row for row in render.rank_table(job).rows if row[0] == "1")
     assert row[5:] == ("200/180/10.5 ms", "", "norm=not-finite loss=0.5")
+
+
+def test_a_job_whose_steps_stand_still_does_not_look_as_if_it_trained() -> None:
+    cluster = records.group(reading(*running_job()))
+    job = cluster.jobs["digits"]
+    stalls = tuple(Stall(Rank(rank), Step(45), 5.0) for rank in (0, 1))
+    job.workers["a1"] = replace(job.workers["a1"], stalls=stalls)
+    words = "all 4 ranks train; ranks 0, 1 completed no step after step 45"
+    assert render.jobs(cluster, NOW).rows[0][-1] == words
+    works = Stack(Rank(3), StackKind.CODE, "look (train.py:9)", "d", moving=True)
+    job.workers["a2"] = replace(job.workers["a2"], stacks=(works,))
+    assert render.headline(job) == f"digits is RUNNING: {words}; rank 3 is at work in look (train.py:9)"
+    # Of a job that restarts what its former ranks did says nothing.
+    ended = records.group(reading(*running_job(phase=JobPhase.RECOVERING))).jobs["digits"]
+    ended.workers["a1"] = replace(ended.workers["a1"], stalls=stalls)
+    assert render.reason(ended) == "all 4 ranks train"
+
+
+def test_stacks_are_told_with_their_number_their_age_and_the_command_that_shows_them() -> None:
+    job = records.group(reading(*running_job())).jobs["digits"]
+    assert not any("stacks" in line.lower() for line in render.describe_job(job, NOW))
+    where = "spin (train.py:7)"
+    one = replace(job.workers["a1"], dumps=2, dumped_at=NOW - 12)
+    stands = Stack(Rank(3), StackKind.CODE, where, "stacks.3.x", moving=False)
+    other = replace(job.workers["a2"], dumps=1, dumped_at=NOW - 70, stacks=(stands,))
+    job.workers |= {"a1": one, "a2": other}
+    lines = render.describe_job(job, NOW)
+    start = next(index for index, line in enumerate(lines) if line.startswith("Stacks"))
+    assert lines[start : start + 3] == [
+        "Stacks        of 4 ranks, collected 2 times, the last time 12s ago: "
+        "dtrain logs digits --stacks --attempt 3",
+        "  RANK   AGENT   DOES   WHERE",
+        "  3      a2      code   spin (train.py:7)",
+    ]
+    # Those of an attempt before are where its end is told.
+    hang = failure(kind=FailureKind.HANG, signal=None, message="this rank waits for data", attempt=Attempt(2))
+    job = records.group(reading(*running_job(failure=hang))).jobs["digits"]
+    assert "    stacks of all ranks: dtrain logs digits --stacks --attempt 2" in render.describe_job(job, NOW)
 
 
 def test_checkpoints_that_training_was_rolled_back_past_are_marked() -> None:

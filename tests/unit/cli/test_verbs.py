@@ -27,6 +27,7 @@ from dtrain.protocol.checkpoint import Latest
 from dtrain.protocol.errors import Refused
 from dtrain.protocol.ids import Attempt, Seq, Step
 from dtrain.protocol.job import JobPhase
+from dtrain.protocol.snapshot import FailureKind
 
 Out = pytest.CaptureFixture[str]
 
@@ -297,6 +298,22 @@ def test_logs_default_to_rank_0_and_the_one_that_failed(
     assert run(["logs", "digits", "--stdout", "--rank", "1", "--tail", "1", "--coordinators", address]) == 0
     assert capfd.readouterr().out == "last of 1\n"
     assert run(["logs", "digits", "--stderr", "--coordinators", address]) == 4
+
+
+def test_stacks_are_those_of_all_ranks_and_of_the_attempt_that_was_ended_for_a_hang(
+    replica: FakeReplica, address: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hang = failure(kind=FailureKind.HANG, signal=None, attempt=Attempt(2))
+    replica.items = ended(JobPhase.RUNNING, failure=hang)  # type: ignore[assignment]
+    replica.logs = {(2, rank, "stacks"): f"stack of {rank}\n".encode() for rank in range(4)}
+    assert run(["logs", "digits", "--stacks", "--coordinators", address]) == 0
+    assert capfd.readouterr().out == "".join(f"a1/{rank} | stack of {rank}\n" for rank in range(4))
+    assert run(["logs", "digits", "--stacks", "--rank", "3", "--coordinators", address]) == 0
+    assert capfd.readouterr().out == "stack of 3\n"
+    replica.items = ended(JobPhase.RUNNING)  # type: ignore[assignment]
+    replica.logs = {(3, rank, "stacks"): b"" for rank in range(4)}
+    assert run(["logs", "digits", "--stacks", "--coordinators", address]) == 4
+    assert "dtrain stacks digits" in capfd.readouterr().err
 
 
 def test_a_follower_goes_on_across_attempts_and_lost_replicas(

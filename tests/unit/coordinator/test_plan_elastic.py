@@ -7,9 +7,10 @@ from tests.support.builders import JOB, KEYS, Stage, make_spec
 
 from dtrain.coordinator.core.elastic import SILENT_S, WARM_S
 from dtrain.coordinator.core.placement import JOIN_WINDOW_S, UNREACHABLE_REST_S
+from dtrain.coordinator.core.queue import Place, Queue, Waiting
 from dtrain.protocol.commands import AbortCheckpoint, ConfirmCheckpoint, Prepare, Stop, Warm
 from dtrain.protocol.events import EventReason
-from dtrain.protocol.ids import AgentName, Attempt, Uid
+from dtrain.protocol.ids import AgentName, Attempt, JobName, Uid
 from dtrain.protocol.job import Intent, JobPhase, Member
 from dtrain.protocol.snapshot import FailureKind, WorkerPhase
 
@@ -265,6 +266,45 @@ def test_machines_that_may_not_be_used_are_none_to_grow_by(how: str) -> None:
     stage.decide()
     assert stage.status.joining == ()
     assert not stage.commands(Warm)
+
+
+def claimed(job: str, **slots: int) -> Queue:
+    """Somebody else waits, and these slots are kept for it."""
+    name = JobName(job)
+    claim = {AgentName(agent): count for agent, count in slots.items()}
+    waiting = Waiting(name, 0, 0.0, 0.0, len(slots), len(slots), 8)
+    return Queue({name: Place(1, False)}, {name: waiting}, {name: claim}, turns={name: 0}, changes_at=1e6)
+
+
+def test_a_machine_that_is_kept_for_a_job_that_waits_is_none_to_grow_by() -> None:
+    stage = training("a", nodes=(1, 3))
+    stage.queue = claimed("big", b=8)
+    stage.join("b", slots=8).join("c", slots=8).decide()
+    assert stage.status.joining == ("c",)
+    assert stage.receivers(Warm) == ["c"]
+    assert stage.last.wake_at is not None
+    # Once nobody waits for it any more it may be had.
+    stage.queue = Queue()
+    stage.decide()
+    assert stage.status.joining == ("b", "c")
+
+
+def test_a_claim_that_comes_while_a_machine_gets_ready_takes_it_back() -> None:
+    stage = training("a")
+    stage.join("b", slots=8).decide()
+    stage.warm("b")
+    stage.queue = claimed("big", b=8)
+    stage.after(JOIN_WINDOW_S).decide()
+    assert stage.status.joining == ()
+    assert not stage.of("open")
+    assert stage.receivers(Stop) == ["b"]
+
+
+def test_a_claim_on_other_slots_of_a_machine_keeps_nobody_from_growing() -> None:
+    stage = training("a")
+    stage.queue = claimed("big", b=7)
+    stage.join("b", slots=8).decide()
+    assert stage.status.joining == ("b",)
 
 
 def test_a_joining_machine_that_goes_is_forgotten_and_its_checkpoint_is_one_like_any_other() -> None:

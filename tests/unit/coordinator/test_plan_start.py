@@ -5,9 +5,10 @@ from dataclasses import replace
 from tests.support.builders import JOB, KEYS, Stage, make_spec
 
 from dtrain.coordinator.core.decisions import ProbeStore
+from dtrain.coordinator.core.queue import Place, Queue, Waiting
 from dtrain.protocol.commands import Prepare, Start, Stop
 from dtrain.protocol.events import EventReason
-from dtrain.protocol.ids import AgentName, Uid
+from dtrain.protocol.ids import AgentName, JobName, Uid
 from dtrain.protocol.job import Intent, JobPhase, Wanted
 from dtrain.protocol.snapshot import WorkerPhase
 
@@ -110,6 +111,31 @@ def test_agents_that_cannot_help_are_named_in_the_reason() -> None:
     stage.cordoned.add(AgentName("c"))
     stage.decide()
     assert "waiting for 1 of 2 agents with 1 free slot (1 without 1 free slot, 1 cordoned)" in stage.said
+
+
+def test_machines_that_are_held_back_for_another_job_are_named_as_such() -> None:
+    stage = Stage().join("a", "b", "c", slots=1)
+    stage.used[AgentName("c")] = 1
+    first = JobName("first")
+    stage.queue = Queue(
+        {JOB: Place(1, False)},
+        {JOB: Waiting(JOB, 0, 0.0, 0.0, 2, 2, 1)},
+        {first: {AgentName("b"): 1}},
+        turns={first: 0, JOB: 1},
+    )
+    stage.decide()
+    assert stage.status.reason == (
+        "waiting for 1 of 2 agents with 1 free slot (1 without 1 free slot, b is held back for first)"
+    )
+
+
+def test_machines_that_are_too_small_are_not_called_full() -> None:
+    stage = Stage(make_spec(nproc=4)).join("a", slots=2).join("b", slots=4).join("c", slots=4)
+    stage.used[AgentName("b")] = 1
+    stage.decide()
+    assert stage.status.reason == (
+        "waiting for 1 of 2 agents with 4 free slots (1 without 4 free slots, 1 with fewer slots in all)"
+    )
 
 
 def test_nothing_is_placed_under_the_brake() -> None:

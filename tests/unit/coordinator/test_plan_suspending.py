@@ -461,7 +461,7 @@ def test_claims_of_others_are_respected_and_told() -> None:
     )
     stage.decide()
     assert stage.phase is JobPhase.QUEUED
-    assert stage.status.reason == "waiting for 1 of 2 agents with 1 free slot (1 without 1 free slot)"
+    assert stage.status.reason == "waiting for 1 of 2 agents with 1 free slot (a is held back for big)"
 
 
 def test_a_job_is_suspended_only_once_every_coordinator_could_read_that_it_is() -> None:

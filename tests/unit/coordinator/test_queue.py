@@ -84,6 +84,15 @@ def test_a_running_job_is_kept_from_nothing() -> None:
     assert queue.claimed() == {"a": 2}
 
 
+def test_what_the_first_is_about_to_claim_is_nothing_to_grow_onto_either() -> None:
+    big, small, busy = waits("big", nodes=2), waits("small", since=1), runs("busy", "a")
+    early = arranged([replace(big, nodes_min=3), small], [busy], slots="a b c")
+    assert (early.claims, early.soon) == ({"small": {"b": 2}}, {"c": 2, "a": 2})
+    assert early.claimed() == {"b": 2, "c": 2, "a": 2}
+    late = arranged([big], [busy], now=NOW + PATIENCE_S)
+    assert (late.soon, late.claimed()) == ({}, {"a": 2, "b": 2})
+
+
 def test_small_jobs_slip_in_until_the_patience_of_the_first_is_over() -> None:
     big, small, busy = waits("big", nodes=2), waits("small", since=1), runs("busy", "a")
     early = arranged([big, small], [busy])
@@ -231,6 +240,33 @@ def test_each_waiting_job_is_told_why(place: int, words: str) -> None:
     waiting = [waits(f"j{n:02d}", nodes=2, priority=3, since=n) for n in range(1, PLACES_TOLD + 3)]
     queue = arranged(waiting, [runs("busy", "a", "b", priority=3)])
     assert queue.why(JobName(f"j{place:02d}")) == words
+
+
+def test_machines_that_are_free_and_held_back_for_others_are_named() -> None:
+    big, small, busy = waits("big", nodes=2), waits("small", since=1), runs("busy", "a")
+    early = arranged([big, small], [busy])
+    assert early.why(JobName("small")) == ""
+    late = arranged([big, small], [busy], now=NOW + PATIENCE_S)
+    assert late.why(JobName("small")) == (
+        "2nd in the queue: waits for 1 agent with 2 free slots (b is held back for big), "
+        "behind big (priority 0)"
+    )
+    assert late.holders(JobName("small"), AgentName("b")) == ("big",)
+    assert late.holders(JobName("big"), AgentName("b")) == ()
+    # What is not free is not held back: it is in use.
+    assert "a" not in dict(late.places[JobName("small")].kept)
+
+
+def test_a_job_that_lacks_machines_stands_behind_nobody_and_nobody_behind_it() -> None:
+    huge, big, small = waits("huge", nodes=9), waits("big", nodes=2, since=1), waits("small", since=2)
+    for late_s in (0, PATIENCE_S):
+        queue = arranged([huge, big, small], [runs("busy", "a", "b")], now=NOW + late_s)
+        assert queue.why(JobName("huge")) == ""
+        assert not queue.places[JobName("huge")].fits
+        assert queue.why(JobName("big")) == ""
+        assert queue.why(JobName("small")) == (
+            "2nd in the queue: waits for 1 agent with 2 free slots, behind big (priority 0)"
+        )
 
 
 def test_a_job_that_others_make_room_for_says_so() -> None:

@@ -591,6 +591,21 @@ def test_a_change_of_the_queue_by_time_alone_is_seen() -> None:
     assert line(etcd, changes_at).claims == {"wide": {A1: 4}}
 
 
+def test_who_may_grow_is_looked_at_when_nobody_claims_the_machine_any_more() -> None:
+    etcd = Etcd()
+    etcd.put(KEYS.node(A1), node())
+    etcd.put(KEYS.node(AgentName("a2")), node(AgentName("a2")))
+    wait(etcd, "grows", nproc_per_node=4, nnodes_max=2)
+    place(etcd, "grows", JobPhase.RUNNING, A1)
+    wait(etcd, "other", now=1.0, nproc_per_node=4)
+    assert line(etcd, 2.0, "grows").claimed() == {"a2": 4}
+    etcd.world.take_touched()
+    etcd.put(KEYS.intent(JobName("other")), Intent(Uid("u-other"), Wanted.CANCEL), 3.0)
+    assert etcd.world.take_touched() == ["other"]
+    assert line(etcd, 3.0, "other").claimed() == {}
+    assert etcd.world.take_touched() == ["grows"]
+
+
 def test_jobs_are_looked_at_again_when_the_last_old_coordinator_has_gone() -> None:
     etcd = Etcd()
     etcd.put(KEYS.spec(JOB), spec())

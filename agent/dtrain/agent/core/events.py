@@ -87,6 +87,15 @@ class StacksCollected:
 
 
 @dataclass(frozen=True, slots=True)
+class StacksShown:
+    """A person has had the stacks of the local ranks collected."""
+
+    job: JobName
+    uid: Uid
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True)
 class TransferReported:
     """The transfer process said something, or ended."""
 
@@ -203,6 +212,7 @@ Event = (
     | ProcessesProbed
     | RanksLookedAt
     | StacksCollected
+    | StacksShown
     | TransferReported
     | RankConnected
     | RankReported

@@ -18,7 +18,7 @@ import dataclasses
 from statistics import median
 
 from dtrain.agent.core.decisions import Action, CollectStacks, LookAtRanks
-from dtrain.agent.core.events import RanksLookedAt, StacksCollected
+from dtrain.agent.core.events import RanksLookedAt, StacksCollected, StacksShown
 from dtrain.agent.core.state import AgentState, Habit, JobState, LinkState, LocalRank, Watch
 from dtrain.agent.launching import ProcessId
 from dtrain.protocol.commands import DumpStacks
@@ -282,7 +282,15 @@ def processes(job: JobState) -> dict[Rank, ProcessId]:
     }
 
 
-def collected(state: AgentState, event: StacksCollected) -> AgentState:
+def shown(state: AgentState, event: StacksShown, wall: float) -> AgentState:
+    """Keep in mind that a person has had stacks collected, so that others find them."""
+    job = state.jobs.get(event.job)
+    if job is None or (job.uid, job.attempt) != (event.uid, event.attempt):
+        return state
+    return state.with_job(dataclasses.replace(job, dumps=job.dumps + 1, dumped_at=wall))
+
+
+def collected(state: AgentState, event: StacksCollected, wall: float) -> AgentState:
     """Show stacks; a rank that is at work gets more time, once in a standstill."""
     job = state.jobs.get(event.job)
     if job is None or (job.uid, job.attempt, job.dump) != (event.uid, event.attempt, event.dump):
@@ -295,7 +303,8 @@ def collected(state: AgentState, event: StacksCollected) -> AgentState:
             stacks.append(dataclasses.replace(stack, step=rank.step, collective=rank.collective))
             rank = _raised(job, rank, stack)  # noqa: PLW2901
         ranks.append(rank)
-    return state.with_job(dataclasses.replace(job, stacks=tuple(stacks), ranks=tuple(ranks)))
+    job = dataclasses.replace(job, stacks=tuple(stacks), ranks=tuple(ranks))
+    return state.with_job(dataclasses.replace(job, dumps=job.dumps + 1, dumped_at=wall))
 
 
 def _raised(job: JobState, rank: LocalRank, stack: Stack) -> LocalRank:

@@ -34,6 +34,8 @@ def snapshot_of(state: AgentState, job: JobState) -> WorkerSnapshot:
         stuck=stuck(job),
         stalls=hangs.stalls(state, job),
         stacks=job.stacks,
+        dumps=job.dumps,
+        dumped_at=job.dumped_at,
         warm=is_warm(job),
         warning=job.launcher.warning[:WARNING_CHARS_MAX],
     )

@@ -35,6 +35,11 @@ class Frame:
     file: str
     line: int = 0
 
+    @property
+    def path(self) -> str:
+        """The file, beginning with a slash: ``py-spy`` shortens names to ``torch/distributed/...``."""
+        return self.file if self.file.startswith(("/", "<")) else f"/{self.file}"
+
     def __str__(self) -> str:
         return f"{self.name} ({self.file.rsplit('/', 1)[-1]}:{self.line})"
 
@@ -78,12 +83,12 @@ def classify(frames: Frames, state: str, *, busy: bool) -> StackKind:
     if not frames:
         return StackKind.UNKNOWN
     inner = _telling(frames)
-    if any(part in inner.file for part in _COLLECTIVE):
+    if any(part in inner.path for part in _COLLECTIVE):
         return StackKind.COLLECTIVE
-    if inner.file.endswith(_BACKWARD) and not busy:
+    if inner.path.endswith(_BACKWARD) and not busy:
         # The gradients' all-reduce is awaited in C++, below the call that computes them.
         return StackKind.COLLECTIVE
-    if any(part in frame.file for frame in frames for part in _DATA):
+    if any(part in frame.path for frame in frames for part in _DATA):
         return StackKind.DATA
     return StackKind.CODE
 
@@ -94,7 +99,7 @@ def where(frames: Frames) -> str:
         return ""
     inner = _telling(frames)
     text = str(inner)
-    own = next((frame for frame in frames if not _is_library(frame)), None)
+    own = next((frame for frame in frames[frames.index(inner) :] if not _is_library(frame)), None)
     if own is not None and own is not inner:
         text += f", called by {own}"
     return text[:WHERE_CHARS_MAX]
@@ -121,8 +126,8 @@ _SILENT = ("/threading.py", "/queue.py", "/selectors.py", "/multiprocessing/", "
 
 def _telling(frames: Frames) -> Frame:
     """The innermost frame that is no mere way to wait."""
-    return next((frame for frame in frames if not any(part in frame.file for part in _SILENT)), frames[0])
+    return next((frame for frame in frames if not any(part in frame.path for part in _SILENT)), frames[0])
 
 
 def _is_library(frame: Frame) -> bool:
-    return any(part in frame.file for part in _LIBRARY)
+    return any(part in frame.path for part in _LIBRARY)

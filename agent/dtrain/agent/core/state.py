@@ -337,6 +337,10 @@ class JobState:
     """The newest order to collect stacks, by its id."""
     stacks: tuple[Stack, ...] = ()
     """What came of it."""
+    dumps: int = 0
+    """How often stacks were collected in this attempt, for the leader or for a person."""
+    dumped_at: float = 0.0
+    """When that was last (wall time)."""
 
     @property
     def store(self) -> str:

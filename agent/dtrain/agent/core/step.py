@@ -52,6 +52,7 @@ from dtrain.agent.core.events import (
     SessionSeen,
     ShutDown,
     StacksCollected,
+    StacksShown,
     Tick,
     TransferReported,
 )
@@ -87,7 +88,9 @@ def step(state: AgentState, event: Event, now: float, wall: float = 0.0) -> tupl
         case RanksLookedAt():
             state = hangs.looked_at(state, event, now)
         case StacksCollected():
-            state = hangs.collected(state, event)
+            state = hangs.collected(state, event, wall)
+        case StacksShown():
+            state = hangs.shown(state, event, wall)
         case TransferReported():
             state = transfers.reported(state, event.report, now, wall, out)
         case RankConnected():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         "dtrain logs digits -f",
         "dtrain logs digits --rank all --tail 20",
         "dtrain logs digits --attempt 2 --stderr",
+        "dtrain logs digits --stacks --rank 3",
     ),
 )
 @click.argument("job", shell_complete=complete_job)
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--tail", type=click.IntRange(0), help="Only the last N lines of each.")
 @click.option("--stdout", "stream", flag_value="stdout", help="Only stdout.")
 @click.option("--stderr", "stream", flag_value="stderr", help="Only stderr.")
-@click.option("--stacks", "stream", flag_value="stacks", help="The stacks that were collected of hung ranks.")
+@click.option("--stacks", "stream", flag_value="stacks", help="Stacks of all ranks that were collected.")
 @connected
 def command(
     *, job: str, follow: bool, ranks: str | None, attempt: int | None, tail: int | None, stream: str | None
@@ -47,7 +48,28 @@ def command(
                 return 0
         if follow and attempt is None:
             return _follow(client, found, ranks, streams)
-        return _dump(client, found, attempt=attempt or found.attempt, ranks=ranks, streams=streams, tail=tail)
+        if stream == "stacks":
+            return _stacks(client, found, attempt=attempt, ranks=ranks or "all", tail=tail)
+        code, _ = _dump(
+            client, found, attempt=attempt or found.attempt, ranks=ranks, streams=streams, tail=tail
+        )
+        return code
+
+
+def _stacks(client: "Client", job: "Job", *, attempt: int | None, ranks: str, tail: int | None) -> int:
+    """Of the attempt asked for, else the current one, else the newest one that was ended for a hang."""
+    from dtrain.cli import exits, output
+    from dtrain.protocol.snapshot import FailureKind
+
+    failure = job.status.failure if job.status else None
+    hung = failure.attempt if failure is not None and failure.kind is FailureKind.HANG else 0
+    taken = any(snapshot.dumps for snapshot in job.current_workers.values())
+    which = attempt or (hung if hung and not taken else job.attempt)
+    code, lines = _dump(client, job, attempt=which, ranks=ranks, streams=("stacks",), tail=tail)
+    if code == exits.OK and not lines:
+        output.say(f"attempt {which} has no stacks; 'dtrain stacks {job.name}' collects those of now")
+        return exits.NOT_FOUND
+    return code
 
 
 def chosen(job: "Job", ranks: str | None, attempt: int) -> list[int]:
@@ -73,14 +95,21 @@ def _dump(
     ranks: str | None,
     streams: tuple[str, ...],
     tail: int | None,
-) -> int:
+) -> tuple[int, int]:
+    """Print logs; return the exit code and how many lines there were."""
     import sys
     from collections import deque
 
     from dtrain.cli import exits, following, output
 
     wanted = chosen(job, ranks, attempt)
-    problems = 0
+    problems = written = 0
+
+    def write(line: "Line") -> None:
+        nonlocal written
+        written += 1
+        _write(line, prefix=len(wanted) > 1)
+
     for rank in wanted:
         for stream in streams:
             lines: deque[Line] = deque(maxlen=tail)
@@ -90,17 +119,17 @@ def _dump(
                 attempt=attempt,
                 rank=rank,
                 stream=stream,
-                write=lines.append if tail is not None else lambda line: _write(line, prefix=len(wanted) > 1),
+                write=lines.append if tail is not None else write,
             )
             reader.over.set()
             reader.run()
             for line in lines:
-                _write(line, prefix=len(wanted) > 1)
+                write(line)
             if reader.problem:
                 problems += 1
                 output.say(f"rank {rank} {stream}: {reader.problem}")
     sys.stdout.flush()
-    return exits.NOT_FOUND if problems == len(wanted) * len(streams) else exits.OK
+    return exits.NOT_FOUND if problems == len(wanted) * len(streams) else exits.OK, written
 
 
 def _follow(client: "Client", job: "Job", ranks: str | None, streams: tuple[str, ...]) -> int:

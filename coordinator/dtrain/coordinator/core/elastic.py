@@ -61,6 +61,8 @@ def due(draft: Draft, members: Sequence[Seat]) -> Resize | None:
     if any(rank.last_step is not None or rank.exit_code is not None for s in members for rank in s.ranks):
         return None  # training has ended, or is about to
     surplus = len(members) - draft.spec.nnodes_max
+    if surplus < 0 and draft.fleet.queue.changes_at is not None:
+        draft.wake(draft.fleet.queue.changes_at)
     joining = () if surplus >= 0 else _choose(draft, members)
     if not joining:
         _note(draft, ())
@@ -96,7 +98,7 @@ def _choose(draft: Draft, members: Sequence[Seat]) -> tuple[AgentName, ...]:
     present = {seat.member.agent for seat in members}
     before = frozenset(draft.status.joining)
     # One that does not answer for a moment keeps what it has imported.
-    free = [name for name in placement.candidates(draft, silent=before) if name not in present]
+    free = [n for n in placement.candidates(draft, silent=before, growing=True) if n not in present]
     free.sort(key=lambda name: (name not in before, not placement.is_warm(draft, name), name))
     chosen = free[: draft.spec.nnodes_max - len(members)]
     missing = draft.spec.nnodes_min - len(members) - len(chosen)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.liveness import STARTED_PHASES
+from dtrain.coordinator.core.queue import held_back
 from dtrain.coordinator.core.views import AgentView
-from dtrain.protocol.ids import AgentName, Rank
+from dtrain.protocol.ids import AgentName, JobName, Rank
 from dtrain.protocol.job import JobPhase, JobSpec, Member
 from dtrain.protocol.snapshot import WorkerPhase
 
@@ -101,10 +102,16 @@ def has_room(spec: JobSpec, view: AgentView, used: int) -> bool:
     return 0 < ranks_on(spec, view) <= view.node.slots - used
 
 
-def candidates(draft: Draft, *, silent: Set[AgentName] = frozenset()) -> dict[AgentName, AgentView]:
-    """Agents that could take this job's ranks now. ``silent``: also if they did not answer lately."""
+def candidates(
+    draft: Draft, *, silent: Set[AgentName] = frozenset(), growing: bool = False
+) -> dict[AgentName, AgentView]:
+    """Agents that could take this job's ranks now.
+
+    ``silent``: also if they did not answer lately. ``growing``: without those that any waiting
+    job claims, wherever this one stands.
+    """
     fleet = draft.fleet
-    held = fleet.queue.held_from(draft.job.name)
+    held = fleet.queue.claimed() if growing else fleet.queue.held_from(draft.job.name)
     found = {}
     for name, view in fleet.agents.items():
         if name in fleet.cordoned or blocked(draft, name, view) or view.draining_at is not None:
@@ -229,18 +236,29 @@ def _short_of(draft: Draft, usable: dict[AgentName, AgentView]) -> str:
     stuck = sum(
         1 for name, view in staying.items() if name not in fleet.cordoned and blocked(draft, name, view)
     )
-    full = sum(
-        1
-        for name, view in staying.items()
-        if name not in fleet.cordoned
-        and not blocked(draft, name, view)
-        and not has_room(spec, view, fleet.used.get(name, 0) + held.get(name, 0))
-    )
-    silent = len(staying) - cordoned - stuck - full - len(usable)
+    small, full, kept = 0, 0, dict[JobName, list[AgentName]]()
+    for name, view in sorted(staying.items()):
+        used = fleet.used.get(name, 0)
+        if name in fleet.cordoned or blocked(draft, name, view):
+            continue
+        if not has_room(spec, view, 0):
+            small += 1
+        elif not has_room(spec, view, used):
+            full += 1
+        elif not has_room(spec, view, used + held.get(name, 0)):
+            kept.setdefault(fleet.queue.holders(draft.job.name, name)[0], []).append(name)
+    silent = len(staying) - cordoned - stuck - small - full - sum(map(len, kept.values())) - len(usable)
     if leaving:
         parts.append(draining(leaving))
     if full:
         parts.append(f"{full} without {slots}")
+    if small:
+        parts.append(
+            f"{small} with fewer slots in all" if spec.nproc_per_node else f"{small} without any slot"
+        )
+    for job, names in kept.items():
+        more = f" and {len(names) - SHOWN_MAX} more" if len(names) > SHOWN_MAX else ""
+        parts.append(held_back(names[:SHOWN_MAX], job) + more)
     if cordoned:
         parts.append(f"{cordoned} cordoned")
     if stuck:

@@ -13,13 +13,15 @@ In that order each job lays claim to machines; those behind take what is left:
 * of the others the first one, once it has waited for PATIENCE_S, claims as many
   machines as it needs, free or not. Until then others may slip in before it.
 
-A claim only keeps others away, and only from jobs that are to be placed: what runs
-is never disturbed by one, nor is it kept from starting again.
+A claim only keeps others away from more than they have: what runs is never disturbed
+by one, nor is it kept from starting again. Whoever would grow leaves alone what is claimed,
+and what the first in the queue is about to claim: unlike what slips in, it would not be gone soon.
 """
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from dtrain.protocol.ids import AgentName, JobName
 
@@ -37,6 +39,9 @@ REST_S = 300.0
 
 PLACES_TOLD = 20
 """Further back a job is not told its place: each change would be written to hundreds of records."""
+
+KEPT_TOLD = 4
+"""Machines held back for others that a job is told of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,8 @@ class Place:
     first: Waiting | None = None
     others: int = 0
     room: tuple[str, ...] = ()
+    kept: tuple[tuple[AgentName, JobName], ...] = ()
+    """Machines that have enough free for it, and for whom they are held back; KEPT_TOLD at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +129,8 @@ class Queue:
     fitting: Mapping[JobName, float] = field(default_factory=dict)
     """Since when a job could begin."""
     changes_at: float | None = None
+    soon: Mapping[AgentName, int] = field(default_factory=dict)
+    """What the first in the queue claims once its patience is over."""
 
     def held_from(self, job: JobName) -> Mapping[AgentName, int]:
         """Slots that are not for ``job``: those before it claim them. A job that runs is not concerned."""
@@ -131,15 +140,20 @@ class Queue:
         return _sum(claim for of, claim in self.claims.items() if self.turns[of] < turn)
 
     def claimed(self) -> Mapping[AgentName, int]:
-        """Slots that any waiting job claims: not for what a running job could do without."""
-        return _sum(self.claims.values())
+        """Slots that any waiting job claims, or soon will: nothing for a running job to grow onto."""
+        return _sum([*self.claims.values(), self.soon])
+
+    def holders(self, job: JobName, agent: AgentName) -> tuple[JobName, ...]:
+        """Those before ``job`` that claim slots of a machine."""
+        turn = self.turns.get(job, 0)
+        return tuple(of for of, claim in self.claims.items() if self.turns[of] < turn and agent in claim)
 
     def why(self, job: JobName) -> str:
         """Why it waits, as far as that lies with other jobs; "": it does not."""
         place, waiting = self.places.get(job), self.waiting.get(job)
         if place is None or waiting is None or place.fits:
             return ""
-        what = f"waits for {_machines(waiting)}"
+        what = f"waits for {_machines(waiting)}{_held_back(place.kept)}"
         if place.room:
             what = f"waits until {_names(place.room)} made room"
         if place.first is None:
@@ -171,6 +185,9 @@ def arrange(
     made: dict[JobName, tuple[str, ...]] = {}
     turns: dict[JobName, int] = {}
     instants: list[float] = []
+    kept: dict[JobName, tuple[AgentName, ...]] = {}
+    patient: Waiting | None = None
+    never: set[JobName] = set()
     # What only starts again has its machines still, as it were: nobody takes them meanwhile.
     again = [one for one in order if one.restarts and room.has(one)]
     rest = [one for one in order if one not in again] if again else order
@@ -182,9 +199,14 @@ def arrange(
             if now < since + HOLD_S:
                 instants.append(since + HOLD_S)
                 claims[one.job] = room.take(one)
-        elif not one.ready or not room.could_have(one):
+            continue
+        if claims and len(kept) < PLACES_TOLD:
+            kept[one.job] = room.kept_from(one)
+        if not room.could_have(one):
+            never.add(one.job)
+        if not one.ready or one.job in never:
             continue  # with all machines to itself it could not begin: nothing is kept for it
-        elif found := room.make(one):
+        if found := room.make(one):
             made[one.job] = found
             claims[one.job] = room.take(one, coming=True)
         elif not reserved:
@@ -192,36 +214,61 @@ def arrange(
             if now >= one.seen_at + PATIENCE_S:
                 claims[one.job] = room.reserve(one)
             else:
+                patient = one
                 instants.append(one.seen_at + PATIENCE_S)
     return Queue(
-        _places(order, fits, made),
+        _places(order, fits, made, _holders(claims, turns, kept), never),
         {one.job: one for one in order},
         claims,
         turns,
         room.victims,
         fits,
         min([*instants, *room.instants], default=None),
+        {} if patient is None else room.reserve(patient),
     )
 
 
 def _places(
-    order: Sequence[Waiting], fits: Mapping[JobName, float], made: Mapping[JobName, tuple[str, ...]]
+    order: Sequence[Waiting],
+    fits: Mapping[JobName, float],
+    made: Mapping[JobName, tuple[str, ...]],
+    kept: Mapping[JobName, tuple[tuple[AgentName, JobName], ...]],
+    never: Collection[JobName],
 ) -> dict[JobName, Place]:
-    places = {}
+    """Where each stands. ``never``: what they lack is machines; they hold up nobody, and nobody them."""
+    places = {job: Place(0, True) for job in fits}
     stuck = [one for one in order if one.job not in fits]
+    able = [one for one in stuck if one.job not in never]
+    positions = {one.job: index for index, one in enumerate(able)}
     for index, one in enumerate(stuck):
-        near = index < PLACES_TOLD
-        first = stuck[0] if index else None
-        places[one.job] = Place(
-            index + 1 if near else 0,
-            False,
-            first if near else (order[0] if index else None),
-            index - 1 if near and index else 0,
-            made.get(one.job, ()),
-        )
-    for job in fits:
-        places[job] = Place(0, True)
+        position = positions.get(one.job)
+        if index >= PLACES_TOLD:
+            places[one.job] = Place(0, False, order[0])
+        elif position is None:
+            places[one.job] = Place(0, False)
+        else:
+            places[one.job] = Place(
+                position + 1,
+                False,
+                able[0] if position else None,
+                max(0, position - 1),
+                made.get(one.job, ()),
+                kept.get(one.job, ()),
+            )
     return places
+
+
+def _holders(
+    claims: Mapping[JobName, Mapping[AgentName, int]],
+    turns: Mapping[JobName, int],
+    kept: Mapping[JobName, tuple[AgentName, ...]],
+) -> dict[JobName, tuple[tuple[AgentName, JobName], ...]]:
+    """For whom machines are held back from each job: the first who claims them."""
+    found = {}
+    for job, names in kept.items():
+        before = [of for of in claims if turns[of] < turns[job]]
+        found[job] = tuple((name, next(of for of in before if name in claims[of])) for name in names)
+    return found
 
 
 class _Room:
@@ -257,6 +304,15 @@ class _Room:
         else:
             able = sum(1 for name in self._free if 0 < self._need(one, name) <= self._free[name])
         return able >= one.nodes_min
+
+    def kept_from(self, one: Waiting) -> tuple[AgentName, ...]:
+        """Machines on which enough would be free for it, had nobody before it claimed them."""
+        able = (
+            name
+            for name, machine in self._machines.items()
+            if self._free[name] < self._need(one, name) <= machine.free
+        )
+        return tuple(islice(able, KEPT_TOLD))
 
     def could_have(self, one: Waiting) -> bool:
         """Whether all machines together would do."""
@@ -354,6 +410,19 @@ def _machines(one: Waiting) -> str:
     if not one.ranks:
         return f"{agents} with nothing else on {'it' if one.nodes_min == 1 else 'them'}"
     return f"{agents} with {one.ranks} free slot{'' if one.ranks == 1 else 's'}"
+
+
+def _held_back(kept: Sequence[tuple[AgentName, JobName]]) -> str:
+    by: dict[JobName, list[AgentName]] = {}
+    for agent, job in kept:
+        by.setdefault(job, []).append(agent)
+    texts = [held_back(agents, job) for job, agents in by.items()]
+    return f" ({', '.join(texts)})" if texts else ""
+
+
+def held_back(agents: Sequence[AgentName], job: JobName) -> str:
+    """Machines that are free and claimed by a job, in words."""
+    return f"{', '.join(agents)} {'is' if len(agents) == 1 else 'are'} held back for {job}"
 
 
 def _names(jobs: Sequence[str]) -> str:
