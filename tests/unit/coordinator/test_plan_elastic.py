@@ -8,7 +8,7 @@ from dtrain.coordinator.core.placement import JOIN_WINDOW_S, UNREACHABLE_REST_S
 from dtrain.protocol.commands import AbortCheckpoint, ConfirmCheckpoint, Prepare, Stop, Warm
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import AgentName
-from dtrain.protocol.job import JobPhase, Member
+from dtrain.protocol.job import JobPhase, Member, Wanted
 from dtrain.protocol.snapshot import FailureKind, WorkerPhase
 
 
@@ -285,6 +285,19 @@ def test_what_a_joining_machine_shows_is_left_alone_until_it_is_not_wanted() -> 
     stage.used[AgentName("b")] = 8
     stage.decide()
     assert stage.receivers(Stop) == ["b"]
+
+
+def test_a_machine_that_was_to_join_a_job_is_let_go_of_when_it_is_suspended() -> None:
+    stage = training("a")
+    stage.join("b").decide()
+    stage.warm("b")
+    stage.want(Wanted.SUSPEND)
+    stage.decide()
+    hold(stage)
+    stage.report("a", WorkerPhase.IDLE, saving=())
+    stage.decide()
+    assert (stage.phase, stage.status.joining) == (JobPhase.SUSPENDED, ())
+    assert stage.receivers(Stop) == ["a", "b"]
 
 
 # Shrinking -------------------------------------------------------------------------
