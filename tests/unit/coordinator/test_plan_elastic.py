@@ -5,9 +5,10 @@ from tests.support.builders import Stage, make_spec
 
 from dtrain.coordinator.core.elastic import SILENT_S, WARM_S
 from dtrain.coordinator.core.placement import JOIN_WINDOW_S, UNREACHABLE_REST_S
+from dtrain.coordinator.core.queue import Queue
 from dtrain.protocol.commands import AbortCheckpoint, ConfirmCheckpoint, Prepare, Stop, Warm
 from dtrain.protocol.events import EventReason
-from dtrain.protocol.ids import AgentName
+from dtrain.protocol.ids import AgentName, JobName
 from dtrain.protocol.job import JobPhase, Member, Wanted
 from dtrain.protocol.snapshot import FailureKind, WorkerPhase
 
@@ -232,6 +233,18 @@ def test_machines_that_may_not_be_used_are_none_to_grow_by(how: str) -> None:
     stage.decide()
     assert stage.status.joining == ()
     assert not stage.commands(Warm)
+
+
+def test_what_is_kept_for_a_job_that_waits_is_nothing_to_grow_by() -> None:
+    stage = training("a")
+    big = JobName("big")
+    stage.queue = Queue(claims={big: {AgentName("b"): 8}}, turns={big: 0})
+    stage.join("b", "c").decide()
+    assert stage.status.joining == ("c",)
+    stage.queue = Queue()
+    stage.cordoned.add(AgentName("c"))
+    stage.decide()
+    assert stage.status.joining == ("b",)
 
 
 def test_a_joining_machine_that_goes_is_forgotten_and_its_checkpoint_is_one_like_any_other() -> None:

@@ -95,7 +95,7 @@ def _choose(draft: Draft, members: Sequence[Seat]) -> tuple[AgentName, ...]:
     present = {seat.member.agent for seat in members}
     before = frozenset(draft.status.joining)
     # One that does not answer for a moment keeps what it has imported.
-    free = [name for name in placement.candidates(draft, silent=before) if name not in present]
+    free = [name for name in placement.candidates(draft, silent=before, beyond=True) if name not in present]
     free.sort(key=lambda name: (name not in before, not placement.is_warm(draft, name), name))
     chosen = free[: draft.spec.nnodes_max - len(members)]
     missing = draft.spec.nnodes_min - len(members) - len(chosen)

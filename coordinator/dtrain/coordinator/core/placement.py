@@ -101,10 +101,15 @@ def has_room(spec: JobSpec, view: AgentView, used: int) -> bool:
     return 0 < ranks_on(spec, view) <= view.node.slots - used
 
 
-def candidates(draft: Draft, *, silent: Set[AgentName] = frozenset()) -> dict[AgentName, AgentView]:
-    """Agents that could take this job's ranks now. ``silent``: also if they did not answer lately."""
+def candidates(
+    draft: Draft, *, silent: Set[AgentName] = frozenset(), beyond: bool = False
+) -> dict[AgentName, AgentView]:
+    """Agents that could take this job's ranks now. ``silent``: also if they did not answer lately.
+
+    ``beyond``: for more than what the job runs on already, which no waiting job has to stand back for.
+    """
     fleet = draft.fleet
-    held = fleet.queue.held_from(draft.job.name)
+    held = fleet.queue.claimed() if beyond else fleet.queue.held_from(draft.job.name)
     found = {}
     for name, view in fleet.agents.items():
         if name in fleet.cordoned or blocked(draft, name, view) or view.draining_at is not None:
