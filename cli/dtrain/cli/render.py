@@ -548,8 +548,6 @@ def _checkpoint_summary(job: Job, now: float) -> str:
         store = job.status.store if job.status else ""
         started = job.status is not None and job.status.attempt > 0
         parts.append("none yet" if store or not started else "off: the job has no store")
-    if job.status and job.status.passed_over:
-        parts.append(f"passed over {', '.join(map(str, job.status.passed_over))}")
     if job.status and job.status.restore:
         parts.append(f"attempt {job.attempt} restored {job.status.restore.seq}")
     return "Checkpoints   " + ", ".join(parts)

@@ -219,6 +219,10 @@ def test_submissions_at_once_create_one_job(replica: Replica) -> None:
         ({"working_dir": "here"}, "working_dir"),
         ({"nonfinite": {"action": "rollback", "back": 3}}, "only 3 checkpoints are kept"),
         ({"nonfinite": {"back": 0}}, "nonfinite.back"),
+        ({"spares": -1}, "spares"),
+        ({"grow_cooldown_s": -1.0}, "grow_cooldown"),
+        ({"hang": {"timeout_s": -1.0}}, "hang.timeout"),
+        ({"hang": {"startup_s": 0.0}}, "hang.startup"),
         ({"nonfinite": {"metrics": list("abcdefghi")}}, "nonfinite.metrics"),
     ],
 )
