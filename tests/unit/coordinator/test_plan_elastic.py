@@ -1,5 +1,7 @@
 """Jobs that change their size: at once when they lose machines, else at a checkpoint that ranks hold at."""
 
+from dataclasses import replace
+
 import pytest
 from tests.support.builders import Stage, make_spec
 
@@ -404,6 +406,20 @@ def test_each_machine_gets_as_many_ranks_as_it_has_slots() -> None:
         (2, 1, 7),
         (3, 4, 7),
     ]
+
+
+def test_an_agent_that_would_start_no_rank_gets_none() -> None:
+    stage = Stage(make_spec(nodes=(1, 2), nproc=0)).join("a", "b", slots=2)
+    for name, view in stage.agents.items():
+        stage.agents[name] = replace(view, node=replace(view.node, version="0.1.0"))
+    stage.until_quiet()
+    assert stage.phase is JobPhase.QUEUED
+    assert "(2 of a release without nproc_per_node: auto)" in stage.status.reason
+    stage.agents[AgentName("a")] = replace(
+        stage.agents[AgentName("a")], node=replace(stage.agents[AgentName("a")].node, version="0.2.0")
+    )
+    stage.after(JOIN_WINDOW_S).until_quiet()
+    assert agents(stage) == ["a"]
 
 
 def test_a_machine_of_which_others_use_a_part_has_no_room_for_a_job_that_takes_it_whole() -> None:

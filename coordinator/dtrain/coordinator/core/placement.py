@@ -7,6 +7,7 @@ their place where possible, so that warm launchers and caches are of use.
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
+from dtrain.coordinator.core import releases
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.liveness import STARTED_PHASES
 from dtrain.coordinator.core.views import AgentView
@@ -92,7 +93,9 @@ def _enough(
 
 
 def ranks_on(spec: JobSpec, view: AgentView) -> int:
-    """Ranks that the job has on a machine of its."""
+    """Ranks that the job has on a machine of its; 0: it can have none there."""
+    if not spec.nproc_per_node and releases.is_former(view.node.version):
+        return 0  # its agent takes that number from the job file, and would start none
     return spec.nproc_per_node or view.node.slots
 
 
@@ -231,21 +234,25 @@ def _short_of(draft: Draft, usable: dict[AgentName, AgentView]) -> str:
     leaving = sorted(name for name, view in fleet.agents.items() if view.draining_at is not None)
     staying = {name: view for name, view in fleet.agents.items() if view.draining_at is None}
     cordoned = sum(1 for name in staying if name in fleet.cordoned)
-    stuck = sum(
-        1 for name, view in staying.items() if name not in fleet.cordoned and blocked(draft, name, view)
-    )
+    sound = {
+        name: view
+        for name, view in staying.items()
+        if name not in fleet.cordoned and not blocked(draft, name, view)
+    }
+    stuck = len(staying) - cordoned - len(sound)
+    former = {name for name, view in sound.items() if view.node.slots and not ranks_on(spec, view)}
     full = sum(
         1
-        for name, view in staying.items()
-        if name not in fleet.cordoned
-        and not blocked(draft, name, view)
-        and not has_room(spec, view, fleet.used.get(name, 0) + held.get(name, 0))
+        for name, view in sound.items()
+        if name not in former and not has_room(spec, view, fleet.used.get(name, 0) + held.get(name, 0))
     )
-    silent = len(staying) - cordoned - stuck - full - len(usable)
+    silent = len(sound) - len(former) - full - len(usable)
     if leaving:
         parts.append(draining(leaving))
     if full:
         parts.append(f"{full} without {slots}")
+    if former:
+        parts.append(f"{len(former)} of a release without nproc_per_node: auto")
     if cordoned:
         parts.append(f"{cordoned} cordoned")
     if stuck:
