@@ -200,6 +200,26 @@ def test_a_checkpoint_that_fails_is_taken_again_later_and_training_goes_on() -> 
     assert agents(stage) == ["a", "b"]
 
 
+def test_while_no_checkpoint_succeeds_ranks_are_held_for_one_ever_more_seldom() -> None:
+    stage = training("a")
+    timeout_s = stage.spec.checkpoint.timeout_s
+    stage.join("b").decide()
+    stage.warm("b")
+    stage.decide()
+    pauses: list[float] = []
+    for _ in range(3):
+        stage.accept()
+        stage.after(timeout_s).decide()  # ranks stand still all the while
+        stage.forget_outcomes()
+        failed_at = stage.now
+        while not stage.of("open"):
+            stage.after(10.0)
+            stage.step(40)
+            stage.decide()
+        pauses.append(stage.now - failed_at)
+    assert pauses == pytest.approx([10.0, timeout_s, 2 * timeout_s], abs=11.0)
+
+
 @pytest.mark.parametrize("spec", [{"sdk": False}, {"store": ""}])
 def test_a_job_that_cannot_be_saved_does_not_grow(spec: dict[str, object]) -> None:
     stage = training("a", **spec)  # type: ignore[arg-type]
