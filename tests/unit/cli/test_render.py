@@ -153,6 +153,12 @@ def test_slow_ranks_and_numbers_that_are_not_finite_are_said_first_and_shown_wit
     assert row[5:] == ("200/180/10.5 ms", "", "norm=not-finite loss=0.5")
 
 
+def test_all_that_failed_with_the_first_are_counted_though_few_are_named() -> None:
+    named = tuple(f"rank {n} on a1: connection closed by peer" for n in range(8))
+    card = render.failure_card(failure(also=(*named, "248 more")))
+    assert card[-1].startswith("    + 256 more failed with it: rank 0 on a1: ")
+
+
 def test_checkpoints_that_training_was_rolled_back_past_are_marked() -> None:
     job = records.group(reading(*running_job(passed_over=(Seq(4),)))).jobs["digits"]
     notes = {line.seq: line.note for line in render.checkpoint_lines(job)}
