@@ -4,6 +4,7 @@ Tables are for people and may change; programs use ``-o json``.
 """
 
 import datetime
+import re
 import signal as signals
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -393,7 +394,9 @@ def failure_card(failure: Failure, *, lines_max: int = 50) -> list[str]:
     tail = failure.log_tail.rstrip("\n").splitlines()[-lines_max:] if failure.log_tail else []
     card += [f"    | {line}" for line in tail]
     if failure.also:
-        count = len(failure.also)
+        # The leader names some of them, and counts the rest in a last entry of its own.
+        uncounted = re.fullmatch(r"(\d+) more", failure.also[-1])
+        count = len(failure.also) + (int(uncounted[1]) - 1 if uncounted else 0)
         card.append(f"    + {count} more failed with it: {failure.also[0]}" + ("; ..." if count > 1 else ""))
     return card
 
@@ -600,8 +603,6 @@ def _checkpoint_summary(job: Job, now: float) -> str:
         store = job.status.store if job.status else ""
         started = job.status is not None and job.status.attempt > 0
         parts.append("none yet" if store or not started else "off: the job has no store")
-    if job.status and job.status.passed_over:
-        parts.append(f"passed over {', '.join(map(str, job.status.passed_over))}")
     if job.status and job.status.restore:
         parts.append(f"attempt {job.attempt} restored {job.status.restore.seq}")
     return "Checkpoints   " + ", ".join(parts)

@@ -310,6 +310,24 @@ def test_stacks_are_shown_with_the_step_and_dropped_with_the_next_one() -> None:
     assert table.snapshot.stacks == ()
 
 
+def test_stacks_of_the_same_standstill_are_collected_again_after_a_beat() -> None:
+    table = training()
+    order = DumpStacks(table.head(1, "stacks.1.ab"), "why")
+    table.pass_time(10)
+    table.command(order)
+    table.command(order)
+    assert table.wanted(CollectStacks) == []  # repeated while it is under way
+    table.rank_report(table.connections - 1, at=table.at, beats=1)
+    table.feed(StacksCollected(JOB, Uid("u1"), Attempt(1), order.header.id, (found(0), found(1))))
+    assert table.snapshot.stacks == ()  # they are of before it
+    table.pass_time(10)
+    assert table.stalled() == [0, 1]
+    table.command(order)
+    assert [one.dump for one in table.wanted(CollectStacks)] == [order.header.id]
+    table.feed(StacksCollected(JOB, Uid("u1"), Attempt(1), order.header.id, (found(0), found(1))))
+    assert len(table.snapshot.stacks) == 2
+
+
 def test_a_rank_that_is_at_work_gets_more_time_once() -> None:
     table = training()
     table.pass_time(10)

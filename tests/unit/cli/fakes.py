@@ -245,6 +245,10 @@ class FakeReplica(coordinator_pb2_grpc.CoordinatorServicer):
         record = Cordon(AgentName(request.agent), request.reason, request.by, until, request.drain)
         return pb.CordonReply(record=codec.encode(record), revision=self.revision)
 
+    def Stacks(self, _request: pb.JobStacksRequest, _context: Any) -> pb.JobStacksReply:  # noqa: N802
+        rank = pb.JobStacksReply.RankStacks(rank=0, agent="a1", kind="data", where="read (x.py:3)", text="..")
+        return pb.JobStacksReply(ranks=[rank])
+
     def Uncordon(self, request: pb.UncordonRequest, context: grpc.ServicerContext) -> pb.UncordonReply:  # noqa: N802
         self._enter("Uncordon", context)
         return pb.UncordonReply(removed=request.agent == "a2", revision=self.revision)

@@ -191,11 +191,19 @@ def test_stacks_are_told_with_their_number_their_age_and_the_command_that_shows_
     assert "    stacks of all ranks: dtrain logs digits --stacks --attempt 2" in render.describe_job(job, NOW)
 
 
+def test_all_that_failed_with_the_first_are_counted_though_few_are_named() -> None:
+    named = tuple(f"rank {n} on a1: connection closed by peer" for n in range(8))
+    card = render.failure_card(failure(also=(*named, "248 more")))
+    assert card[-1].startswith("    + 256 more failed with it: rank 0 on a1: ")
+
+
 def test_checkpoints_that_training_was_rolled_back_past_are_marked() -> None:
     job = records.group(reading(*running_job(passed_over=(Seq(4),)))).jobs["digits"]
     notes = {line.seq: line.note for line in render.checkpoint_lines(job)}
     assert notes[4] == "training was rolled back past it"
-    assert any("4 rolled back past" in line for line in render.describe_job(job, NOW))
+    (line,) = [line for line in render.describe_job(job, NOW) if line.startswith("Checkpoints")]
+    assert "4 rolled back past" in line
+    assert "passed over" not in line  # once is enough
 
 
 def test_a_member_without_a_snapshot_is_shown_as_silent() -> None:

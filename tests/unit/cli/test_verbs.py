@@ -455,3 +455,13 @@ def test_an_unknown_machine_is_said_so(replica: FakeReplica, address: str, capsy
     assert run(["drain", "b7", "--coordinators", address]) != 0
     assert "there is no agent 'b7'" in capsys.readouterr().err
     assert not replica.cordons
+
+
+def test_stacks_of_a_rank_that_is_not_there_are_missed_in_words(
+    replica: FakeReplica, address: str, capsys: Out
+) -> None:
+    replica.items = running_job()
+    assert run(["stacks", "digits", "--coordinators", address]) == 0
+    assert "read (x.py:3)" in capsys.readouterr().out
+    assert run(["stacks", "digits", "--rank", "7", "--coordinators", address]) == 4
+    assert "none of the ranks 7 runs in job digits now" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
+from dtrain.coordinator.api import servicers
 from dtrain.coordinator.api.checkpoints import CheckpointDesk
 from dtrain.coordinator.api.cordons import Cordons
 from dtrain.coordinator.api.errors import ERROR_KEY, status_of
@@ -219,6 +220,10 @@ def test_submissions_at_once_create_one_job(replica: Replica) -> None:
         ({"working_dir": "here"}, "working_dir"),
         ({"nonfinite": {"action": "rollback", "back": 3}}, "only 3 checkpoints are kept"),
         ({"nonfinite": {"back": 0}}, "nonfinite.back"),
+        ({"spares": -1}, "spares"),
+        ({"grow_cooldown_s": -1.0}, "grow_cooldown"),
+        ({"hang": {"timeout_s": -1.0}}, "hang.timeout"),
+        ({"hang": {"startup_s": 0.0}}, "hang.startup"),
         ({"nonfinite": {"metrics": list("abcdefghi")}}, "nonfinite.metrics"),
     ],
 )
@@ -448,6 +453,28 @@ class LogAgent(agent_pb2_grpc.AgentServicer):
         return agent_pb.LogChunk(
             data=data, next_offset=request.offset + len(data), attempt=request.attempt, eof=True
         )
+
+    def Stacks(self, request: agent_pb.StacksRequest, context: Any) -> agent_pb.StacksReply:  # noqa: N802
+        rank = agent_pb.StacksReply.RankStacks(rank=0, kind="code", where="f (x.py:1)", text="x" * 4000)
+        return agent_pb.StacksReply(ranks=[rank])
+
+
+def test_stacks_of_a_large_job_are_cut_and_who_was_not_asked_is_told(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servicers, "AGENTS_ASKED_MAX", 2)
+    monkeypatch.setattr(servicers, "STACKS_BYTES_MAX", 3000)
+    agent = LogAgent("a1", {})
+    try:
+        spec = codec.decode(JobSpec, replica.submit().spec)
+        replica.put(KEYS.node(agent.name), NodeRecord(agent.name, Incarnation("i"), agent.address, "h", 1))
+        members = tuple(Member(AgentName(f"a{n + 1}"), n, Rank(n), 1) for n in range(3))
+        replica.put(KEYS.status(JOB), status(spec.uid, JobPhase.RUNNING, attempt=Attempt(1), members=members))
+        found = replica.stub.Stacks(pb.JobStacksRequest(job=JOB))
+        assert [(one.rank, one.agent, len(one.text)) for one in found.ranks] == [(0, "a1", 1000)]
+        assert list(found.problems) == ["agent a2 has no session", "1 more agents were not asked"]
+    finally:
+        agent.server.stop(0).wait()
 
 
 def test_logs_come_from_the_agent_that_has_them(replica: Replica) -> None:

@@ -283,6 +283,9 @@ def test_only_a_job_that_has_not_begun_is_imported_into_and_by_one_at_a_time(
         with pytest.raises(Conflict, match="before its first attempt only") as caught:
             queued.import_(JOB, "i3", IMPORT, ttl_s=30, lease=0)
         assert "await_import" in caught.value.fix
+    etcd.put(KEYS.status(JOB), JobStatus(Term(1), UID, JobPhase.QUEUED, step=Step(7)))
+    with pytest.raises(Conflict, match="is at step 7: "):  # it was suspended, and waits again
+        queued.import_(JOB, "i3", IMPORT, ttl_s=30, lease=0)
     # Of an earlier submission of this name: this one has not begun.
     etcd.put(KEYS.status(JOB), JobStatus(Term(1), Uid("u0"), JobPhase.FAILED))
     assert not queued.import_(JOB, "i4", IMPORT, ttl_s=30, lease=0).answered

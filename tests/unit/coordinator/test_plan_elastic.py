@@ -11,7 +11,7 @@ from dtrain.coordinator.core.queue import Place, Queue, Waiting
 from dtrain.protocol.commands import AbortCheckpoint, ConfirmCheckpoint, Prepare, Stop, Warm
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import AgentName, Attempt, JobName, Uid
-from dtrain.protocol.job import Intent, JobPhase, Member
+from dtrain.protocol.job import Intent, JobPhase, Member, Wanted
 from dtrain.protocol.snapshot import FailureKind, WorkerPhase
 
 
@@ -230,6 +230,26 @@ def test_a_checkpoint_that_fails_is_taken_again_later_and_training_goes_on() -> 
     assert agents(stage) == ["a", "b"]
 
 
+def test_while_no_checkpoint_succeeds_ranks_are_held_for_one_ever_more_seldom() -> None:
+    stage = training("a")
+    timeout_s = stage.spec.checkpoint.timeout_s
+    stage.join("b").decide()
+    stage.warm("b")
+    stage.decide()
+    pauses: list[float] = []
+    for _ in range(3):
+        stage.accept()
+        stage.after(timeout_s).decide()  # ranks stand still all the while
+        stage.forget_outcomes()
+        failed_at = stage.now
+        while not stage.of("open"):
+            stage.after(10.0)
+            stage.step(40)
+            stage.decide()
+        pauses.append(stage.now - failed_at)
+    assert pauses == pytest.approx([10.0, timeout_s, 2 * timeout_s], abs=11.0)
+
+
 @pytest.mark.parametrize("spec", [{"sdk": False}, {"store": ""}])
 def test_a_job_that_cannot_be_saved_does_not_grow(spec: dict[str, object]) -> None:
     stage = training("a", **spec)  # type: ignore[arg-type]
@@ -360,6 +380,19 @@ def test_what_a_joining_machine_shows_is_left_alone_until_it_is_not_wanted() -> 
     assert stage.receivers(Stop) == ["b"]
 
 
+def test_a_machine_that_was_to_join_a_job_is_let_go_of_when_it_is_suspended() -> None:
+    stage = training("a")
+    stage.join("b").decide()
+    stage.warm("b")
+    stage.want(Wanted.SUSPEND)
+    stage.decide()
+    hold(stage)
+    stage.report("a", WorkerPhase.IDLE, saving=())
+    stage.decide()
+    assert (stage.phase, stage.status.joining) == (JobPhase.SUSPENDED, ())
+    assert stage.receivers(Stop) == ["a", "b"]
+
+
 # Shrinking -------------------------------------------------------------------------
 
 
@@ -484,6 +517,20 @@ def test_each_machine_gets_as_many_ranks_as_it_has_slots() -> None:
         (2, 1, 7),
         (3, 4, 7),
     ]
+
+
+def test_an_agent_that_would_start_no_rank_gets_none() -> None:
+    stage = Stage(make_spec(nodes=(1, 2), nproc=0)).join("a", "b", slots=2)
+    for name, view in stage.agents.items():
+        stage.agents[name] = replace(view, node=replace(view.node, version="0.1.0"))
+    stage.until_quiet()
+    assert stage.phase is JobPhase.QUEUED
+    assert "(2 of a release without nproc_per_node: auto)" in stage.status.reason
+    stage.agents[AgentName("a")] = replace(
+        stage.agents[AgentName("a")], node=replace(stage.agents[AgentName("a")].node, version="0.2.0")
+    )
+    stage.after(JOIN_WINDOW_S).until_quiet()
+    assert agents(stage) == ["a"]
 
 
 def test_a_machine_of_which_others_use_a_part_has_no_room_for_a_job_that_takes_it_whole() -> None:

@@ -13,6 +13,7 @@ from dtrain.protocol.commands import Prepare
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import Seq, Step, Term, Uid
 from dtrain.protocol.job import JobPhase, JobSpec, Wanted
+from dtrain.protocol.snapshot import WorkerPhase
 
 STEP = Step(40)
 
@@ -189,6 +190,23 @@ def test_a_job_that_has_begun_refuses() -> None:
     assert not stage.orders()
     assert not stage.of("open")
     assert (stage.events[-1].reason, stage.events[-1].object) == (EventReason.USER_REQUESTED, "import/i1")
+
+
+def test_a_job_that_was_suspended_goes_on_with_its_own_work() -> None:
+    stage = Stage(make_spec(store="file:///s")).join("a", "b").run(step=40)
+    stage.want(Wanted.SUSPEND)
+    stage.decide()
+    stage.problem("a", message="no space")  # it has no checkpoint, and has trained all the same
+    stage.decide()
+    stage.everyone(WorkerPhase.IDLE, saving=())
+    stage.until_quiet()
+    assert stage.phase is JobPhase.SUSPENDED
+    stage.want(Wanted.RUN)
+    ask(stage)
+    stage.agents.clear()
+    stage.until_quiet()
+    assert (stage.phase, stage.orders(), stage.of("open")) == (JobPhase.QUEUED, {}, {})
+    assert stage.events[-1].message.endswith("the job is at step 40, not waiting for its first attempt")
 
 
 def test_without_a_store_there_is_nothing_to_import_into() -> None:

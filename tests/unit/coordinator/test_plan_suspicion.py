@@ -104,8 +104,9 @@ def test_without_the_setting_nothing_is_suspected() -> None:
     assert KEYS.suspicion(B) not in stage.cells
 
 
-def test_a_program_that_crashes_everywhere_makes_no_machine_a_bad_one() -> None:
-    crashes = [blame("u1", FailureKind.SIGNAL, ago_s=100.0 * n) for n in range(9)]
+@pytest.mark.parametrize("kind", [FailureKind.SIGNAL, FailureKind.PREPARE])
+def test_a_program_that_crashes_everywhere_makes_no_machine_a_bad_one(kind: FailureKind) -> None:
+    crashes = [blame("u1", kind, ago_s=100.0 * n) for n in range(9)]
     assert score(crashes, EPOCH + 1000.0) <= 2.0
     assert score([*crashes, blame("u2", FailureKind.SIGNAL)], EPOCH + 1000.0) == pytest.approx(3.0, abs=0.1)
 

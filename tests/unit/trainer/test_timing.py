@@ -166,12 +166,18 @@ class Event:
         return (end.at - self.at) * 1e3
 
 
+def gpu(watch: Stopwatch, clock: Clock, monkeypatch: pytest.MonkeyPatch, *, capturing: bool = False) -> None:
+    """Have ``watch`` measure on the time line of ``Event``."""
+    Event.clock, Event.passed = clock, False
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    watch.use_gpu()
+
+
 def test_on_a_gpu_its_own_time_line_counts_and_nobody_waits_for_it(
     watch: Stopwatch, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Event.clock, Event.passed = clock, False
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    watch.use_gpu()
+    gpu(watch, clock, monkeypatch)
 
     def body() -> None:
         with watch.span("data"):
@@ -183,3 +189,36 @@ def test_on_a_gpu_its_own_time_line_counts_and_nobody_waits_for_it(
     assert steps(watch, body) == Timing(0.7, 0.1, 0.0)  # not known yet
     Event.passed = True
     assert steps(watch, body, 100) == Timing(0.7, 0.1, 0.3)
+
+
+def test_what_goes_into_a_cuda_graph_is_not_measured(
+    watch: Stopwatch, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(watch, clock, monkeypatch, capturing=True)
+    recorded: list[float] = []
+    monkeypatch.setattr(Event, "record", lambda event: recorded.append(clock.now))
+
+    def body() -> None:
+        clock.now += 0.2
+        with watch.span("wait"):
+            clock.now += 0.4
+
+    assert steps(watch, body, 1) is None
+    assert recorded == [100.0]  # the step's beginning alone
+
+
+def test_events_of_two_gpus_do_not_end_training(
+    watch: Stopwatch, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(watch, clock, monkeypatch)
+
+    def refuse(first: Event, last: Event) -> float:
+        raise RuntimeError("events are on different devices")
+
+    Event.passed = True
+    monkeypatch.setattr(Event, "elapsed_time", refuse)
+
+    def body() -> None:
+        clock.now += 0.2
+
+    assert steps(watch, body, 20) == Timing(0.2, 0.0, 0.0)

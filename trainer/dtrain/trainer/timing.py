@@ -175,7 +175,10 @@ class _GpuClock:
         self._now = [self._event()]
 
     def mark(self) -> None:
-        if self._now:
+        if self._now and _is_capturing():
+            # As part of a CUDA graph an event can be neither queried nor timed.
+            self._now = []
+        elif self._now:
             self._now.append(self._event())
 
     def end(self) -> None:
@@ -187,8 +190,10 @@ class _GpuClock:
         """Of the newest step that the GPU has got behind; 0.0: none yet."""
         while self._pending and self._pending[0][-1].query():
             first, *marks, last = self._pending.popleft()
-            excluded = sum(a.elapsed_time(b) for a, b in zip(marks[::2], marks[1::2], strict=True))
-            self._own_s = max(0.0, first.elapsed_time(last) - excluded) / 1e3
+            # A script may go to another GPU within a step; times of two cannot be compared.
+            with contextlib.suppress(RuntimeError):
+                excluded = sum(a.elapsed_time(b) for a, b in zip(marks[::2], marks[1::2], strict=True))
+                self._own_s = max(0.0, first.elapsed_time(last) - excluded) / 1e3
         return self._own_s
 
     def _event(self) -> Any:
@@ -197,6 +202,13 @@ class _GpuClock:
         event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
+
+
+def _is_capturing() -> bool:
+    """Whether what is done now goes into a CUDA graph instead of to the GPU."""
+    import torch
+
+    return torch.cuda.is_current_stream_capturing()
 
 
 class _Installed:

@@ -47,7 +47,7 @@ def take(
         state = dataclasses.replace(state, refused_term=Term(0))
     if _is_namesake(state, command):
         return state, Answer(False, f"another attempt {head.attempt} has been here")
-    if head.id in state.seen.get(head.job, ()):
+    if head.id in state.seen.get(head.job, ()) and not _is_wanted_again(state, command):
         return state, Answer(True, "known")
     refusal = _refusal(state, command)
     if refusal is not None:
@@ -131,6 +131,16 @@ def _is_namesake(state: AgentState, command: Command) -> bool:
         command.ranks_here,
         command.world_size,
     )
+
+
+def _is_wanted_again(state: AgentState, command: Command) -> bool:
+    """Whether what came of an obeyed command is gone: one that was obeyed stays known for ever.
+
+    A rank that moved without completing a step has taken its stacks with it. Standing still once more it is
+    at the same step with the same deadline, which is all that the leader's order is named after.
+    """
+    job = state.jobs.get(command.header.job)
+    return isinstance(command, DumpStacks) and job is not None and job.dump != command.header.id
 
 
 def _older_submission(job: JobState, command: Prepare) -> Answer | None:

@@ -81,7 +81,8 @@ def heard(job: JobState, rank: LocalRank, report: Report, now: float) -> tuple[J
             before_s=watch.before_s + (stood_s or 0.0),
             missed=watch.missed or stood_s is None,
         )
-    if job.stacks:
+    if job.dump:
+        # Those that are still being collected, too: they would be of before.
         job = dataclasses.replace(job, stacks=(), dump="")
     return job, dataclasses.replace(rank, watch=moved)
 

@@ -24,6 +24,7 @@ def command(*, job: str, full: bool, ranks: str | None) -> int:
     from dtrain.cli import context, exits, output, reading
     from dtrain.cli.client import closing
     from dtrain.cli.render import Table
+    from dtrain.protocol.errors import ErrorCode, NotFound
 
     wanted = _numbers(ranks)
     with closing(context.connect(settings())) as client:
@@ -51,6 +52,13 @@ def command(*, job: str, full: bool, ranks: str | None) -> int:
             click.echo(line)
     for problem in reply.problems:
         output.say(problem)
+    if not shown and not reply.problems:
+        which = "no rank runs" if wanted is None else f"none of the ranks {ranks} runs"
+        raise NotFound(
+            ErrorCode.NOT_FOUND,
+            f"{which} in job {found.name} now",
+            fix=f"dtrain describe job {found.name} lists its ranks",
+        )
     return exits.OK if shown else exits.NOT_FOUND
 
 

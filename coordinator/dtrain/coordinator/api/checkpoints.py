@@ -307,11 +307,13 @@ class CheckpointDesk:
     def _begin_import(
         self, found: _Job, name: JobName, request_id: str, order: Order, ttl_s: int
     ) -> Importing:
-        status = found.status
-        if status is not None and status.uid == found.spec.uid and status.phase is not JobPhase.QUEUED:
+        status = None if found.status is None or found.status.uid != found.spec.uid else found.status
+        # One that was suspended, or made room, is QUEUED as well.
+        if status is not None and (status.phase is not JobPhase.QUEUED or status.step > 0):
+            where = f"at step {status.step}" if status.phase is JobPhase.QUEUED else str(status.phase)
             raise Conflict(
                 ErrorCode.CONFLICT,
-                f"job {name} is {status.phase}: a checkpoint is imported before its first attempt only",
+                f"job {name} is {where}: a checkpoint is imported before its first attempt only",
                 fix="submit a job that waits for it: dtrain submit FILE --set name=NEW "
                 "--set checkpoint.await_import=true, then import into that one",
             )

@@ -55,6 +55,8 @@ ITEM_BYTES = 64
 """What a record takes in an answer beyond its key and value."""
 AGENT_DEADLINE_S = 2.0
 STACKS_DEADLINE_S = 10.0
+STACKS_BYTES_MAX = 16 * 1024 * 1024
+"""Of all ranks together; the whole is in their log folders."""
 AGENTS_ASKED_MAX = 256
 LOG_PLACES_KEPT = 4096
 JOBS_CONSULTED_MAX = 1024
@@ -492,11 +494,14 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
                 continue
             stub = agent_pb2_grpc.AgentStub(self._channels.get(member.agent, node.address))  # type: ignore[no-untyped-call]
             calls.append((member.agent, stub.Stacks.future(asked, timeout=STACKS_DEADLINE_S)))
+        if (left := len(status.members) - AGENTS_ASKED_MAX) > 0:
+            problems.append(f"{left} more agents were not asked")
         context.add_callback(lambda: _cancel(calls))
         found = []
+        room = STACKS_BYTES_MAX // max(1, status.world_size)
         for agent, call in calls:
             try:
-                found += [_rank_stacks(agent, one) for one in call.result().ranks]
+                found += [_rank_stacks(agent, one, room) for one in call.result().ranks]
             except grpc.FutureCancelledError as error:
                 raise Unavailable(ErrorCode.AGENT_UNAVAILABLE, "the call was given up") from error
             except grpc.RpcError as error:
@@ -610,9 +615,11 @@ def _fingerprint(items: list[KeyValue]) -> tuple[int, int]:
     return len(items), max((kv.mod_revision for kv in items), default=0)
 
 
-def _rank_stacks(agent: AgentName, one: agent_pb.StacksReply.RankStacks) -> pb.JobStacksReply.RankStacks:
+def _rank_stacks(
+    agent: AgentName, one: agent_pb.StacksReply.RankStacks, room: int
+) -> pb.JobStacksReply.RankStacks:
     return pb.JobStacksReply.RankStacks(
-        rank=one.rank, agent=agent, kind=one.kind, where=one.where, text=one.text
+        rank=one.rank, agent=agent, kind=one.kind, where=one.where, text=one.text[:room]
     )
 
 

@@ -18,6 +18,8 @@ TEXT_BYTES_MAX = 100 * 1024
 SPEC_BYTES_MAX = 250 * 1024
 """As stored; below what anybody reads, so that no accepted job is unreadable."""
 PRELOAD_MAX = 64
+STARTUP_S_MIN = 0.001
+"""A script that may take no time at all to its first step would hang in each attempt."""
 PRIORITY_MAX = 1000
 KEEP_LAST_MAX = 1_000
 RULES_MAX = 32
@@ -36,6 +38,8 @@ def check(spec: JobSpec) -> None:
     parse_name(spec.name, "job")
     check_nodes(spec.nnodes_min, spec.nnodes_max)
     _between("nproc_per_node", spec.nproc_per_node, 0, RANKS_PER_NODE_MAX)
+    _between("spares", spec.spares, 0, NODES_MAX)
+    _seconds("grow_cooldown", spec.grow_cooldown_s, 0.0)
     if not spec.entry.target.strip():
         raise _bad("script", "is empty", "name a script, a module or a command")
     if spec.working_dir and not spec.working_dir.startswith("/"):
@@ -93,14 +97,16 @@ def check(spec: JobSpec) -> None:
         _seconds(f"{field}.cordon", rule.cordon_s, 0.0)
         if rule.cordon_s > CORDON_S_MAX:
             raise _bad(f"{field}.cordon", f"is {rule.cordon_s:g} seconds", f"use at most {CORDON_S_MAX:g}")
-    policy_of_numbers = spec.nonfinite
-    _between("nonfinite.back", policy_of_numbers.back, 1, KEEP_LAST_MAX)
-    _between("nonfinite.metrics", len(policy_of_numbers.metrics), 0, METRICS_MAX)
-    if policy_of_numbers.action is NonFiniteAction.ROLLBACK and policy_of_numbers.back >= policy.keep_last:
+    _seconds("hang.timeout", spec.hang.timeout_s, 0.0)
+    _seconds("hang.startup", spec.hang.startup_s, STARTUP_S_MIN)
+    numbers = spec.nonfinite
+    _between("nonfinite.back", numbers.back, 1, KEEP_LAST_MAX)
+    _between("nonfinite.metrics", len(numbers.metrics), 0, METRICS_MAX)
+    if numbers.action is NonFiniteAction.ROLLBACK and numbers.back >= policy.keep_last:
         raise _bad(
             "nonfinite.back",
-            f"is {policy_of_numbers.back}, and only {policy.keep_last} checkpoints are kept",
-            f"set checkpoint.keep_last to {policy_of_numbers.back + 1} or more",
+            f"is {numbers.back}, and only {policy.keep_last} checkpoints are kept",
+            f"set checkpoint.keep_last to {numbers.back + 1} or more",
         )
     _seconds("shutdown_grace", spec.shutdown_grace_s, 0.0)
     _seconds("isolation_grace", spec.isolation_grace_s, 0.0)

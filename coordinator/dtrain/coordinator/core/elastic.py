@@ -25,6 +25,9 @@ WARM_S = 120.0
 SILENT_S = 10.0
 """The same for one that shows nothing of the job: its agent may know of no such command."""
 
+HELD_AGAIN_S_MAX = 3600.0
+"""Between checkpoints that ranks hold at while none succeeds: training stands still for each."""
+
 
 @dataclass(frozen=True, slots=True)
 class Resize:
@@ -90,7 +93,19 @@ def _held(draft: Draft) -> set[Seq]:
 
 
 def _may_begin(draft: Draft) -> bool:
-    return bool(_held(draft)) or checkpoints.rested(draft)
+    """Whether ranks may be held now: each try that fails may cost them all that a checkpoint may take."""
+    failed = draft.status.failed_saves
+    if _held(draft):
+        return True
+    if failed < 2:
+        return checkpoints.rested(draft)
+    pause_s = min(HELD_AGAIN_S_MAX, draft.spec.checkpoint.timeout_s * 2.0 ** min(failed - 2, 10))
+    due = draft.status_seen_at + pause_s
+    if draft.now >= due:
+        return True
+    draft.wake(due)
+    draft.say("checkpoints fail: its size stays as it is for the time being")
+    return False
 
 
 def _choose(draft: Draft, members: Sequence[Seat]) -> tuple[AgentName, ...]:

@@ -60,6 +60,8 @@ def begin(draft: Draft, store: str) -> bool:
         ),
         key=lambda item: item[1].create_revision,
     )
+    if _has_trained(draft):
+        return False  # it was suspended, or made room: ``answer`` refuses
     if asked and not store:
         refuse(draft, *asked[0], "the job has no store to keep it in")
         return True
@@ -77,6 +79,11 @@ def begin(draft: Draft, store: str) -> bool:
     return False
 
 
+def _has_trained(draft: Draft) -> bool:
+    """Whether ranks of this submission have completed a step: what they did would be thrown away."""
+    return draft.status.step > 0 and not is_awaited(draft)
+
+
 def is_awaited(draft: Draft) -> bool:
     """Whether the job may not begin, as it would begin from scratch."""
     return draft.spec.checkpoint.await_import and draft.newest_good() is None
@@ -84,8 +91,10 @@ def is_awaited(draft: Draft) -> bool:
 
 def answer(draft: Draft, order_id: str, stored: Stored[Order]) -> None:
     """Refuse an import that came too late; before the first attempt, ``begin`` answers."""
-    if draft.status.phase is not JobPhase.QUEUED:
-        refuse(draft, order_id, stored, f"the job is {draft.status.phase}, not waiting for its first attempt")
+    status = draft.status
+    if status.phase is not JobPhase.QUEUED or _has_trained(draft):
+        where = f"at step {status.step}" if status.phase is JobPhase.QUEUED else str(status.phase)
+        refuse(draft, order_id, stored, f"the job is {where}, not waiting for its first attempt")
 
 
 def refuse(draft: Draft, order_id: str, stored: Stored[Order], why: str) -> None:

@@ -70,7 +70,7 @@ def queued(draft: Draft) -> None:
     """Wait for a store that answers and for enough machines."""
     if wants_cancel(draft):
         checkpoints.settle(draft, patient=False)
-        cancelled(draft, "cancelled before it began")
+        cancelled(draft, "cancelled while it waited for machines")
         return
     if importing.follow(draft):
         release_strays(draft)

@@ -7,6 +7,7 @@ their place where possible, so that warm launchers and caches are of use.
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
+from dtrain.coordinator.core import releases
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.liveness import STARTED_PHASES
 from dtrain.coordinator.core.queue import held_back
@@ -93,7 +94,9 @@ def _enough(
 
 
 def ranks_on(spec: JobSpec, view: AgentView) -> int:
-    """Ranks that the job has on a machine of its."""
+    """Ranks that the job has on a machine of its; 0: it can have none there."""
+    if not spec.nproc_per_node and releases.is_former(view.node.version):
+        return 0  # its agent takes that number from the job file, and would start none
     return spec.nproc_per_node or view.node.slots
 
 
@@ -233,21 +236,24 @@ def _short_of(draft: Draft, usable: dict[AgentName, AgentView]) -> str:
     leaving = sorted(name for name, view in fleet.agents.items() if view.draining_at is not None)
     staying = {name: view for name, view in fleet.agents.items() if view.draining_at is None}
     cordoned = sum(1 for name in staying if name in fleet.cordoned)
-    stuck = sum(
-        1 for name, view in staying.items() if name not in fleet.cordoned and blocked(draft, name, view)
-    )
-    small, full, kept = 0, 0, dict[JobName, list[AgentName]]()
-    for name, view in sorted(staying.items()):
+    sound = {
+        name: view
+        for name, view in staying.items()
+        if name not in fleet.cordoned and not blocked(draft, name, view)
+    }
+    stuck = len(staying) - cordoned - len(sound)
+    former, small, full, kept = 0, 0, 0, dict[JobName, list[AgentName]]()
+    for name, view in sorted(sound.items()):
         used = fleet.used.get(name, 0)
-        if name in fleet.cordoned or blocked(draft, name, view):
-            continue
-        if not has_room(spec, view, 0):
+        if view.node.slots and not ranks_on(spec, view):
+            former += 1
+        elif not has_room(spec, view, 0):
             small += 1
         elif not has_room(spec, view, used):
             full += 1
         elif not has_room(spec, view, used + held.get(name, 0)):
             kept.setdefault(fleet.queue.holders(draft.job.name, name)[0], []).append(name)
-    silent = len(staying) - cordoned - stuck - small - full - sum(map(len, kept.values())) - len(usable)
+    silent = len(sound) - former - small - full - sum(map(len, kept.values())) - len(usable)
     if leaving:
         parts.append(draining(leaving))
     if full:
@@ -259,6 +265,8 @@ def _short_of(draft: Draft, usable: dict[AgentName, AgentView]) -> str:
     for job, names in kept.items():
         more = f" and {len(names) - SHOWN_MAX} more" if len(names) > SHOWN_MAX else ""
         parts.append(held_back(names[:SHOWN_MAX], job) + more)
+    if former:
+        parts.append(f"{former} of a release without nproc_per_node: auto")
     if cordoned:
         parts.append(f"{cordoned} cordoned")
     if stuck:

@@ -1,7 +1,7 @@
 """What a coordinator of an older release could not read if it led next, and what is therefore not done yet.
 
 While coordinators are upgraded one by one, leaders of both releases may alternate. Phases and kinds of
-failure that the older one does not know would have it leave the job alone.
+failure that the older one does not know would have it leave the job alone. Agents of both take part, too.
 """
 
 import re
@@ -31,7 +31,12 @@ _NUMBERS = re.compile(r"(\d+)\.(\d+)")
 def withheld(versions: Mapping[ReplicaId, str]) -> str:
     """Say which coordinator is too old for UNREAD_BEFORE; "": all know it, as far as they say."""
     for replica, version in sorted(versions.items()):
-        found = _NUMBERS.match(version)
-        if found is not None and (int(found[1]), int(found[2])) < SINCE:
+        if is_former(version):
             return f"coordinator {replica} runs dtrain {version}"
     return ""
+
+
+def is_former(version: str) -> bool:
+    """Whether this is a release before SINCE, as far as it says."""
+    found = _NUMBERS.match(version)
+    return found is not None and (int(found[1]), int(found[2])) < SINCE

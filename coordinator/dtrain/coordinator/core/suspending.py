@@ -170,7 +170,8 @@ def _end(draft: Draft) -> None:
     else:
         where = "before its first attempt"
     lost = newest is None and status.attempt > 0
-    draft.set(members=(), stopping=False, charge=False, fruitless=0)
+    # Nobody joins a job that has no machines: what they have imported is let go of with the rest.
+    draft.set(members=(), stopping=False, charge=False, fruitless=0, joining=(), joining_since="")
     if is_wanted(draft):
         text = f"suspended{_asked_by(draft)} {where}"
         draft.enter(JobPhase.SUSPENDED, text, preempted_by="")

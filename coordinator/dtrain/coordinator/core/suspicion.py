@@ -24,7 +24,7 @@ KEPT_S = 48 * 3600.0
 BLAMES_KEPT = 32
 
 ONE_JOB_MAX = 2.0
-"""What one submission's ranks can add: a program that crashes wherever it runs makes no machine a bad one."""
+"""What one submission's program can add: one that crashes wherever it runs makes no machine a bad one."""
 
 TOGETHER_S = 60.0
 """Several jobs lose one machine at once: that is one loss."""
@@ -37,14 +37,13 @@ MACHINE_KINDS = frozenset(
         FailureKind.AGENT_LOST,
         FailureKind.UNREACHABLE,
         FailureKind.UNKILLABLE,
-        FailureKind.PREPARE,
         FailureKind.ISOLATED,
     }
 )
 """The machine itself failed."""
 
-RANK_KINDS = frozenset({FailureKind.SIGNAL, FailureKind.HANG, FailureKind.NONFINITE})
-"""A rank failed in a way that programs and machines both know."""
+EITHER_KINDS = frozenset({FailureKind.PREPARE, FailureKind.SIGNAL, FailureKind.HANG, FailureKind.NONFINITE})
+"""Programs and machines both fail in this way: what a launcher imports may be what ends it."""
 
 _ORDERLY = frozenset({1, 2, 15})
 """SIGHUP, SIGINT, SIGTERM: somebody sent them."""
@@ -60,7 +59,7 @@ def blames(failure: Failure) -> bool:
         return any(sign in text for sign in _HARDWARE_SIGNS)
     if failure.kind is FailureKind.SIGNAL:
         return failure.signal not in _ORDERLY
-    return failure.kind in MACHINE_KINDS or failure.kind in RANK_KINDS
+    return failure.kind in MACHINE_KINDS | EITHER_KINDS
 
 
 def score(found: Iterable[Blame], wall: float) -> float:
@@ -92,7 +91,8 @@ def note(draft: Draft, failure: Failure, others: Sequence[Failure], *, cordon_s:
             return
     if draft.fleet.cordon_s <= 0 or not blames(failure) or agent in draft.fleet.left:
         return
-    if any(other.agent not in ("", agent) and other.kind in MACHINE_KINDS for other in others):
+    together = MACHINE_KINDS | {FailureKind.PREPARE}
+    if any(other.agent not in ("", agent) and other.kind in together for other in others):
         return  # several go together: the network or etcd is the likelier cause
     before = draft.fleet.suspicions.get(agent)
     known = () if before is None else before.value.blames
