@@ -40,6 +40,9 @@ ISOLATION_SLACK_S = 20.0
 HUNG_LATELY_S = 15.0
 """Before a decision: a rank that goes on while it is made does not undo it."""
 
+YOUNG_S = 3.0
+"""An attempt so young has told of no step yet: without one, nothing is saved before it ends."""
+
 MIRROR_SAMPLED = 16
 """One in so many changes of a mirror is compared with etcd at its revision."""
 
@@ -80,6 +83,8 @@ class Checks:
         self._sick_at_end: set[str] = set()
         self._done: dict[str, tuple[int, int]] = {}
         """The newest attempt of each submission that has made a step, and its last one."""
+        self._first_at: dict[str, float] = {}
+        """When the newest attempt of each submission had made its first step."""
         self._began: dict[str, float] = {}
         self._left: dict[str, tuple[int, int]] = {}
         """The attempt that each submission has left as planned, and the step that it goes on from."""
@@ -249,6 +254,8 @@ class Checks:
         if before.uid != status.uid or status.failure != before.failure:
             return
         if self._cluster.faults.harm_until >= began or self._raised or self.went_back:
+            return
+        if self._cluster.scheduler.now - self._first_at.get(status.uid, 0.0) < YOUNG_S:
             return
         step = 0 if status.restore is None else int(status.restore.step)
         self._left[status.uid] = int(before.attempt), step
@@ -463,7 +470,10 @@ class Checks:
 
     def stepped(self, rank: SimRank, step: int) -> None:
         uid, attempt = rank.launcher.uid, int(rank.attempt)
-        self._done[uid] = max(self._done.get(uid, (0, 0)), (attempt, step))
+        before = self._done.get(uid, (0, 0))
+        self._done[uid] = max(before, (attempt, step))
+        if attempt > before[0]:
+            self._first_at[uid] = self._cluster.scheduler.now
         if self._left.get(uid, (0, 0))[0] == attempt and step > self._left[uid][1]:
             self.bad(f"rank {rank.rank} of {uid} does step {step} in attempt {attempt}, which is over")
         if step != rank.step + 1:

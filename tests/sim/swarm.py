@@ -15,6 +15,9 @@ SECOND_JOB_SHARE = 0.25
 FOCUS_SHARE = 0.15
 """Of the runs in which one or two kinds strike all the time."""
 
+MORE_FOCUS_SHARE = 0.4
+"""Of the runs with many hangs, numbers that are not finite, changes of size."""
+
 CALM_BETWEEN_S = 70.0
 
 
@@ -41,7 +44,7 @@ def draw(seed: int) -> Schedule:
     apart = random.Random(f"dtrain-apart-{seed}")
     shape = replace(shape, scrub_s=apart.choice((0.0, 0.0, 10.0, 40.0)))
     shape = _more_machines(more, shape)
-    mix |= _mix_apart(apart, 1, (0.0, 0.0, 0.3, 0.6)) | _mix_apart(more, 2, (0.0, 0.2, 0.2, 0.4, 0.8))
+    mix |= _mix_apart(apart, 1, (0.0, 0.0, 0.3, 0.6)) | _mix_more(more)
     return Schedule(seed, shape, storms, ends_calm, mix)
 
 
@@ -84,6 +87,14 @@ def _mix_apart(rng: random.Random, number: int, shares: tuple[float, ...]) -> di
         for name, kind in KINDS.items()
         if kind.apart == number and rng.random() < share * kind.share
     }
+
+
+def _mix_more(rng: random.Random) -> dict[str, float]:
+    if rng.random() > MORE_FOCUS_SHARE:
+        return _mix_apart(rng, 2, (0.0, 0.3, 0.6))
+    names = [name for name, kind in KINDS.items() if kind.apart == 2]
+    mix = {name: rng.uniform(6.0, 20.0) for name in rng.sample(names, rng.choice((1, 2, 3)))}
+    return mix | ({"coordinator crash": rng.uniform(10.0, 30.0)} if rng.random() < 0.4 else {})
 
 
 def _more_of(rng: random.Random, job: JobShape) -> JobShape:

@@ -79,14 +79,6 @@ def test_a_hang_is_found_whoever_leads(seed: int, leader: float, hang_s: float) 
     assert (status.failure.kind, status.attempt) == (FailureKind.HANG, 2)
 
 
-def test_a_hang_is_found_though_the_agent_was_restarted_meanwhile() -> None:
-    schedule = hung(1)
-    strikes = (*(schedule.strikes or ()), Strike(26.0, "agent crash", "a2"))
-    result = play(replace(schedule, strikes=strikes))
-    assert not result.violations, result.violations
-    assert result.attempts == 2
-
-
 def sick(action: str) -> Schedule:
     strike = Strike(25.0, "numbers not finite", "a1/0", 0.0, {"steps": 8.0})
     job = replace(JOB, nnodes_max=1, every_steps=5, total_steps=120, nonfinite=action)
