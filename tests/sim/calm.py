@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from dtrain.protocol.ids import JobName
-from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase
+from dtrain.protocol.ids import AgentName, JobName
+from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobStatus
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
+    from tests.sim.machine import Machine
 
 LEADER_SLACK_S = 5.0
 """Beyond the TTL: one leader."""
@@ -17,6 +18,12 @@ SETTLED_S = 60.0
 
 BRAKE_S_MAX = 80.0
 """For so long may what happened before hold the brake."""
+
+HUNG_S_MAX = 200.0
+"""For so long may a rank hang that hangs when the calm begins: agents wait longer after a long standstill."""
+
+GROWN_S = 60.0
+"""After that, and the cooldown, a job has the size that the fleet allows, and its spares are warm."""
 
 STEP_S_MAX = 3.0
 """A job that trains has made a step within this."""
@@ -43,6 +50,9 @@ class Calm:
             (ttl_s + LEADER_SLACK_S) * slack, self._no_leader, "I10: there is no leader that acts", after_each
         )
         took_s = self._reach(SETTLED_S * slack, self._unsettled, "I10: not as desired", after_each)
+        cooldown_s = max((job.spec.grow_cooldown_s for job in cluster.jobs.values()), default=0.0)
+        limit_s = took_s + (GROWN_S + cooldown_s) * slack
+        self._reach(limit_s, self._unfinished, "I10: not all as it could be", after_each)
         self._dead_loops()
         return took_s
 
@@ -76,13 +86,20 @@ class Calm:
         return scheduler.now - self._since
 
     def _note_brake(self) -> None:
-        """Under the brake nothing is placed, rightly: the time counts from its end."""
+        """Under the brake nothing is placed, rightly, and hangs take time: it counts from their end."""
+        now = self._cluster.scheduler.now
+        if now - self._since < HUNG_S_MAX and self._is_hung():
+            self._brake_ended_at = now
         for replica in self._cluster.replicas.values():
             coordinator = replica.coordinator
             if coordinator is not None and coordinator.driver.leads:
                 graced = self._cluster.scheduler.now - self._since < BRAKE_S_MAX
                 if graced and coordinator.driver.world.brake(coordinator.now()):
                     self._brake_ended_at = self._cluster.scheduler.now
+
+    def _is_hung(self) -> bool:
+        machines = self._cluster.machines.values()
+        return any(rank.hung for machine in machines if machine.powered for rank in machine.ranks())
 
     def _no_leader(self) -> str:
         leading = [
@@ -126,6 +143,56 @@ class Calm:
                 return ""
         return "is RUNNING without ranks"
 
+    def _unfinished(self) -> str:
+        """What is not as desired, or could be better by now."""
+        wrong = [sentence for sentence in (self._unsettled(),) if sentence]
+        for name in self._cluster.jobs:
+            status = self._cluster.checks.history(name).status
+            if status is not None and status.phase is JobPhase.RUNNING and not self._ends(name, status):
+                wrong += [f"job {name} {sentence}" for sentence in self._job_unfinished(name, status)]
+        return "; ".join(wrong)
+
+    def _ends(self, name: JobName, status: JobStatus) -> bool:
+        """Whether its ranks are about to end: nothing is changed about them any more."""
+        ranks = [rank for machine in self._cluster.machines.values() for rank in machine.ranks()]
+        return any(rank.ending for rank in ranks if rank.launcher.job == name)
+
+    def _job_unfinished(self, name: JobName, status: JobStatus) -> list[str]:
+        cluster, spec, wrong = self._cluster, self._cluster.spec_now(name), list[str]()
+        members = {member.agent for member in status.members}
+        beside = {machine.name for machine in self._free(name)} - members
+        if len(members) > spec.nnodes_max:
+            wrong.append(f"is on {len(members)} machines, {spec.nnodes_max} at most are wanted")
+        others_wait = any(self._waits(other) for other in cluster.jobs if other != name)
+        grown = len(members) + len(beside)
+        if len(members) < spec.nnodes_max and beside and grown >= spec.nnodes_min and not others_wait:
+            wrong.append(f"is on {len(members)} machines, and could be on {', '.join(sorted(beside))} too")
+        launchers = [
+            launcher
+            for machine in cluster.machines.values()
+            for launcher in machine.launchers.values()
+            if launcher.job == name and not launcher.stray
+        ]
+        warm = {launcher.machine.name for launcher in launchers if launcher.ready} - members
+        if len(warm) < min(spec.spares, len(beside)) and not others_wait:
+            wrong.append(f"has {len(warm)} of {spec.spares} spares, and {', '.join(sorted(beside))} is free")
+        if len(warm) > spec.spares + len(status.joining):
+            wrong.append(f"has launchers on {', '.join(sorted(warm))}, and {spec.spares} spares")
+        for launcher in launchers:
+            if launcher.uid != status.uid:
+                wrong.append(f"has a launcher of {launcher.uid} on {launcher.machine.name}")
+            for rank in launcher.ranks:
+                if rank.alive and rank.attempt != status.attempt:
+                    wrong.append(f"has rank {rank.rank} of attempt {rank.attempt} on {launcher.machine.name}")
+        return wrong
+
+    def _waits(self, name: JobName) -> bool:
+        """Whether it is to have machines and has none."""
+        status = self._cluster.checks.history(name).status
+        if status is None or not self._cluster.jobs[name].submissions:
+            return bool(self._cluster.jobs[name].submissions)
+        return status.phase not in PLACED_PHASES | TERMINAL_PHASES
+
     def _comes_later(self, name: JobName) -> bool:
         """Machines may be kept for another job that waits."""
         cluster = self._cluster
@@ -139,6 +206,10 @@ class Calm:
 
     def _has_no_room(self, name: JobName) -> bool:
         """The other jobs hold what this one needs."""
+        return len(self._free(name)) < self._cluster.spec_now(name).nnodes_min
+
+    def _free(self, name: JobName) -> list["Machine"]:
+        """Machines that the job could have its ranks on, those that it has included."""
         cluster, spec = self._cluster, self._cluster.jobs[name].spec
         used: dict[str, int] = {}
         for other in cluster.jobs:
@@ -146,12 +217,13 @@ class Calm:
             if other != name and status is not None and status.phase in PLACED_PHASES:
                 for member in status.members:
                     used[member.agent] = used.get(member.agent, 0) + member.nproc
-        free = [
+        return [
             machine
             for machine in cluster.machines.values()
-            if machine.powered and machine.slots - used.get(machine.name, 0) >= spec.nproc_per_node
+            if machine.powered
+            and cluster.keys.cordon(AgentName(machine.name)) not in cluster.etcd.memory._live
+            and machine.slots - used.get(machine.name, 0) >= (spec.nproc_per_node or machine.slots)
         ]
-        return len(free) < spec.nnodes_min
 
     def _dead_loops(self) -> None:
         """I12: a process that lives has all its loops."""

@@ -22,7 +22,7 @@ from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.events import EventReason, EventRecord
 from dtrain.protocol.ids import Attempt, JobName, Seq
 from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobStatus
-from dtrain.protocol.snapshot import Failure, FailureKind, NodeRecord
+from dtrain.protocol.snapshot import Failure, FailureKind, NodeRecord, StackKind
 from dtrain.storage.etcd.memory import MemoryEtcd
 from dtrain.storage.etcd.mirror import Mirror
 from dtrain.storage.etcd.port import Event, prefix_end
@@ -36,6 +36,12 @@ if TYPE_CHECKING:
 
 ISOLATION_SLACK_S = 20.0
 """Beyond the graces: until the launcher is killed, and clocks that drift."""
+
+HUNG_LATELY_S = 15.0
+"""Before a decision: a rank that goes on while it is made does not undo it."""
+
+YOUNG_S = 3.0
+"""An attempt so young has told of no step yet: without one, nothing is saved before it ends."""
 
 MIRROR_SAMPLED = 16
 """One in so many changes of a mirror is compared with etcd at its revision."""
@@ -72,6 +78,16 @@ class Checks:
         self._gone_at: dict[str, tuple[int, float]] = {}
         """Revision and instant at which the session ended of an agent that has none now and did not drain."""
         self._draining: set[str] = set()
+        self._sick: set[tuple[str, int, int]] = set()
+        """Submission, attempt and step in which a rank's loss was not finite."""
+        self._sick_at_end: set[str] = set()
+        self._done: dict[str, tuple[int, int]] = {}
+        """The newest attempt of each submission that has made a step, and its last one."""
+        self._first_at: dict[str, float] = {}
+        """When the newest attempt of each submission had made its first step."""
+        self._began: dict[str, float] = {}
+        self._left: dict[str, tuple[int, int]] = {}
+        """The attempt that each submission has left as planned, and the step that it goes on from."""
         self._mirror_changes = 0
         self._audited = 0
         self._terms: dict[str, int] = {}
@@ -221,11 +237,34 @@ class Checks:
             )
         if before is not None and status.attempt > before.attempt:
             self._check_restore(job, status)
+            self._check_planned(job, before, status)
         if status.phase in PLACED_PHASES:
             self._check_slots()
         history.final_tries = max(history.final_tries, status.final_tries)
         if status.swept and (before is None or not before.swept):
             history.at_sweep = frozenset(self._cluster.store._blobs)
+
+    def _check_planned(self, job: JobName, before: JobStatus, status: JobStatus) -> None:
+        """No step is done twice over a change of size, a move or a pause, unless something has failed."""
+        began, self._began[status.uid] = (
+            self._began.get(status.uid, 0.0),
+            self._cluster.scheduler.now,
+        )
+        self._left.pop(status.uid, None)
+        if before.uid != status.uid or status.failure != before.failure:
+            return
+        if self._cluster.faults.harm_until >= began or self._raised or self.went_back:
+            return
+        if self._cluster.scheduler.now - self._first_at.get(status.uid, 0.0) < YOUNG_S:
+            return
+        step = 0 if status.restore is None else int(status.restore.step)
+        self._left[status.uid] = int(before.attempt), step
+        attempt, done = self._done.get(status.uid, (0, 0))
+        if attempt == before.attempt and done > step:
+            self.bad(
+                f"attempt {status.attempt} of {job} repeats steps {step + 1} to {done}, and nothing has"
+                f" failed: {status.reason}"
+            )
 
     def _check_slots(self) -> None:
         """No machine is given more ranks than it has slots, whichever jobs they are of."""
@@ -261,6 +300,8 @@ class Checks:
     def _commit(self, job: JobName, record: CommitRecord) -> None:
         """G2: every part from one attempt and one step, durable, and together the true state."""
         self.history(job).commits[int(record.seq)] = record
+        if (record.uid, int(record.attempt), int(record.step)) in self._sick:
+            self.bad(f"checkpoint {record.seq} of {job} is of step {record.step}, whose loss was not finite")
         self._cluster.scheduler.log(
             "JOB", "COMMIT", job=job, seq=record.seq, step=record.step, attempt=record.attempt
         )
@@ -343,11 +384,20 @@ class Checks:
 
     def _hang_is_planted(self, job: JobName, failure: Failure) -> None:
         """Whatever is slow, cut off or asleep, nobody is called hung but who is."""
-        for machine in self._cluster.machines.values():
-            for launcher in machine.launchers.values():
-                if launcher.job == job and any(rank.hung for rank in launcher.ranks):
-                    return
-        self.bad(f"job {job} is called hung and is not: {failure.message}")
+        lately = self._cluster.scheduler.now - HUNG_LATELY_S
+        hung = {
+            rank.rank: rank.hung
+            for machine in self._cluster.machines.values()
+            for launcher in machine.launchers.values()
+            for rank in launcher.ranks
+            if launcher.job == job and rank.attempt == failure.attempt
+            if rank.hung or 0.0 <= lately <= rank.hung_at
+        }
+        if not hung:
+            self.bad(f"job {job} is called hung and is not: {failure.message}")
+        elif failure.rank not in hung and StackKind.COLLECTIVE not in hung.values():
+            # One that hangs in a collective looks like those that wait for it.
+            self.bad(f"rank {failure.rank} of job {job} is called hung, those that are: {sorted(hung)}")
 
     def mirror_at(self, name: str, mirror: Mirror, revision: int) -> None:
         """I8: a mirror is etcd at its revision."""
@@ -411,7 +461,21 @@ class Checks:
         if state != weights_at(step):
             self.bad(f"G9: rank {rank.rank} of attempt {rank.attempt} restored a wrong state of step {step}")
 
+    def sick(self, rank: SimRank, step: int) -> None:
+        """The rank's loss is not finite in ``step``."""
+        uid = rank.launcher.uid
+        self._sick.add((uid, int(rank.attempt), step))
+        if step >= rank.total_steps:
+            self._sick_at_end.add(uid)
+
     def stepped(self, rank: SimRank, step: int) -> None:
+        uid, attempt = rank.launcher.uid, int(rank.attempt)
+        before = self._done.get(uid, (0, 0))
+        self._done[uid] = max(before, (attempt, step))
+        if attempt > before[0]:
+            self._first_at[uid] = self._cluster.scheduler.now
+        if self._left.get(uid, (0, 0))[0] == attempt and step > self._left[uid][1]:
+            self.bad(f"rank {rank.rank} of {uid} does step {step} in attempt {attempt}, which is over")
         if step != rank.step + 1:
             self.bad(f"rank {rank.rank} of attempt {rank.attempt} went from step {rank.step} to {step}")
 
@@ -462,7 +526,7 @@ class Checks:
     def leases_wrong(self) -> list[str]:
         """I11: one lease for each guardian that lives, and no other."""
         cluster = self._cluster
-        leases = len(cluster.etcd.memory.leases())
+        leases = len(cluster.etcd.memory.leases().keys() - cluster.record_leases)
         expected = sum(1 for r in cluster.replicas.values() if r.guardian) + sum(
             1 for m in cluster.machines.values() if m.powered
         )
@@ -485,12 +549,16 @@ class Checks:
         for job in self._cluster.jobs:
             history = self.history(job)
             status, uid = history.status, self._cluster.last_uid(job)
-            ends = {JobPhase.SUCCEEDED} | ({JobPhase.CANCELLED} if uid in self._cluster.cancelled else set())
+            ends = {JobPhase.SUCCEEDED}
+            ends |= {JobPhase.CANCELLED} if uid in self._cluster.cancelled else set()
+            ends |= {JobPhase.FAILED} if uid in self._cluster.may_fail else set()
             if status is None or status.phase not in ends or status.uid != uid:
                 what = "never began" if status is None else f"is {status.phase} ({status.reason})"
                 self.bad(f"I10: job {job} {what} long after the faults have stopped")
                 return
             final = [c for c in history.commits.values() if c.final and c.uid == uid]
+            if uid in self._sick_at_end:
+                continue
             if status.phase is JobPhase.SUCCEEDED and not final and not history.final_tries:
                 self.bad(f"job {job} succeeded without a checkpoint of its end")
         for sentence in self.left_behind():

@@ -26,8 +26,11 @@ from dtrain.protocol.job import (
     CheckpointPolicy,
     Entry,
     EntryKind,
+    HangPolicy,
     Intent,
     JobSpec,
+    NonFiniteAction,
+    NonFinitePolicy,
     RestartPolicy,
     Wanted,
 )
@@ -46,6 +49,7 @@ from tests.sim.faults import Faults
 from tests.sim.machine import Machine
 from tests.sim.network import Network
 from tests.sim.process import WALL_AT_START, SimClock
+from tests.sim.rules import RULES
 from tests.sim.schedule import JobShape, Schedule
 from tests.sim.scheduler import Scheduler, Trace
 from tests.sim.training import Group
@@ -139,14 +143,31 @@ class Cluster:
         """Replicas under a name that another one has."""
         self.twin_names: set[str] = set()
         self.cancelled: dict[Uid, None] = {}
+        self.may_fail: dict[Uid, None] = {}
+        """Submissions that met what their rules end a job for."""
+        self.record_leases: set[int] = set()
+        """Of records that go by themselves: of nobody's session."""
         self.jobs = {JobName(job.name): Job(_spec(job), job) for job in shape.jobs}
         self.nodes_needed = max((job.nnodes_max for job in shape.jobs), default=0) + 1
         self.machines = {
-            name: Machine(self, name, slots=shape.slots)
-            for name in (f"a{n}" for n in range(1, shape.machines + 1))
+            f"a{n}": Machine(self, f"a{n}", slots=shape.slots_of(n)) for n in range(1, shape.machines + 1)
         }
         for name, job in self.jobs.items():
             self.scheduler.at(job.shape.submit_at, lambda name=name: self.submit(name))  # type: ignore[misc]
+
+    def new_record_lease(self) -> int:
+        lease = self.scheduler.rng.getrandbits(62) + 1
+        self.record_leases.add(lease)
+        return lease
+
+    def is_fit(self, machine: Machine) -> bool:
+        """Whether each job could have its ranks on it."""
+        return machine.slots >= max((job.nproc for job in self.schedule.shape.jobs), default=1)
+
+    @property
+    def nodes_there(self) -> int:
+        """Machines that are on and fit for each job."""
+        return sum(1 for machine in self.machines.values() if machine.powered and self.is_fit(machine))
 
     def new_twin(self, name: str) -> Replica:
         """Another replica under a name that is taken."""
@@ -209,21 +230,43 @@ class Cluster:
 
     def ask(self, name: JobName, wanted: Wanted, token: str = "") -> bool:
         """Change what is wanted of a job; False if it cannot be now."""
-        found = self.etcd.memory._live.get(self.keys.intent(name))
-        if found is None or self.etcd.down or self.etcd.memory.out_of_space:
+        before = self.intent(name)
+        if before is None or self.etcd.down or self.etcd.memory.out_of_space:
             return False
-        before = codec.decode(Intent, found.value)
         if before.wanted is Wanted.CANCEL:
             return False
-        intent = replace(before, wanted=wanted, checkpoint_token=token or before.checkpoint_token)
+        return self._want(
+            name, replace(before, wanted=wanted, checkpoint_token=token or before.checkpoint_token)
+        )
+
+    def scale(self, name: JobName, low: int, high: int) -> bool:
+        """Want other sizes of a job; False if that cannot be said now."""
+        before = self.intent(name)
+        if before is None or self.etcd.down or self.etcd.memory.out_of_space:
+            return False
+        at = iso(WALL_AT_START + self.scheduler.now)
+        return self._want(name, replace(before, nnodes_min=low, nnodes_max=high, at=at))
+
+    def spec_now(self, name: JobName) -> JobSpec:
+        """The newest submission's, with the sizes that its operator wants now."""
+        spec, intent = self.jobs[name].spec, self.intent(name)
+        if intent is None or intent.uid != spec.uid or not intent.nnodes_min:
+            return spec
+        return replace(spec, nnodes_min=intent.nnodes_min, nnodes_max=intent.nnodes_max)
+
+    def intent(self, name: JobName) -> Intent | None:
+        found = self.etcd.memory._live.get(self.keys.intent(name))
+        return None if found is None else codec.decode(Intent, found.value)
+
+    def _want(self, name: JobName, intent: Intent) -> bool:
         put = Put(self.keys.intent(name), codec.encode(intent))
         self.etcd.apply(lambda etcd: etcd.txn(Txn(success=(put,))))
         return True
 
     def resume(self, name: JobName) -> None:
         """Want a suspended job to go on, as soon as that can be said."""
-        found = self.etcd.memory._live.get(self.keys.intent(name))
-        if found is None or codec.decode(Intent, found.value).wanted is not Wanted.SUSPEND:
+        before = self.intent(name)
+        if before is None or before.wanted is not Wanted.SUSPEND:
             return
         if not self.ask(name, Wanted.RUN):
             self.scheduler.after(OPERATOR_S, lambda: self.resume(name))
@@ -386,6 +429,11 @@ def _spec(job: JobShape) -> JobSpec:
         restarts=RestartPolicy(max_restarts=10_000),
         shutdown_grace_s=5.0,
         priority=job.priority,
+        spares=job.spares,
+        grow_cooldown_s=job.grow_cooldown_s,
+        hang=HangPolicy(timeout_s=job.hang_s),
+        nonfinite=NonFinitePolicy(NonFiniteAction(job.nonfinite), back=job.back),
+        failure_rules=tuple(RULES[name] for name in job.rules),
     )
 
 

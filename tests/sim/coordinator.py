@@ -145,6 +145,7 @@ class Coordinator:
             agent_ttl_s=cluster.agent_ttl_s,
             default_store=cluster.store.uri,
             scrub_interval_s=cluster.schedule.shape.scrub_s,
+            cordon_s=cluster.schedule.shape.cordon_s,
         )
         self.driver = Driver(world, plan, self)
         self.leadership = Leadership(
@@ -166,6 +167,7 @@ class Coordinator:
             cluster.name,
             may_act=self.leadership.may_act,
             pause=lambda seconds: self.scheduler.current().sleep(seconds),
+            new_lease=cluster.new_record_lease,
         )
         store = NodeStore(cluster, replica.store, waits=True)
         self.worker = Worker(self.access, Stores(lambda _uri: store), merge, clock)

@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from dtrain.protocol.errors import ErrorCode, OutcomeUnknown, Unavailable
 from tests.sim import kinds
+from tests.sim.kinds_more import HARMLESS, KINDS
 from tests.sim.schedule import Storm, Strike
 from tests.sim.scheduler import Event
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
+
+
+HARM_S = 40.0
+"""After a strike: leases end, others take over, what was late arrives."""
 
 
 class Faults:
@@ -31,6 +36,8 @@ class Faults:
         self.store_failure = 0.0
         self.store_slow_s = 0.0
         self.recorded: list[Strike] = []
+        self.harm_until = 0.0
+        """When what has struck so far can do no more harm: what is planned costs no step from then on."""
         self._heals: dict[int, Callable[[], None]] = {}
         self._number = 0
         self._due: list[Event] = []
@@ -45,7 +52,7 @@ class Faults:
         schedule = self.cluster.schedule
         if schedule.strikes is None:
             for name, mean_s in schedule.mix.items():
-                self._repeat(kinds.KINDS[name], mean_s, storm)
+                self._repeat(KINDS[name], mean_s, storm)
             return
         for strike in schedule.strikes:
             if storm.start <= strike.at < storm.end:
@@ -54,6 +61,7 @@ class Faults:
     def calm(self) -> None:
         """No more faults; what can heal heals."""
         self.raging = False
+        self.harm_until = min(self.harm_until, self.scheduler.now + HARM_S)
         self.scheduler.log("FAULTS", "calm begins")
         for event in self._due:
             event.cancel()
@@ -65,8 +73,10 @@ class Faults:
     def strike(self, strike: Strike) -> None:
         """Do it, and write it down."""
         self.recorded.append(strike)
+        if strike.kind not in HARMLESS:
+            self.harm_until = max(self.harm_until, self.scheduler.now + strike.lasts_s + HARM_S)
         self.scheduler.log("FAULTS", strike.kind, at=strike.target, s=round(strike.lasts_s, 2), **strike.args)
-        kinds.KINDS[strike.kind].apply(self, strike)
+        KINDS[strike.kind].apply(self, strike)
 
     def _repeat(self, kind: "kinds.Kind", mean_s: float, storm: Storm) -> None:
         def once() -> None:

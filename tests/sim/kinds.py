@@ -42,8 +42,9 @@ class Kind:
     args: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     share: float = 1.0
     """How much rarer than others it is part of a mix."""
-    apart: bool = False
-    """Drawn apart from the others, which seeds that were pinned before go on drawing as they did."""
+    apart: int = 0
+    """Drawn apart from the others, which seeds that were pinned before go on drawing as they did: those of
+    one number together."""
 
 
 KINDS: dict[str, Kind] = {}
@@ -288,8 +289,7 @@ def _power_cut(faults: "Faults", strike: Strike) -> None:
 @kind("power cut for good", a_machine, every_s=(20.0, 120.0))
 def _power_cut_for_good(faults: "Faults", strike: Strike) -> None:
     machine = _machine(faults, strike)
-    powered = sum(1 for other in faults.cluster.machines.values() if other.powered)
-    if machine is not None and powered > faults.cluster.nodes_needed:
+    if machine is not None and faults.cluster.nodes_there > faults.cluster.nodes_needed:
         _power_off(faults, strike, machine)
 
 
@@ -605,7 +605,7 @@ def _cancel(faults: "Faults", strike: Strike) -> None:
     every_s=(3.0, 20.0),
     lasts_s=(1.0, 60.0),
     args={"which": (0.0, 1.0), "ttl_s": (5.0, 30.0), "dies": (0.0, 1.0)},
-    apart=True,
+    apart=1,
 )
 def _read(faults: "Faults", strike: Strike) -> None:
     """A reader pins, renews its pin, reads and unpins; some die and leave their pin to its lease."""
@@ -619,18 +619,18 @@ def _read(faults: "Faults", strike: Strike) -> None:
     faults.until(strike, reader.end)
 
 
-@kind("checkpoint deleted", a_job, every_s=(5.0, 30.0), args={"which": (0.0, 1.0)}, apart=True)
+@kind("checkpoint deleted", a_job, every_s=(5.0, 30.0), args={"which": (0.0, 1.0)}, apart=1)
 def _delete(faults: "Faults", strike: Strike) -> None:
     readers.order(faults.cluster, strike, "delete")
 
 
-@kind("damage reported", a_job, every_s=(5.0, 30.0), args={"which": (0.0, 1.0)}, apart=True)
+@kind("damage reported", a_job, every_s=(5.0, 30.0), args={"which": (0.0, 1.0)}, apart=1)
 def _report(faults: "Faults", strike: Strike) -> None:
     """Rightly or wrongly: a machine's own memory may be what is bad."""
     readers.order(faults.cluster, strike, "report")
 
 
-@kind("orphans searched", a_job, every_s=(5.0, 30.0), args={"which": (0.0, 1.0)}, apart=True)
+@kind("orphans searched", a_job, every_s=(5.0, 30.0), args={"which": (0.0, 1.0)}, apart=1)
 def _collect(faults: "Faults", strike: Strike) -> None:
     readers.order(faults.cluster, strike, "collect")
 
@@ -641,7 +641,7 @@ def _drain(faults: "Faults", strike: Strike) -> None:
         machine.drain(strike.args["grace_s"], strike.lasts_s)
 
 
-@kind("machine preempted", a_machine, every_s=(15.0, 90.0), lasts_s=(1.0, 60.0), apart=True)
+@kind("machine preempted", a_machine, every_s=(15.0, 90.0), lasts_s=(1.0, 60.0), apart=1)
 def _preempt(faults: "Faults", strike: Strike) -> None:
     """A notice, and the end of the machine that it announces; another one comes under its name."""
     machine = _machine(faults, strike)
@@ -667,14 +667,12 @@ def repair(cluster: "Cluster") -> None:
             # Ended by a fault that only an operator may overrule.
             replica.crash()
             replica.boot()
-    need = cluster.nodes_needed
     for machine in cluster.machines.values():
-        powered = sum(1 for other in cluster.machines.values() if other.powered)
-        if not machine.powered and powered < need:
+        if not machine.powered and cluster.is_fit(machine) and cluster.nodes_there < cluster.nodes_needed:
             machine.power_on()
 
 
-@kind("suspend", a_job, every_s=(10.0, 40.0), lasts_s=(0.2, 40.0), apart=True)
+@kind("suspend", a_job, every_s=(10.0, 40.0), lasts_s=(0.2, 40.0), apart=1)
 def _suspend(faults: "Faults", strike: Strike) -> None:
     """An operator wants the machines for a while; the calm finds every job resumed."""
     cluster, job = faults.cluster, JobName(strike.target)

@@ -30,6 +30,16 @@ class JobShape:
     save_every: int = 0
     """Its script saves every so many steps itself, and waits for the commit; 0: never."""
     priority: int = 0
+    spares: int = 0
+    grow_cooldown_s: float = 60.0
+    hang_s: float = 0.0
+    """Ranks that complete no step for so long are called hung; 0: a deadline that follows their steps."""
+    nonfinite: str = "warn"
+    """What follows from a loss that is not finite: the name of a ``NonFiniteAction``."""
+    back: int = 1
+    """How many checkpoints that goes back, if it does."""
+    rules: tuple[str, ...] = ()
+    """Names of ``rules.RULES``."""
     submissions_max: int = 1
     """An operator who sees it end while faults go on submits it again, so often in all."""
 
@@ -43,12 +53,20 @@ class Shape:
     machines: int
     jobs: tuple[JobShape, ...]
     slots: int = 2
+    unequal: tuple[int, ...] = ()
+    """Slots of the first machines, where they differ; the others have ``slots``."""
+    cordon_s: float = 0.0
+    """For so long are machines kept free that are blamed too often; 0: never."""
     clock_drift: float = 0.03
     """A node's clock is at most so much faster or slower than true time."""
     page_keys: int = 500
     """How many keys the mirror asks for at once."""
     scrub_s: float = 0.0
     """Interval in which committed checkpoints are read again; 0: never."""
+
+    def slots_of(self, number: int) -> int:
+        """Slots of machine ``number``, from 1."""
+        return self.unequal[number - 1] if number <= len(self.unequal) else self.slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +118,27 @@ class Schedule:
         """Return it as lines for people."""
         shape = self.shape
         ttls = ", ".join(f"{ttl} s" for ttl in shape.replica_ttls_s)
+        slots = "/".join(str(shape.slots_of(1 + n)) for n in range(len(shape.unequal))) or shape.slots
         lines = [
             f"seed {self.seed}: {len(shape.replica_ttls_s)} replicas (TTL {ttls}), {shape.machines} machines"
-            f" (TTL {shape.agent_ttl_s} s, {shape.slots} slots), clocks within {shape.clock_drift:.0%}"
+            f" (TTL {shape.agent_ttl_s} s, {slots} slots), clocks within {shape.clock_drift:.0%}"
+            + (f", bad machines kept free for {shape.cordon_s:g} s" if shape.cordon_s else "")
         ]
         for job in shape.jobs:
+            more = {
+                "priority": job.priority,
+                "spares": job.spares,
+                "cooldown": job.grow_cooldown_s if job.nnodes_max > job.nnodes_min else 0,
+                "hang after": job.hang_s,
+            }
             lines.append(
-                f"  job {job.name}: {job.nnodes_min}-{job.nnodes_max} x {job.nproc}, {job.total_steps} steps,"
+                f"  job {job.name}: {job.nnodes_min}-{job.nnodes_max} x {job.nproc or 'all slots'},"
+                f" {job.total_steps} steps,"
                 f" a checkpoint each {job.every_steps} steps / {job.every_seconds:g} s,"
                 f" submitted at {job.submit_at:.1f} s"
-                + (f", priority {job.priority}" if job.priority else "")
+                + "".join(f", {name} {value:g}" for name, value in more.items() if value)
+                + (f", not finite: {job.nonfinite}" if job.nonfinite != "warn" else "")
+                + (f", rules: {', '.join(job.rules)}" if job.rules else "")
             )
         storms = ", ".join(f"{storm.start:.1f}-{storm.end:.1f} s" for storm in self.storms)
         lines.append(
@@ -136,7 +165,8 @@ def parse(document: dict[str, Any]) -> Schedule:
     """Return the schedule in a JSON document."""
     shape = dict(document["shape"])
     shape["replica_ttls_s"] = tuple(shape["replica_ttls_s"])
-    shape["jobs"] = tuple(JobShape(**job) for job in shape["jobs"])
+    shape["jobs"] = tuple(JobShape(**{**job, "rules": tuple(job.get("rules", ()))}) for job in shape["jobs"])
+    shape["unequal"] = tuple(shape.get("unequal", ()))
     strikes = document["strikes"]
     return Schedule(
         **{

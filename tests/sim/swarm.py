@@ -7,12 +7,16 @@ of them at once never does. So sizes, policies, storms and the mix are all drawn
 import random
 from dataclasses import replace
 
-from tests.sim import kinds
+from tests.sim.kinds_more import KINDS
+from tests.sim.rules import RULES
 from tests.sim.schedule import JobShape, Schedule, Shape, Storm
 
 SECOND_JOB_SHARE = 0.25
 FOCUS_SHARE = 0.15
 """Of the runs in which one or two kinds strike all the time."""
+
+MORE_FOCUS_SHARE = 0.4
+"""Of the runs with many hangs, numbers that are not finite, changes of size."""
 
 CALM_BETWEEN_S = 70.0
 
@@ -34,10 +38,14 @@ def draw(seed: int) -> Schedule:
         jobs.append(_job(rng, "other", again=9 if long else 1, long=long))
         ranks = random.Random(f"dtrain-priority-{seed}")
         jobs = [replace(job, priority=ranks.choice((0, 0, 5))) for job in jobs]
+    more = random.Random(f"dtrain-more-{seed}")
+    jobs = [_more_of(more, job) for job in jobs]
     shape, mix = _shape(rng, tuple(jobs)), _mix(rng)
     apart = random.Random(f"dtrain-apart-{seed}")
     shape = replace(shape, scrub_s=apart.choice((0.0, 0.0, 10.0, 40.0)))
-    return Schedule(seed, shape, storms, ends_calm, mix | _mix_apart(apart))
+    shape = _more_machines(more, shape)
+    mix |= _mix_apart(apart, 1, (0.0, 0.0, 0.3, 0.6)) | _mix_more(more)
+    return Schedule(seed, shape, storms, ends_calm, mix)
 
 
 def _storms(rng: random.Random) -> tuple[tuple[Storm, ...], bool]:
@@ -59,26 +67,63 @@ def _storms(rng: random.Random) -> tuple[tuple[Storm, ...], bool]:
 
 
 def _mix(rng: random.Random) -> dict[str, float]:
-    names = [name for name, kind in kinds.KINDS.items() if not kind.apart]
+    names = [name for name, kind in KINDS.items() if not kind.apart]
     if rng.random() < FOCUS_SHARE:
         chosen = rng.sample(names, rng.choice((1, 2)))
         return {name: rng.uniform(2.0, 8.0) for name in sorted(chosen)}
     share = rng.choice((0.1, 0.25, 0.4))
     pace = rng.choice((0.5, 1.0, 2.0))
     return {
-        name: pace * rng.uniform(*kinds.KINDS[name].every_s)
+        name: pace * rng.uniform(*KINDS[name].every_s)
         for name in names
-        if rng.random() < share * kinds.KINDS[name].share
+        if rng.random() < share * KINDS[name].share
     }
 
 
-def _mix_apart(rng: random.Random) -> dict[str, float]:
-    share = rng.choice((0.0, 0.0, 0.3, 0.6))
+def _mix_apart(rng: random.Random, number: int, shares: tuple[float, ...]) -> dict[str, float]:
+    share = rng.choice(shares)
     return {
         name: rng.uniform(*kind.every_s)
-        for name, kind in kinds.KINDS.items()
-        if kind.apart and rng.random() < share
+        for name, kind in KINDS.items()
+        if kind.apart == number and rng.random() < share * kind.share
     }
+
+
+def _mix_more(rng: random.Random) -> dict[str, float]:
+    if rng.random() > MORE_FOCUS_SHARE:
+        return _mix_apart(rng, 2, (0.0, 0.3, 0.6))
+    names = [name for name, kind in KINDS.items() if kind.apart == 2]
+    mix = {name: rng.uniform(6.0, 20.0) for name in rng.sample(names, rng.choice((1, 2, 3)))}
+    return mix | ({"coordinator crash": rng.uniform(10.0, 30.0)} if rng.random() < 0.4 else {})
+
+
+def _more_of(rng: random.Random, job: JobShape) -> JobShape:
+    """Ranges of sizes, spares, and what is to follow from failures: each in some of the runs."""
+    if rng.random() < 0.4:
+        low = rng.choice((1, 1, job.nnodes_min))
+        job = replace(job, nnodes_min=low, nnodes_max=low + rng.choice((1, 2, 3)))
+    if rng.random() < 0.15:
+        # Most jobs are over before a calm has shown what they make of it.
+        job = replace(job, total_steps=max(400, job.total_steps))
+    return replace(
+        job,
+        grow_cooldown_s=rng.choice((0.0, 5.0, 15.0)),
+        nproc=0 if rng.random() < 0.2 else job.nproc,
+        spares=rng.choice((0, 0, 0, 1, 2)),
+        hang_s=rng.choice((0.0, 0.0, 6.0, 15.0)),
+        nonfinite=rng.choice(("warn", "warn", "rollback", "rollback", "fail")),
+        back=rng.choice((1, 1, 2)),
+        rules=tuple(rng.sample(sorted(RULES), rng.choice((1, 2, 3)))) if rng.random() < 0.3 else (),
+    )
+
+
+def _more_machines(rng: random.Random, shape: Shape) -> Shape:
+    """Machines that differ: enough of them can hold whatever the jobs want of one."""
+    unequal: tuple[int, ...] = ()
+    if rng.random() < 0.3:
+        needed = max(job.nnodes_max for job in shape.jobs)
+        unequal = tuple(rng.choice((2, 2, 3) if n < needed else (1, 2, 4)) for n in range(shape.machines))
+    return replace(shape, unequal=unequal, cordon_s=rng.choice((0.0, 0.0, 20.0, 40.0)))
 
 
 def _shape(rng: random.Random, jobs: tuple[JobShape, ...]) -> Shape:

@@ -116,6 +116,7 @@ class Group:
         self.step = -1
         self.stepped_at = 0.0
         self.broken = False
+        self._waits_for_hung = False
         self._stalled_since: float | None = None
         self._patience_s = scheduler.rng.uniform(15.0, 40.0)
         self._on_bad = on_bad
@@ -159,6 +160,7 @@ class Group:
             self._stall()
             return
         if any(member.hung for member in self.ranks.values()):
+            self._waits_for_hung = True
             return
         if any(member.holds for member in self.ranks.values()):
             # They are at a step's boundary, and in no collective that could run out of patience.
@@ -176,6 +178,12 @@ class Group:
             left_s = duration_s - slack_s * rng.random()
             member.scheduler.after(left_s, lambda m=member: m.complete(step))  # type: ignore[misc]
         self.scheduler.after(duration_s, self._next)
+
+    def go_on(self) -> None:
+        """A rank that hung does no longer."""
+        if self._waits_for_hung and not any(member.hung for member in self.ranks.values()):
+            self._waits_for_hung = False
+            self._next()
 
     def _stall(self) -> None:
         """A peer stands still: the collective waits, and ends with an error when its time is over."""
@@ -202,6 +210,10 @@ class SimRank:
         self.world = int(launch.env["WORLD_SIZE"])
         self.rendezvous = f"{launch.env['MASTER_ADDR']}:{launch.env['MASTER_PORT']}"
         self.total_steps = total_steps
+        self.began_at = 0
+        """The step that it had restored."""
+        self.hung_at = -1.0
+        """When it was last seen to hang, by what had it hang."""
         self.sick_steps = 0
         """In so many steps to come its loss is not finite."""
         self.alive = True
@@ -319,6 +331,7 @@ class SimRank:
     def begin(self) -> None:
         """All ranks of the attempt have their state."""
         self.session.restored(self.step)
+        self.began_at = self.step
         if self.step >= self.total_steps:
             self._end()
 
@@ -329,6 +342,7 @@ class SimRank:
         self.step, self.state = step, advance(self.state, step)
         self.session.set_metrics({"loss": 1.0 / (1 + step)})
         if self.sick_steps:
+            self.machine.cluster.checks.sick(self, step)
             self.session.set_nonfinite(("loss",), ("loss",))
             self.sick_steps -= 1
         else:
@@ -429,10 +443,36 @@ class SimRank:
         self.scheduler.after(SOCKET_S, self._try_end)
 
     def _leave(self) -> None:
-        if self.alive:
+        if self.alive and not self.hung:
             self.exit(0, "told to stop")
 
+    @property
+    def trained(self) -> int:
+        """Steps of this attempt, if it trains now; else 0."""
+        group = self._joined
+        trains = self.alive and group is not None and not group.broken and group.step >= 0 and not self.ending
+        return self.step - self.began_at if trains else 0
+
+    def hang(self, kind: StackKind) -> None:
+        """From now on no step is completed, and no order is heard in the script."""
+        self.hung = kind
+
+    def go_on(self) -> None:
+        """It was only slow."""
+        if self.hung is None or not self.alive:
+            return
+        self.hung, self.hung_at = None, self.scheduler.now
+        group = self._joined
+        if self.session.stop_reason is not None:
+            self._leave()
+        elif group is not None and group.broken:
+            self.peer_lost()
+        elif group is not None:
+            group.go_on()
+
     def peer_lost(self) -> None:
+        if self.hung not in (None, StackKind.COLLECTIVE):
+            return
         if self.alive and not self.ending:
             self.exit(1, "", error="Connection closed by peer [127.0.0.1]:1234")
 

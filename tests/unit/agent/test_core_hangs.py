@@ -8,12 +8,13 @@ import pytest
 from dtrain.agent.core import hangs
 from dtrain.agent.core.decisions import CollectStacks, Decision, LookAtRanks, WriteSnapshot
 from dtrain.agent.core.events import Event, RankLook, RanksLookedAt, SessionSeen, StacksCollected, StacksShown
+from dtrain.agent.launching import LauncherState
 from dtrain.protocol.commands import DumpStacks
 from dtrain.protocol.ids import Attempt, Rank, Uid
 from dtrain.protocol.job import HangPolicy
 from dtrain.protocol.snapshot import Stack, StackKind, WorkerPhase
 
-from .core_builder import JOB, Table, sealed
+from .core_builder import JOB, LAUNCHER, Table, sealed
 
 STEP_S = 0.5
 
@@ -377,3 +378,42 @@ def test_how_often_stacks_were_collected_is_shown_until_the_next_attempt() -> No
     assert table.snapshot.dumps == 2
     table.feed(StacksShown(JOB, Uid("u1"), Attempt(table.job.attempt + 1)))
     assert table.snapshot.dumps == 2
+
+
+def adopted(table: Watched) -> Watched:
+    """The agent was restarted, and its ranks have told it where they stand."""
+    table.restart()
+    table.report(LauncherState(LAUNCHER, True, table.live()))
+    for rank in (0, 1):
+        table.rank_report(table.hello(rank), at=table.at)
+    return table
+
+
+def test_ranks_that_hang_when_their_agent_is_restarted_are_over_their_deadline_soon() -> None:
+    table = adopted(training())
+    assert deadline(table) == pytest.approx(3 * STEP_S + hangs.SLACK_S)
+    table.pass_time(deadline(table) + 1.0)
+    assert table.stalled() == [0, 1]
+
+
+def test_a_restarted_agent_remembers_a_long_standstill_that_ended_well() -> None:
+    table = training()
+    table.steps(1, step_s=3.0)
+    assert deadline(adopted(table)) == pytest.approx(2 * 4.0)
+
+
+def test_a_rank_that_had_made_no_step_before_its_agent_was_restarted_may_take_its_time() -> None:
+    table = Watched(startup_s=120.0)
+    table.training()
+    assert deadline(adopted(table)) == 120.0
+
+
+def test_what_a_restarted_agent_must_know_of_steps_is_seldom_written_down() -> None:
+    table = training()
+    written = 0
+    for number in range(60):
+        table.steps(1, step_s=0.3 + 0.003 * number)
+        written += len(table.journal())
+    assert written == 0
+    table.steps(40, step_s=1.5)
+    assert deadline(adopted(table)) == pytest.approx(3 * 2.0 + hangs.SLACK_S)

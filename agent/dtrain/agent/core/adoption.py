@@ -7,6 +7,7 @@ that are not, the driver reports ``LauncherEnded``.
 
 import dataclasses
 
+from dtrain.agent.core import hangs
 from dtrain.agent.core.advance import KILL_AGAIN_S
 from dtrain.agent.core.decisions import Action, LauncherOrder
 from dtrain.agent.core.state import AgentState, Launcher, LauncherStatus
@@ -34,7 +35,7 @@ def adopt(state: AgentState, now: float) -> tuple[AgentState, tuple[Action, ...]
         kill_at = now if job.failure is not None and job.alive else None
         state = state.with_job(
             dataclasses.replace(
-                job, launcher=launcher, departing=departing, stopping=stopping, kill_at=kill_at
+                hangs.adopted(job), launcher=launcher, departing=departing, stopping=stopping, kill_at=kill_at
             )
         )
     return state, tuple(out)

@@ -19,7 +19,7 @@ from statistics import median
 
 from dtrain.agent.core.decisions import Action, CollectStacks, LookAtRanks
 from dtrain.agent.core.events import RanksLookedAt, StacksCollected, StacksShown
-from dtrain.agent.core.state import AgentState, Habit, JobState, LinkState, LocalRank, Watch
+from dtrain.agent.core.state import AgentState, Habit, JobState, LinkState, LocalRank, Watch, coarse
 from dtrain.agent.launching import ProcessId
 from dtrain.protocol.commands import DumpStacks
 from dtrain.protocol.ids import Rank
@@ -71,6 +71,7 @@ def heard(job: JobState, rank: LocalRank, report: Report, now: float) -> tuple[J
             took_s = watch.before_s + stood_s
             usual = (*watch.usual, took_s / steps)[-STEPS_KEPT:]
             moved = dataclasses.replace(moved, usual=usual, steps=watch.steps + steps)
+            job = _note_pace(job, moved)
             if not excused:
                 job = _learn(job, took_s)
         moved = dataclasses.replace(moved, stepped=True)
@@ -108,6 +109,29 @@ def _learn(job: JobState, took_s: float) -> JobState:
     return dataclasses.replace(job, habit=dataclasses.replace(job.habit, longest_s=took_s))
 
 
+def _note_pace(job: JobState, watch: Watch) -> JobState:
+    """Keep how long steps take for the agent's next life: its ranks may hang before they show it that."""
+    if not _is_measured(watch):
+        return job
+    usual_s, known_s = median(watch.usual), job.habit.usual_s
+    if known_s / 4 <= usual_s <= known_s:
+        return job
+    return dataclasses.replace(job, habit=dataclasses.replace(job.habit, usual_s=coarse(usual_s)))
+
+
+def _is_measured(watch: Watch) -> bool:
+    return len(watch.usual) >= MEASURED or watch.steps >= MEASURED_STEPS
+
+
+def adopted(job: JobState) -> JobState:
+    """Go on with what the agent's former life knew of this attempt's steps."""
+    usual_s = job.habit.usual_s
+    if not usual_s:
+        return job
+    watch = Watch(stepped=True, usual=(usual_s,) * MEASURED, steps=MEASURED)
+    return dataclasses.replace(job, ranks=tuple(dataclasses.replace(rank, watch=watch) for rank in job.ranks))
+
+
 def learned(job: JobState) -> Habit:
     """What the next attempt of this submission should know."""
     habit = job.habit
@@ -136,7 +160,7 @@ def deadline_s(job: JobState, rank: LocalRank) -> float:
         return policy.startup_s
     if policy.timeout_s > 0:
         return policy.timeout_s
-    if len(watch.usual) < MEASURED and watch.steps < MEASURED_STEPS:
+    if not _is_measured(watch):
         return max(watch.raised_s, min(UNMEASURED_S, policy.startup_s))
     return max(STEPS * median(watch.usual) + SLACK_S, LONGEST * job.habit.longest_s, watch.raised_s)
 

@@ -4,6 +4,7 @@ All of it is immutable and can be written to the journal with the codec.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -173,6 +174,8 @@ class Habit:
     """How long it had stood there; 0: none was."""
     cut_places: tuple[str, ...] = ()
     """What its ranks did there."""
+    usual_s: float = 0.0
+    """A step of this attempt takes between a quarter of it and all of it; 0: not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,6 +453,11 @@ class AgentState:
         )
 
 
+def coarse(seconds: float) -> float:
+    """The power of two that is not below: what changes a little with each step is seldom written down."""
+    return 2.0 ** math.ceil(math.log2(seconds)) if seconds > 0 else 0.0
+
+
 def durable_view(job: JobState) -> JobState:
     """The job without what need not survive a crash of the agent: ranks tell it again."""
     ranks = tuple(
@@ -473,7 +481,7 @@ def durable_view(job: JobState) -> JobState:
         restore=dataclasses.replace(job.restore, plan=None, tries=0, ordered=False, tiers={}),
         uploads=(),
         pace=Pace(),
-        habit=dataclasses.replace(job.habit, longest_s=0.0),
+        habit=dataclasses.replace(job.habit, longest_s=coarse(job.habit.longest_s)),
         dump="",
         stacks=(),
         warm_at=0.0,
