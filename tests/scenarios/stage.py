@@ -89,7 +89,10 @@ class Stage:
         self.stores = Stores(lambda _uri: self.store)
         self.checks = Checks(self)  # type: ignore[arg-type]
         self.told = Transcript(self.keys)
-        self.faults = SimpleNamespace(seal_failure=0.0, launcher_failure=0.0, store_slow_s=0.0)
+        # What a story does to its cluster is harm at any time, as far as the checks can know.
+        self.faults = SimpleNamespace(
+            seal_failure=0.0, launcher_failure=0.0, store_slow_s=0.0, harm_until=float("inf")
+        )
         self.network = self
         self.groups: dict[str, Group] = {}
         self.agent_ttl_s = TTL_S

@@ -40,7 +40,7 @@ ISOLATION_SLACK_S = 20.0
 HUNG_LATELY_S = 15.0
 """Before a decision: a rank that goes on while it is made does not undo it."""
 
-YOUNG_S = 3.0
+YOUNG_S = 0.5
 """An attempt so young has told of no step yet: without one, nothing is saved before it ends."""
 
 MIRROR_SAMPLED = 16

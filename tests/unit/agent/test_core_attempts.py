@@ -231,9 +231,12 @@ def test_the_group_trains_when_its_slowest_rank_does() -> None:
     assert table.snapshot.restored
 
 
-def test_progress_is_not_urgent_and_the_last_step_is() -> None:
+def test_progress_is_not_urgent_but_the_first_step_and_the_last_one_are() -> None:
+    """Without a step there seems to be nothing that a pause could lose."""
     table = Table().training()
-    table.rank_report(1, at=5, metrics={"loss": 0.5})
+    table.rank_report(1, at=1, metrics={"loss": 0.5})
+    assert table.written().urgent
+    table.rank_report(1, at=5, metrics={"loss": 0.4})
     assert not table.written().urgent
     table.rank_report(1, at=6, last_step=6)
     assert table.written().urgent
@@ -247,6 +250,7 @@ def test_a_metric_that_is_no_number_does_not_reach_the_snapshot() -> None:
 
 def test_step_times_are_progress_and_the_first_number_that_is_not_finite_is_urgent() -> None:
     table = Table().training()
+    table.rank_report(1, at=1)
     table.rank_report(1, at=5, timing=Timing(0.2, 0.1, 0.15), section="evaluate", beats=3)
     assert not table.written().urgent
     assert table.snapshot.ranks[0].timing == Timing(0.2, 0.1, 0.15)

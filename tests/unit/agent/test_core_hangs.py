@@ -323,7 +323,11 @@ def test_stacks_of_the_same_standstill_are_collected_again_after_a_beat() -> Non
     assert table.snapshot.stacks == ()  # they are of before it
     table.pass_time(10)
     assert table.stalled() == [0, 1]
+    table.command(DumpStacks(table.head(1, "stacks.1.cd"), "another one"))
+    table.wanted(CollectStacks)
+    told = table.snapshot.command
     table.command(order)
+    assert table.snapshot.command == told  # to whoever counts, it was obeyed before
     assert [one.dump for one in table.wanted(CollectStacks)] == [order.header.id]
     table.feed(StacksCollected(JOB, Uid("u1"), Attempt(1), order.header.id, (found(0), found(1))))
     assert len(table.snapshot.stacks) == 2

@@ -461,8 +461,9 @@ def test_ranks_whose_peers_go_while_all_are_isolated_have_not_failed() -> None:
 def test_the_pace_is_not_written_to_the_journal() -> None:
     table = Machine().training()
     table.rank_report(1, at=1)
-    table.now += 1.0
-    table.feed(RankReported(1, Report(WorkerPhase.TRAINING, Step(2))))
+    for step in range(2, 12):
+        table.now += 1.0
+        table.feed(RankReported(1, Report(WorkerPhase.TRAINING, Step(step))))
     assert table.last.journal == ()
     journaled: JobState = table.journaled[JOB]
     assert journaled.pace == Pace()

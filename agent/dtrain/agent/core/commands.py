@@ -47,7 +47,8 @@ def take(
         state = dataclasses.replace(state, refused_term=Term(0))
     if _is_namesake(state, command):
         return state, Answer(False, f"another attempt {head.attempt} has been here")
-    if head.id in state.seen.get(head.job, ()) and not _is_wanted_again(state, command):
+    known = head.id in state.seen.get(head.job, ())
+    if known and not _is_wanted_again(state, command):
         return state, Answer(True, "known")
     refusal = _refusal(state, command)
     if refusal is not None:
@@ -55,6 +56,9 @@ def take(
     job = _apply(state, command, now, out)
     if job is None:
         return state, Answer(True, "nothing to do")
+    if known:
+        # That it was obeyed is told already; told again it would count as another one.
+        return state.with_job(job), Answer(True)
     job = dataclasses.replace(
         job, command=CommandOutcome(head.id, type(command).__name__, True, term=head.term)
     )

@@ -65,7 +65,8 @@ def _structure(snapshot: WorkerSnapshot) -> WorkerSnapshot:
     ranks = tuple(
         dataclasses.replace(
             rank,
-            step=Step(0),
+            # The very first one: until it is told there seems to be nothing that a pause could lose.
+            step=Step(min(rank.step, 1)),
             metrics={},
             sealed=Seq(0),
             timing=None,
