@@ -395,7 +395,12 @@ class Harness:
         # One lease per guardian, of those that run.
         daemons = [*self.cluster.coordinators.values(), *self.cluster.agents.values()]
         running = sum(daemon.is_running for daemon in daemons)
-        self.until("no lease has leaked", lambda: len(self.leases()) <= running, 30.0)
+        try:
+            self.until("no lease has leaked", lambda: len(self.leases()) <= running, 30.0)
+        except AssertionError as error:
+            held = [self.etcdctl("lease", "timetolive", lease, "--keys").strip() for lease in self.leases()]
+            error.add_note(f"{running} daemons run, and there are:\n" + "\n".join(held))
+            raise
 
     def assert_audited(self, *, catch_up: bool = True) -> None:
         """No revision so far has broken a promise. ``catch_up``: up to this very moment."""
