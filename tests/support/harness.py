@@ -41,6 +41,8 @@ from dtrain.protocol.job import (
 )
 from dtrain.protocol.snapshot import RankState, WorkerPhase, WorkerSnapshot
 from dtrain.storage.blobs.open import open_store
+from dtrain.storage.etcd.port import KeyValue
+from dtrain.testing.patience import limited, patiently
 from tests.support.history import Following
 
 T = TypeVar("T")
@@ -193,14 +195,14 @@ class Harness:
     # Eyes ---------------------------------------------------------------------------
 
     def status(self, job: JobName) -> JobStatus:
-        found = self.cluster.etcd.range(self.keys.status(job)).items
+        found = self._range(self.keys.status(job))
         if not found:
             return JobStatus(0, Uid(""), JobPhase.QUEUED)  # type: ignore[arg-type]
         return codec.decode(JobStatus, found[0].value)
 
     def spec(self, job: JobName) -> JobSpec:
         """The job file as it is stored, with the uid of its submission."""
-        return codec.decode(JobSpec, self.cluster.etcd.range(self.keys.spec(job)).items[0].value)
+        return codec.decode(JobSpec, self._range(self.keys.spec(job))[0].value)
 
     def commits(self, job: JobName) -> list[CommitRecord]:
         return self._records(f"jobs/{job}/checkpoints/", CommitRecord)
@@ -227,7 +229,11 @@ class Harness:
 
     def snapshots(self, job: JobName) -> dict[str, WorkerSnapshot]:
         """By agent."""
-        return {str(snapshot.agent): snapshot for name, snapshot in self.cluster.snapshots() if name == job}
+        return {
+            str(snapshot.agent): snapshot
+            for name, snapshot in patiently(self.cluster.snapshots)
+            if name == job
+        }
 
     def training(self, job: JobName) -> dict[Rank, RankState]:
         """Ranks of the current attempt that train."""
@@ -242,7 +248,7 @@ class Harness:
         return {rank: state.pid for rank, state in self.training(job).items()}
 
     def term(self) -> int:
-        found = self.cluster.etcd.range(self.keys.leader).items
+        found = self._range(self.keys.leader)
         return found[0].create_revision if found else 0
 
     def marks(self, job: JobName) -> list[Mark]:
@@ -302,7 +308,9 @@ class Harness:
         problem = ""
         while True:
             try:
-                if found := condition():
+                with limited():
+                    found = condition()
+                if found:
                     return found
             except DtrainError as error:
                 problem = f" ({error.message})"
@@ -427,8 +435,12 @@ class Harness:
     def _marks_folder(self, job: JobName) -> Path:
         return self.folder / "marks" / job
 
+    def _range(self, key: str) -> tuple[KeyValue, ...]:
+        return patiently(lambda: self.cluster.etcd.range(key)).items
+
     def _records(self, prefix: str, kind: type[T]) -> list[T]:
-        return [codec.decode(kind, item.value) for _, item in sorted(self.cluster.read(prefix).items())]
+        found = patiently(lambda: self.cluster.read(prefix))
+        return [codec.decode(kind, item.value) for _, item in sorted(found.items())]
 
     def launchers(self, agent: str) -> set[int]:
         """The launchers on one machine."""
@@ -464,7 +476,7 @@ class Harness:
     def _story(self) -> str:
         """What the jobs' records say, for the message of a test that failed."""
         lines = []
-        with contextlib.suppress(DtrainError):
+        with contextlib.suppress(DtrainError), limited():
             for job in self._specs:
                 status = self.status(job)
                 lines.append(f"{job}: {status.phase}, attempt {status.attempt}: {status.reason}")

@@ -37,6 +37,7 @@ from dtrain.storage.etcd.transport import GatewayEtcd
 from dtrain.testing import members
 from dtrain.testing.following import Following
 from dtrain.testing.job import Job
+from dtrain.testing.patience import limited, patiently
 
 T = TypeVar("T")
 
@@ -168,11 +169,12 @@ class Cluster(ABC):
     def read(self, prefix: str = "") -> dict[str, KeyValue]:
         """Return the records under ``prefix`` (below the cluster's root), straight from etcd.
 
+        Waits for an etcd that a test has just broken, for 30 s: an election takes seconds.
+
         Raises:
             Unavailable: etcd does not answer.
         """
-        full = self.keys.root + prefix
-        return {item.key: item for item in self.etcd.range(full, prefix_end(full)).items}
+        return patiently(lambda: self._read(prefix))
 
     def leader(self, timeout_s: float = LIMIT_S) -> str:
         """Name of the coordinator that leads; waits for one.
@@ -202,7 +204,7 @@ class Cluster(ABC):
 
     def registered(self) -> set[str]:
         """Names of the coordinators and agents that are registered in etcd at the moment."""
-        return set(self._registrations())
+        return set(patiently(self._registrations))
 
     def wait_ready(self, *nodes: str, timeout_s: float = LIMIT_S) -> None:
         """Wait until somebody leads and ``nodes`` are registered (default: every coordinator and agent).
@@ -233,7 +235,9 @@ class Cluster(ABC):
         problem = ""
         while True:
             try:
-                if found := condition():
+                with limited():
+                    found = condition()
+                if found:
                     return found
                 problem = ""
             except DtrainError as error:
@@ -248,7 +252,8 @@ class Cluster(ABC):
         try:
             items = self.etcd.range(self.keys.leader, deadline_s=2.0).items
             leads = str(codec.decode(LeaderRecord, items[0].value).replica) if items else "nobody"
-            missing = [name for name in (*self.coordinators, *self.agents) if name not in self.registered()]
+            registered = self._registrations()
+            missing = [name for name in (*self.coordinators, *self.agents) if name not in registered]
         except DtrainError as error:
             return f"cluster {self.name}: etcd cannot be read: {error.message}"
         lines.append(f"cluster {self.name}: {leads} leads")
@@ -498,10 +503,14 @@ class Cluster(ABC):
     def _close(self) -> None:
         """End everything; may be called at any time, and again."""
 
+    def _read(self, prefix: str = "") -> dict[str, KeyValue]:
+        full = self.keys.root + prefix
+        return {item.key: item for item in self.etcd.range(full, prefix_end(full)).items}
+
     def _registrations(self) -> dict[str, int]:
         """Who is registered, with the revision of its newest record."""
         found = {}
-        for key, item in self.read().items():
+        for key, item in self._read().items():
             parsed = self.keys.parse(key)
             if parsed is not None and parsed.kind in ("coordinator", "node"):
                 found[parsed.name or str(parsed.agent)] = item.mod_revision

@@ -16,6 +16,7 @@ from dtrain.protocol.events import EventRecord
 from dtrain.protocol.ids import JobName
 from dtrain.protocol.job import TERMINAL_PHASES, JobPhase, JobStatus, Member
 from dtrain.protocol.snapshot import RankState, WorkerSnapshot
+from dtrain.testing.patience import limited, patiently
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,9 +50,11 @@ class Job:
         """The leader's whole record of it.
 
         Raises:
-            Unavailable: etcd does not answer, or no leader has taken the job on yet.
+            NotFound: no leader has taken the job on yet.
+            Unavailable: etcd has not answered for 30 s.
         """
-        found = self._cluster.etcd.range(self._cluster.keys.status(self.name)).items
+        key = self._cluster.keys.status(self.name)
+        found = patiently(lambda: self._cluster.etcd.range(key)).items
         if not found:
             raise NotFound(ErrorCode.NOT_FOUND, f"no leader has taken {self.name} on yet")
         return codec.decode(JobStatus, found[0].value)
@@ -220,8 +223,9 @@ class Job:
     def describe(self) -> str:
         """Its story, in lines for people: phase, reason, machines, failure, last events, last log lines."""
         try:
-            status = self.status
-            events = self.events()[-12:]
+            with limited():
+                status = self.status
+                events = self.events()[-12:]
         except DtrainError as error:
             return f"job {self.name}: {error.message}\n{self._cluster.describe()}"
         where = f"attempt {status.attempt}, step {self._shown_step(status)}"
@@ -257,16 +261,17 @@ class Job:
         problem = ""
         while True:
             try:
-                status = self.status
-                found = condition(status)
+                with limited():
+                    status = self.status
+                    found = condition(status)
+                    ended = status.phase in TERMINAL_PHASES and not to_its_end
+                    if found is None and ended:
+                        # Once more: what was looked for may have come with the end.
+                        found = condition(self.status)
                 if found is not None:
                     return found
                 problem = ""
-                if status.phase in TERMINAL_PHASES and not to_its_end:
-                    # Once more: what was looked for may have come with the end.
-                    found = condition(self.status)
-                    if found is not None:
-                        return found
+                if ended:
                     raise AssertionError(f"{self.name} ended before {what}\n{self.describe()}")
             except DtrainError as error:
                 # A test takes etcd away; that nobody has taken the job on yet is no error either.
@@ -297,6 +302,7 @@ class Job:
 
     def _shown_step(self, status: JobStatus) -> str:
         try:
-            return str(self._step(status))
+            with limited():
+                return str(self._step(status))
         except DtrainError:
             return "unknown"

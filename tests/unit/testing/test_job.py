@@ -28,6 +28,7 @@ from dtrain.protocol.snapshot import Failure, FailureKind, RankState, WorkerPhas
 from dtrain.storage.etcd.memory import MemoryEtcd
 from dtrain.storage.etcd.port import Put, Txn
 from dtrain.testing import Job, ProcessCluster
+from dtrain.testing.patience import limited, patiently
 
 NAME = JobName("digits")
 
@@ -147,6 +148,44 @@ def test_an_etcd_that_is_away_for_a_while_is_no_failure(cluster, job):
     back.start()
     assert job.wait(30).phase is JobPhase.SUCCEEDED
     back.join()
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        pytest.param(lambda cluster, job: job.status, id="status"),
+        pytest.param(lambda cluster, job: job.commits(), id="commits"),
+        pytest.param(lambda cluster, job: job.events(), id="events"),
+        pytest.param(lambda cluster, job: job.step, id="step"),
+        pytest.param(lambda cluster, job: cluster.read("jobs/"), id="read"),
+        pytest.param(lambda cluster, job: cluster.registered(), id="registered"),
+    ],
+)
+def test_a_read_waits_for_the_election_that_a_test_has_caused(cluster, job, read):
+    cluster.says()
+    expected = read(cluster, job)
+    cluster.away = True
+    back = threading.Timer(0.3, lambda: setattr(cluster, "away", False))
+    back.start()
+    assert read(cluster, job) == expected
+    back.join()
+
+
+def test_a_read_gives_up_in_the_end_and_at_once_where_a_wait_has_a_limit_of_its_own(cluster):
+    cluster.away = True
+    asked = []
+
+    def read():
+        asked.append(1)
+        return cluster.etcd
+
+    with pytest.raises(Unavailable, match="etcd does not answer"):
+        patiently(read, 0.2)
+    assert len(asked) > 1
+    asked.clear()
+    with pytest.raises(Unavailable), limited():
+        patiently(read)
+    assert len(asked) == 1
 
 
 def test_an_etcd_that_stays_away_is_told(cluster, job):
