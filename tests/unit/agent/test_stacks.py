@@ -25,12 +25,14 @@ from dtrain.protocol.snapshot import Stack, StackKind
 
 JOB, UID, ONE = JobName("train"), Uid("u1"), Attempt(1)
 
-ARM = "from dtrain.trainer.stacks import write_on_signal; write_on_signal(); print('on', flush=True);"
-SPIN = "\ndef spin():\n    while True:\n        pass\nspin()"
-SLEEP = "\nimport time\ndef nap():\n    time.sleep(1000)\nnap()"
-WORK = "\ndef fib(n):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\nwhile True:\n    fib(25)"
+ARM = "from dtrain.trainer.stacks import write_on_signal; write_on_signal();"
+ON = "print('on', flush=True)"
+"""Each program says it from the very place where it is to be found: what comes before is movement."""
+SPIN = f"\ndef spin():\n    {ON}\n    while True:\n        pass\nspin()"
+SLEEP = f"\nimport time\ndef nap():\n    {ON}\n    time.sleep(1000)\nnap()"
+WORK = f"\ndef fib(n):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\n{ON}\nwhile True:\n    fib(25)"
 CHILD = (
-    "\nimport os, time\ndef child():\n    while True:\n        pass\n"
+    f"\nimport os, time\ndef child():\n    {ON}\n    while True:\n        pass\n"
     "def wait():\n    time.sleep(1000)\n"
     "child() if os.fork() == 0 else wait()"
 )
@@ -89,10 +91,13 @@ def test_a_loop_and_a_sleep_are_found_where_they_are_and_neither_is_at_work(benc
         assert stack.where.startswith(f"{name} (")
 
 
-BUILTINS = "\ndef spin():\n    x = [1] * 999\n    while True:\n        x.count(1)\n        sorted(x)\nspin()"
+BUILTINS = (
+    f"\ndef spin():\n    x = [1] * 999\n    {ON}\n"
+    "    while True:\n        x.count(1)\n        sorted(x)\nspin()"
+)
 POLL = (
     "\nimport time\ndef ready():\n    time.sleep(.05)\n    return False\n"
-    "def wait():\n    while not ready():\n        pass\nwait()"
+    f"def wait():\n    {ON}\n    while not ready():\n        pass\nwait()"
 )
 
 
@@ -110,7 +115,7 @@ def test_a_rank_that_computes_is_at_work(bench: Bench) -> None:
 
 def test_a_rank_that_reads_is_at_work(bench: Bench) -> None:
     read = (
-        "\nimport time\nfile = open('/dev/zero', 'rb', buffering=0)\n"
+        f"\nimport time\nfile = open('/dev/zero', 'rb', buffering=0)\n{ON}\n"
         "while True:\n    file.read(1 << 20); time.sleep(.02)"
     )
     assert bench.collect(bench.start(ARM + read)).moving
@@ -133,7 +138,7 @@ def test_a_stopped_rank_is_told_apart_and_goes_on_afterwards(bench: Bench) -> No
 
 
 def test_a_program_that_does_not_handle_the_signal_is_not_ended_by_it(bench: Bench) -> None:
-    process = bench.start("import time; print('on', flush=True); time.sleep(1000)")
+    process = bench.start(f"import time; {ON}; time.sleep(1000)")
     assert bench.collect(process).kind is StackKind.UNKNOWN
     assert proc.is_alive(process)
 
@@ -141,7 +146,7 @@ def test_a_program_that_does_not_handle_the_signal_is_not_ended_by_it(bench: Ben
 def test_a_program_that_does_not_answer_is_asked_through_py_spy_where_it_is_installed(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = bench.start("import time; print('on', flush=True); time.sleep(1000)")
+    process = bench.start(f"import time; {ON}; time.sleep(1000)")
     tool = tmp_path / "py-spy"
     # An old one: it knows no whole names.
     refuses = 'case "$*" in *--full*) exit 2;; esac'
