@@ -5,10 +5,11 @@ another replica has become leader. What is not: that an answer arrives. An
 unknown outcome is resolved by reading, never by assuming.
 """
 
+import contextlib
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from dtrain.coordinator.core.decisions import Decision, PutRecord
@@ -35,6 +36,7 @@ from dtrain.storage.etcd.port import (
 COMMIT_DEADLINE_S = 5.0
 LEASE_BITS = 62
 _NO_LEASES: Mapping[str, int] = {}
+REVOKE_DEADLINE_S = 1.0
 LOOK_DEADLINE_S = 3.0
 LOOK_AGAIN_S = 0.1
 LOOK_REFUSED_S = 1.0
@@ -118,6 +120,7 @@ class Committer:
             return NotWritten(error.message, retry=True)
         except DtrainError as error:
             return self._not_accepted(error)
+        former = self._replaced(decision)
         txn = fenced(self._keys, term, decision, self._stored, leases)
         try:
             result = self._etcd.txn(txn, deadline_s=COMMIT_DEADLINE_S)
@@ -127,12 +130,14 @@ class Committer:
             return NotWritten(error.message, retry=True)
         except DtrainError as error:
             return self._not_accepted(error)
+        # One that no key holds would be seen in etcd for as long as it was to last: days.
+        self._revoke(former if result.succeeded else leases.values())
         if result.succeeded:
             return Committed(result.revision)
         return self._refused(term, result)
 
     def _leases(self, decision: Decision) -> dict[str, int]:
-        """Grant a lease for each record that goes by itself; one whose record is not written ends unused."""
+        """Grant a lease for each record that goes by itself."""
         leases: dict[str, int] = {}
         for write in decision.writes:
             if isinstance(write, PutRecord) and write.lease_ttl_s > 0:
@@ -141,6 +146,22 @@ class Committer:
                     math.ceil(write.lease_ttl_s), leases[write.key], deadline_s=COMMIT_DEADLINE_S
                 )
         return leases
+
+    def _replaced(self, decision: Decision) -> list[int]:
+        """Leases that hold nothing any more once ``decision`` is written: each held one record."""
+        former: list[int] = []
+        for write in decision.writes:
+            if isinstance(write, PutRecord) and write.lease_ttl_s > 0:
+                kv = self._stored(write.key)
+                if kv is not None and kv.mod_revision == write.expect_mod:
+                    former.append(kv.lease)
+        return former
+
+    def _revoke(self, leases: Iterable[int]) -> None:
+        for lease in filter(None, leases):
+            # It ends in any case, only later.
+            with contextlib.suppress(DtrainError):
+                self._etcd.revoke(lease, deadline_s=REVOKE_DEADLINE_S)
 
     def _not_accepted(self, error: DtrainError) -> NotWritten:
         if error.code is ErrorCode.ETCD_NO_SPACE:

@@ -110,6 +110,32 @@ def test_a_lease_that_is_not_granted_writes_nothing(etcd: Faulty, monkeypatch: p
     assert not etcd.range(KEYS.cordon(agent)).items
 
 
+def test_no_lease_is_left_without_its_record() -> None:
+    etcd = MemoryEtcd(lambda: 0.0)
+    term, agent = lead(etcd), AgentName("a1")
+    key = KEYS.cordon(agent)
+
+    def stored(key: str) -> KeyValue | None:
+        return next(iter(etcd.range(key).items), None)
+
+    def cordon(expect_mod: int) -> Decision:
+        record = Cordon(agent, "bad", auto=True)
+        return Decision(writes=(PutRecord(key, record, expect_mod, lease_ttl_s=60.0),))
+
+    def held() -> list[tuple[str, ...]]:
+        return [keys for keys in etcd.leases().values() if KEYS.leader not in keys]
+
+    commits = Committer(etcd, CLUSTER, may_act=lambda: True, stored=stored)
+    first = commits.commit(term, cordon(0))
+    assert isinstance(first, Committed)
+    assert isinstance(commits.commit(term, cordon(0)), Conflict)
+    assert held() == [(key,)]
+    assert isinstance(commits.commit(term, cordon(first.revision)), Committed)
+    assert held() == [(key,)]
+    assert isinstance(commits.commit(Term(term - 1), cordon(first.revision)), Deposed)
+    assert held() == [(key,)]
+
+
 def test_a_stale_leader_cannot_commit(etcd: Faulty) -> None:
     term = lead(etcd)
     assert committer(etcd).commit(Term(term - 1), put(Term(term - 1))) == Deposed()
