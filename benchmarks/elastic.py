@@ -95,7 +95,9 @@ def under_torchrun(found: Found) -> None:
         try:
             peer.start()
             found.lost.append(_change(folder, 2, 1, lambda: peer.kill(1)))
-            found.grown.append(_change(folder, 1, 2, lambda: peer.replace(1)))
+            # It does not always come back within the limit; then there is nothing that could grow.
+            if found.lost[-1] < TIMEOUT_S:
+                found.grown.append(_change(folder, 1, 2, lambda: peer.replace(1)))
         finally:
             peer.stop()
             ports.release(port)
