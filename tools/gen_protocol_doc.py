@@ -236,6 +236,7 @@ MEANINGS = {
     "Member.first_rank": "its ranks are this one and those that follow",
     "Member.nproc": "how many ranks",
     "Member.node_rank": "position of the machine in the attempt",
+    "Member.version": "release that starts its ranks; they keep it when the agent is replaced beside them",
     "NodeRecord.boot_id": "the kernel's id of this boot",
     "NodeRecord.gpus": "GPUs found",
     "NodeRecord.labels": "labels of the machine",

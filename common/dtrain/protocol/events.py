@@ -61,6 +61,7 @@ class EventReason(StrEnum):
     PREEMPTED = "Preempted"
     SUSPENDED = "Suspended"
     RESUMED = "Resumed"
+    MIXED_RELEASES = "MixedReleases"
 
 
 @dataclass(frozen=True, slots=True)

@@ -257,7 +257,8 @@ class Member:
     """One machine's part in an attempt: ranks ``first_rank`` to ``first_rank + nproc - 1``.
 
     ``incarnation`` is the agent's life that was chosen; the same agent under
-    another incarnation has forgotten nothing, but is asked again.
+    another incarnation has forgotten nothing, but is asked again. ``version`` is the release that
+    starts the ranks: they keep it when their agent is replaced.
     """
 
     agent: AgentName
@@ -265,6 +266,7 @@ class Member:
     first_rank: Rank
     nproc: int
     incarnation: str = ""
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import everything before, while the others go on training, and they join togethe
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dtrain.coordinator.core import checkpoints, draining, placement, spares
+from dtrain.coordinator.core import checkpoints, draining, kinds, placement, spares
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.liveness import Seat, Standing
 from dtrain.coordinator.core.stamps import iso, parse_iso
@@ -113,7 +113,13 @@ def _choose(draft: Draft, members: Sequence[Seat]) -> tuple[AgentName, ...]:
     present = {seat.member.agent for seat in members}
     before = frozenset(draft.status.joining)
     # One that does not answer for a moment keeps what it has imported.
-    free = [n for n in placement.candidates(draft, silent=before, growing=True) if n not in present]
+    versions = [seat.member.version if seat.agent is None else seat.agent.node.version for seat in members]
+    free = [
+        name
+        for name, view in placement.candidates(draft, silent=before, growing=True).items()
+        # The larger attempt could not save what this one can.
+        if name not in present and not kinds.are_mixed([*versions, view.node.version])
+    ]
     free.sort(key=lambda name: (name not in before, not placement.is_warm(draft, name), name))
     chosen = free[: draft.spec.nnodes_max - len(members)]
     missing = draft.spec.nnodes_min - len(members) - len(chosen)

@@ -16,6 +16,7 @@ from dtrain.coordinator.core import (
     failures,
     hangs,
     importing,
+    kinds,
     nonfinite,
     placement,
     quarantine,
@@ -145,6 +146,7 @@ def start_attempt(draft: Draft, members: tuple[Member, ...], store: str) -> None
     draft.event(
         EventReason.ATTEMPT_STARTED, f"{_count(world, 'rank')} on {names}, {origin}", f"attempt/{number}"
     )
+    kinds.tell_begin(draft, members)
     _prepare(draft, seats(draft))
 
 
@@ -267,6 +269,9 @@ def running(draft: Draft) -> None:
         succeed(draft)
         return
     going = draining.leaving(members)
+    if not going and (alike := kinds.due(draft)):
+        reunite(draft, alike)
+        return
     change = None if going else elastic.due(draft, members)
     if going:
         if draining.is_due(draft, members, going):
@@ -276,7 +281,7 @@ def running(draft: Draft) -> None:
         if elastic.is_due(draft, members, change):
             resize(draft, change)
             return
-    else:
+    elif not kinds.of_members(draft.status.members):
         draft.explain(f"training on {_count(draft.status.world_size, 'rank')}")
     if draft.fleet.brake:
         draft.say(f"no loss is declared while the brake is on: {draft.fleet.brake}")
@@ -511,6 +516,12 @@ def move(draft: Draft, going: Sequence[Seat]) -> None:
     draining.note_end(draft, going)
     draft.enter(JobPhase.RECOVERING, f"moving to other machines: {draining.sentence(going)}", members=())
     recovering(draft)
+
+
+def reunite(draft: Draft, alike: Set[AgentName]) -> None:
+    """End an attempt that cannot save, and begin the next one on machines of one release."""
+    draft.enter(JobPhase.RECOVERING, kinds.note_end(draft, frozenset(alike)), members=())
+    recovering(draft, only=alike)
 
 
 def resize(draft: Draft, change: elastic.Resize) -> None:

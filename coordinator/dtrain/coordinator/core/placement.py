@@ -61,7 +61,8 @@ def place(
     usable = _enough(spec, usable, usable.keys() - avoid)
     usable = _enough(spec, usable, usable.keys() - without)
     if only:
-        return Placement(_seat_ranks(draft, _enough(spec, usable, only), avoid))
+        return Placement(_seat_ranks(draft, of_one_kind(spec, _enough(spec, usable, only)), avoid))
+    usable = of_one_kind(spec, usable)
     if draft.status.phase is JobPhase.RECOVERING:
         # A job that may grow later waits now for nobody who has to import everything first.
         known = previous_places(draft).keys()
@@ -91,6 +92,14 @@ def _enough(
     """Those that are wanted, if a job can run on them; else all."""
     found = {name: view for name, view in usable.items() if name in wanted}
     return found if len(found) >= spec.nnodes_min else usable
+
+
+def of_one_kind(spec: JobSpec, usable: dict[AgentName, AgentView]) -> dict[AgentName, AgentView]:
+    """Those whose ranks can save together, the newer ones if both kinds have room for as many; else all."""
+    former = {name: view for name, view in usable.items() if releases.is_former(view.node.version)}
+    newer = {name: view for name, view in usable.items() if name not in former}
+    kind = max(newer, former, key=lambda found: min(len(found), spec.nnodes_max))
+    return kind if len(kind) >= spec.nnodes_min else usable
 
 
 def ranks_on(spec: JobSpec, view: AgentView) -> int:
@@ -162,7 +171,10 @@ def _seat_ranks(
     for node_rank in range(len(chosen)):
         view = usable[places[node_rank]]
         nproc = ranks_on(spec, view)
-        members.append(Member(places[node_rank], node_rank, Rank(first), nproc, view.node.incarnation))
+        node = view.node
+        members.append(
+            Member(places[node_rank], node_rank, Rank(first), nproc, node.incarnation, node.version)
+        )
         first += nproc
     return tuple(members)
 
