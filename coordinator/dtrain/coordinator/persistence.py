@@ -9,7 +9,7 @@ import contextlib
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from dtrain.coordinator.core.decisions import Decision, PutRecord
@@ -139,22 +139,18 @@ class Committer:
     def _leases(self, decision: Decision) -> dict[str, int]:
         """Grant a lease for each record that goes by itself."""
         leases: dict[str, int] = {}
-        for write in decision.writes:
-            if isinstance(write, PutRecord) and write.lease_ttl_s > 0:
-                leases[write.key] = self._new_lease()
-                self._etcd.grant(
-                    math.ceil(write.lease_ttl_s), leases[write.key], deadline_s=COMMIT_DEADLINE_S
-                )
+        for write in _that_go(decision):
+            leases[write.key] = self._new_lease()
+            self._etcd.grant(math.ceil(write.lease_ttl_s), leases[write.key], deadline_s=COMMIT_DEADLINE_S)
         return leases
 
     def _replaced(self, decision: Decision) -> list[int]:
         """Leases that hold nothing any more once ``decision`` is written: each held one record."""
         former: list[int] = []
-        for write in decision.writes:
-            if isinstance(write, PutRecord) and write.lease_ttl_s > 0:
-                kv = self._stored(write.key)
-                if kv is not None and kv.mod_revision == write.expect_mod:
-                    former.append(kv.lease)
+        for write in _that_go(decision):
+            kv = self._stored(write.key)
+            if kv is not None and kv.mod_revision == write.expect_mod:
+                former.append(kv.lease)
         return former
 
     def _revoke(self, leases: Iterable[int]) -> None:
@@ -204,6 +200,11 @@ class Committer:
     def _is_ours(self, term: Term, found: dict[str, KeyValue]) -> bool:
         leader = found.get(self._keys.leader)
         return leader is not None and leader.create_revision == term
+
+
+def _that_go(decision: Decision) -> Iterator[PutRecord]:
+    """Records that go by themselves."""
+    return (write for write in decision.writes if isinstance(write, PutRecord) and write.lease_ttl_s > 0)
 
 
 def fenced(

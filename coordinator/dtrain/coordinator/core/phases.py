@@ -281,8 +281,9 @@ def running(draft: Draft) -> None:
         if elastic.is_due(draft, members, change):
             resize(draft, change)
             return
-    elif not kinds.of_members(draft.status.members):
-        draft.explain(f"training on {_count(draft.status.world_size, 'rank')}")
+    else:
+        training = f"training on {_count(draft.status.world_size, 'rank')}"
+        draft.explain(kinds.obstacle(draft.status.members) or training)
     if draft.fleet.brake:
         draft.say(f"no loss is declared while the brake is on: {draft.fleet.brake}")
     for seat in members:
@@ -520,7 +521,7 @@ def move(draft: Draft, going: Sequence[Seat]) -> None:
 
 def reunite(draft: Draft, alike: Set[AgentName]) -> None:
     """End an attempt that cannot save, and begin the next one on machines of one release."""
-    draft.enter(JobPhase.RECOVERING, kinds.note_end(draft, frozenset(alike)), members=())
+    draft.enter(JobPhase.RECOVERING, kinds.note_end(draft, alike), members=())
     recovering(draft, only=alike)
 
 
