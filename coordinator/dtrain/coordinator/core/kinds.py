@@ -20,7 +20,7 @@ def are_mixed(versions: Iterable[str]) -> bool:
 
 
 def obstacle(members: Sequence[Member]) -> str:
-    """Why an attempt of these cannot save, or "". What started the ranks counts, not what watches them now."""
+    """Why an attempt of these cannot save, or "". What started the ranks counts, not what watches them."""
     if not are_mixed(member.version for member in members):
         return ""
     shown = ", ".join(f"{member.agent} {member.version}" for member in members[: placement.SHOWN_MAX])
