@@ -48,6 +48,8 @@ def derive(
     ]
     if status.phase in _SUSPENDED or "Suspended" in before:
         found.append(_suspended(status))
+    if status.held or "Paused" in before:
+        found.append(_paused(status))
     result = []
     for condition in found:
         old = before.get(condition.type)
@@ -84,6 +86,8 @@ def _ranks_ready(status: JobStatus) -> Condition:
 
 
 def _progressing(status: JobStatus) -> Condition:
+    if status.held:
+        return Condition("Progressing", "False", "Paused")
     running = status.phase is JobPhase.RUNNING
     return Condition("Progressing", "True" if running else "False", status.phase.value.capitalize())
 
@@ -121,6 +125,12 @@ def _suspended(status: JobStatus) -> Condition:
     if status.phase is JobPhase.QUEUED and status.preempted_by:
         return Condition("Suspended", "True", "Preempted", f"it made room for {status.preempted_by}")
     return Condition("Suspended", "False", status.phase.value.capitalize())
+
+
+def _paused(status: JobStatus) -> Condition:
+    if status.held and status.phase is JobPhase.RUNNING:
+        return Condition("Paused", "True", "AsAsked", status.reason)
+    return Condition("Paused", "False", status.phase.value.capitalize())
 
 
 def _finished(status: JobStatus) -> Condition:
