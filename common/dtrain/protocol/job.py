@@ -383,7 +383,7 @@ class JobStatus:
     unswept: tuple[Former, ...] = ()
     """Earlier submissions of this name that were used again before their last sweep."""
     held: Seq = Seq(0)
-    """The committed checkpoint that all ranks of this attempt are held at: the job is paused. 0: it is not."""
+    """Number of the commit that all ranks of this attempt are held at: the job is paused. 0: it is not."""
 
     @property
     def world_size(self) -> int:

@@ -179,7 +179,8 @@ def silence_s(job: JobState) -> float | None:
     """How long the ranks may go without a step; None: steps say nothing about them now.
 
     Ranks that restore complete none, those that announced their end or are held at a step wait for
-    the leader, and one that is taking a snapshot holds up the others. A pace that was never measured cannot be missed.
+    the leader, and one that is taking a snapshot holds up the others. A pace that was never measured
+    cannot be missed.
     """
     if not job.pace.steps or job.phase is not WorkerPhase.TRAINING:
         return None

@@ -285,7 +285,7 @@ def _wanted(text: str) -> Wanted | None:
 
 def _paused(text: str) -> bool | None:
     if text not in ("", "pause", "unpause"):
-        raise Refused(ErrorCode.USAGE, f"{text[:40]!r} is not about a pause", fix="use one of: pause, unpause")
+        raise Refused(ErrorCode.USAGE, f"{text[:40]!r} is no pause", fix="use one of: pause, unpause")
     return None if not text else text == "pause"
 
 

@@ -19,6 +19,9 @@ _SUSPENDED = (JobPhase.SUSPENDING, JobPhase.SUSPENDED)
 BRAKE_ON = "BrakeOn"
 """Reason of the condition Degraded while the brake is on."""
 
+CANNOT_PAUSE = "CannotPause"
+"""Reason of the condition Paused of a job that goes on although somebody wants it to stand still."""
+
 
 def derive(
     fleet: FleetView,
@@ -48,7 +51,9 @@ def derive(
     ]
     if status.phase in _SUSPENDED or "Suspended" in before:
         found.append(_suspended(status))
-    if status.held or "Paused" in before:
+    if "Paused" in noted:
+        found.append(noted["Paused"])
+    elif status.held or "Paused" in before:
         found.append(_paused(status))
     result = []
     for condition in found:

@@ -9,7 +9,7 @@ No promise is made beyond HOLD_S_MAX: a rank that hears of nobody for so long go
 
 from collections.abc import Sequence
 
-from dtrain.coordinator.core import checkpoints, draining
+from dtrain.coordinator.core import checkpoints, conditions, draining
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.liveness import Seat
 from dtrain.protocol.events import EventReason
@@ -64,6 +64,7 @@ def drive(draft: Draft, members: Sequence[Seat]) -> None:
         return
     if why := _obstacle(draft, members):
         draft.explain(f"it cannot be paused, {why}, and goes on")
+        draft.note("Paused", "False", conditions.CANNOT_PAUSE, draft.status.reason)
         checkpoints.drive(draft, members)
         return
     text = "being paused: its ranks are held at a step together, once that is saved"
