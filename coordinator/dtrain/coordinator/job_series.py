@@ -147,7 +147,7 @@ class JobSeries:
         for why, count in tally.aborts.items():
             show(metrics.CHECKPOINT_FAILURES, float(count), why)
         self._checkpoint(show, job, status)
-        if status.phase is not JobPhase.RUNNING:
+        if status.phase is not JobPhase.RUNNING or status.held:
             self._progress.pop(job, None)
             return
         show(metrics.PROGRESS_AT, self._progressed(job, status.uid, step))
