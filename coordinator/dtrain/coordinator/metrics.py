@@ -125,8 +125,8 @@ STEP = Metric(
 PROGRESS_AT = Metric(
     "dtrain_job_last_progress_timestamp_seconds",
     "gauge",
-    "When this leader last saw the step of a running job rise, or first saw the job; no sample in "
-    "other phases.",
+    "When this leader last saw the step of a running job rise, or first saw the job; no sample in other "
+    "phases and while it is paused.",
     ("job",),
 )
 STEP_USUAL = Metric(
