@@ -67,7 +67,7 @@ class Ledger:
     began_ms: int
     """When the job was submitted, epoch milliseconds; of a job that an older release began: first sight."""
     until_ms: int
-    """Up to when time is counted, epoch milliseconds, by the fastest of the leaders' clocks. It never goes back."""
+    """Up to when it is counted, epoch milliseconds by the fastest of the leaders' clocks; never goes back."""
     doing: str = ""
     """The category that time since ``until_ms`` belongs to, for all that is known; "": the job is over."""
     spent: Mapping[str, int] = field(default_factory=dict)

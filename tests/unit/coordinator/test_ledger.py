@@ -7,7 +7,7 @@ from tests.support.builders import EPOCH, JOB, KEYS, Stage, make_spec
 
 from dtrain.coordinator.core.stamps import iso
 from dtrain.protocol.ids import AgentName, Step
-from dtrain.protocol.job import JobPhase, Wanted
+from dtrain.protocol.job import Intent, JobPhase, Wanted
 from dtrain.protocol.ledger import Ledger, counters, goodput
 from dtrain.protocol.snapshot import FailureKind, RankState, Timing, WorkerPhase
 
@@ -299,6 +299,34 @@ def test_suspended_time_is_idle_and_no_step_is_lost_over_it() -> None:
     assert spent(stage) == wanted
     found = goodput(ledger_of(stage), EPOCH + stage.now)
     assert found.ratio == pytest.approx(target / (stage.now - BEGAN + AHEAD_S - 505))
+
+
+def test_paused_time_is_idle_and_what_ranks_tell_of_it_afterwards_is_not_counted_again() -> None:
+    stage = training()
+    steps(stage.after(1), 1)
+    steps(stage.after(9), 10)
+    stage.write(KEYS.intent(JOB), Intent(stage.spec.uid, paused=True))
+    stage.decide()
+    target = int(stage.opened.step)
+    steps(stage.after(target - 10), target)
+    stage.after(4)
+    stage.accept()
+    stage.durable()
+    stage.decide()
+    stage.verify()
+    stage.decide()
+    assert stage.status.held
+    assert ledger_of(stage).doing == "idle.paused"
+    stage.after(500)
+    stage.write(KEYS.intent(JOB), Intent(stage.spec.uid))
+    stage.decide()
+    assert not stage.status.held
+    stage.forget_outcomes()
+    steps(stage.after(1), target + 1, held_s=504.0)
+    steps(stage.after(9), target + 10, held_s=504.0)
+    write(stage)
+    wanted = START | {"productive": target + 10.0, "stall.checkpoint": 4.0, "idle.paused": 500.0}
+    assert spent(stage) == wanted
 
 
 def test_what_passed_while_nobody_led_is_found_by_the_steps() -> None:

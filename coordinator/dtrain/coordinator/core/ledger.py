@@ -86,6 +86,11 @@ def advance(before: JobStatus | None, after: JobStatus, turn: Turn) -> Ledger | 
     return book.close(after)
 
 
+def is_paused(status: JobStatus) -> bool:
+    """All ranks of the job are held at a step because somebody wants it."""
+    return bool(status.held) and status.phase is JobPhase.RUNNING
+
+
 class _Book:
     """A ledger while it is being carried on. Times are milliseconds, ``ago`` counts back from now."""
 
@@ -128,6 +133,10 @@ class _Book:
             failure = None
         if before.phase is JobPhase.STARTING:
             self._start_up(failure)
+        elif is_paused(before) and self.pace.step <= self.newest.step:
+            self.add(PAUSED, self.passed_ms)
+            # Ranks tell of it as of any checkpoint that has held them, once they go on.
+            self.held_ms += self.passed_ms
         elif before.phase is JobPhase.RUNNING or (
             before.phase is JobPhase.SUSPENDING and not before.stopping
         ):
@@ -183,7 +192,7 @@ class _Book:
 
     def _after_last_step(self, failure: Failure, begins_at: Step | int) -> tuple[str, int]:
         """What the time since the newest step was, that ended with ``failure``."""
-        since_ms = self.spent.get(PRODUCTIVE, 0) - self.newest.ms
+        since_ms = self._since_newest()
         if failure.kind is FailureKind.HANG:
             return HANG, since_ms
         if failure.kind not in _MISSED:
@@ -221,6 +230,10 @@ class _Book:
         share = (step - before.step) / (after.step - before.step)
         return min(productive, before.ms + round(share * (after.ms - before.ms)))
 
+    def _since_newest(self) -> int:
+        """Time that counts as productive since the newest step was completed."""
+        return max(0, self.spent.get(PRODUCTIVE, 0) - self.newest.ms)
+
     def keep(self, steps: tuple[Step, ...]) -> None:
         """Checkpoints of these steps are committed: they are ways back."""
         for step in steps:
@@ -240,7 +253,10 @@ class _Book:
         planned = after.failure == before.failure and before.phase in PLACED_PHASES
         if planned and (began or stops) and self.turn.good_step == self.newest.step:
             # All ranks held at the checkpoint that the attempt was ended with.
-            self.move(PRODUCTIVE, CHECKPOINT, self.spent.get(PRODUCTIVE, 0) - self.newest.ms)
+            self.move(PRODUCTIVE, CHECKPOINT, self._since_newest())
+        elif is_paused(after) and not is_paused(before):
+            self.held_ms += self._since_newest()
+            self.move(PRODUCTIVE, CHECKPOINT, self._since_newest())
         if after.phase is JobPhase.SUCCEEDED:
             self.saved_ms = self.spent.get(PRODUCTIVE, 0)
         elif began:
@@ -290,7 +306,7 @@ class _Book:
         )
 
     def _doing(self, after: JobStatus) -> str:
-        if any(one.type == "Paused" and one.status == "True" for one in after.conditions):
+        if is_paused(after):
             return PAUSED
         match after.phase:
             case JobPhase.QUEUED:
