@@ -73,7 +73,7 @@ class Rule:
 
 _OPERATORS = Rule(frozenset({Role.OPERATOR}))
 _BY_DASHBOARDS = Rule(frozenset({Role.OPERATOR, Role.COORDINATOR}))
-"""A coordinator may ask on behalf of who has its dashboard's token: it could write all of it to etcd itself."""
+"""A coordinator may ask for who has its dashboard's token: it could write all of it to etcd itself."""
 _ALL = Rule(frozenset(Role))
 _COORDINATORS = Rule(frozenset({Role.COORDINATOR}))
 
