@@ -50,6 +50,7 @@ PLAN: dict[str, tuple[str, list[str]]] = {
             "Condition",
         ],
     ),
+    "Time": ("ledger.py", ["Ledger", "Mark"]),
     "Checkpoints": (
         "checkpoint.py",
         [
@@ -151,6 +152,7 @@ MEANINGS = {
     "Intent.nnodes_min": "replaces the job file's; 0: it does not",
     "Intent.paused": "its ranks are to be held at a step",
     "Intent.nnodes_max": "replaces the job file's; 0: it does not",
+    "Mark.ms": "productive milliseconds until then",
     "BadBlob.message": "what went wrong, in one sentence",
     "BlobEntry.bytes": "size",
     "BlobEntry.chunks": "CRC32C of each 16 MiB, hex",

@@ -570,6 +570,7 @@ def recovering(
         start_attempt(draft, found.members, draft.status.store)
         release_strays(draft)
         return
+    draft.lacks_machines = True
     draft.explain(found.why)
     stop_survivors(draft)
 
