@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from tests.sim.faults import Faults
     from tests.sim.training import SimRank
 
-HARMLESS = frozenset({"scale", "suspend", "pause", "checkpoint now", "cordon", "machine vacated", "checkpoint read"})
+HARMLESS = frozenset(
+    {"scale", "suspend", "pause", "checkpoint now", "cordon", "machine vacated", "checkpoint read"}
+)
 """Kinds over which nothing is lost, and no step repeated."""
 
 MEASURED_STEPS = 14
