@@ -109,7 +109,7 @@ def agent(place: Place, _version: str) -> None:
 
 
 def rendezvous(place: Place, _version: str) -> None:
-    """torchrun finds the backend by its entry point; that it then finds no etcd is as it should be."""
+    """The backend is found by its entry point; that it then finds no etcd is as it should be."""
     (place.folder / "home" / "train.py").write_text("print('started without a rendezvous')")
     place.python(
         """
