@@ -11,7 +11,8 @@ from cryptography import x509
 
 from dtrain.agent import config as agent_config
 from dtrain.cli import context
-from dtrain.cli.client import Client, ReplicaInfo, closing
+from dtrain.cli.answers import ReplicaInfo
+from dtrain.cli.client import Client, closing
 from dtrain.cli.globals import Settings
 from dtrain.coordinator import config as coordinator_config
 from dtrain.coordinator.core.decisions import Directed

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from dtrain.agent.core.failures import error_message
 from dtrain.agent.logs import RankLogs
 from dtrain.agent.reporter import fit
-from dtrain.cli import jobfile, output, render, terminal, yamlmarks
+from dtrain.cli import jobfile, output, terminal, yamlmarks
 from dtrain.cli.complaint import Complaint
+from dtrain.cli.render.table import Table
 from dtrain.coordinator.api import validate
 from dtrain.coordinator.core.manifest import merge
 from dtrain.coordinator.work import MANIFEST_BYTES_UNPACKED_MAX, Stores, Worker, unpack
@@ -388,7 +389,7 @@ def test_prose_of_others_cannot_move_a_terminal() -> None:
 
 
 def test_tables_details_and_errors_are_made_harmless() -> None:
-    table = render.Table(("NAME", "REASON"), (("a", EVIL),))
+    table = Table(("NAME", "REASON"), (("a", EVIL),))
     texts = [*table.lines(), *output.coloured([EVIL]), Complaint(1, "DT-1", EVIL, EVIL, EVIL).as_text()]
     for text in texts:
         assert "\x1b" not in text

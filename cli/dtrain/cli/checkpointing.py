@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dtrain.cli import output, pinning, reading, render, waiting
+from dtrain.cli import output, pinning, reading, waiting
 from dtrain.cli.client import Client
 from dtrain.cli.identity import new_id, whoami
 from dtrain.cli.progress import Progress
 from dtrain.cli.records import Job
+from dtrain.cli.render import checkpoints
 from dtrain.protocol.checkpoint import CommitRecord, Manifest
 from dtrain.protocol.errors import Conflict, ErrorCode, NotFound, Refused
 from dtrain.storage.blobs.open import open_store
@@ -22,11 +23,11 @@ from dtrain.storage.checkpoints import verifying
 def listing(client: Client, wanted: str, output_format: str) -> None:
     """Show a job's checkpoints."""
     found, cluster = reading.job(client, wanted)
-    lines = render.checkpoint_lines(found)
+    lines = checkpoints.checkpoint_lines(found)
     output.listing(
         "Checkpoint",
         [document(found, line) for line in lines],
-        render.checkpoints(found, time.time(), wide=output_format == "wide"),
+        checkpoints.checkpoints(found, time.time(), wide=output_format == "wide"),
         [f"{found.name}/{line.seq}" for line in lines],
         output=output_format,
         revision=cluster.revision,
@@ -34,7 +35,7 @@ def listing(client: Client, wanted: str, output_format: str) -> None:
     output.freshness(cluster.age_s)
 
 
-def document(job: Job, line: render.CheckpointLine) -> dict[str, Any]:
+def document(job: Job, line: checkpoints.CheckpointLine) -> dict[str, Any]:
     """One checkpoint with the records behind it."""
     seq = str(line.seq)
     folder = {"Committed": "checkpoints", "Bad": "checkpoints", "Open": "open", "Deleting": "garbage"}

@@ -1,37 +1,36 @@
-"""Calls to the coordinators: any replica will do, and every call may be repeated.
+"""What the coordinators can be asked: any replica will do, and every call may be repeated.
 
-A call goes to the replica that answered last. One that is gone, frozen or cut
-off is passed over for the next, within the call's own deadline; request ids
-and checkpoint tokens are chosen here, so that a repeated mutation changes
-nothing. The servers' errors come back as members of the error tree.
+Request ids and checkpoint tokens are chosen here, so that a repeated mutation
+changes nothing. How a replica is found that answers is ``calling.py``'s.
 """
 
 import contextlib
-import json
-import random
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import grpc
 
-from dtrain.protocol import codec, errors
+from dtrain.cli.answers import (
+    GarbageItem,
+    Importing,
+    Item,
+    JobStacks,
+    LogChunk,
+    Pinned,
+    RankStacks,
+    Reading,
+    ReplicaInfo,
+    Review,
+    Submitted,
+)
+from dtrain.cli.calling import Caller, translate
+from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import CommitRecord
 from dtrain.protocol.cluster import Cordon
-from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, TimedOut, Unavailable
+from dtrain.protocol.errors import DtrainError, ErrorCode, Unavailable
 from dtrain.protocol.pb import coordinator_pb2 as pb
-from dtrain.protocol.pb.coordinator_pb2_grpc import CoordinatorStub
 from dtrain.protocol.snapshot import DurablePart
-from dtrain.runtime import grpc_tls
-from dtrain.runtime.tls import TlsFiles
-
-T = TypeVar("T")
-
-ERROR_KEY = "dtrain-error-bin"
-TRY_S_MAX = 3.0
-"""One replica gets this long to answer before the next is asked: it may be frozen."""
 
 STACKS_S = 12.0
 """Ranks are looked at while the caller waits."""
@@ -48,205 +47,9 @@ CATCH_UP_S = 0.3
 PACE_S = 0.1
 """A waiting read takes this long at least: in a large cluster something always changes."""
 
-_REQUEST_BYTES_MAX = 4 * 1024 * 1024
-_REPLY_BYTES_MAX = 64 * 1024 * 1024
-_PAUSE_S_FIRST, _PAUSE_S_MAX = 0.05, 0.5
 
-_OPTIONS = (
-    ("grpc.max_send_message_length", _REQUEST_BYTES_MAX),
-    ("grpc.max_receive_message_length", _REPLY_BYTES_MAX),
-    # Loopback and private addresses are no business of a web proxy.
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One record as stored; ``key`` is below the cluster's root."""
-
-    key: str
-    value: bytes
-    create_revision: int
-    mod_revision: int
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """Records under one prefix, from the mirror of ``replica``; it was current ``age_s`` ago."""
-
-    items: tuple[Item, ...]
-    revision: int
-    age_s: float
-    replica: str
-
-
-@dataclass(frozen=True, slots=True)
-class Submitted:
-    """What became of a submission."""
-
-    spec: bytes
-    created: bool
-    revision: int
-    warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class RankStacks:
-    """The stacks of one rank: what it does, where, and all its threads as text."""
-
-    rank: int
-    agent: str
-    kind: str
-    where: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class JobStacks:
-    """Of all ranks that could be asked; ``problems``: who could not, in one sentence each."""
-
-    ranks: tuple[RankStacks, ...]
-    problems: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LogChunk:
-    """Bytes of one rank's log."""
-
-    data: bytes
-    next_offset: int
-    attempt: int
-    agent: str
-    eof: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaInfo:
-    """What one replica says about itself."""
-
-    address: str
-    cluster: str
-    replica: str
-    version: str
-    leader: bool
-    term: int
-    revision: int
-    mirror_age_s: float
-    leader_replica: str
-    problems: tuple[str, ...] = ()
-    """What is wrong now, in sentences for people."""
-    etcd_version: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Importing:
-    """A request to import; ``answered``: it is gone from the records, which tell what became of it."""
-
-    lease: int
-    answered: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Pinned:
-    """A checkpoint that stays while it is pinned; ``lease`` renews the pin, 0 for one without an end."""
-
-    record: CommitRecord
-    store: str
-    lease: int
-    revision: int
-
-    @property
-    def seq(self) -> int:
-        return int(self.record.seq)
-
-
-@dataclass(frozen=True, slots=True)
-class GarbageItem:
-    """Something in a job's store, whether it would go, and why."""
-
-    kind: str
-    seq: int
-    what: str
-    deleted: bool
-    why: str
-    bytes: int
-
-    def as_json(self, job: str) -> dict[str, Any]:
-        """The same for programs."""
-        return {
-            "v": 1,
-            "kind": "Garbage",
-            "job": job,
-            "what": self.kind,
-            "seq": self.seq,
-            "name": self.what,
-            "deleted": self.deleted,
-            "why": self.why,
-            "bytes": self.bytes,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Review:
-    """What would be deleted now; ``problem``: why orphans would not."""
-
-    items: tuple[GarbageItem, ...]
-    revision: int
-    problem: str
-
-
-class _Silent:
-    def info(self, event: str, **fields: Any) -> None:
-        pass
-
-    warning = info
-
-
-class Client:
-    """The cluster, through whichever replica answers. Safe for several threads.
-
-    ``timeout_s`` bounds each call over all replicas; a wait inside a call comes
-    on top of it.
-    """
-
-    def __init__(
-        self, addresses: Sequence[str], *, timeout_s: float = 5.0, tls: TlsFiles | None = None
-    ) -> None:
-        """Remember the addresses.
-
-        Raises:
-            Refused: BAD_SETTING; the TLS files cannot be used.
-        """
-        assert addresses
-        self._timeout_s = timeout_s
-        self._addresses = tuple(addresses)
-        # What a program prints must hold no log lines: ``problems`` is for its stderr.
-        self._tls = grpc_tls.Credentials(tls, logger=_Silent()) if tls is not None else None
-        self._lock = threading.Lock()
-        self._retired: list[grpc.Channel] = []
-        self._open()
-        # Clients that all began with the first replica would load only that one.
-        self._current = random.randrange(len(addresses))  # noqa: S311 - no secret
-        self._seen_revision = 0
-
-    def close(self) -> None:
-        """End all connections; blocked calls fail."""
-        with self._lock:
-            channels, self._retired = [*self._channels, *self._retired], []
-        for channel in channels:
-            channel.close()
-
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        """The replicas that are asked."""
-        return self._addresses
-
-    def problems(self) -> list[str]:
-        """Sentences on this client's certificate, such as that it expires."""
-        return self._tls.problems() if self._tls is not None else []
+class Client(Caller):
+    """The cluster, through whichever replica answers. Safe for several threads."""
 
     def submit(self, spec: bytes, request_id: str, *, dry_run: bool = False) -> Submitted:
         """Submit a job; the same ``request_id`` submits it once.
@@ -522,75 +325,6 @@ class Client:
             reply.etcd_version,
         )
 
-    def _call(self, call: Callable[[Any, float], T], *, wait_s: float = 0.0) -> T:
-        deadline = time.monotonic() + self._timeout_s + wait_s
-        pause_s = _PAUSE_S_FIRST
-        failures = 0
-        while True:
-            self._refresh()
-            left_s = deadline - time.monotonic() - wait_s
-            current = self._current
-            address = self._addresses[current]
-            try:
-                return call(self._stubs[current], max(0.2, min(left_s, TRY_S_MAX)))
-            except grpc.RpcError as error:
-                problem = translate(error, address)
-            except Unavailable as error:
-                problem = error
-            # Everything here is idempotent, so an unknown outcome is asked for again.
-            if not isinstance(problem, Unavailable | OutcomeUnknown):
-                raise problem
-            failures += 1
-            self._current = (current + 1) % len(self._stubs)
-            if time.monotonic() + pause_s >= deadline:
-                raise self._unreachable(problem) from problem
-            if failures % len(self._stubs) == 0:
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, _PAUSE_S_MAX)
-
-    def _unreachable(self, last: DtrainError) -> DtrainError:
-        if last.code is not ErrorCode.COORDINATOR_UNAVAILABLE:
-            return last
-        return Unavailable(
-            ErrorCode.COORDINATOR_UNAVAILABLE,
-            f"no coordinator answers at {', '.join(self._addresses)}",
-            cause=last.cause or last.message,
-            fix=_fix(last.cause, self._tls is not None),
-        )
-
-    def _open(self) -> None:
-        self._generation = self._tls.generation if self._tls is not None else 0
-        self._channels = [
-            grpc_tls.to_coordinator(address, self._tls, _OPTIONS) for address in self._addresses
-        ]
-        self._stubs = [CoordinatorStub(channel) for channel in self._channels]  # type: ignore[no-untyped-call]
-
-    def _refresh(self) -> None:
-        """Open new channels once the certificate has been replaced: a follower lives for days."""
-        if self._tls is None or self._tls.generation == self._generation:
-            return
-        with self._lock:
-            if self._tls.generation == self._generation:
-                return
-            # Other threads' calls may be under way on the ones of last time, never on older ones.
-            over, self._retired = self._retired, self._channels
-            self._open()
-        for channel in over:
-            channel.close()
-
-
-def _fix(cause: str, secured: bool) -> str:
-    told = cause.lower()
-    if secured and any(word in told for word in ("handshake", "certificate", "verification", "ssl")):
-        return (
-            "the coordinator's certificate must be signed by --tls-cacert, be of the cluster that yours "
-            "names, and neither may have expired: docs/security.md"
-        )
-    fix = "check --coordinators and that the replicas run, or start a local cluster: dtrain up"
-    if not secured and ("socket closed" in told or "reset" in told or "handshake" in told):
-        return f"{fix}; if they use TLS, give --tls-cert, --tls-key and --tls-cacert"
-    return fix
-
 
 @contextlib.contextmanager
 def closing(client: Client) -> Iterator[Client]:
@@ -599,69 +333,3 @@ def closing(client: Client) -> Iterator[Client]:
         yield client
     finally:
         client.close()
-
-
-def translate(error: grpc.RpcError, address: str) -> DtrainError:
-    """Return the error that a server's status stands for."""
-    status = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
-    details = (error.details() if isinstance(error, grpc.Call) else "") or str(error)
-    if isinstance(error, grpc.Call):
-        for key, value in error.trailing_metadata() or ():
-            if key == ERROR_KEY:
-                return _told(value if isinstance(value, bytes) else value.encode(), details)
-    if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
-        return Unavailable(
-            ErrorCode.COORDINATOR_UNAVAILABLE, f"the coordinator at {address} does not answer", cause=details
-        )
-    if status is grpc.StatusCode.RESOURCE_EXHAUSTED and "concurrent" in details.lower():
-        # Too many calls for this replica, which has not looked at ours; another one may have room.
-        return Unavailable(
-            ErrorCode.COORDINATOR_UNAVAILABLE, f"the coordinator at {address} is busy", cause=details
-        )
-    kind, code = _BY_STATUS.get(status, (errors.InvariantBroken, ErrorCode.BUG))
-    return kind(code, f"the coordinator at {address} answered {status.name}: {details}")
-
-
-_BY_STATUS: dict[grpc.StatusCode, tuple[type[DtrainError], ErrorCode]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: (errors.Refused, ErrorCode.USAGE),
-    grpc.StatusCode.NOT_FOUND: (errors.NotFound, ErrorCode.NOT_FOUND),
-    grpc.StatusCode.ALREADY_EXISTS: (errors.Conflict, ErrorCode.ALREADY_EXISTS),
-    grpc.StatusCode.FAILED_PRECONDITION: (errors.Conflict, ErrorCode.CONFLICT),
-    grpc.StatusCode.ABORTED: (errors.Conflict, ErrorCode.CONFLICT),
-    grpc.StatusCode.UNIMPLEMENTED: (errors.Refused, ErrorCode.USAGE),
-    grpc.StatusCode.RESOURCE_EXHAUSTED: (errors.Refused, ErrorCode.USAGE),
-    grpc.StatusCode.UNAUTHENTICATED: (errors.Refused, ErrorCode.ETCD_AUTH),
-    grpc.StatusCode.PERMISSION_DENIED: (errors.Refused, ErrorCode.NOT_PERMITTED),
-}
-
-_KINDS: dict[str, type[DtrainError]] = {
-    kind.__name__: kind
-    for kind in (
-        errors.Refused,
-        errors.NotFound,
-        errors.Conflict,
-        errors.Unavailable,
-        errors.OutcomeUnknown,
-        errors.LeadershipLost,
-        TimedOut,
-        errors.InvariantBroken,
-    )
-}
-
-
-def _told(value: bytes, details: str) -> DtrainError:
-    try:
-        told = json.loads(value)
-        kind = _KINDS.get(told.get("kind", ""), DtrainError)
-        code = ErrorCode(told.get("code", ""))
-    except (ValueError, AttributeError):
-        # A newer server may know codes that this client does not.
-        return DtrainError(ErrorCode.BUG, details)
-    # A replica that has just lost its leadership can still be asked again.
-    kind = Unavailable if kind is errors.LeadershipLost else kind
-    return kind(
-        code,
-        str(told.get("message") or details),
-        cause=str(told.get("cause", "")),
-        fix=str(told.get("fix", "")),
-    )

@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from dtrain.cli import render, terminal
-from dtrain.cli.render import Table
+from dtrain.cli import terminal
+from dtrain.cli.render import lists
+from dtrain.cli.render.table import Table
 
 
 def width() -> int:
@@ -53,7 +54,7 @@ def listing(
         else:
             document({"v": 1, "kind": f"{kind}List", "revision": revision, "items": list(items)}, output)
     elif output == "name":
-        for line in render.names(kind.lower(), names):
+        for line in lists.names(kind.lower(), names):
             click.echo(line)
     elif not table.rows:
         say(nothing or f"no {kind.lower()}s")
@@ -73,7 +74,7 @@ def coloured(lines: Sequence[str]) -> list[str]:
 
 
 def _paint(line: str) -> str:
-    for phase, colour in render.PHASE_COLOURS.items():
+    for phase, colour in lists.PHASE_COLOURS.items():
         if f" {phase} " in line:
             return line.replace(f" {phase} ", f" {click.style(phase, fg=colour)} ", 1)
     return line
@@ -88,6 +89,6 @@ def log(line: bytes, *, err: bool = False) -> None:
 
 def freshness(age_s: float) -> None:
     """Say on stderr when what was read is old."""
-    line = render.stale_line(age_s)
+    line = lists.stale_line(age_s)
     if line:
         say(line)

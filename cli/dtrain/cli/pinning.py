@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from dtrain.cli.client import Client, Pinned
+from dtrain.cli.answers import Pinned
+from dtrain.cli.client import Client
 from dtrain.cli.identity import new_id, whoami
 from dtrain.protocol.errors import DtrainError, NotFound
 

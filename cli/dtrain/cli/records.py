@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from dtrain.cli import exits
-from dtrain.cli.client import Item, Reading
+from dtrain.cli.answers import Item, Reading
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord, Quarantine, Verification
 from dtrain.protocol.cluster import Cordon, LeaderRecord, ReplicaRecord, Suspicion

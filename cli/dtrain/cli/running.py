@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from dtrain.cli import context, exits, jobfile, output, render, submitting, torchflags, yamlmarks
+from dtrain.cli import context, exits, jobfile, output, submitting, torchflags, yamlmarks
 from dtrain.cli.client import Client, closing
 from dtrain.cli.foreground import Foreground
 from dtrain.cli.identity import new_id, whoami
 from dtrain.cli.options import settings
 from dtrain.cli.records import Job
+from dtrain.cli.render import failures, sentences
 from dtrain.cli.yamlmarks import Document
 from dtrain.local.cluster import LocalCluster
 from dtrain.protocol.errors import DtrainError
@@ -107,10 +108,10 @@ def outcome(job: Job) -> int:
         return exits.OK
     failure = job.status.failure if job.status else None
     if job.phase is JobPhase.CANCELLED or failure is None:
-        output.say(f"dtrain: {job.name} {job.phase}: {render.reason(job)}")
+        output.say(f"dtrain: {job.name} {job.phase}: {sentences.reason(job)}")
         return job.exit_code
     code = exits.of_rank(failure.exit_code, failure.signal)
-    output.say(f"dtrain: {job.name} FAILED: exit code {code} from {render.failure_title(failure)}")
+    output.say(f"dtrain: {job.name} FAILED: exit code {code} from {failures.failure_title(failure)}")
     return code
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import click
 
-from dtrain.cli import exits, following, jobfile, output, records, render, waiting
+from dtrain.cli import exits, following, jobfile, output, records, waiting
 from dtrain.cli.client import Client
 from dtrain.cli.identity import new_id
 from dtrain.cli.records import Job
+from dtrain.cli.render import failures, sentences
 from dtrain.protocol import codec
 from dtrain.protocol.job import JobPhase, JobSpec
 
@@ -123,7 +124,7 @@ def until_ended(client: Client, name: str, timeout_s: float) -> Job:
 
 def watch(client: Client, accepted: Accepted, *, ranks: Callable[[Job], Sequence[int]], prefix: bool) -> Job:
     """Show logs (stdout to stdout, stderr to stderr) and changes until the job ends."""
-    changes = render.Changes()
+    changes = sentences.Changes()
 
     def changed(job: Job) -> None:
         for line in changes.lines(job):
@@ -145,6 +146,6 @@ def watch(client: Client, accepted: Accepted, *, ranks: Callable[[Job], Sequence
     job = follower.run(after_revision=accepted.revision)
     failure = job.status.failure if job.status else None
     if job.phase is JobPhase.FAILED and failure is not None:
-        for line in render.failure_card(failure):
+        for line in failures.failure_card(failure):
             output.say(line)
     return job

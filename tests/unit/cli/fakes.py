@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from dtrain.cli.client import Item, Reading
+from dtrain.cli.answers import Item, Reading
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import (
     CommitRecord,

@@ -7,7 +7,7 @@ import grpc
 import pytest
 from tests.unit.cli.fakes import FakeReplica, running_job, serving
 
-from dtrain.cli import client as client_module
+from dtrain.cli import calling
 from dtrain.cli.client import Client, closing
 from dtrain.protocol import errors
 from dtrain.protocol.errors import DtrainError, ErrorCode
@@ -52,7 +52,7 @@ def test_a_replica_that_cannot_answer_is_passed_over(
 def test_a_replica_that_asks_the_store_first_is_given_the_time(
     two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "TRY_S_MAX", 0.2)
+    monkeypatch.setattr(calling, "TRY_S_MAX", 0.2)
     first, second, client = two
     first.refuse = lambda: time.sleep(0.5)
     assert client.submit(b"{}", "q1").created

@@ -20,7 +20,9 @@ from tests.unit.cli.fakes import (
     status,
 )
 
-from dtrain.cli import records, render
+from dtrain.cli import records
+from dtrain.cli.render import checkpoints, describe, failures, lists, sentences
+from dtrain.cli.render.table import Table
 from dtrain.protocol import codec
 from dtrain.protocol.cluster import Blame, Suspicion
 from dtrain.protocol.ids import AgentName, Attempt, JobName, Rank, Uid
@@ -30,16 +32,16 @@ from dtrain.protocol.snapshot import Draining, FailureKind, NodeRecord, Stack, S
 
 def test_get_jobs() -> None:
     cluster = records.group(reading(*running_job()))
-    assert render.jobs(cluster, NOW).lines() == [
+    assert lists.jobs(cluster, NOW).lines() == [
         "NAME     PHASE     STEP   ATTEMPT   RANKS   LAST-CKPT     AGE    REASON",
         "digits   RUNNING   45     3         4/4     4 (step 40)   1h1m   all 4 ranks train",
     ]
-    assert render.jobs(cluster, NOW, wide=True).rows[0][7:11] == ("u1", "a1,a2", "1/10", "0")
+    assert lists.jobs(cluster, NOW, wide=True).rows[0][7:11] == ("u1", "a1,a2", "1/10", "0")
 
 
 def test_a_job_no_leader_has_seen_is_queued_and_says_so() -> None:
     cluster = records.group(reading(item(KEYS.spec(JOB), spec())))
-    assert render.jobs(cluster, NOW).rows == (
+    assert lists.jobs(cluster, NOW).rows == (
         ("digits", "QUEUED", "0", "0", "0/4", "–", "1h1m", "waiting for a leader to look at it"),
     )
 
@@ -47,12 +49,12 @@ def test_a_job_no_leader_has_seen_is_queued_and_says_so() -> None:
 def test_snapshots_of_older_attempts_do_not_count() -> None:
     items = [*running_job(attempt=4, step=40)]
     cluster = records.group(reading(*items))
-    assert render.jobs(cluster, NOW).rows[0][2:5] == ("40", "4", "0/4")
+    assert lists.jobs(cluster, NOW).rows[0][2:5] == ("40", "4", "0/4")
 
 
 def test_get_agents() -> None:
     cluster = records.group(reading(*running_job(), *fleet()))
-    assert render.agents(cluster, NOW).lines() == [
+    assert lists.agents(cluster, NOW).lines() == [
         "NAME   STATUS     SLOTS   JOBS     VERSION   SINCE   REASON",
         "a1     Ready      2/2     digits   0.1.0     2h",
         "a2     Cordoned   2/4     digits   –         10s     bad memory",
@@ -66,19 +68,19 @@ def test_an_agent_that_was_told_to_end_is_draining() -> None:
     node = codec.decode(NodeRecord, items[place].value)
     told = replace(node, draining=Draining("SIGTERM", grace_s=60.0))
     items[place] = replace(items[place], value=codec.encode(told))
-    row = render.agents(records.group(reading(*items)), NOW).rows[0]
+    row = lists.agents(records.group(reading(*items)), NOW).rows[0]
     assert row[:2] == ("a1", "Draining")
     assert row[-1] == "SIGTERM: it waits for at most 1m for its jobs to move"
 
 
 def test_an_agent_without_a_lease_is_lost() -> None:
     cluster = records.group(reading(*[i for i in fleet() if "cordons" in i.key]))
-    assert render.agents(cluster, NOW).rows[0][:3] == ("a2", "Lost", "–")
+    assert lists.agents(cluster, NOW).rows[0][:3] == ("a2", "Lost", "–")
 
 
 def test_get_coordinators() -> None:
     cluster = records.group(reading(*fleet()))
-    assert render.coordinators(cluster, {"c1": 0.25, "c2": None}, NOW).lines() == [
+    assert lists.coordinators(cluster, {"c1": 0.25, "c2": None}, NOW).lines() == [
         "NAME   ROLE      TERM   ADDRESS   VERSION   MIRROR-AGE   SINCE",
         "c1     leader    7      h1:7070   0.1.0     250ms        1m",
         "c2     standby   –      h2:7070   0.1.0     –            1m",
@@ -87,7 +89,7 @@ def test_get_coordinators() -> None:
 
 def test_get_checkpoints_combines_every_kind_of_record() -> None:
     job = records.group(reading(*running_job())).jobs["digits"]
-    assert render.checkpoints(job, NOW).lines() == [
+    assert checkpoints.checkpoints(job, NOW).lines() == [
         "SEQ   STEP   ATTEMPT   WORLD   SIZE     STATE       PINNED   VERIFIED   AGE",
         "2     –      –         –       –        Deleting                        –",
         "3     30     2         4       1.2 GB   Bad                             41s",
@@ -99,14 +101,14 @@ def test_get_checkpoints_combines_every_kind_of_record() -> None:
 def test_the_checkpoint_an_attempt_restored_counts_as_pinned() -> None:
     items = running_job(restore=RestorePoint(Seq(3), Step(30), "m", "d"))
     lines = {
-        line.seq: line for line in render.checkpoint_lines(records.group(reading(*items)).jobs["digits"])
+        line.seq: line for line in checkpoints.checkpoint_lines(records.group(reading(*items)).jobs["digits"])
     }
     assert lines[3].pinned
 
 
 def test_get_events_is_in_order_of_time() -> None:
     job = records.group(reading(*running_job())).jobs["digits"]
-    assert render.events([("digits", e) for e in job.events.values()], NOW).lines() == [
+    assert lists.events([("digits", e) for e in job.events.values()], NOW).lines() == [
         "TIME    TYPE      REASON           OBJECT              COUNT   MESSAGE",
         "1m20s   Warning   RankSignaled     job/digits rank/3   1       SIGKILL",
         "1m10s   Normal    AttemptStarted   job/digits          1       attempt 3 begins",
@@ -118,7 +120,7 @@ def test_describe_job_opens_with_the_answer() -> None:
     also = ("rank 0 on a1: connection closed by peer", "rank 2 on a2: connection closed by peer")
     cause = failure(step=Step(431), also=also)
     job = records.group(reading(*running_job(failure=cause, conditions=(condition,)))).jobs["digits"]
-    lines = render.describe_job(job, NOW)
+    lines = describe.job(job, NOW)
     assert lines[:9] == [
         "digits is RUNNING: all 4 ranks train; attempt 2 had ended because of rank 3 on a2, pid 4711: "
         "SIGKILL, out of memory",
@@ -145,11 +147,11 @@ def test_slow_ranks_and_numbers_that_are_not_finite_are_said_first_and_shown_wit
         Condition("Straggling", "True", "SlowRank", "rank 1 on a1 needs 180 ms", at(60)),
     )
     job = records.group(reading(*running_job(conditions=told))).jobs["digits"]
-    assert render.reason(job) == "all 4 ranks train; rank 1 on a1 needs 180 ms"
+    assert sentences.reason(job) == "all 4 ranks train; rank 1 on a1 needs 180 ms"
     agent, state = job.ranks[1]
     sick = replace(state, timing=Timing(0.2, 0.0105, 0.18), nonfinite=("norm",), metrics={"loss": 0.5})
     job.workers[agent] = replace(job.workers[agent], ranks=(sick,))
-    row = next(row for row in render.rank_table(job).rows if row[0] == "1")
+    row = next(row for row in describe.rank_table(job).rows if row[0] == "1")
     assert row[5:] == ("200/180/10.5 ms", "", "norm=not-finite loss=0.5")
 
 
@@ -159,25 +161,25 @@ def test_a_job_whose_steps_stand_still_does_not_look_as_if_it_trained() -> None:
     stalls = tuple(Stall(Rank(rank), Step(45), 5.0) for rank in (0, 1))
     job.workers["a1"] = replace(job.workers["a1"], stalls=stalls)
     words = "all 4 ranks train; ranks 0, 1 completed no step after step 45"
-    assert render.jobs(cluster, NOW).rows[0][-1] == words
+    assert lists.jobs(cluster, NOW).rows[0][-1] == words
     works = Stack(Rank(3), StackKind.CODE, "look (train.py:9)", "d", moving=True)
     job.workers["a2"] = replace(job.workers["a2"], stacks=(works,))
-    assert render.headline(job) == f"digits is RUNNING: {words}; rank 3 is at work in look (train.py:9)"
+    assert sentences.headline(job) == f"digits is RUNNING: {words}; rank 3 is at work in look (train.py:9)"
     # Of a job that restarts what its former ranks did says nothing.
     ended = records.group(reading(*running_job(phase=JobPhase.RECOVERING))).jobs["digits"]
     ended.workers["a1"] = replace(ended.workers["a1"], stalls=stalls)
-    assert render.reason(ended) == "all 4 ranks train"
+    assert sentences.reason(ended) == "all 4 ranks train"
 
 
 def test_stacks_are_told_with_their_number_their_age_and_the_command_that_shows_them() -> None:
     job = records.group(reading(*running_job())).jobs["digits"]
-    assert not any("stacks" in line.lower() for line in render.describe_job(job, NOW))
+    assert not any("stacks" in line.lower() for line in describe.job(job, NOW))
     where = "spin (train.py:7)"
     one = replace(job.workers["a1"], dumps=2, dumped_at=NOW - 12)
     stands = Stack(Rank(3), StackKind.CODE, where, "stacks.3.x", moving=False)
     other = replace(job.workers["a2"], dumps=1, dumped_at=NOW - 70, stacks=(stands,))
     job.workers |= {"a1": one, "a2": other}
-    lines = render.describe_job(job, NOW)
+    lines = describe.job(job, NOW)
     start = next(index for index, line in enumerate(lines) if line.startswith("Stacks"))
     assert lines[start : start + 3] == [
         "Stacks        of 4 ranks, collected 2 times, the last time 12s ago: "
@@ -188,20 +190,20 @@ def test_stacks_are_told_with_their_number_their_age_and_the_command_that_shows_
     # Those of an attempt before are where its end is told.
     hang = failure(kind=FailureKind.HANG, signal=None, message="this rank waits for data", attempt=Attempt(2))
     job = records.group(reading(*running_job(failure=hang))).jobs["digits"]
-    assert "    stacks of all ranks: dtrain logs digits --stacks --attempt 2" in render.describe_job(job, NOW)
+    assert "    stacks of all ranks: dtrain logs digits --stacks --attempt 2" in describe.job(job, NOW)
 
 
 def test_all_that_failed_with_the_first_are_counted_though_few_are_named() -> None:
     named = tuple(f"rank {n} on a1: connection closed by peer" for n in range(8))
-    card = render.failure_card(failure(also=(*named, "248 more")))
+    card = failures.failure_card(failure(also=(*named, "248 more")))
     assert card[-1].startswith("    + 256 more failed with it: rank 0 on a1: ")
 
 
 def test_checkpoints_that_training_was_rolled_back_past_are_marked() -> None:
     job = records.group(reading(*running_job(passed_over=(Seq(4),)))).jobs["digits"]
-    notes = {line.seq: line.note for line in render.checkpoint_lines(job)}
+    notes = {line.seq: line.note for line in checkpoints.checkpoint_lines(job)}
     assert notes[4] == "training was rolled back past it"
-    (line,) = [line for line in render.describe_job(job, NOW) if line.startswith("Checkpoints")]
+    (line,) = [line for line in describe.job(job, NOW) if line.startswith("Checkpoints")]
     assert "4 rolled back past" in line
     assert "passed over" not in line  # once is enough
 
@@ -209,7 +211,7 @@ def test_checkpoints_that_training_was_rolled_back_past_are_marked() -> None:
 def test_a_member_without_a_snapshot_is_shown_as_silent() -> None:
     items = [i for i in running_job() if "a2/workers" not in i.key]
     job = records.group(reading(*items)).jobs["digits"]
-    assert [row[3] for row in render.rank_table(job).rows] == [
+    assert [row[3] for row in describe.rank_table(job).rows] == [
         "TRAINING",
         "TRAINING",
         "no report",
@@ -220,12 +222,12 @@ def test_a_member_without_a_snapshot_is_shown_as_silent() -> None:
 def test_what_is_wanted_is_shown_until_it_is_so() -> None:
     intent = item(KEYS.intent(JOB), Intent(spec().uid, Wanted.CANCEL, by="me@here"))
     job = records.group(reading(*running_job(), intent)).jobs["digits"]
-    assert "  wanted: cancel (by me@here)" in render.describe_job(job, NOW)
+    assert "  wanted: cancel (by me@here)" in describe.job(job, NOW)
 
 
 def test_describe_agent() -> None:
     cluster = records.group(reading(*running_job(), *fleet()))
-    lines = render.describe_agent(cluster.agents["a2"], NOW)
+    lines = describe.agent(cluster.agents["a2"], NOW)
     assert lines[:2] == ["a2  Cordoned  since 10s", "  cordoned: bad memory (by ops)"]
     assert "Job digits   attempt 3   TRAINING" in lines
 
@@ -234,29 +236,29 @@ def test_what_speaks_against_a_machine_is_shown_with_it() -> None:
     found = Blame(JobName("digits"), Uid("u1"), Attempt(2), FailureKind.SIGNAL, NOW - 90)
     agent = AgentName("a2")
     cluster = records.group(reading(*fleet(), item(KEYS.suspicion(agent), Suspicion(TERM, agent, (found,)))))
-    lines = render.describe_agent(cluster.agents["a2"], NOW)
+    lines = describe.agent(cluster.agents["a2"], NOW)
     start = lines.index("Attempts ended because of it")
     assert lines[start + 1] == "  1m30s ago   attempt 2 of digits: signal"
 
 
 def test_failures_are_titled_by_who_and_how() -> None:
-    assert render.failure_title(failure(message="SIGKILL")) == "rank 3 on a2, pid 4711: SIGKILL"
+    assert failures.failure_title(failure(message="SIGKILL")) == "rank 3 on a2, pid 4711: SIGKILL"
     exited = failure(kind=FailureKind.EXIT, signal=None, exit_code=3, message="", pid=None)
-    assert render.failure_title(exited) == "rank 3 on a2: exit code 3"
+    assert failures.failure_title(exited) == "rank 3 on a2: exit code 3"
     lost = failure(kind=FailureKind.AGENT_LOST, rank=None, pid=None, signal=None, message="its lease expired")
-    assert render.failure_title(lost) == "agent a2: its lease expired"
+    assert failures.failure_title(lost) == "agent a2: its lease expired"
 
 
 def test_lines_are_cut_to_the_width_and_never_otherwise() -> None:
-    table = render.Table(("A", "B"), (("x", "y" * 100),))
+    table = Table(("A", "B"), (("x", "y" * 100),))
     assert [len(line) for line in table.lines(20)] == [5, 20]
     assert table.lines(20)[1].endswith("…")
     assert len(table.lines()[1]) == 104
 
 
 def test_an_old_mirror_is_said() -> None:
-    assert render.stale_line(9.9) == ""
-    assert render.stale_line(12.3) == "mirror is 12s old: etcd unreachable"
+    assert lists.stale_line(9.9) == ""
+    assert lists.stale_line(12.3) == "mirror is 12s old: etcd unreachable"
 
 
 def test_json_has_the_fields_of_the_records() -> None:
@@ -308,7 +310,7 @@ def test_a_spent_budget_is_told_from_other_failures() -> None:
 
 def test_a_problem_that_several_replicas_see_is_one_line() -> None:
     found = {"c2": ("etcd is full", "its certificate ends"), "c1": ("etcd is full",), "c3": ()}
-    assert render.problem_lines(found) == [
+    assert lists.problem_lines(found) == [
         "PROBLEM (c1, c2): etcd is full",
         "PROBLEM (c2): its certificate ends",
     ]

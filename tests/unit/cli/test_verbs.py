@@ -382,9 +382,9 @@ def test_a_misspelt_variable_is_refused_with_a_suggestion(
 def test_a_restart_is_told_with_its_cause_once() -> None:
     from tests.unit.cli.fakes import reading
 
-    from dtrain.cli import render
+    from dtrain.cli.render import sentences
 
-    changes = render.Changes()
+    changes = sentences.Changes()
     job = records.group(reading(*running_job(failure=failure()))).jobs["digits"]
     assert changes.lines(job) == [
         "digits  attempt 2 failed: rank 3 on a2, pid 4711: SIGKILL, out of memory",

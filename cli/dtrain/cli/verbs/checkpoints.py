@@ -59,9 +59,10 @@ def verify(
     *, job: str, seqs: tuple[int, ...], everything: bool, quarantine: bool, store: str, timeout: float
 ) -> int:
     """Read every byte of checkpoints of JOB from the store; damaged ones end with exit code 8."""
-    from dtrain.cli import checkpointing, context, exits, output, reading, render
+    from dtrain.cli import checkpointing, context, exits, output, reading
     from dtrain.cli.client import closing
     from dtrain.cli.durations import show_bytes
+    from dtrain.cli.render import checkpoints
 
     with closing(context.connect(settings())) as client:
         found, _ = reading.job(client, job)
@@ -82,7 +83,7 @@ def verify(
         click.echo(f"{name}: checkpoint {result.seq} of step {result.record.step}: {state}"
                    f" ({show_bytes(result.report.bytes)})")  # fmt: skip
         for damage in damages:
-            click.echo(render.damage_line(damage))
+            click.echo(checkpoints.damage_line(damage))
         if result.quarantined:
             click.echo(f"  {result.quarantined}")
     return exits.CHECK_FAILED if any(result.report.damages for result in results) else exits.OK
@@ -226,10 +227,11 @@ def import_(
     """
     from pathlib import Path
 
-    from dtrain.cli import context, importing, output, reading, render
+    from dtrain.cli import context, importing, output, reading
     from dtrain.cli.client import closing
     from dtrain.cli.durations import show_bytes
     from dtrain.cli.progress import Progress
+    from dtrain.cli.render import checkpoints
     from dtrain.storage.checkpoints.exporting import Format
     from dtrain.storage.checkpoints.importing import arrange
 
@@ -260,7 +262,7 @@ def import_(
                 contents_told = {n: [dtype, list(shape)] for n, (dtype, shape, _) in rows.items()}
                 output.document({**told, "dry_run": True, "contents": contents_told}, form)
             else:
-                for line in output.coloured(render.imports(rows).lines(0)):
+                for line in output.coloured(checkpoints.imports(rows).lines(0)):
                     click.echo(line)
                 output.say(f"would be checkpoint of step {at} with {', '.join(arranged.names)}")
             return 0
@@ -389,8 +391,9 @@ def gc(job: str, dry_run: bool, yes: bool, timeout: float) -> int:
     """Delete now what nobody needs: surplus checkpoints of JOB, and orphans in its store."""
     import time
 
-    from dtrain.cli import checkpointing, context, output, reading, render
+    from dtrain.cli import checkpointing, context, output, reading
     from dtrain.cli.client import closing
+    from dtrain.cli.render import checkpoints
 
     with closing(context.connect(settings())) as client:
         name = reading.name(client, job)
@@ -401,7 +404,7 @@ def gc(job: str, dry_run: bool, yes: bool, timeout: float) -> int:
             output.listing(
                 "Garbage",
                 [item.as_json(name) for item in shown],
-                render.garbage(shown, wide=wanted == "wide"),
+                checkpoints.garbage(shown, wide=wanted == "wide"),
                 [f"{name}/{item.seq or item.what}" for item in shown],
                 output=wanted,
                 revision=review.revision,

@@ -20,9 +20,10 @@ def command(what: tuple[str, ...]) -> None:
     import contextlib
     import time
 
-    from dtrain.cli import context, output, reading, render
+    from dtrain.cli import context, output, reading
     from dtrain.cli.client import closing
     from dtrain.cli.records import Agent, Job
+    from dtrain.cli.render import describe, lists
     from dtrain.protocol.errors import DtrainError
 
     kind, name = _target(what)
@@ -39,12 +40,10 @@ def command(what: tuple[str, ...]) -> None:
         output.document({**found.as_json(), "revision": cluster.revision}, wanted)
     else:
         now = time.time()
-        lines = (
-            render.describe_job(found, now) if isinstance(found, Job) else render.describe_agent(found, now)
-        )
+        lines = describe.job(found, now) if isinstance(found, Job) else describe.agent(found, now)
         for line in output.coloured(lines):
             click.echo(line)
-    for line in render.problem_lines(problems):
+    for line in lists.problem_lines(problems):
         output.say(line)
     output.freshness(cluster.age_s)
 

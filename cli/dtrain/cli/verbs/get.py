@@ -28,8 +28,9 @@ def command() -> None:
 @connected
 def jobs(names: tuple[str, ...], watch: bool) -> None:
     """List jobs: phase, newest step, attempt, ranks that run, newest checkpoint, reason."""
-    from dtrain.cli import context, output, reading, records, render
+    from dtrain.cli import context, output, reading, records
     from dtrain.cli.client import closing
+    from dtrain.cli.render import lists
 
     with closing(context.connect(settings())) as client:
         if watch:
@@ -43,7 +44,7 @@ def jobs(names: tuple[str, ...], watch: bool) -> None:
         output.listing(
             "Job",
             [job.as_json() for job in cluster.jobs.values()],
-            render.jobs(cluster, time.time(), wide=wanted == "wide"),
+            lists.jobs(cluster, time.time(), wide=wanted == "wide"),
             list(cluster.jobs),
             output=wanted,
             revision=cluster.revision,
@@ -56,7 +57,8 @@ def _watch(client: "Client", names: tuple[str, ...]) -> None:
     import json
     import sys
 
-    from dtrain.cli import output, reading, render
+    from dtrain.cli import output, reading
+    from dtrain.cli.render import lists
     from dtrain.cli.watching import changes
 
     wide = settings().output == "wide"
@@ -84,7 +86,7 @@ def _watch(client: "Client", names: tuple[str, ...]) -> None:
         from rich.live import Live
         from rich.text import Text
 
-        text = Text("\n".join(render.jobs(cluster, time.time(), wide=wide).lines(output.width())))
+        text = Text("\n".join(lists.jobs(cluster, time.time(), wide=wide).lines(output.width())))
         if screen is None:
             screen = Live(text, auto_refresh=False)
             click.get_current_context().with_resource(screen)
@@ -97,8 +99,9 @@ def _watch(client: "Client", names: tuple[str, ...]) -> None:
 @connected
 def agents(names: tuple[str, ...]) -> None:
     """List machines: whether they are ready, slots in use, their jobs."""
-    from dtrain.cli import context, output, reading, records, render
+    from dtrain.cli import context, output, reading, records
     from dtrain.cli.client import closing
+    from dtrain.cli.render import lists
 
     with closing(context.connect(settings())) as client:
         cluster = reading.everything(client)
@@ -109,7 +112,7 @@ def agents(names: tuple[str, ...]) -> None:
     output.listing(
         "Agent",
         [agent.as_json() for agent in cluster.agents.values()],
-        render.agents(cluster, time.time(), wide=wanted == "wide"),
+        lists.agents(cluster, time.time(), wide=wanted == "wide"),
         list(cluster.agents),
         output=wanted,
         revision=cluster.revision,
@@ -125,8 +128,10 @@ def agents(names: tuple[str, ...]) -> None:
 @connected
 def coordinators() -> None:
     """List replicas: which one leads, since when, how old their mirrors are, what is wrong."""
-    from dtrain.cli import context, output, reading, render
-    from dtrain.cli.client import ReplicaInfo, closing
+    from dtrain.cli import context, output, reading
+    from dtrain.cli.answers import ReplicaInfo
+    from dtrain.cli.client import closing
+    from dtrain.cli.render import lists
 
     with closing(context.connect(settings())) as client:
         cluster = reading.coordinators(client)
@@ -136,7 +141,7 @@ def coordinators() -> None:
     if addresses:
         with closing(context.client(settings(), addresses, timeout_s=5.0)) as each:
             for address, answer in each.info_each().items():
-                replica = render.replica_of(cluster, address)
+                replica = lists.replica_of(cluster, address)
                 if replica is not None:
                     age_s = answer.mirror_age_s if isinstance(answer, ReplicaInfo) else None
                     ages_s[replica.name] = age_s
@@ -149,12 +154,12 @@ def coordinators() -> None:
     output.listing(
         "Coordinator",
         [replica.as_json() for replica in cluster.replicas.values()],
-        render.coordinators(cluster, ages_s, time.time(), wide=wanted == "wide"),
+        lists.coordinators(cluster, ages_s, time.time(), wide=wanted == "wide"),
         list(cluster.replicas),
         output=wanted,
         revision=cluster.revision,
     )
-    for line in render.problem_lines(problems):
+    for line in lists.problem_lines(problems):
         output.say(line)
     if cluster.leader is None:
         output.say("there is no leader at the moment; training goes on, and jobs can be submitted")
@@ -182,8 +187,9 @@ def checkpoints(job: str) -> None:
 @connected
 def events(job: str | None) -> None:
     """List what happened, oldest first: to one job, or to all."""
-    from dtrain.cli import context, output, reading, records, render
+    from dtrain.cli import context, output, reading, records
     from dtrain.cli.client import closing
+    from dtrain.cli.render import lists
 
     with closing(context.connect(settings())) as client:
         cluster = reading.everything(client)
@@ -199,7 +205,7 @@ def events(job: str | None) -> None:
                 cluster.jobs[name].raw.get("events", {}).items(), key=lambda pair: int(pair[0])
             )
         ],
-        render.events(found, time.time(), wide=wanted == "wide"),
+        lists.events(found, time.time(), wide=wanted == "wide"),
         [f"{name}/{event.seq}" for name, event in found],
         output=wanted,
         revision=cluster.revision,

@@ -133,9 +133,10 @@ def _dump(
 
 
 def _follow(client: "Client", job: "Job", ranks: str | None, streams: tuple[str, ...]) -> int:
-    from dtrain.cli import following, output, render
+    from dtrain.cli import following, output
+    from dtrain.cli.render import failures, sentences
 
-    changes = render.Changes()
+    changes = sentences.Changes()
 
     def changed(now: "Job") -> None:
         for line in changes.lines(now):
@@ -157,7 +158,7 @@ def _follow(client: "Client", job: "Job", ranks: str | None, streams: tuple[str,
         output.say(f"stopped following; {job.name} goes on: dtrain logs -f {job.name}")
         return 130
     if ended.status and ended.status.failure and ended.phase == "FAILED":
-        for line in render.failure_card(ended.status.failure):
+        for line in failures.failure_card(ended.status.failure):
             output.say(line)
     return 0
 

@@ -23,7 +23,7 @@ def command(*, job: str, full: bool, ranks: str | None) -> int:
 
     from dtrain.cli import context, exits, output, reading
     from dtrain.cli.client import closing
-    from dtrain.cli.render import Table
+    from dtrain.cli.render.table import Table
     from dtrain.protocol.errors import ErrorCode, NotFound
 
     wanted = _numbers(ranks)

@@ -30,8 +30,9 @@ def command(job: str, goal: str, timeout: float | None) -> int:
     Exit code: 0, or 20 (failed), 21 (cancelled), 22 (restart budget spent) where
     the job ended so, 6 when the time is up.
     """
-    from dtrain.cli import context, output, reading, render, terminal, waiting
+    from dtrain.cli import context, output, reading, terminal, waiting
     from dtrain.cli.client import closing
+    from dtrain.cli.render import sentences
 
     wanted = waiting.parse(goal)
     with closing(context.connect(settings())) as client:
@@ -49,7 +50,7 @@ def command(job: str, goal: str, timeout: float | None) -> int:
     elif settings().output == "name":
         click.echo(f"job/{name}")
     else:
-        click.echo(terminal.text(render.job_change(found)))
+        click.echo(terminal.text(sentences.job_change(found)))
     if code and wanted.what != "finished":
         output.say(f"{name} ended as {found.phase} before {wanted}")
     return code

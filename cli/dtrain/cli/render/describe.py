@@ -1,0 +1,213 @@
+"""``describe``: the answer first, then what it rests on. Pure: ``now`` is an argument."""
+
+from dtrain.cli.durations import show_bytes, show_s
+from dtrain.cli.records import Agent, Job
+from dtrain.cli.render.failures import failure_card, show_exit
+from dtrain.cli.render.lists import agent_status, events
+from dtrain.cli.render.sentences import headline, restarts
+from dtrain.cli.render.table import UNKNOWN, Table, ago
+from dtrain.protocol.cluster import Suspicion
+from dtrain.protocol.snapshot import FailureKind, Timing, WorkerPhase
+
+BLAMES_SHOWN = 8
+
+
+def job(job: Job, now: float) -> list[str]:
+    """``describe job``: the answer first, then what it rests on."""
+    status, spec = job.status, job.spec
+    lines = [headline(job)]
+    if status and status.failure:
+        lines += failure_card(status.failure)
+        if status.failure.kind is FailureKind.HANG:
+            lines.append(f"    stacks of all ranks: {_stacks_command(job, status.failure.attempt)}")
+    if job.intent and job.intent.wanted.value != "run" and not job.finished:
+        lines.append(f"  wanted: {job.intent.wanted}" + (f" (by {job.intent.by})" if job.intent.by else ""))
+    state = [str(job.phase)]
+    if job.attempt:
+        state.append(f"attempt {job.attempt}")
+    if spec:
+        state.append(f"restarts {restarts(job, now)} in {show_s(spec.restarts.window_s)}")
+    if status and status.since:
+        state.append(f"since {ago(status.since, now)}")
+    lines += ["", f"State         {'  '.join(state)}"]
+    lines += [_checkpoint_summary(job, now), f"Step          {job.step}"]
+    if spec:
+        lines += [
+            f"Program       {spec.entry.kind} {' '.join((spec.entry.target, *spec.entry.args))}",
+            f"Size          {_size(job)}",
+            f"Folder        {spec.working_dir}",
+            f"Uid           {spec.uid}   submitted {spec.submitted_at}",
+        ]
+    table = rank_table(job)
+    if table.rows:
+        lines += ["", "Ranks", *(f"  {line}" for line in table.lines())]
+    lines += _stack_lines(job, now)
+    workers = sorted(job.workers.items())
+    notes = [f"{agent}: {snapshot.note}" for agent, snapshot in workers if snapshot.note]
+    notes += [f"{agent}: {snapshot.warning}" for agent, snapshot in workers if snapshot.warning]
+    if notes:
+        lines += ["", "Notes", *(f"  {line}" for line in notes)]
+    if status and status.conditions:
+        rows = tuple(
+            (condition.type, condition.status, condition.reason, condition.last_transition, condition.message)
+            for condition in status.conditions
+        )
+        table = Table(("TYPE", "STATUS", "REASON", "SINCE", "MESSAGE"), rows)
+        lines += ["", "Conditions", *(f"  {line}" for line in table.lines())]
+    if job.events:
+        newest = [(job.name, job.events[seq]) for seq in sorted(job.events)[-20:]]
+        lines += ["", "Events", *(f"  {line}" for line in events(newest, now).lines())]
+    return lines
+
+
+def agent(agent: Agent, now: float) -> list[str]:
+    """``describe agent``."""
+    node = agent.node
+    lines = [f"{agent.name}  {agent_status(agent)}" + (f"  since {ago(node.since, now)}" if node else "")]
+    if agent.cordon:
+        until = f" until {agent.cordon.until}" if agent.cordon.until else ""
+        lines.append(
+            f"  cordoned{until}: {agent.cordon.reason}"
+            + (f" (by {agent.cordon.by})" if agent.cordon.by else "")
+        )
+    if node and node.problem:
+        lines.append(f"  {node.problem}")
+    if agent.suspicion and agent.suspicion.blames:
+        lines += blames(agent.suspicion, now)
+    if node:
+        lines += [
+            "",
+            f"Address       {node.address}   ranks reach it as {node.host}",
+            f"Slots         {node.slots}   GPUs {node.gpus}",
+            f"Incarnation   {node.incarnation}   pid {node.pid}   version {node.version or UNKNOWN}",
+        ]
+        if node.labels:
+            lines.append(
+                "Labels        " + " ".join(f"{name}={value}" for name, value in node.labels.items())
+            )
+    for job, snapshot in sorted(agent.workers.items()):
+        ready = " (warm)" if snapshot.warm and snapshot.phase is WorkerPhase.IDLE else ""
+        lines += ["", f"Job {job}   attempt {snapshot.attempt}   {snapshot.phase}{ready}"]
+        if snapshot.command:
+            outcome = "done" if snapshot.command.ok else f"failed: {snapshot.command.message}"
+            lines.append(f"  last command {snapshot.command.kind} {outcome}")
+        lines += [f"  {text}" for text in (snapshot.note, snapshot.warning) if text]
+        if snapshot.failure:
+            lines += [f"  {line}" for line in failure_card(snapshot.failure)]
+        rows = tuple(
+            (
+                str(state.rank),
+                str(state.pid),
+                str(state.phase),
+                str(state.step),
+                "" if state.exit_code is None else show_exit(state.exit_code),
+            )
+            for state in snapshot.ranks
+        )
+        if rows:
+            lines += [f"  {line}" for line in Table(("RANK", "PID", "STATE", "STEP", "EXIT"), rows).lines()]
+    return lines
+
+
+def rank_table(job: Job) -> Table:
+    """Members and ranks of the current attempt; members without a snapshot are shown as such."""
+    rows: list[tuple[str, ...]] = []
+    known = job.ranks
+    for member in job.status.members if job.status else ():
+        for rank in range(member.first_rank, member.first_rank + member.nproc):
+            if rank not in known:
+                rows.append((str(rank), member.agent, UNKNOWN, "no report", UNKNOWN, UNKNOWN, "", ""))
+                continue
+            agent, state = known[rank]
+            numbers = [f"{name}={value:.4g}" for name, value in sorted(state.metrics.items())]
+            metrics = " ".join([f"{name}=not-finite" for name in state.nonfinite] + numbers)
+            ended = "" if state.exit_code is None else show_exit(state.exit_code)
+            took = show_timing(state.timing)
+            rows.append(
+                (str(rank), agent, str(state.pid), str(state.phase), str(state.step), took, ended, metrics)
+            )
+    return Table(("RANK", "AGENT", "PID", "STATE", "STEP", "STEP/OWN/DATA", "EXIT", "METRICS"), tuple(rows))
+
+
+def show_timing(timing: Timing | None) -> str:
+    """What a step took, of it the rank's own part, of that waiting for data: in milliseconds."""
+    if timing is None:
+        return UNKNOWN
+    return (
+        "/".join(f"{1000 * seconds:.3g}" for seconds in (timing.step_s, timing.own_s, timing.data_s)) + " ms"
+    )
+
+
+def blames(suspicion: Suspicion, now: float) -> list[str]:
+    """What attempts have ended because of a machine, the newest last."""
+    shown = suspicion.blames[-BLAMES_SHOWN:]
+    more = len(suspicion.blames) - len(shown)
+    lines = ["", "Attempts ended because of it" + (f" ({more} more before these)" if more else "")]
+    return lines + [
+        f"  {show_s(max(0.0, now - blame.at))} ago   attempt {blame.attempt} of {blame.job}: {blame.kind}"
+        for blame in shown
+    ]
+
+
+def _stack_lines(job: Job, now: float) -> list[str]:
+    """Stacks of this attempt: how many, when, where they are; and what ranks do, if they stand still."""
+    found = {agent: snapshot for agent, snapshot in sorted(job.current_workers.items()) if snapshot.dumps}
+    if not found:
+        return []
+    times = max(snapshot.dumps for snapshot in found.values())
+    ranks = sum(len(snapshot.ranks) for snapshot in found.values())
+    last = max(snapshot.dumped_at for snapshot in found.values())
+    often = "" if times == 1 else f"{times} times, the last time "
+    when = f"collected {often}{show_s(max(0.0, now - last))} ago"
+    text = f"of {ranks} rank{'' if ranks == 1 else 's'}, {when}: {_stacks_command(job, job.attempt)}"
+    lines = ["", f"Stacks        {text}"]
+    rows = sorted(
+        (stack.rank, agent, str(stack.kind), stack.where or UNKNOWN)
+        for agent, snapshot in found.items()
+        for stack in snapshot.stacks
+    )
+    if rows:
+        table = Table(("RANK", "AGENT", "DOES", "WHERE"), tuple((str(rank), *more) for rank, *more in rows))
+        lines += [f"  {line}" for line in table.lines()]
+    return lines
+
+
+def _stacks_command(job: Job, attempt: int) -> str:
+    return f"dtrain logs {job.name} --stacks --attempt {attempt}"
+
+
+def _checkpoint_summary(job: Job, now: float) -> str:
+    parts = []
+    if job.latest:
+        text = f"latest {job.latest.seq} (step {job.latest.step}"
+        record = job.commits.get(job.latest.seq)
+        if record:
+            text += f", {ago(record.committed_at, now)} old, {show_bytes(record.bytes)}"
+        parts.append(text + ")")
+    parts += [f"{seq} open (step {intent.step})" for seq, intent in sorted(job.open.items())]
+    parts += [f"{seq} bad" for seq in sorted(job.bad)]
+    if passed := [str(seq) for seq in (job.status.passed_over if job.status else ()) if seq in job.commits]:
+        parts.append(f"{', '.join(passed)} rolled back past")
+    if not parts:
+        store = job.status.store if job.status else ""
+        started = job.status is not None and job.status.attempt > 0
+        parts.append("none yet" if store or not started else "off: the job has no store")
+    if job.status and job.status.restore:
+        parts.append(f"attempt {job.attempt} restored {job.status.restore.seq}")
+    return "Checkpoints   " + ", ".join(parts)
+
+
+def _size(job: Job) -> str:
+    """How many machines and ranks a job may have, and who gets ready to join."""
+    assert job.spec is not None
+    text = f"{_nodes(*job.nodes)} x {job.spec.nproc_per_node or 'as many ranks as slots'}"
+    text += " ranks" if job.spec.nproc_per_node else ""
+    if job.nodes != (job.spec.nnodes_min, job.spec.nnodes_max):
+        text += f" (job file: {_nodes(job.spec.nnodes_min, job.spec.nnodes_max)})"
+    if job.status and job.status.joining:
+        text += f"; getting ready to join: {', '.join(job.status.joining)}"
+    return text
+
+
+def _nodes(low: int, high: int) -> str:
+    return f"{low} machine{'s' if low != 1 else ''}" if low == high else f"{low} to {high} machines"
