@@ -32,6 +32,12 @@ SETTINGS = (
         0,
         size,
     ),
+    Setting(
+        "package-cache-size",
+        "room for the archives of packed working directories in the data directory; 0: none are kept",
+        2_000_000_000,
+        size,
+    ),
     Setting("ttl", "seconds that a silent agent is trusted; 5 is the fast profile", 10, int),
     Setting("allow-short-ttl", "tests only: a TTL below 5 seconds", False, switch),
     Setting("orphan-grace", "seconds that ranks live on without an agent", 600.0, float),
@@ -97,6 +103,8 @@ class Config:
     preemption_interval_s: float = 2.0
     notice_grace_s: float = 0.0
     """If a notice does not say when it ends. Also ranks that a stop leaves alone go with their machine."""
+    package_cache_bytes: int = 0
+    """Archives of packed working directories kept here, for jobs of the same content: at most so much."""
     cache_bytes: int = 0
     """Copies of checkpoints kept here, so that a restart need not read the store: at most so much."""
 
@@ -174,6 +182,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         preemption_interval_s=values["preemption-interval"],
         notice_grace_s=values["drain-grace"],
         cache_bytes=values["cache-size"],
+        package_cache_bytes=values["package-cache-size"],
     )
 
 

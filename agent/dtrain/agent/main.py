@@ -140,7 +140,11 @@ class Agent:
         self._launchers = Launchers(self._post)
         self._transfers = Transfers(
             self._post,
-            ("--cache-dir", str(data_dir / "checkpoints"), "--cache-bytes", str(settings.cache_bytes)),
+            (
+                *("--cache-dir", str(data_dir / "checkpoints"), "--cache-bytes", str(settings.cache_bytes)),
+                *("--packages-dir", str(data_dir / "packages")),
+                *("--packages-bytes", str(settings.package_cache_bytes)),
+            ),
         )
         life = secrets.token_hex(8)
         self._reporter = Reporter(
@@ -168,6 +172,7 @@ class Agent:
             log_dir=str(data_dir / "logs"),
             env=base_env(os.environ),
             working_dir=str(Path.cwd()),
+            tree_dir=str(data_dir / "packages" / "trees"),
             life=life,
             orphan_grace_s=settings.orphan_grace_s,
         )

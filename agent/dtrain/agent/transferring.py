@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dtrain.protocol.ids import Attempt, ClusterName, JobName, Rank, Seq, Step, Uid
+from dtrain.protocol.package import Package
 from dtrain.protocol.ranklink import Have, Need, RestorePlan, Sealed
 from dtrain.protocol.snapshot import BadBlob, DurablePart
 
@@ -109,7 +110,29 @@ class ReleaseFetch:
     id: str
 
 
-TransferOrder = Upload | CancelUpload | KeepManifest | Fetch | Demand | ReleaseFetch
+@dataclass(frozen=True, slots=True)
+class Unpack:
+    """Have a packed working directory as folder ``tree``; answer ``Unpacked`` or ``UnpackFailed``.
+
+    ``keep``: folders of other submissions that may be in use; the rest is nobody's any more.
+    """
+
+    cluster: ClusterName
+    job: JobName
+    uid: Uid
+    package: Package
+    tree: str
+    keep: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DropTree:
+    """Nobody uses the folder of that name any more. No answer."""
+
+    tree: str
+
+
+TransferOrder = Upload | CancelUpload | KeepManifest | Fetch | Demand | ReleaseFetch | Unpack | DropTree
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,17 +186,49 @@ class FetchFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Unpacked:
+    """The working directory is there."""
+
+    job: JobName
+    uid: Uid
+    folder: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnpackFailed:
+    """It is not. ``hopeless``: what the store holds is not what was packed, for no machine."""
+
+    job: JobName
+    uid: Uid
+    message: str
+    hopeless: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class TransferEnded:
     """The transfer process is gone (sent by its client); every order without an answer is lost."""
 
     exit_code: int | None
 
 
-TransferReport = Uploaded | UploadFailed | Fetched | Supplied | FetchFailed | TransferEnded
+TransferReport = (
+    Uploaded | UploadFailed | Fetched | Supplied | FetchFailed | Unpacked | UnpackFailed | TransferEnded
+)
 
 ORDERS: Mapping[str, type] = {
-    kind.__name__: kind for kind in (Upload, CancelUpload, KeepManifest, Fetch, Demand, ReleaseFetch)
+    kind.__name__: kind
+    for kind in (Upload, CancelUpload, KeepManifest, Fetch, Demand, ReleaseFetch, Unpack, DropTree)
 }
 REPORTS: Mapping[str, type] = {
-    kind.__name__: kind for kind in (Uploaded, UploadFailed, Fetched, Supplied, FetchFailed, TransferEnded)
+    kind.__name__: kind
+    for kind in (
+        Uploaded,
+        UploadFailed,
+        Fetched,
+        Supplied,
+        FetchFailed,
+        Unpacked,
+        UnpackFailed,
+        TransferEnded,
+    )
 }

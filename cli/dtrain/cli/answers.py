@@ -82,6 +82,8 @@ class ReplicaInfo:
     problems: tuple[str, ...] = ()
     """What is wrong now, in sentences for people."""
     etcd_version: str = ""
+    store: str = ""
+    """Of jobs that name none; "": there is none, or the replica is of a release that does not say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -323,6 +323,7 @@ class Client(Caller):
             reply.leader_replica,
             tuple(reply.problems),
             reply.etcd_version,
+            reply.store,
         )
 
 

@@ -7,9 +7,10 @@ from anybody. ``docs/working-directory.md`` tells the rest.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dtrain.protocol.ids import ClusterName, Term
+from dtrain.protocol.ids import ClusterName
 
 PACKAGE_FILES_MAX = 20_000
 """Files, links and folders together."""
@@ -18,7 +19,7 @@ PACKAGE_BYTES_MAX = 512 * 1024 * 1024
 """Of the files before packing; what is larger is data, and belongs on a disk or in a store."""
 
 ENTRY_BYTES_MAX = 64 * 1024
-"""What one entry may take in an archive beyond its file's bytes: headers, a name, a link's target, padding."""
+"""What an entry may take in an archive beyond its file's bytes: headers, name, a link's target, padding."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NONCE = re.compile(r"[0-9a-f]{8,32}")
@@ -54,14 +55,13 @@ class Package:
 
 @dataclass(frozen=True, slots=True)
 class PackageCollection:
-    """Packages that the leader is deleting, by store key: no job may be submitted with one of them.
+    """Packages that are being deleted, by store key, each with its store: no job may be submitted with one.
 
     A name stays here until its blob has been seen to be gone. Written before anything is
-    deleted, and compared by every submission that has a package.
+    deleted, and compared by every submission that has a package; guarded by its own revision.
     """
 
-    term: Term
-    keys: tuple[str, ...] = field(default=())
+    keys: Mapping[str, str] = field(default_factory=dict)
 
 
 def packages_prefix(cluster: ClusterName) -> str:

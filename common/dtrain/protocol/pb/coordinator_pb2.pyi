@@ -754,6 +754,7 @@ class InfoReply(google.protobuf.message.Message):
     LEADER_ADDRESS_FIELD_NUMBER: builtins.int
     PROBLEMS_FIELD_NUMBER: builtins.int
     ETCD_VERSION_FIELD_NUMBER: builtins.int
+    STORE_FIELD_NUMBER: builtins.int
     cluster: builtins.str
     replica: builtins.str
     version: builtins.str
@@ -764,6 +765,8 @@ class InfoReply(google.protobuf.message.Message):
     leader_replica: builtins.str
     leader_address: builtins.str
     etcd_version: builtins.str
+    store: builtins.str
+    """Where jobs that name no store have theirs; "": nowhere."""
     @property
     def problems(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Sentences for people on what is wrong now, such as an etcd without space."""
@@ -782,8 +785,9 @@ class InfoReply(google.protobuf.message.Message):
         leader_address: builtins.str = ...,
         problems: collections.abc.Iterable[builtins.str] | None = ...,
         etcd_version: builtins.str = ...,
+        store: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cluster", b"cluster", "etcd_version", b"etcd_version", "leader", b"leader", "leader_address", b"leader_address", "leader_replica", b"leader_replica", "mirror_age_s", b"mirror_age_s", "problems", b"problems", "replica", b"replica", "revision", b"revision", "term", b"term", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cluster", b"cluster", "etcd_version", b"etcd_version", "leader", b"leader", "leader_address", b"leader_address", "leader_replica", b"leader_replica", "mirror_age_s", b"mirror_age_s", "problems", b"problems", "replica", b"replica", "revision", b"revision", "store", b"store", "term", b"term", "version", b"version"]) -> None: ...
 
 Global___InfoReply: typing_extensions.TypeAlias = InfoReply
 

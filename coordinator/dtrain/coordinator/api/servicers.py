@@ -205,6 +205,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             leader_address=known.address if known is not None else "",
             problems=self._problems(),
             etcd_version=self._etcd_version(),
+            store=self._default_store,
         )
 
     @translated
