@@ -14,7 +14,7 @@ from dtrain.protocol import checkpoint, cluster, commands, events, job, snapshot
 from dtrain.protocol.errors import ErrorCode
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("common", "storage", "coordinator", "agent", "trainer", "cli", "local", "testing")
+FOLDERS = ("common", "storage", "coordinator", "agent", "trainer", "cli", "local", "testing", "integrations")
 SOURCES = [
     path
     for folder in FOLDERS
@@ -133,6 +133,10 @@ def test_no_path_of_a_developers_machine_is_in_the_tree():
 
 def test_the_documented_records_match_the_code():
     subprocess.run([sys.executable, "tools/gen_protocol_doc.py", "--check"], check=True, cwd=ROOT, timeout=30)
+
+
+def test_the_reference_of_job_file_and_settings_matches_the_code():
+    subprocess.run([sys.executable, "tools/gen_reference.py", "--check"], check=True, cwd=ROOT, timeout=60)
 
 
 def test_every_stored_record_is_documented():
