@@ -11,6 +11,7 @@ from dtrain.cli import context, exits, jobfile, output, submitting, torchflags, 
 from dtrain.cli.client import Client, closing
 from dtrain.cli.foreground import Foreground
 from dtrain.cli.identity import new_id, whoami
+from dtrain.cli.jobfile import JobFile, Pack
 from dtrain.cli.options import settings
 from dtrain.cli.records import Job
 from dtrain.cli.render import failures, sentences
@@ -42,18 +43,26 @@ def run(given: Mapping[str, Any], chosen: Set[str]) -> int:
         Unavailable: the cluster cannot be reached.
     """
     addresses = () if given["standalone"] else context.addresses(settings())
-    spec = build_spec(given, chosen, here=not addresses)
+    found = build_job(given, chosen, here=not addresses)
+    for warning in found.warnings:
+        output.say(f"warning: {warning}")
     for line in explanations(given):
         output.say(line)
     if addresses:
         if given["log_dir"]:
             output.say("--log-dir: the logs stay with the agents; dtrain logs shows them")
-        return _on_cluster(addresses, spec, given)
-    return _embedded(spec, given)
+        return _on_cluster(addresses, found, given)
+    return _embedded(found, given)
 
 
 def build_spec(given: Mapping[str, Any], chosen: Set[str], *, here: bool) -> JobSpec:
+    """Return the record of the job that the command line asks for."""
+    return build_job(given, chosen, here=here).spec
+
+
+def build_job(given: Mapping[str, Any], chosen: Set[str], *, here: bool) -> JobFile:
     """Return the job that the command line asks for; ``here``: it runs on this machine."""
+    own = () if given.get("working_dir") is None else jobfile.packing(given["working_dir"])
     program, args = given["program"], list(given["args"])
     if program.endswith((".yaml", ".yml")) and not given["module"] and not given["no_python"]:
         if args:
@@ -67,14 +76,13 @@ def build_spec(given: Mapping[str, Any], chosen: Set[str], *, here: bool) -> Job
             for flag, key in _SETTINGS.items()
             if flag in chosen
         ]
-        found = jobfile.read(Path(program), [*changes, *given["changes"]])
-    else:
-        document = Document(value=_document(given, program, args, here=here))
-        spec = jobfile.parse_values(document, "dtrain run", Path.cwd(), given["changes"])
-        found = jobfile.checked(spec, "dtrain run")
-    for warning in found.warnings:
-        output.say(f"warning: {warning}")
-    return found.spec
+        return jobfile.read(Path(program), [*changes, *own, *given["changes"]])
+    if own and not (given["working_dir"] / program).is_file() and Path(program).is_file():
+        # As typed it is one of where the command is given; packed, it is one of the folder.
+        program = str(Path(program).absolute())
+    document = Document(value=_document(given, program, args, here=here))
+    spec = jobfile.parse_values(document, "dtrain run", Path.cwd(), [*own, *given["changes"]])
+    return jobfile.checked(spec, "dtrain run", jobfile.pack_wanted(document.value))
 
 
 def explanations(given: Mapping[str, Any]) -> list[str]:
@@ -137,9 +145,10 @@ def _document(given: Mapping[str, Any], program: str, args: list[str], *, here: 
     return document
 
 
-def _on_cluster(addresses: tuple[str, ...], spec: JobSpec, given: Mapping[str, Any]) -> int:
+def _on_cluster(addresses: tuple[str, ...], asked: JobFile, given: Mapping[str, Any]) -> int:
+    spec = asked.spec
     with closing(context.client(settings(), addresses, timeout_s=settings().timeout_s)) as client:
-        accepted = submitting.submit(client, spec, None, "table")
+        accepted = submitting.submit(client, spec, None, "table", pack=asked.pack)
         ranks = shown_ranks(given, spec.nproc_per_node)
         try:
             job = submitting.watch(client, accepted, ranks=ranks, prefix=bool(given["tee"]))
@@ -149,7 +158,8 @@ def _on_cluster(addresses: tuple[str, ...], spec: JobSpec, given: Mapping[str, A
     return outcome(job)
 
 
-def _embedded(spec: JobSpec, given: Mapping[str, Any]) -> int:
+def _embedded(job: JobFile, given: Mapping[str, Any]) -> int:
+    spec = job.spec
     # Short: Unix sockets below it have names of at most 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="dtrain-run-"))
     cluster = LocalCluster(
@@ -165,7 +175,7 @@ def _embedded(spec: JobSpec, given: Mapping[str, Any]) -> int:
         try:
             output.say(f"no cluster is configured: starting one for this run ({spec.nnodes_max} agents)")
             cluster.start()
-            return _follow_embedded(cluster, spec, given)
+            return _follow_embedded(cluster, job, given)
         except Foreground.Interrupted as interrupted:
             return interrupted.exit_code
         finally:
@@ -175,9 +185,12 @@ def _embedded(spec: JobSpec, given: Mapping[str, Any]) -> int:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _follow_embedded(cluster: LocalCluster, spec: JobSpec, given: Mapping[str, Any]) -> int:
+def _follow_embedded(cluster: LocalCluster, job_file: JobFile, given: Mapping[str, Any]) -> int:
+    spec = job_file.spec
+    # All its agents are on this machine: the folder itself is where they find it.
+    pack = Pack.ALWAYS if job_file.pack is Pack.ALWAYS else Pack.NEVER
     with closing(Client(cluster.addresses)) as client:
-        accepted = submitting.submit(client, spec, None, "quiet")
+        accepted = submitting.submit(client, spec, None, "quiet", pack=pack)
         ranks = shown_ranks(given, spec.nproc_per_node)
         try:
             job = submitting.watch(client, accepted, ranks=ranks, prefix=bool(given["tee"]))
