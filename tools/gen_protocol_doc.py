@@ -213,7 +213,7 @@ MEANINGS = {
     "JobSpec.restarts": "see `RestartPolicy`",
     "JobSpec.shutdown_grace_s": "seconds from SIGTERM to SIGKILL when ranks are ended in order",
     "JobSpec.submitted_at": "when (UTC)",
-    "JobSpec.working_dir": "folder the ranks start in, on every machine; with `package` the one that was packed",
+    "JobSpec.working_dir": "folder the ranks start in, on every machine; with `package`: what was packed",
     "Package.digest": "SHA-256 of the archive, hex",
     "Package.nonce": "random; the rest of its name",
     "Package.store": "URI of the store that it is in",
