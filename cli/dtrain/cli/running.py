@@ -13,7 +13,7 @@ from dtrain.cli.foreground import Foreground
 from dtrain.cli.identity import new_id, whoami
 from dtrain.cli.options import settings
 from dtrain.cli.records import Job
-from dtrain.cli.render import failures, sentences
+from dtrain.cli.render import failures
 from dtrain.cli.yamlmarks import Document
 from dtrain.local.cluster import LocalCluster
 from dtrain.protocol.errors import DtrainError
@@ -108,7 +108,7 @@ def outcome(job: Job) -> int:
         return exits.OK
     failure = job.status.failure if job.status else None
     if job.phase is JobPhase.CANCELLED or failure is None:
-        output.say(f"dtrain: {job.name} {job.phase}: {sentences.reason(job)}")
+        output.say(f"dtrain: {job.name} {job.phase}: {job.row.reason}")
         return job.exit_code
     code = exits.of_rank(failure.exit_code, failure.signal)
     output.say(f"dtrain: {job.name} FAILED: exit code {code} from {failures.failure_title(failure)}")

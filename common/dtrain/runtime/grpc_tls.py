@@ -79,6 +79,7 @@ RULES: Mapping[str, Rule] = {
     f"{_COORDINATOR}Submit": _OPERATORS,
     f"{_COORDINATOR}SetIntent": _OPERATORS,
     f"{_COORDINATOR}Read": _ALL,
+    f"{_COORDINATOR}List": _ALL,
     f"{_COORDINATOR}ReadLog": _ALL,
     f"{_COORDINATOR}Info": _ALL,
     f"{_COORDINATOR}PinCheckpoint": _OPERATORS,

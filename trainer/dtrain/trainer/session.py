@@ -69,6 +69,8 @@ class Session:
         self._finite: tuple[str, ...] = ()
         self.section = ""
         """What the script says it is doing."""
+        self.steps_total = 0
+        """As many steps as it means to take; 0: it has not said."""
         self.beats: Callable[[], int] = lambda: 0
         self.timing: Callable[[], Timing | None] = lambda: None
         """Both are asked on the link thread, for each report."""
@@ -438,6 +440,7 @@ class Session:
                 section=self.section,
                 beats=self.beats(),
                 collective=self._collective,
+                steps_total=Step(self.steps_total),
             )
 
     def handle(self, message: Message) -> None:

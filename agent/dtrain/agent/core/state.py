@@ -222,6 +222,7 @@ class LocalRank:
     beats: int = 0
     """Counts its signs of life beside steps."""
     collective: str = ""
+    steps_total: Step = Step(0)
     watch: Watch = Watch()
 
     @property
@@ -244,6 +245,7 @@ class LocalRank:
             self.nonfinite,
             sealed=self.sealed.seq if self.sealed else Seq(0),
             nonfinite_seen=self.nonfinite_seen,
+            steps_total=self.steps_total,
         )
 
 
