@@ -50,6 +50,7 @@ PLAN: dict[str, tuple[str, list[str]]] = {
             "Condition",
         ],
     ),
+    "Time": ("ledger.py", ["Ledger", "Mark"]),
     "Checkpoints": (
         "checkpoint.py",
         [
@@ -149,7 +150,9 @@ MEANINGS = {
     "JobSpec.nonfinite": "what follows from numbers that are not finite",
     "JobSpec.failure_rules": "what follows from which failure; the first that fits",
     "Intent.nnodes_min": "replaces the job file's; 0: it does not",
+    "Intent.paused": "its ranks are to be held at a step",
     "Intent.nnodes_max": "replaces the job file's; 0: it does not",
+    "Mark.ms": "productive milliseconds until then",
     "BadBlob.message": "what went wrong, in one sentence",
     "BlobEntry.bytes": "size",
     "BlobEntry.chunks": "CRC32C of each 16 MiB, hex",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from dtrain.protocol.ids import AgentName, Attempt, JobName, Rank, Seq, Step, Term, Uid
+from dtrain.protocol.ledger import Ledger
 from dtrain.protocol.snapshot import Failure, FailureKind
 
 EXIT_CODE_DO_NOT_RETRY = 93
@@ -241,6 +242,7 @@ class Intent:
     """The operator's side. A new ``checkpoint_token`` asks for one checkpoint now.
 
     ``nnodes_min`` and ``nnodes_max`` replace those of the job file; 0: they do not.
+    ``paused``: a running job stands still at a step, with all that it has.
     """
 
     uid: Uid
@@ -250,6 +252,7 @@ class Intent:
     at: str = ""
     nnodes_min: int = 0
     nnodes_max: int = 0
+    paused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,6 +383,10 @@ class JobStatus:
     """With SUSPENDING: the checkpoint is taken, or there will be none, and ranks are being stopped."""
     unswept: tuple[Former, ...] = ()
     """Earlier submissions of this name that were used again before their last sweep."""
+    ledger: Ledger | None = None
+    """Where its time went; None: written by a release that kept none."""
+    held: Seq = Seq(0)
+    """Number of the commit that all ranks of this attempt are held at: the job is paused. 0: it is not."""
 
     @property
     def world_size(self) -> int:

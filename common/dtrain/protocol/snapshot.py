@@ -216,6 +216,8 @@ class RankState:
     """Those that ever were in this attempt, and the step that it happened in last."""
     steps_total: Step = Step(0)
     """As many steps as its script means to take; 0: it has not said."""
+    held_s: float = 0.0
+    """How long checkpoints have held it in this attempt: copying, and waiting for an outcome."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ from dtrain.protocol.job import (
     Condition,
     Entry,
     EntryKind,
+    Intent,
     JobPhase,
     JobSpec,
     JobStatus,
@@ -221,6 +222,7 @@ class FakeReplica(coordinator_pb2_grpc.CoordinatorServicer):
     problems: list[str] = field(default_factory=list)
     former: bool = False
     """It is of the release before this one: it makes no rows."""
+    knows_pauses: bool = True
 
     def update(self, items: list[Item]) -> None:
         with self.changed:
@@ -239,7 +241,9 @@ class FakeReplica(coordinator_pb2_grpc.CoordinatorServicer):
     def SetIntent(self, request: pb.SetIntentRequest, context: grpc.ServicerContext) -> pb.SetIntentReply:  # noqa: N802
         self._enter("SetIntent", context)
         self.intents.append(request)
-        return pb.SetIntentReply(intent=b"{}", revision=self.revision)
+        paused = request.pause == "pause" and self.knows_pauses
+        intent = codec.encode(Intent(Uid("u1"), paused=paused))
+        return pb.SetIntentReply(intent=intent, revision=self.revision)
 
     def Cordon(self, request: pb.CordonRequest, context: grpc.ServicerContext) -> pb.CordonReply:  # noqa: N802
         self._enter("Cordon", context)

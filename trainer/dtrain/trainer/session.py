@@ -68,6 +68,8 @@ class Session:
         self._unfit = Unfit()
         self._finite: tuple[str, ...] = ()
         self.section = ""
+        self.held_s = 0.0
+        """How long checkpoints have held the training thread, which alone writes it."""
         """What the script says it is doing."""
         self.steps_total = 0
         """As many steps as it means to take; 0: it has not said."""
@@ -441,6 +443,7 @@ class Session:
                 beats=self.beats(),
                 collective=self._collective,
                 steps_total=Step(self.steps_total),
+                held_s=round(self.held_s, 3),
             )
 
     def handle(self, message: Message) -> None:

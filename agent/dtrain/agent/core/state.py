@@ -224,6 +224,8 @@ class LocalRank:
     collective: str = ""
     steps_total: Step = Step(0)
     watch: Watch = Watch()
+    held_s: float = 0.0
+    """How long checkpoints have held it."""
 
     @property
     def pid(self) -> int:
@@ -246,6 +248,7 @@ class LocalRank:
             sealed=self.sealed.seq if self.sealed else Seq(0),
             nonfinite_seen=self.nonfinite_seen,
             steps_total=self.steps_total,
+            held_s=self.held_s,
         )
 
 

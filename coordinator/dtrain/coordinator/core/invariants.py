@@ -4,6 +4,7 @@ from dtrain.coordinator.core.views import JobView
 from dtrain.protocol.checkpoint import CommitRecord, OpenRecord
 from dtrain.protocol.ids import Attempt
 from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobStatus
+from dtrain.protocol.ledger import faults
 
 
 def check(job: JobView) -> list[str]:
@@ -18,6 +19,9 @@ def check(job: JobView) -> list[str]:
     broken += _numbers(job, status)
     broken += _checkpoints(job, status)
     broken += _conditions(status)
+    if status.ledger is not None:
+        over = status.phase in TERMINAL_PHASES
+        broken += [f"ledger: {text}" for text in faults(status.ledger, over=over)]
     return broken
 
 
@@ -86,6 +90,10 @@ def _checkpoints(job: JobView, status: JobStatus) -> list[str]:
         for stored in job.garbage
         if stored.value.seq in commits
     ]
+    if status.held and (status.held not in commits or commits[status.held].attempt != status.attempt):
+        broken.append(f"ranks are held at checkpoint {status.held}, which is not there")
+    if status.held and status.phase is not JobPhase.RUNNING:
+        broken.append(f"ranks are held although the job is {status.phase}")
     restore = status.restore
     if status.phase in PLACED_PHASES and restore is not None and restore.seq not in commits:
         broken.append(f"checkpoint {restore.seq} is restored from but not there")
