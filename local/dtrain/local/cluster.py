@@ -190,6 +190,17 @@ class LocalCluster(Breakable):
             os.close(self._lock_fd)
             self._lock_fd = None
 
+    def ended(self) -> tuple[str, str] | None:
+        """Which part has ended and is started again by nobody, and the end of its log; None: none has."""
+        for member in self.etcd_servers.members:
+            if member.process is not None and (code := member.process.poll()) is not None:
+                return f"etcd ended ({_how(code)})", self.etcd_servers.log_tail(member)
+        for kind, daemons in (("coordinator", self.coordinators), ("agent", self.agents)):
+            for daemon in daemons.values():
+                if (code := daemon.exit_code) is not None:
+                    return f"{kind} {daemon.name} ended ({_how(code)})", daemon.log_tail()
+        return None
+
     # What a client needs -------------------------------------------------------------
 
     @property
@@ -469,6 +480,10 @@ class LocalCluster(Breakable):
 
     def _make_folder_store(self) -> None:
         (self.folder / "store").mkdir(parents=True, exist_ok=True)
+
+
+def _how(code: int) -> str:
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _named(flags: Sequence[str], name: str) -> list[str]:
