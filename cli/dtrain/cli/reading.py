@@ -1,5 +1,6 @@
 """What verbs read, in one place: lists as rows, one job or agent, everything."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
@@ -35,7 +36,7 @@ def jobs(client: Client, *, after_revision: int = 0, wait_s: float = 0.0) -> Lis
     if found is not None:
         return found
     cluster = everything(client, after_revision=after_revision, wait_s=wait_s)
-    made = rows.in_queue([job.row for job in cluster.jobs.values()])
+    made = rows.in_queue([job.row(time.time()) for job in cluster.jobs.values()])
     return Listed(tuple(made), cluster.revision, cluster.age_s)
 
 

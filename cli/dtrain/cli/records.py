@@ -21,6 +21,7 @@ from dtrain.protocol.job import TERMINAL_PHASES, Intent, JobPhase, JobSpec, JobS
 from dtrain.protocol.keys import Keys, Parsed
 from dtrain.protocol.rows import AgentRow, JobRow, Part
 from dtrain.protocol.snapshot import NodeRecord, RankState, WorkerSnapshot
+from dtrain.protocol.standing import reported_step
 from dtrain.runtime import redact
 
 T = TypeVar("T")
@@ -87,18 +88,24 @@ class Job:
         }
         return dict(sorted(found.items()))
 
-    @property
-    def row(self) -> JobRow:
-        """What a list shows of it, without its place in the queue."""
+    def row(self, now: float) -> JobRow:
+        """What a list shows of it at ``now`` (epoch seconds), without its place in the queue."""
         parts = {agent: _part(snapshot) for agent, snapshot in self.workers.items()}
         return rows.job_row(
-            self.name, self.spec, self.status, intent=self.intent, latest=self.latest, parts=parts
+            self.name, self.spec, self.status, intent=self.intent, latest=self.latest, parts=parts, now=now
         )
+
+    @property
+    def reason(self) -> str:
+        """The leader's sentence, and what its ranks add to it."""
+        return rows.reason(self.status, [_part(snapshot) for snapshot in self.current_workers.values()])
 
     @property
     def step(self) -> int:
         """Newest step that every reporting rank has completed, or the last one stored."""
-        return self.row.step
+        stored = self.status.step if self.status else 0
+        ranks = () if self.finished else self.ranks.values()
+        return reported_step(stored, (state.step for _, state in ranks))
 
     @property
     def world_size(self) -> int:

@@ -111,7 +111,7 @@ def outcome(job: Job) -> int:
         return exits.OK
     failure = job.status.failure if job.status else None
     if job.phase is JobPhase.CANCELLED or failure is None:
-        output.say(f"dtrain: {job.name} {job.phase}: {job.row.reason}")
+        output.say(f"dtrain: {job.name} {job.phase}: {job.reason}")
         return job.exit_code
     code = exits.of_rank(failure.exit_code, failure.signal)
     output.say(f"dtrain: {job.name} FAILED: exit code {code} from {failures.failure_title(failure)}")

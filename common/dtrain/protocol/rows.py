@@ -14,8 +14,11 @@ from typing import Any
 
 from dtrain.protocol.checkpoint import Latest
 from dtrain.protocol.cluster import Cordon
+from dtrain.protocol.ids import Step
 from dtrain.protocol.job import TERMINAL_PHASES, Intent, JobPhase, JobSpec, JobStatus
+from dtrain.protocol.ledger import goodput
 from dtrain.protocol.snapshot import NodeRecord
+from dtrain.protocol.standing import agent_status, reported_step, sentences
 
 RANKS_NAMED = 4
 QUEUE_AGING_S = 600.0
@@ -169,14 +172,16 @@ def job_row(
     intent: Intent | None,
     latest: Latest | None,
     parts: Mapping[str, Part],
+    now: float,
 ) -> JobRow:
-    """One job. ``parts``: of all machines; those of other submissions and attempts do not count."""
+    """One job at ``now`` (epoch seconds). ``parts`` of other submissions and attempts do not count."""
     uid, attempt = (status.uid, status.attempt) if status else (spec.uid if spec else "", 0)
     current = [one for one in parts.values() if status and one.uid == uid and one.attempt == attempt]
     ranks = [rank for one in current for rank in one.ranks]
     phase = status.phase if status else JobPhase.QUEUED
     finished = phase in TERMINAL_PHASES
-    step = _step(status, ranks, finished=finished)
+    stored = status.step if status else Step(0)
+    step = reported_step(stored, () if finished else (Step(rank.step) for rank in ranks))
     total = max((rank.steps_total for rank in ranks), default=0)
     return JobRow(
         name,
@@ -187,6 +192,7 @@ def job_row(
         step,
         total,
         eta_s(step, total, ranks) if phase is JobPhase.RUNNING else None,
+        goodput=goodput(status.ledger, now).ratio if status and status.ledger else None,
         ranks=sum(rank.live for rank in ranks),
         world_size=world_size(spec, intent, status),
         latest_seq=latest.seq if latest else 0,
@@ -217,8 +223,9 @@ def agent_row(
     name: str, node: NodeRecord | None, cordon: Cordon | None, parts: Mapping[str, Part]
 ) -> AgentRow:
     """One machine; ``parts`` by job."""
-    status, why = _standing(node, cordon, busy=bool(parts))
-    row = AgentRow(name, status, why, sum(one.live for one in parts.values()), jobs=tuple(sorted(parts)))
+    status = agent_status(node, cordon, has_work=bool(parts))
+    busy = sum(one.live for one in parts.values())
+    row = AgentRow(name, status, _why(node, cordon), busy, jobs=tuple(sorted(parts)))
     if node is None:
         return row
     return replace(
@@ -264,14 +271,13 @@ def eta_s(step: int, total: int, ranks: Sequence[RankPart]) -> float | None:
 
 def reason(status: JobStatus | None, parts: Iterable[Part]) -> str:
     """The leader's sentence on a job, and what its ranks add to it."""
-    if status is None:
-        return "waiting for a leader to look at it"
-    return "; ".join([status.reason, *_of_steps(status, list(parts)), *_of_ranks(status)])
+    decided, *noticed = sentences(status)
+    return "; ".join([decided, *_of_steps(status, list(parts)), *noticed])
 
 
-def _of_steps(status: JobStatus, parts: Sequence[Part]) -> list[str]:
+def _of_steps(status: JobStatus | None, parts: Sequence[Part]) -> list[str]:
     """Ranks that stand still for longer than they may, and what those do that were found at work."""
-    if status.phase is not JobPhase.RUNNING:
+    if status is None or status.phase is not JobPhase.RUNNING:
         return []
     stalls = sorted(stall for one in parts for stall in one.stalls)
     texts = []
@@ -283,38 +289,17 @@ def _of_steps(status: JobStatus, parts: Sequence[Part]) -> list[str]:
     return texts
 
 
-def _of_ranks(status: JobStatus) -> list[str]:
-    """What is said of its ranks while it trains: slow ones, numbers that are not finite."""
-    return [
-        one.message
-        for one in status.conditions
-        if one.type in ("NonFinite", "Straggling") and one.status == "True"
-    ]
-
-
 def _names(ranks: Sequence[int]) -> str:
     shown = ", ".join(map(str, ranks[:RANKS_NAMED]))
     more = f" and {len(ranks) - RANKS_NAMED} more" if len(ranks) > RANKS_NAMED else ""
     return f"rank{'' if len(ranks) == 1 else 's'} {shown}{more}"
 
 
-def _step(status: JobStatus | None, ranks: Sequence[RankPart], *, finished: bool) -> int:
-    stored = status.step if status else 0
-    return max(stored, min(rank.step for rank in ranks)) if ranks and not finished else stored
-
-
-def _standing(node: NodeRecord | None, cordon: Cordon | None, *, busy: bool) -> tuple[str, str]:
-    why = cordon.reason if cordon else ""
-    if node is None:
-        return "Lost", why
-    if (draining := node.draining) is not None:
-        text = f"{draining.reason}: it waits for at most {draining.grace_s:g} s for its jobs to move"
-        return "Draining", text
-    if node.problem:
-        return "Blocked", node.problem
-    if cordon is None:
-        return "Ready", ""
-    return "Draining" if cordon.drain and busy else "Cordoned", why
+def _why(node: NodeRecord | None, cordon: Cordon | None) -> str:
+    """Why a machine is not simply Ready."""
+    if node is not None and (draining := node.draining) is not None:
+        return f"{draining.reason}: it waits for at most {draining.grace_s:g} s for its jobs to move"
+    return (node.problem if node else "") or (cordon.reason if cordon else "")
 
 
 def _epoch_s(text: str) -> float:

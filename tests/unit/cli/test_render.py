@@ -32,7 +32,7 @@ from dtrain.protocol.snapshot import Draining, FailureKind, NodeRecord, Stack, S
 
 
 def job_table(cluster: Cluster, *, wide: bool = False) -> Table:
-    return lists.jobs([job.row for job in cluster.jobs.values()], When(NOW), wide=wide)
+    return lists.jobs([job.row(NOW) for job in cluster.jobs.values()], When(NOW), wide=wide)
 
 
 def agent_table(cluster: Cluster) -> Table:
@@ -161,7 +161,7 @@ def test_slow_ranks_and_numbers_that_are_not_finite_are_said_first_and_shown_wit
         Condition("Straggling", "True", "SlowRank", "rank 1 on a1 needs 180 ms", at(60)),
     )
     job = records.group(reading(*running_job(conditions=told))).jobs["digits"]
-    assert job.row.reason == "all 4 ranks train; rank 1 on a1 needs 180 ms"
+    assert job.reason == "all 4 ranks train; rank 1 on a1 needs 180 ms"
     agent, state = job.ranks[1]
     sick = replace(state, timing=Timing(0.2, 0.0105, 0.18), nonfinite=("norm",), metrics={"loss": 0.5})
     job.workers[agent] = replace(job.workers[agent], ranks=(sick,))
@@ -182,7 +182,7 @@ def test_a_job_whose_steps_stand_still_does_not_look_as_if_it_trained() -> None:
     # Of a job that restarts what its former ranks did says nothing.
     ended = records.group(reading(*running_job(phase=JobPhase.RECOVERING))).jobs["digits"]
     ended.workers["a1"] = replace(ended.workers["a1"], stalls=stalls)
-    assert ended.row.reason == "all 4 ranks train"
+    assert ended.reason == "all 4 ranks train"
 
 
 def test_stacks_are_told_with_their_number_their_age_and_the_command_that_shows_them() -> None:

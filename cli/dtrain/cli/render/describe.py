@@ -26,7 +26,7 @@ def job(job: Job, now: float) -> list[str]:
     if job.attempt:
         state.append(f"attempt {job.attempt}")
     if spec:
-        state.append(f"restarts {restarts(job.row, now)} in {show_s(spec.restarts.window_s)}")
+        state.append(f"restarts {restarts(job.row(now), now)} in {show_s(spec.restarts.window_s)}")
     if status and status.since:
         state.append(f"since {ago(status.since, now)}")
     lines += ["", f"State         {'  '.join(state)}"]

@@ -16,7 +16,7 @@ def restarts(row: JobRow, now: float) -> str:
 
 def headline(job: Job) -> str:
     """One sentence: how the job is, and why."""
-    sentence = f"{job.name} is {job.phase}: {job.row.reason}"
+    sentence = f"{job.name} is {job.phase}: {job.reason}"
     failure = job.status.failure if job.status else None
     if failure is None:
         return sentence
@@ -32,7 +32,7 @@ def job_change(job: Job) -> str:
     parts = [job.name, str(job.phase)]
     if job.attempt:
         parts.append(f"attempt {job.attempt}")
-    return "  ".join([*parts, job.row.reason])
+    return "  ".join([*parts, job.reason])
 
 
 class Changes:

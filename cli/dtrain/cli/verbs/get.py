@@ -113,7 +113,7 @@ def _watch(client: "Client", names: tuple[str, ...]) -> None:
         from rich.live import Live
         from rich.text import Text
 
-        rows = [job.row for job in cluster.jobs.values()]
+        rows = [job.row(time.time()) for job in cluster.jobs.values()]
         text = Text("\n".join(lists.jobs(rows, When(time.time()), wide=wide).lines(output.width())))
         if screen is None:
             screen = Live(text, auto_refresh=False)

@@ -38,14 +38,14 @@ class Listing:
         self._cordons = _Read(lambda value: _decode(Cordon, value))
         self._parts = _Read(rows.part)
 
-    def jobs(self) -> list[JobRow]:
-        """Every job, in order of name."""
+    def jobs(self, now: float) -> list[JobRow]:
+        """Every job at ``now`` (epoch seconds), in order of name."""
         with self._lock:
             parts: dict[str, dict[str, Part]] = {}
             for agent, job, found in self._snapshots():
                 parts.setdefault(job, {})[agent] = found
             names = self._mirror.children(self._keys.jobs)
-            made = [row for name in names if (row := self._job(name, parts.get(name, {}))) is not None]
+            made = [row for name in names if (row := self._job(name, parts.get(name, {}), now)) is not None]
             for kept in (self._specs, self._intents, self._statuses, self._latests, self._parts):
                 kept.forget()
             return rows.in_queue(made)
@@ -72,7 +72,7 @@ class Listing:
                 for name in sorted(nodes)
             ]
 
-    def _job(self, name: str, parts: dict[str, Part]) -> JobRow | None:
+    def _job(self, name: str, parts: dict[str, Part], now: float) -> JobRow | None:
         job = JobName(name)
         spec = self._record(self._specs, self._keys.spec(job))
         status = self._record(self._statuses, self._keys.status(job))
@@ -80,7 +80,7 @@ class Listing:
             return None
         intent = self._record(self._intents, self._keys.intent(job))
         latest = self._record(self._latests, self._keys.latest(job))
-        return rows.job_row(name, spec, status, intent=intent, latest=latest, parts=parts)
+        return rows.job_row(name, spec, status, intent=intent, latest=latest, parts=parts, now=now)
 
     def _snapshots(self) -> list[tuple[str, str, Part]]:
         """(agent, job, part) of every snapshot that can be read."""
