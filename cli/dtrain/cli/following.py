@@ -128,7 +128,8 @@ class Follower:
     """Follows one job to its end.
 
     ``ranks`` picks the ranks to read from a job with members; ``changed`` hears
-    of every change of the job; ``write`` gets the lines, one at a time.
+    of every change of the job; ``write`` gets the lines, one at a time. What ``check``
+    raises, asked each time around, ends it.
     """
 
     def __init__(
@@ -141,9 +142,11 @@ class Follower:
         changed: Callable[[Job], None] = _ignore,
         streams: Sequence[str] = STREAMS,
         trouble: Callable[[str], None] = _ignore,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._client, self._job = client, job
         self._ranks, self._changed, self._trouble = ranks, changed, trouble
+        self._check = check
         self._streams = tuple(streams)
         self._lock = threading.Lock()
         self._sink = write
@@ -160,6 +163,7 @@ class Follower:
         first = True
         try:
             while True:
+                self._check()
                 try:
                     reading = self._client.read(
                         f"jobs/{self._job}/",

@@ -160,7 +160,8 @@ def test_a_folder_that_the_repository_ignores_is_packed_when_it_is_named(tmp_pat
 PIECES = ("a", "b", "ab", "a.py", "b.txt", "build")
 PATTERNS = (
     "*", "!*/", "*.py", "!*.py", "a", "a/", "/a", "/a/", "b/*", "!b/a.py", "**/ab", "a/**", "build",
-    "!build/", "a/b", "?b", "[ab]", "!a", r"\!a", "# a", "", "*.txt ", "**/a/*.py", "ab/**/b.txt", "!ab/", "/*", "!/a",
+    "!build/",
+    "a/b", "?b", "[ab]", "!a", r"\!a", "# a", "", "*.txt ", "**/a/*.py", "ab/**/b.txt", "!ab/", "/*", "!/a",
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ import grpc
 from dtrain.coordinator.api.checkpoints import CheckpointDesk
 from dtrain.coordinator.api.cordons import Cordons
 from dtrain.coordinator.api.errors import translated
+from dtrain.coordinator.api.listing import Listing
 from dtrain.coordinator.api.records import Operators
 from dtrain.coordinator.dispatch import Channels
 from dtrain.coordinator.work import Stores
@@ -36,6 +37,7 @@ from dtrain.protocol.keys import Keys
 from dtrain.protocol.pb import agent_pb2 as agent_pb
 from dtrain.protocol.pb import agent_pb2_grpc, coordinator_pb2_grpc
 from dtrain.protocol.pb import coordinator_pb2 as pb
+from dtrain.protocol.rows import AgentRow, JobRow
 from dtrain.protocol.snapshot import DurablePart, NodeRecord
 from dtrain.runtime import grpc_tls, log, redact
 from dtrain.runtime.tls import Role
@@ -104,6 +106,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self._problems = problems
         self._etcd_version = etcd_version
         self._keys = Keys(identity.cluster)
+        self._listing = Listing(mirror, identity.cluster)
         self._places_lock = threading.Lock()
         self._places: OrderedDict[tuple[str, int, int], AgentName] = OrderedDict()
         """(uid, attempt, rank) to the agent that had its log."""
@@ -137,9 +140,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
     def SetIntent(  # noqa: N802
         self, request: pb.SetIntentRequest, context: grpc.ServicerContext
     ) -> pb.SetIntentReply:
-        peer = grpc_tls.caller(context)
-        # What a client says of itself proves nothing; what its certificate says does.
-        by = request.by if peer is None else peer.name
+        by = _who(request.by, context)
         intent, revision = self._operators.set_intent(
             request.job,
             request.wanted,
@@ -181,6 +182,25 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             revision=revision,
             age_s=self._mirror.age_s(),
         )
+
+    @translated
+    def List(  # noqa: N802
+        self, request: pb.ListRequest, context: grpc.ServicerContext
+    ) -> pb.ListReply:
+        lists: dict[str, Callable[[], Sequence[JobRow | AgentRow]]] = {
+            "jobs": lambda: self._listing.jobs(time.time()),
+            "agents": self._listing.agents,
+        }
+        if request.kind not in lists:
+            raise Refused(ErrorCode.USAGE, f"there is no list of {request.kind[:40]!r}")
+        self._wait_for_first_list()
+        if request.after_revision and request.wait_ms:
+            prefix = f"{self._keys.root}{request.kind}/"
+            self._wait_for_change(prefix, request.after_revision, request.wait_ms, context)
+        # The revision first: rows may be newer than it says, never older.
+        revision, age_s = self._mirror.revision, self._mirror.age_s()
+        rows = [codec.encode(row) for row in lists[request.kind]()]
+        return pb.ListReply(rows=rows, revision=revision, age_s=age_s)
 
     @translated
     def Info(  # noqa: N802
@@ -585,6 +605,9 @@ def _patience_s(context: grpc.ServicerContext) -> float:
 def _who(said: str, context: grpc.ServicerContext) -> str:
     """Who calls: what its certificate says, if it has one, proves more than what it says of itself."""
     peer = grpc_tls.caller(context)
+    if peer is not None and peer.role is Role.COORDINATOR:
+        # It speaks for somebody at its dashboard, and says so.
+        return f"{peer.name}: {said}" if said else peer.name
     return said if peer is None else peer.name
 
 
