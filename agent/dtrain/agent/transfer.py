@@ -17,12 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
-from dtrain.agent import lines
+from dtrain.agent import lines, transfer_archive
 from dtrain.agent.transfer_cache import Cache
 from dtrain.agent.transfer_fetch import Fetcher
 from dtrain.agent.transfer_upload import Uploader
 from dtrain.agent.transferring import (
     ORDERS,
+    Archive,
+    Archived,
     CancelUpload,
     Demand,
     Fetch,
@@ -61,11 +63,12 @@ class Transfer:
 
     def __init__(
         self,
-        emit: Callable[[TransferReport], None],
+        emit: Callable[[TransferReport | Archived], None],
         stores: Callable[[str], BlobStore],
         cache: Cache | None = None,
     ) -> None:
         self._emit = emit
+        self._stores = stores
         self._cache = cache or Cache()
         self._cleanups = ThreadPoolExecutor(1, thread_name_prefix="upload-cleanup")
         self._uploader = Uploader(stores, emit, cache=self._cache, later=self._cleanups.submit)
@@ -76,6 +79,7 @@ class Transfer:
             UPLOADS_AT_ONCE, thread_name_prefix="upload", initializer=_give_way
         )
         self._fetches = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch")
+        self._archives = ThreadPoolExecutor(1, thread_name_prefix="archive", initializer=_give_way)
 
     def handle(self, order: TransferOrder) -> None:
         """Take on one order; the answer comes later. Never blocks on the store."""
@@ -92,6 +96,8 @@ class Transfer:
             self._asides.submit(self._aside, self._fetcher.keep_manifest, order)
         elif isinstance(order, ReleaseFetch):
             self._asides.submit(self._aside, self._fetcher.release(order.id))
+        elif isinstance(order, Archive):
+            self._archives.submit(self._archive, order)
 
     def _upload(self, order: Upload) -> None:
         try:
@@ -116,6 +122,16 @@ class Transfer:
             if not isinstance(error, DtrainError):
                 _log.exception("demand_failed", fetch=order.id, rank=order.rank)
             self._emit(FetchFailed(order.id, _sentence(error)))
+
+    def _archive(self, order: Archive) -> None:
+        try:
+            transfer_archive.run(order, self._stores)
+        except Exception as error:  # noqa: BLE001 - every order gets an answer, bugs included
+            if not isinstance(error, DtrainError | OSError):
+                _log.exception("archive_failed", key=order.key)
+            self._emit(Archived(order.id, _sentence(error)))
+        else:
+            self._emit(Archived(order.id))
 
     def _aside(self, work: Callable[..., None], *arguments: object) -> None:
         """What nobody waits for an answer to."""
@@ -162,7 +178,7 @@ def serve(orders: IO[bytes], reports: IO[bytes], cache: Cache | None = None) -> 
     """Work until ``orders`` ends."""
     lock = threading.Lock()
 
-    def emit(report: TransferReport) -> None:
+    def emit(report: TransferReport | Archived) -> None:
         with lock:
             try:
                 reports.write(lines.encode(report))

@@ -109,7 +109,33 @@ class ReleaseFetch:
     id: str
 
 
-TransferOrder = Upload | CancelUpload | KeepManifest | Fetch | Demand | ReleaseFetch
+@dataclass(frozen=True, slots=True)
+class FilePart:
+    """A range of a local file; what it does not hold any more is left out. ``times``: file of its marks."""
+
+    name: str
+    path: str
+    offset: int
+    size: int
+    times: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """Write parts of files as one bundle, then delete ``replaces``; answer ``Archived``.
+
+    Nothing waits for it: it may be lost with the process, and is then sent again.
+    """
+
+    id: str
+    store: str
+    key: str
+    """"" : nothing is written, only deleted."""
+    parts: tuple[FilePart, ...] = ()
+    replaces: tuple[str, ...] = ()
+
+
+TransferOrder = Upload | CancelUpload | KeepManifest | Fetch | Demand | ReleaseFetch | Archive
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +189,14 @@ class FetchFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Archived:
+    """The bundle is durable and what it replaces is gone; ``problem``: why not. Not for the core."""
+
+    id: str
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class TransferEnded:
     """The transfer process is gone (sent by its client); every order without an answer is lost."""
 
@@ -170,10 +204,12 @@ class TransferEnded:
 
 
 TransferReport = Uploaded | UploadFailed | Fetched | Supplied | FetchFailed | TransferEnded
+"""What the core is told."""
 
 ORDERS: Mapping[str, type] = {
-    kind.__name__: kind for kind in (Upload, CancelUpload, KeepManifest, Fetch, Demand, ReleaseFetch)
+    kind.__name__: kind for kind in (Upload, CancelUpload, KeepManifest, Fetch, Demand, ReleaseFetch, Archive)
 }
 REPORTS: Mapping[str, type] = {
-    kind.__name__: kind for kind in (Uploaded, UploadFailed, Fetched, Supplied, FetchFailed, TransferEnded)
+    kind.__name__: kind
+    for kind in (Uploaded, UploadFailed, Fetched, Supplied, FetchFailed, TransferEnded, Archived)
 }

@@ -41,7 +41,7 @@ def fork(machine: Machine, job: JobState, out: list[Action]) -> None:
         )
         for rank in job.ranks
     )
-    out.append(PrepareLogs(job.name, job.uid, job.attempt, prepare.first_rank))
+    out.append(PrepareLogs(job.name, job.uid, job.attempt, prepare.first_rank, len(job.ranks), prepare.store))
     order = ForkRanks(
         job.attempt, prepare.spec.entry, prepare.spec.working_dir or machine.working_dir, launches
     )
