@@ -1,23 +1,18 @@
 """What a job file may say: the schema at the edge, translated to ``JobSpec`` once.
 
 Field names and defaults are those of the protocol; pydantic collects every
-error, ``jobfile.py`` gives each its place.
+error, ``jobfile.py`` gives each its place. What is said of each field is what
+``dtrain submit --schema`` and ``docs/job-file.md`` show.
 """
 
-import re
-import shlex
-import signal
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from dtrain.cli.durations import parse_s
-from dtrain.protocol import patterns
-from dtrain.protocol.errors import Refused
-from dtrain.protocol.ids import JobName, Uid, parse_name
+from dtrain.cli import jobvalues as form
+from dtrain.protocol.ids import JobName, Uid
 from dtrain.protocol.job import (
-    RULE_REASONS,
     CheckpointPolicy,
     Entry,
     EntryKind,
@@ -30,349 +25,187 @@ from dtrain.protocol.job import (
     RuleAction,
 )
 
-_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-_RANGE = re.compile(r"(\d+)\s*:\s*(\d+)")
-
-NPROC_WORDS = ("auto", "cpu", "gpu")
 _RULE = FailureRule(RuleAction.RESTART)
-RULES_MAX = 32
 _CHECKPOINT, _RESTARTS, _NONFINITE = CheckpointPolicy(), RestartPolicy(), NonFinitePolicy()
 _HANG = HangPolicy()
 _JOB_GROW_COOLDOWN_S = 60.0
 
 
-METRIC_NAME_CHARS_MAX = 64
-"""Of reported numbers: agents cut longer names."""
-
-PRIORITY_MAX = 1000
-BANDWIDTH_MB_S_MIN, BANDWIDTH_MB_S_MAX = 0.1, 1_000_000.0
-
-
-def _integer(low: int, high: int = 1_000_000_000) -> BeforeValidator:
-    def check(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{_show(value)} is not a whole number")
-        if not low <= value <= high:
-            raise ValueError(f"{value} is out of range: {low} to {high}")
-        return value
-
-    return BeforeValidator(check)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{_show(value)} is not text; put it in quotes if it is meant so")
-    if "\0" in value:
-        raise ValueError("contains a NUL character")
-    return value
-
-
-def _filled(value: Any) -> str:
-    if not _text(value).strip():
-        raise ValueError("is empty")
-    return _text(value)
-
-
-def _name(value: Any) -> str:
-    try:
-        return parse_name(_text(value), "job")
-    except Refused as error:
-        raise ValueError(f"{error.message}: {error.fix}") from error
-
-
-def _nodes(value: Any) -> tuple[int, int]:
-    if isinstance(value, int) and not isinstance(value, bool):
-        low = high = value
-    elif isinstance(value, str) and (match := _RANGE.fullmatch(value.strip())):
-        low, high = int(match[1]), int(match[2])
-    elif isinstance(value, str) and value.strip().isdecimal():
-        low = high = int(value)
-    else:
-        raise ValueError(f"{_show(value)} is neither a number of machines nor a range such as 2:4")
-    if low < 1:
-        raise ValueError("at least one machine is needed")
-    if high < low:
-        raise ValueError(f"{low}:{high} is empty: write the smaller number first")
-    return low, high
-
-
-def _nproc(value: Any) -> int:
-    if isinstance(value, str) and value.strip().isdecimal():
-        value = int(value)
-    if value == "auto":
-        return 0
-    if value in NPROC_WORDS:
-        raise ValueError(
-            f"{value!r} cannot be resolved here: which machines the job gets is not known at submission; "
-            "write auto for as many as a machine has slots, or a number"
-        )
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{_show(value)} is not a number of processes")
-    if not 1 <= value <= 1024:
-        raise ValueError(f"{value} is out of range: 1 to 1024")
-    return value
-
-
-def _words(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        try:
-            return tuple(shlex.split(value))
-        except ValueError as error:
-            raise ValueError(f"cannot be split into words: {error}") from error
-    if isinstance(value, list):
-        return tuple(_text(item) for item in value)
-    raise ValueError(f"{_show(value)} is neither a list nor one line of words")
-
-
-def _command(value: Any) -> tuple[str, ...]:
-    words = _words(value)
-    if not words or not words[0]:
-        raise ValueError("is empty")
-    return words
-
-
-def _env(value: Any) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{_show(value)} is not a list of NAME: value")
-    for name, item in value.items():
-        if not _ENV_NAME.fullmatch(name):
-            raise ValueError(f"{name!r} cannot name an environment variable")
-        if not isinstance(item, str):
-            raise ValueError(f'{name} is {_show(item)}, not text; for an empty value write ""')
-        if "\0" in item:
-            raise ValueError(f"{name} contains a NUL character")
-    return value
-
-
-def _modules(value: Any) -> tuple[str, ...]:
-    names = tuple(value.replace(",", " ").split()) if isinstance(value, str) else _words(value)
-    for name in names:
-        if not _MODULE.fullmatch(name):
-            raise ValueError(f"{name!r} is not the name of a Python module")
-    return names
-
-
-def _module(value: Any) -> str:
-    if not _MODULE.fullmatch(_text(value)):
-        raise ValueError(f"{value!r} is not the name of a Python module, such as mypackage.train")
-    return _text(value)
-
-
-def _store(value: Any) -> str:
-    text = _text(value)
-    if not text:
-        return text
-    if text.startswith("memory:"):
-        raise ValueError("memory:// lives in one process only; use s3://bucket/prefix or a shared folder")
-    if not re.match(r"(s3://[^/]|file:///|/)", text):
-        raise ValueError(f"{text!r} is not a store: write s3://bucket/prefix, file:///folder or /folder")
-    if "@" in text.split("://", 1)[-1].split("/", 1)[0]:
-        raise ValueError("credentials do not belong in a store's URI, which is stored and shown")
-    return text
-
-
-def _seconds(*, above_zero: bool = False) -> BeforeValidator:
-    def check(value: Any) -> float:
-        seconds = parse_s(value)
-        if above_zero and seconds == 0:
-            raise ValueError("must be longer than 0")
-        return seconds
-
-    return BeforeValidator(check)
-
-
-def _megabytes() -> BeforeValidator:
-    def check(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{_show(value)} is not a number of megabytes a second")
-        if value and not BANDWIDTH_MB_S_MIN <= value <= BANDWIDTH_MB_S_MAX:
-            raise ValueError(
-                f"{value} is out of range: {BANDWIDTH_MB_S_MIN} to {BANDWIDTH_MB_S_MAX}, or 0 for no cap"
-            )
-        return float(value)
-
-    return BeforeValidator(check)
-
-
-def _yes_or_no(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{_show(value)} is neither true nor false")
-    return value
-
-
-def _rules(value: Any) -> Any:
-    if not isinstance(value, list):
-        raise ValueError(f"{_show(value)} is not a list of rules, each beginning with '-'")
-    if len(value) > RULES_MAX:
-        raise ValueError(f"has {len(value)} rules; at most {RULES_MAX} are looked at")
-    return value
-
-
-def _action(value: Any) -> RuleAction:
-    try:
-        return RuleAction(value)
-    except ValueError:
-        raise ValueError(f"{_show(value)} is no action: write one of {', '.join(RuleAction)}") from None
-
-
-def _reasons(value: Any) -> tuple[str, ...]:
-    names = _listed(value)
-    for name in names:
-        if name not in RULE_REASONS:
-            raise ValueError(f"{_show(name)} is no reason: write some of {', '.join(RULE_REASONS)}")
-    return names
-
-
-def _signals(value: Any) -> tuple[int, ...]:
-    found = []
-    for item in _listed(value):
-        name = str(item).upper()
-        try:
-            number = (
-                signal.Signals(item)
-                if isinstance(item, int)
-                else signal.Signals[f"SIG{name.removeprefix('SIG')}"]
-            )
-        except (ValueError, KeyError):
-            raise ValueError(f"{_show(item)} is no signal: write SIGSEGV or 11") from None
-        found.append(int(number))
-    return tuple(found)
-
-
-def _numbers(low: int, high: int) -> BeforeValidator:
-    def check(value: Any) -> tuple[int, ...]:
-        for item in _listed(value):
-            if isinstance(item, bool) or not isinstance(item, int) or not low <= item <= high:
-                raise ValueError(f"{_show(item)} is not a number from {low} to {high}")
-        return _listed(value)
-
-    return BeforeValidator(check)
-
-
-def _listed(value: Any) -> tuple[Any, ...]:
-    """A list, or the only thing in it."""
-    if isinstance(value, list):
-        return tuple(value)
-    if value is None or isinstance(value, dict):
-        raise ValueError(f"{_show(value)} is not a list")
-    return (value,)
-
-
-def _pattern(value: Any) -> str:
-    why = patterns.problem(_text(value))
-    if why:
-        raise ValueError(f"{value!r} {why}")
-    return _text(value)
-
-
-def _nonfinite_action(value: Any) -> str:
-    allowed = [action.value for action in NonFiniteAction]
-    if value not in allowed:
-        raise ValueError(f"{_show(value)} is none of {', '.join(allowed)}")
-    return str(value)
-
-
-def _metrics(value: Any) -> tuple[str, ...]:
-    names = _words(value)
-    for name in names:
-        if not name or len(name) > METRIC_NAME_CHARS_MAX:
-            raise ValueError(
-                f"{name!r} is not the name of a number of at most {METRIC_NAME_CHARS_MAX} characters"
-            )
-    return names
-
-
-def _show(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, dict | list):
-        return "a mapping" if isinstance(value, dict) else "a list"
-    return repr(value)
+PROGRAMS = ("script", "module", "command")
+"""Exactly one of these names the program."""
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class CheckpointSection(_Strict):
-    """``checkpoint:``, when and where checkpoints are taken."""
+def _says(text: str, default: Any = None) -> Any:
+    """Describe a field; ``default`` is how a job file would write it, where that differs."""
+    return Field(description=text, json_schema_extra=None if default is None else {"default": default})
 
-    store: Annotated[str, BeforeValidator(_store)] = _CHECKPOINT.store
-    every_steps: Annotated[int, _integer(0)] = _CHECKPOINT.every_steps
-    every_seconds: Annotated[float, _seconds()] = _CHECKPOINT.every_seconds
-    keep_last: Annotated[int, _integer(1)] = _CHECKPOINT.keep_last
-    keep_every_steps: Annotated[int, _integer(0)] = _CHECKPOINT.keep_every_steps
-    timeout: Annotated[float, _seconds(above_zero=True)] = _CHECKPOINT.timeout_s
-    bandwidth_mb_s: Annotated[float, _megabytes()] = _CHECKPOINT.bandwidth_mb_s
-    await_import: Annotated[bool, BeforeValidator(_yes_or_no)] = _CHECKPOINT.await_import
+
+class CheckpointSection(_Strict):
+    """When and where checkpoints are taken, and which stay."""
+
+    store: Annotated[
+        str,
+        form.STORE,
+        _says("Where they go; empty: the coordinators' `--default-store`. See docs/stores.md"),
+    ] = _CHECKPOINT.store
+    every_steps: Annotated[int, form.integer(0), _says("Steps between two; 0: none by steps")] = (
+        _CHECKPOINT.every_steps
+    )
+    every_seconds: Annotated[float, form.duration(), _says("Time between two; 0: none by time")] = (
+        _CHECKPOINT.every_seconds
+    )
+    keep_last: Annotated[int, form.integer(1), _says("How many of the newest stay")] = _CHECKPOINT.keep_last
+    keep_every_steps: Annotated[
+        int,
+        form.integer(0),
+        _says("The first one at or after each multiple of this stays, too; 0: no others"),
+    ] = _CHECKPOINT.keep_every_steps
+    timeout: Annotated[
+        float,
+        form.duration(above_zero=True),
+        _says("From opening one to its commit; after that it is aborted"),
+    ] = _CHECKPOINT.timeout_s
+    bandwidth_mb_s: Annotated[
+        float,
+        form.MEGABYTES,
+        _says("Megabytes a second that each agent sends for this job at most; 0: no bound"),
+    ] = _CHECKPOINT.bandwidth_mb_s
+    await_import: Annotated[
+        bool,
+        form.YES_OR_NO,
+        _says("Never begin from scratch: wait for `dtrain checkpoints import` before the first attempt"),
+    ] = _CHECKPOINT.await_import
 
 
 class RestartsSection(_Strict):
-    """``restarts:``, at most ``max`` in ``window``."""
+    """The budget: how many attempts may fail before the job does."""
 
-    max: Annotated[int, _integer(0)] = _RESTARTS.max_restarts
-    window: Annotated[float, _seconds(above_zero=True)] = _RESTARTS.window_s
+    max: Annotated[int, form.integer(0), _says("Restarts that count, at most, in one window")] = (
+        _RESTARTS.max_restarts
+    )
+    window: Annotated[float, form.duration(above_zero=True), _says("Its length")] = _RESTARTS.window_s
 
 
 class HangSection(_Strict):
-    """``hang:``, when ranks that complete no step are taken for hung; ``timeout`` 0: after their own pace."""
+    """When ranks that complete no step are taken for hung. See docs/hangs.md."""
 
-    enabled: Annotated[bool, BeforeValidator(_yes_or_no)] = _HANG.enabled
-    timeout: Annotated[float, _seconds()] = _HANG.timeout_s
-    startup: Annotated[float, _seconds(above_zero=True)] = _HANG.startup_s
+    enabled: Annotated[bool, form.YES_OR_NO, _says("Whether they are at all")] = _HANG.enabled
+    timeout: Annotated[
+        float, form.duration(), _says("Longest time without a step; 0: it follows the job's own step times")
+    ] = _HANG.timeout_s
+    startup: Annotated[
+        float, form.duration(above_zero=True), _says("Longest time until the first step of an attempt")
+    ] = _HANG.startup_s
 
 
 class RuleSection(_Strict):
-    """One of ``failure_rules:``; all it names must be true of a failure."""
+    """What follows from a failure. All that a rule names must be true of it; the first that fits counts."""
 
-    action: Annotated[RuleAction, BeforeValidator(_action)]
-    reasons: Annotated[tuple[str, ...], BeforeValidator(_reasons)] = _RULE.reasons
-    exit_codes: Annotated[tuple[int, ...], _numbers(1, 255)] = _RULE.exit_codes
-    signals: Annotated[tuple[int, ...], BeforeValidator(_signals)] = _RULE.signals
-    message: Annotated[str, BeforeValidator(_pattern)] = _RULE.message
-    cordon: Annotated[float, _seconds()] = _RULE.cordon_s
-    back: Annotated[int, _integer(1, 1000)] = _RULE.back
+    action: Annotated[RuleAction, form.ACTION, _says("What follows")]
+    reasons: Annotated[tuple[str, ...], form.REASONS, _says("Any of these; none: any reason")] = _RULE.reasons
+    exit_codes: Annotated[tuple[int, ...], form.EXIT_CODES, _says("Any of these, 1 to 255")] = (
+        _RULE.exit_codes
+    )
+    signals: Annotated[tuple[int, ...], form.SIGNALS, _says("Any of these, by name or number")] = (
+        _RULE.signals
+    )
+    message: Annotated[
+        str, form.PATTERN, _says("A regular expression found in the error or the last lines of the log")
+    ] = _RULE.message
+    cordon: Annotated[
+        float, form.duration(), _says("How long the machine that failed gets no new ranks, of any job")
+    ] = _RULE.cordon_s
+    back: Annotated[int, form.integer(1, 1000), _says("With `rollback`: how many checkpoints")] = _RULE.back
 
 
 class NonFiniteSection(_Strict):
-    """``nonfinite:``, what follows from a reported number that is NaN or infinite."""
+    """What follows from a reported number that is NaN or infinite. See docs/numbers.md."""
 
-    action: Annotated[str, BeforeValidator(_nonfinite_action)] = _NONFINITE.action.value
-    metrics: Annotated[tuple[str, ...], BeforeValidator(_metrics)] = _NONFINITE.metrics
-    back: Annotated[int, _integer(1, 1000)] = _NONFINITE.back
+    action: Annotated[str, form.NONFINITE_ACTION, _says("What follows")] = _NONFINITE.action.value
+    metrics: Annotated[tuple[str, ...], form.METRICS, _says("Reported numbers that must stay finite")] = (
+        _NONFINITE.metrics
+    )
+    back: Annotated[int, form.integer(1, 1000), _says("With `rollback`: how many checkpoints")] = (
+        _NONFINITE.back
+    )
 
 
 class JobModel(_Strict):
     """A whole job file."""
 
-    name: Annotated[str, BeforeValidator(_name)]
-    nnodes: Annotated[tuple[int, int], BeforeValidator(_nodes)] = (1, 1)
-    nproc_per_node: Annotated[int, BeforeValidator(_nproc)] = 1
-    grow_cooldown: Annotated[float, _seconds()] = _JOB_GROW_COOLDOWN_S
-    spares: Annotated[int, _integer(0)] = 0
-    script: Annotated[str, BeforeValidator(_filled)] | None = None
-    module: Annotated[str, BeforeValidator(_module)] | None = None
-    command: Annotated[tuple[str, ...], BeforeValidator(_command)] | None = None
-    args: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
-    env: Annotated[dict[str, str], BeforeValidator(_env)] = Field(default_factory=dict)
-    working_dir: Annotated[str, BeforeValidator(_filled)] = "."
-    preload: Annotated[tuple[str, ...], BeforeValidator(_modules)] = ()
+    model_config = ConfigDict(
+        title="dtrain job file",
+        json_schema_extra={"oneOf": [{"required": [program]} for program in PROGRAMS]},
+    )
+
+    name: Annotated[
+        str, form.NAME, _says("Lower-case letters, digits and dashes; unique among the jobs that there are")
+    ]
+    nnodes: Annotated[
+        tuple[int, int], form.NODES, _says("Machines, or a range MIN:MAX. See docs/elastic.md", 1)
+    ] = (1, 1)
+    nproc_per_node: Annotated[
+        int, form.NPROC, _says("Ranks on each machine; `auto`: as many as it has slots")
+    ] = 1
+    script: Annotated[
+        Annotated[str, form.FILLED] | None, _says("A Python file, relative to `working_dir`")
+    ] = None
+    module: Annotated[Annotated[str, form.MODULE] | None, _says("A Python module, as with `python -m`")] = (
+        None
+    )
+    command: Annotated[
+        Annotated[tuple[str, ...], form.COMMAND] | None, _says("Any program with its arguments")
+    ] = None
+    args: Annotated[
+        tuple[str, ...], form.WORDS, _says("Arguments of the script or module: a list, or one line")
+    ] = ()
+    env: Annotated[dict[str, str], form.ENV, _says("Environment variables of the ranks; values are text")] = (
+        Field(default_factory=dict)
+    )
+    working_dir: Annotated[
+        str, form.FILLED, _says("Folder that ranks start in; relative to the job file")
+    ] = "."
+    preload: Annotated[
+        tuple[str, ...],
+        form.MODULES,
+        _says("Modules that a machine imports once, before it forks ranks. See docs/recovery.md"),
+    ] = ()
     checkpoint: CheckpointSection = CheckpointSection()
     restarts: RestartsSection = RestartsSection()
+    failure_rules: Annotated[tuple[RuleSection, ...], BeforeValidator(form.rules)] = ()
     hang: HangSection = HangSection()
-    failure_rules: Annotated[tuple[RuleSection, ...], BeforeValidator(_rules)] = ()
     nonfinite: NonFiniteSection = NonFiniteSection()
-    shutdown_grace: Annotated[float, _seconds()] = 30.0
-    isolation_grace: Annotated[float, _seconds()] = 0.0
-    reschedule_grace: Annotated[float, _seconds()] = 0.0
-    priority: Annotated[int, _integer(-PRIORITY_MAX, PRIORITY_MAX)] = 0
+    spares: Annotated[
+        int, form.integer(0), _says("Machines kept warm beyond the job's own, without being reserved")
+    ] = 0
+    grow_cooldown: Annotated[
+        float, form.duration(), _says("Shortest time between two growths of a job with a range")
+    ] = _JOB_GROW_COOLDOWN_S
+    priority: Annotated[
+        int,
+        form.integer(-form.PRIORITY_MAX, form.PRIORITY_MAX),
+        _says("Higher ones are placed first and may suspend lower ones. See docs/jobs.md"),
+    ] = 0
+    shutdown_grace: Annotated[
+        float, form.duration(), _says("From SIGTERM to SIGKILL when ranks are stopped on purpose")
+    ] = 30.0
+    isolation_grace: Annotated[
+        float,
+        form.duration(),
+        _says("How long ranks go on on a machine without etcd; 0: ten minutes or two checkpoint intervals"),
+    ] = 0.0
+    reschedule_grace: Annotated[
+        float, form.duration(), _says("How long a machine whose lease has ended is waited for; 0: not at all")
+    ] = 0.0
 
 
-PROGRAMS = ("script", "module", "command")
-"""Exactly one of these names the program."""
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of a job file, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **JobModel.model_json_schema()}
 
 
 def entry(model: JobModel) -> Entry:

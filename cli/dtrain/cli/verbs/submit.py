@@ -7,6 +7,16 @@ import click
 from dtrain.cli.options import connected, examples, formatted, settings
 
 
+def _show_schema(context: click.Context, _option: click.Parameter, asked: bool) -> None:
+    if asked:
+        import json
+
+        from dtrain.cli import jobschema
+
+        click.echo(json.dumps(jobschema.json_schema(), indent=2))
+        context.exit()
+
+
 @click.command(
     short_help="Submit a job file.",
     epilog=examples(
@@ -28,6 +38,14 @@ from dtrain.cli.options import connected, examples, formatted, settings
     help="Have it wait, and import what it begins from: as 'dtrain checkpoints import' does.",
 )
 @click.option("--weights-only", is_flag=True, help="Of --from-checkpoint: what PATH lacks begins fresh.")
+@click.option(
+    "--schema",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_schema,
+    help="Print the JSON Schema of job files, for editors, and exit.",
+)
 @formatted("table", "json", "yaml", "name")
 @connected
 def command(
