@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import click
 
-from dtrain.cli import exits, following, jobfile, output, records, waiting
+from dtrain.cli import exits, following, jobfile, loglines, output, records, waiting
 from dtrain.cli.client import Client
 from dtrain.cli.identity import new_id
 from dtrain.cli.records import Job
@@ -130,7 +130,7 @@ def watch(client: Client, accepted: Accepted, *, ranks: Callable[[Job], Sequence
         for line in changes.lines(job):
             output.say(f"[dtrain] {line}")
 
-    def write(line: following.Line) -> None:
+    def write(line: loglines.Line) -> None:
         output.log(following.show(line, prefix=prefix), err=line.stream == "stderr")
 
     shown: set[int] = set()

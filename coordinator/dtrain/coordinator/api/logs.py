@@ -62,7 +62,7 @@ class LogDesk:
             raise NotFound(ErrorCode.NOT_FOUND, f"job {job} has not started yet: there are no logs")
         attempt = request.attempt or status.attempt
         try:
-            return self._from_agents(request, context, job, uid, status, attempt)
+            return self._from_agents(request, context, status=status, attempt=attempt)
         except (NotFound, Unavailable) as error:
             # Whoever follows a machine that is silent for a moment asks it again: the archive lags behind.
             if isinstance(error, Unavailable) and request.wait_ms and self._is_registered(error):
@@ -107,15 +107,14 @@ class LogDesk:
         self,
         request: pb.JobLogRequest,
         context: grpc.ServicerContext,
-        job: JobName,
-        uid: Uid,
+        *,
         status: JobStatus,
         attempt: int,
     ) -> pb.JobLogChunk:
-        place = (uid, attempt, request.rank)
+        place = (status.uid, attempt, request.rank)
         asked = agent_pb.ReadLogRequest(
-            job=job,
-            uid=uid,
+            job=request.job,
+            uid=status.uid,
             attempt=attempt,
             rank=request.rank,
             stream=request.stream or "stdout",
@@ -126,7 +125,7 @@ class LogDesk:
         if not candidates:
             raise _NoSession(
                 ErrorCode.AGENT_UNAVAILABLE,
-                f"no agent that may have logs of {job} is alive",
+                f"no agent that may have logs of {request.job} is alive",
                 fix="logs of a lost machine can be read from the store, if the job has one",
             )
         waits = len(candidates) == 1 and request.wait_ms > 0 and self._waiting.acquire(blocking=False)
