@@ -14,7 +14,7 @@ from dtrain.protocol import checkpoint, cluster, commands, events, job, snapshot
 from dtrain.protocol.errors import ErrorCode
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("common", "storage", "coordinator", "agent", "trainer", "cli", "local", "testing")
+FOLDERS = ("common", "storage", "coordinator", "agent", "trainer", "cli", "local", "testing", "integrations")
 SOURCES = [
     path
     for folder in FOLDERS

@@ -149,6 +149,7 @@ MEANINGS = {
     "JobSpec.nonfinite": "what follows from numbers that are not finite",
     "JobSpec.failure_rules": "what follows from which failure; the first that fits",
     "Intent.nnodes_min": "replaces the job file's; 0: it does not",
+    "Intent.paused": "its ranks are to be held at a step",
     "Intent.nnodes_max": "replaces the job file's; 0: it does not",
     "BadBlob.message": "what went wrong, in one sentence",
     "BlobEntry.bytes": "size",

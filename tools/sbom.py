@@ -29,7 +29,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from tools.dist import ROOT, commit_time, digest
 
-EXTRAS = ("", "s3", "trainer", "agent", "local", "testing")
+EXTRAS = ("", "s3", "trainer", "agent", "local", "rendezvous", "testing")
 
 
 def resolve(wheel: Path, extra: str) -> list[dict[str, Any]]:

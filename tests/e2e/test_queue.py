@@ -69,6 +69,39 @@ def test_a_suspended_job_frees_its_machines_and_resumes_where_it_was(harness: Ha
     assert (after.restarts, after.failure) == ((), None)
 
 
+def test_a_paused_job_stands_still_with_all_it_has_and_goes_on_with_the_next_step(harness: Harness) -> None:
+    job = JobName("sleeper")
+    harness.await_steps(job, 20)
+    before = harness.status(job)
+    pids = set(harness.pids(job).values())
+    began = time.monotonic()
+    told = dtrain(harness, "pause", job, "--wait", "--timeout", "2m")
+    say(f"paused after {time.monotonic() - began:.2f} s: {told.strip()}")
+    status = harness.status(job)
+    assert told == f"sleeper: {status.reason}\n"
+    assert (status.phase, status.members, status.attempt) == (
+        JobPhase.RUNNING,
+        before.members,
+        before.attempt,
+    )
+    commit = harness.commits(job)[-1]
+    assert commit.seq == status.held
+    # A leader and an agent that are replaced meanwhile let nobody go.
+    harness.cluster.kill_leader_process()
+    harness.cluster.kill_agent(status.members[0].agent)
+    harness.until("another leads", lambda: harness.status(job).term > status.term)
+    time.sleep(3.0)
+    assert pids <= harness.alive()
+    assert max(mark.step for mark in harness.marks(job)) + 1 == commit.step
+    began = time.monotonic()
+    dtrain(harness, "unpause", job, "--wait")
+    say(f"unpaused after {time.monotonic() - began:.2f} s")
+    harness.await_steps(job, 10)
+    assert set(harness.pids(job).values()) == pids
+    assert steps_done_twice(harness, job) == 0
+    assert harness.status(job).attempt == before.attempt
+
+
 def test_the_leader_dies_while_it_is_being_suspended(harness: Harness) -> None:
     job = JobName("sleeper")
     harness.await_steps(job, 20)

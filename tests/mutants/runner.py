@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.mutants.mutant import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("common", "storage", "coordinator", "agent", "trainer", "cli", "local", "testing")
+FOLDERS = ("common", "storage", "coordinator", "agent", "trainer", "cli", "local", "testing", "integrations")
 BESIDE = (".cache",)
 """What git ignores and tests need: the etcd servers."""
 

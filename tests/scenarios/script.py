@@ -176,6 +176,16 @@ class Script:
         job = JobName(name)
         self._intend(job, replace(self._stage.intents[job], wanted=Wanted.RUN, by="ann"))
 
+    def do_pause(self, name: str) -> None:
+        """``pause JOB``: an operator wants its ranks to stand still."""
+        job = JobName(name)
+        self._intend(job, replace(self._stage.intents[job], paused=True, by="ann"))
+
+    def do_unpause(self, name: str) -> None:
+        """``unpause JOB``."""
+        job = JobName(name)
+        self._intend(job, replace(self._stage.intents[job], paused=False, by="ann"))
+
     def do_scale(self, name: str, nnodes: str) -> None:
         """``scale JOB 1:3``: an operator sets its bounds."""
         low, _, high = nnodes.partition(":")

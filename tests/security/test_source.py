@@ -19,6 +19,7 @@ FOLDERS = (
     "cli",
     "local",
     "testing",
+    "integrations",
     "examples",
     "benchmarks",
     "tools",

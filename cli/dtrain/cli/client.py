@@ -30,6 +30,7 @@ from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import CommitRecord
 from dtrain.protocol.cluster import Cordon
 from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, Refused, Unavailable
+from dtrain.protocol.job import Intent
 from dtrain.protocol.pb import coordinator_pb2 as pb
 from dtrain.protocol.snapshot import DurablePart
 
@@ -76,12 +77,16 @@ class Client(Caller):
         checkpoint_token: str = "",
         by: str = "",
         nnodes: tuple[int, int] = (0, 0),
+        pause: str = "",
     ) -> int:
         """Say what is wanted of a job; return the revision of it. ``nnodes`` (0, 0): as before.
 
+        ``pause``: "pause", "unpause", or "" for as before.
+
         Raises:
             NotFound: there is no such job.
-            Conflict: it has ended.
+            Conflict: it has ended, or is suspended and cannot be paused.
+            Refused: the replica that answered knows of no pauses.
             Unavailable: no replica could be reached, or none reaches etcd.
         """
         request = pb.SetIntentRequest(
@@ -91,8 +96,16 @@ class Client(Caller):
             by=by,
             nnodes_min=nnodes[0],
             nnodes_max=nnodes[1],
+            pause=pause,
         )
         reply = self._call(lambda stub, timeout: stub.SetIntent(request, timeout=timeout))
+        if pause and codec.decode(Intent, reply.intent).paused is not (pause == "pause"):
+            # A former release passes over what it does not know.
+            raise Refused(
+                ErrorCode.USAGE,
+                f"the coordinator that answered is of a former release: it cannot {pause} {job}",
+                fix="upgrade the coordinators: dtrain get coordinators shows their releases",
+            )
         return int(reply.revision)
 
     def cordon(self, agent: str, *, reason: str, ttl_s: int = 0, drain: bool = False, by: str = "") -> Cordon:

@@ -61,6 +61,8 @@ class EventReason(StrEnum):
     PREEMPTED = "Preempted"
     SUSPENDED = "Suspended"
     RESUMED = "Resumed"
+    PAUSED = "Paused"
+    UNPAUSED = "Unpaused"
     MIXED_RELEASES = "MixedReleases"
 
 

@@ -241,6 +241,7 @@ class Intent:
     """The operator's side. A new ``checkpoint_token`` asks for one checkpoint now.
 
     ``nnodes_min`` and ``nnodes_max`` replace those of the job file; 0: they do not.
+    ``paused``: a running job stands still at a step, with all that it has.
     """
 
     uid: Uid
@@ -250,6 +251,7 @@ class Intent:
     at: str = ""
     nnodes_min: int = 0
     nnodes_max: int = 0
+    paused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,6 +382,8 @@ class JobStatus:
     """With SUSPENDING: the checkpoint is taken, or there will be none, and ranks are being stopped."""
     unswept: tuple[Former, ...] = ()
     """Earlier submissions of this name that were used again before their last sweep."""
+    held: Seq = Seq(0)
+    """Number of the commit that all ranks of this attempt are held at: the job is paused. 0: it is not."""
 
     @property
     def world_size(self) -> int:

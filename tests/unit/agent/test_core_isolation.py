@@ -1,5 +1,6 @@
 """Cut off from etcd: states, whom to believe, and how long ranks go on."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -296,6 +297,28 @@ def test_ranks_that_wait_for_the_end_of_training_are_not_silent() -> None:
     table.see(1.5)
     table.tick(1000.0)
     assert not table.ending
+
+
+def test_ranks_that_are_held_at_a_step_are_not_silent() -> None:
+    table = Machine(grace=10_000.0).training()
+    table.steps(1, 5, 1.0)
+    table.command(replace(table.begin(at=5), hold_s=1e6))
+    table.lose_etcd()
+    table.see(6.0)
+    table.see(1.5)
+    table.tick(5000.0)
+    assert not table.ending
+
+
+def test_how_long_ranks_were_held_is_no_pace() -> None:
+    table = Machine(grace=10_000.0).training()
+    table.steps(1, 5, 1.0)
+    longest_s = table.job.pace.longest_s
+    table.command(replace(table.begin(at=5), hold_s=1e6))
+    table.tick(5000.0)
+    table.command(table.confirm())
+    table.steps(6, 9, 1.0)
+    assert table.job.pace.longest_s == longest_s
 
 
 def test_ranks_that_restore_are_not_silent() -> None:

@@ -41,6 +41,7 @@ from dtrain.protocol.job import (
     Condition,
     Entry,
     EntryKind,
+    Intent,
     JobPhase,
     JobSpec,
     JobStatus,
@@ -218,6 +219,7 @@ class FakeReplica(coordinator_pb2_grpc.CoordinatorServicer):
     """(attempt, rank, stream) to what was written."""
     changed: threading.Condition = field(default_factory=threading.Condition)
     problems: list[str] = field(default_factory=list)
+    knows_pauses: bool = True
 
     def update(self, items: list[Item]) -> None:
         with self.changed:
@@ -236,7 +238,9 @@ class FakeReplica(coordinator_pb2_grpc.CoordinatorServicer):
     def SetIntent(self, request: pb.SetIntentRequest, context: grpc.ServicerContext) -> pb.SetIntentReply:  # noqa: N802
         self._enter("SetIntent", context)
         self.intents.append(request)
-        return pb.SetIntentReply(intent=b"{}", revision=self.revision)
+        paused = request.pause == "pause" and self.knows_pauses
+        intent = codec.encode(Intent(Uid("u1"), paused=paused))
+        return pb.SetIntentReply(intent=intent, revision=self.revision)
 
     def Cordon(self, request: pb.CordonRequest, context: grpc.ServicerContext) -> pb.CordonReply:  # noqa: N802
         self._enter("Cordon", context)

@@ -53,7 +53,7 @@ def test_the_verbs_are_those_of_the_folder() -> None:
     assert set(verbs()) == {
         *("up", "run", "submit", "get", "describe", "logs", "stacks", "wait", "checkpoint", "cancel"),
         *("checkpoints", "cordon", "uncordon", "drain"),
-        *("suspend", "resume"),
+        *("suspend", "resume", "pause", "unpause"),
         *("coordinator", "agent", "version", "completion", "chaos", "audit", "scale"),
     }
 

@@ -26,7 +26,7 @@ from dtrain.cli.main import run
 from dtrain.protocol.checkpoint import Latest
 from dtrain.protocol.errors import Refused
 from dtrain.protocol.ids import Attempt, Seq, Step
-from dtrain.protocol.job import JobPhase
+from dtrain.protocol.job import Condition, JobPhase
 from dtrain.protocol.snapshot import FailureKind
 
 Out = pytest.CaptureFixture[str]
@@ -191,6 +191,40 @@ def test_suspend_wait_returns_when_the_machines_are_free(
     replica.items = ended(JobPhase.SUCCEEDED)  # type: ignore[assignment]
     assert run(["suspend", "digits", "--wait", "--coordinators", address]) == 5
     assert capsys.readouterr().out == "digits: ended as SUCCEEDED\n"
+
+
+def test_pause_and_unpause_write_the_intent(replica: FakeReplica, address: str, capsys: Out) -> None:
+    replica.items = running_job()
+    assert run(["pause", "digits", "--coordinators", address]) == 0
+    assert run(["unpause", "digits", "--coordinators", address, "-o", "name"]) == 0
+    assert [(intent.job, intent.pause) for intent in replica.intents] == [
+        ("digits", "pause"),
+        ("digits", "unpause"),
+    ]
+    assert capsys.readouterr().out == "digits: pause accepted\njob/digits\n"
+
+
+def test_pause_wait_returns_when_ranks_are_held_or_never_will_be(
+    replica: FakeReplica, address: str, capsys: Out
+) -> None:
+    reason = "paused by ann at step 40, with checkpoint 4"
+    replica.items = ended(JobPhase.RUNNING, reason=reason, held=Seq(4))  # type: ignore[assignment]
+    assert run(["pause", "digits", "--wait", "--coordinators", address]) == 0
+    assert capsys.readouterr().out == f"digits: {reason}\n"
+    reason = "it cannot be paused, as it has no store to save the step in, and goes on"
+    cannot = (Condition("Paused", "False", "CannotPause", reason),)
+    replica.items = ended(JobPhase.RUNNING, reason=reason, conditions=cannot)  # type: ignore[assignment]
+    assert run(["pause", "digits", "--wait", "--coordinators", address]) == 5
+    assert capsys.readouterr().out == f"digits: {reason}\n"
+
+
+def test_a_coordinator_that_knows_no_pauses_is_told_of(
+    replica: FakeReplica, address: str, capsys: Out
+) -> None:
+    replica.items = running_job()
+    replica.knows_pauses = False
+    assert run(["pause", "digits", "--coordinators", address]) == 2
+    assert "is of a former release: it cannot pause digits" in capsys.readouterr().err
 
 
 def test_resume_wait_returns_when_ranks_train_or_it_has_ended(

@@ -327,6 +327,29 @@ def test_no_job_is_suspended_while_a_coordinator_could_not_read_it(replica: Repl
     assert replica.stored(KEYS.intent(JOB), Intent).wanted is Wanted.RUN
 
 
+def test_a_job_is_paused_and_unpaused_and_what_else_is_wanted_stays(replica: Replica) -> None:
+    replica.submit()
+    replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, nnodes_min=1, nnodes_max=2))
+    for pause, paused in (("pause", True), ("", True), ("unpause", False)):
+        reply = replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, pause=pause))
+        assert codec.decode(Intent, reply.intent).paused is paused
+        stored = replica.stored(KEYS.intent(JOB), Intent)
+        assert (stored.paused, stored.nnodes_max) == (paused, 2)
+    code, told = refusal(lambda: replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, pause="rest")))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "pause, unpause" in told["fix"]
+
+
+def test_suspending_ends_a_pause_and_what_is_suspended_cannot_be_paused(replica: Replica) -> None:
+    replica.submit()
+    replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, pause="pause"))
+    replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, wanted="suspend"))
+    assert not replica.stored(KEYS.intent(JOB), Intent).paused
+    code, told = refusal(lambda: replica.stub.SetIntent(pb.SetIntentRequest(job=JOB, pause="pause")))
+    assert code is grpc.StatusCode.ABORTED
+    assert told["fix"] == f"let it go on first: dtrain resume {JOB}"
+
+
 def test_a_lost_answer_to_an_intent_is_resolved(replica: Replica) -> None:
     replica.submit()
     replica.etcd.lose = ["after"]

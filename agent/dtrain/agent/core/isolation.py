@@ -149,7 +149,7 @@ def paced(job: JobState, before: int, after: int, now: float) -> JobState:
     if after <= max(before, pace.step):
         return job
     if not pace.at:
-        return dataclasses.replace(job, pace=Pace(step=after, at=now))
+        return dataclasses.replace(job, pace=dataclasses.replace(pace, step=after, at=now))
     steps, seconds = after - pace.step, now - pace.at
     moved = Pace(
         step=after,
@@ -178,13 +178,16 @@ def grace_s(spec: JobSpec, pace: Pace) -> float:
 def silence_s(job: JobState) -> float | None:
     """How long the ranks may go without a step; None: steps say nothing about them now.
 
-    Ranks that restore complete none, those that announced their end wait for the leader, and
-    one that is taking a snapshot holds up the others. A pace that was never measured cannot be missed.
+    Ranks that restore complete none, those that announced their end or are held at a step wait for
+    the leader, and one that is taking a snapshot holds up the others. A pace that was never measured
+    cannot be missed.
     """
     if not job.pace.steps or job.phase is not WorkerPhase.TRAINING:
         return None
     running = [rank for rank in job.ranks if rank.exit_code is None]
     if any(rank.last_step is not None or rank.phase is not WorkerPhase.TRAINING for rank in running):
+        return None
+    if any(saving.hold_s > 0 and saving.step <= job.pace.step for saving in job.saving):
         return None
     return max(SILENCE_S_LEAST, SILENCE_STEPS * job.pace.longest_s)
 

@@ -167,6 +167,9 @@ def settle(job: JobState, outcome: Outcome, out: list[Action]) -> JobState:
     tell_all(job, outcome, out)
     seq = outcome.seq
     asked = any(one.seq == seq and one.asked for one in job.saving)
+    if any(one.seq == seq and one.hold_s > 0 for one in job.saving):
+        # How long they were held says nothing about how long a step takes.
+        job = dataclasses.replace(job, pace=dataclasses.replace(job.pace, at=0.0))
     asked_over = max(job.asked_over, seq) if asked else job.asked_over
     others = tuple(one for one in job.outcomes if one.seq != seq)
     return dataclasses.replace(

@@ -557,6 +557,7 @@ class SetIntentRequest(google.protobuf.message.Message):
     BY_FIELD_NUMBER: builtins.int
     NNODES_MIN_FIELD_NUMBER: builtins.int
     NNODES_MAX_FIELD_NUMBER: builtins.int
+    PAUSE_FIELD_NUMBER: builtins.int
     job: builtins.str
     wanted: builtins.str
     """run, suspend or cancel; empty: unchanged"""
@@ -566,6 +567,8 @@ class SetIntentRequest(google.protobuf.message.Message):
     nnodes_min: builtins.int
     """with nnodes_max: replace those of the job file; 0: unchanged"""
     nnodes_max: builtins.int
+    pause: builtins.str
+    """pause or unpause; empty: unchanged"""
     def __init__(
         self,
         *,
@@ -575,8 +578,9 @@ class SetIntentRequest(google.protobuf.message.Message):
         by: builtins.str = ...,
         nnodes_min: builtins.int = ...,
         nnodes_max: builtins.int = ...,
+        pause: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["by", b"by", "checkpoint_token", b"checkpoint_token", "job", b"job", "nnodes_max", b"nnodes_max", "nnodes_min", b"nnodes_min", "wanted", b"wanted"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["by", b"by", "checkpoint_token", b"checkpoint_token", "job", b"job", "nnodes_max", b"nnodes_max", "nnodes_min", b"nnodes_min", "pause", b"pause", "wanted", b"wanted"]) -> None: ...
 
 Global___SetIntentRequest: typing_extensions.TypeAlias = SetIntentRequest
 

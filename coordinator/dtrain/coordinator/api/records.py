@@ -134,19 +134,22 @@ class Operators:
         known: Iterable[str],
         *,
         nnodes: tuple[int, int] = (0, 0),
+        pause: str = "",
     ) -> tuple[Intent, int]:
         """Change what is wanted of a job; return the intent as stored and its revision.
 
-        ``nnodes``: fewest and most machines from now on; (0, 0): as before.
+        ``nnodes``: fewest and most machines from now on; (0, 0): as before. ``pause``: "pause" or
+        "unpause"; "": as before.
 
         Raises:
             NotFound: there is no such job; the fix names one of ``known`` that is like it.
             Conflict: the job has ended, or others kept changing it.
-            Refused: ``wanted`` is no such thing, or ``nnodes`` no range.
+            Refused: ``wanted`` or ``pause`` is no such thing, or ``nnodes`` no range.
         """
         name = JobName(parse_name(job, "job"))
         asked = _wanted(wanted)
-        if asked is Wanted.SUSPEND:
+        paused = _paused(pause)
+        if asked is Wanted.SUSPEND or paused:
             self._need_all_to_know()
         if nnodes != (0, 0):
             validate.check_nodes(*nnodes)
@@ -169,6 +172,8 @@ class Operators:
                 checkpoint_token=checkpoint_token[:BY_CHARACTERS_MAX] or before.checkpoint_token,
                 nnodes_min=nnodes[0] or before.nnodes_min,
                 nnodes_max=nnodes[1] or before.nnodes_max,
+                # What gives its machines back stands still no more, and is to run when it has some again.
+                paused=(before.paused if paused is None else paused) and asked in (None, Wanted.RUN),
             )
             if after == before and found.intent is not None:
                 return before, found.revision
@@ -177,6 +182,12 @@ class Operators:
                 raise Conflict(ErrorCode.CONFLICT, f"job {name} has ended already: {phase}")
             if before.wanted is Wanted.CANCEL and after.wanted is not Wanted.CANCEL:
                 raise Conflict(ErrorCode.CONFLICT, f"job {name} is being cancelled, which cannot be undone")
+            if paused and after.wanted is Wanted.SUSPEND:
+                raise Conflict(
+                    ErrorCode.CONFLICT,
+                    f"job {name} is suspended: it has no ranks to hold",
+                    fix=f"let it go on first: dtrain resume {name}",
+                )
             after = replace(after, by=by[:BY_CHARACTERS_MAX], at=iso(self._clock.wall()))
             try:
                 result = self._etcd.txn(
@@ -206,7 +217,7 @@ class Operators:
         if why := releases.withheld(versions):
             raise Conflict(
                 ErrorCode.CONFLICT,
-                f"jobs can be suspended once all coordinators know how: {why}",
+                f"jobs can be suspended and paused once all coordinators know how: {why}",
                 fix="upgrade it first; what is running goes on meanwhile",
             )
 
@@ -270,6 +281,12 @@ def _wanted(text: str) -> Wanted | None:
             f"a job cannot be made to {text[:40]!r}",
             fix=f"use one of: {', '.join(Wanted)}",
         ) from error
+
+
+def _paused(text: str) -> bool | None:
+    if text not in ("", "pause", "unpause"):
+        raise Refused(ErrorCode.USAGE, f"{text[:40]!r} is no pause", fix="use one of: pause, unpause")
+    return None if not text else text == "pause"
 
 
 def _contended(name: str) -> DtrainError:

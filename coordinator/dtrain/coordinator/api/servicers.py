@@ -142,6 +142,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             by,
             self._job_names(),
             nnodes=(request.nnodes_min, request.nnodes_max),
+            pause=request.pause,
         )
         return pb.SetIntentReply(intent=codec.encode(intent), revision=revision)
 

@@ -673,7 +673,8 @@ def tell_outcomes(draft: Draft, members: Sequence[Seat]) -> None:
         if seat.snapshot is None:
             continue
         for seq in seat.snapshot.saving:
-            if seq not in undecided:
+            # While a job is paused its ranks are not told: they hold until they hear the outcome.
+            if seq not in undecided and seq != draft.status.held:
                 _tell(draft, seat.member.agent, seq, committed=seq in committed)
     phases = (JobPhase.RUNNING, JobPhase.SUSPENDING)
     if draft.status.phase in phases and end_of_training(members) is not None:

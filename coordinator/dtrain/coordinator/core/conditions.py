@@ -19,6 +19,9 @@ _SUSPENDED = (JobPhase.SUSPENDING, JobPhase.SUSPENDED)
 BRAKE_ON = "BrakeOn"
 """Reason of the condition Degraded while the brake is on."""
 
+CANNOT_PAUSE = "CannotPause"
+"""Reason of the condition Paused of a job that goes on although somebody wants it to stand still."""
+
 
 def derive(
     fleet: FleetView,
@@ -48,6 +51,10 @@ def derive(
     ]
     if status.phase in _SUSPENDED or "Suspended" in before:
         found.append(_suspended(status))
+    if "Paused" in noted:
+        found.append(noted["Paused"])
+    elif status.held or "Paused" in before:
+        found.append(_paused(status))
     result = []
     for condition in found:
         old = before.get(condition.type)
@@ -84,6 +91,8 @@ def _ranks_ready(status: JobStatus) -> Condition:
 
 
 def _progressing(status: JobStatus) -> Condition:
+    if status.held:
+        return Condition("Progressing", "False", "Paused")
     running = status.phase is JobPhase.RUNNING
     return Condition("Progressing", "True" if running else "False", status.phase.value.capitalize())
 
@@ -121,6 +130,12 @@ def _suspended(status: JobStatus) -> Condition:
     if status.phase is JobPhase.QUEUED and status.preempted_by:
         return Condition("Suspended", "True", "Preempted", f"it made room for {status.preempted_by}")
     return Condition("Suspended", "False", status.phase.value.capitalize())
+
+
+def _paused(status: JobStatus) -> Condition:
+    if status.held and status.phase is JobPhase.RUNNING:
+        return Condition("Paused", "True", "AsAsked", status.reason)
+    return Condition("Paused", "False", status.phase.value.capitalize())
 
 
 def _finished(status: JobStatus) -> Condition:

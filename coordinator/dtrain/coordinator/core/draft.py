@@ -124,7 +124,9 @@ class Draft:
         """Go to another phase; the time of the change goes with it."""
         stamp = iso(self.moment.wall)
         finished = stamp if phase in TERMINAL_PHASES else ""
-        self.set(phase=phase, reason=reason, since=stamp, finished_at=finished, **changes)
+        # Only ranks of an attempt that goes on can be held.
+        over = {"held": Seq(0), **changes}
+        self.set(phase=phase, reason=reason, since=stamp, finished_at=finished, **over)
         self.say(reason)
 
     def explain(self, reason: str) -> None:

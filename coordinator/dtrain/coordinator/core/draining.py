@@ -83,7 +83,8 @@ def is_decided(draft: Draft, members: Sequence[Seat], until: float) -> bool:
 
 def note_end(draft: Draft, going: Sequence[Seat]) -> None:
     """Record that the attempt ends because of these machines. It costs no restart."""
-    newest = draft.committed[-1] if draft.committed else None
+    held = [one.value for one in draft.commits() if one.value.seq == draft.status.held]
+    newest = next(iter([*draft.committed[-1:], *held]), None)
     if newest is not None:
         where = f"ends at step {newest.step}, with checkpoint {newest.seq}"
     elif draft.status.phase is JobPhase.STARTING:

@@ -86,6 +86,10 @@ def _checkpoints(job: JobView, status: JobStatus) -> list[str]:
         for stored in job.garbage
         if stored.value.seq in commits
     ]
+    if status.held and (status.held not in commits or commits[status.held].attempt != status.attempt):
+        broken.append(f"ranks are held at checkpoint {status.held}, which is not there")
+    if status.held and status.phase is not JobPhase.RUNNING:
+        broken.append(f"ranks are held although the job is {status.phase}")
     restore = status.restore
     if status.phase in PLACED_PHASES and restore is not None and restore.seq not in commits:
         broken.append(f"checkpoint {restore.seq} is restored from but not there")

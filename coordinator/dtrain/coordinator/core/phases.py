@@ -18,6 +18,7 @@ from dtrain.coordinator.core import (
     importing,
     kinds,
     nonfinite,
+    pausing,
     placement,
     quarantine,
     retention,
@@ -272,11 +273,15 @@ def running(draft: Draft) -> None:
     if not going and (alike := kinds.due(draft)):
         reunite(draft, alike)
         return
-    change = None if going else elastic.due(draft, members)
+    pausing.let_go(draft, members)
+    pause = pausing.is_wanted(draft)
+    change = None if going or pause else elastic.due(draft, members)
     if going:
-        if draining.is_due(draft, members, going):
+        if draft.status.held or draining.is_due(draft, members, going):
             move(draft, going)
             return
+    elif pause:
+        pausing.drive(draft, members)
     elif change is not None:
         if elastic.is_due(draft, members, change):
             resize(draft, change)
@@ -289,7 +294,7 @@ def running(draft: Draft) -> None:
     for seat in members:
         if seat.standing is Standing.SETTLING:
             draft.say(f"{seat.why}; waiting before it is called lost")
-    if not going and change is None:
+    if not (going or pause or change):
         checkpoints.drive(draft, members)
     checkpoints.tell_outcomes(draft, members)
     nonfinite.note(draft, members)

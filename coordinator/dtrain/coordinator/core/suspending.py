@@ -11,7 +11,7 @@ ended, as any attempt does.
 
 from collections.abc import Sequence
 
-from dtrain.coordinator.core import checkpoints, draining, failures, phases
+from dtrain.coordinator.core import checkpoints, draining, failures, pausing, phases
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.failures import Ending
 from dtrain.coordinator.core.liveness import Seat, seats
@@ -53,8 +53,8 @@ def _begin(draft: Draft) -> bool:
     if draft.fleet.withheld:
         draft.say(f"it is suspended once all coordinators know how: {draft.fleet.withheld}")
         return False
-    # Without a step that all ranks have done there is nothing to save.
-    stopping = draft.status.phase is JobPhase.STARTING
+    # Without a step that all ranks have done there is nothing to save; where they are held at one, it is.
+    stopping = draft.status.phase is JobPhase.STARTING or pausing.stands(draft, seats(draft))
     if is_wanted(draft):
         by = ""
         draft.event(EventReason.USER_REQUESTED, f"suspend{_asked_by(draft)}")
