@@ -43,6 +43,7 @@ PLAN: dict[str, tuple[str, list[str]]] = {
             "FailureRule",
             "Intent",
             "JobStatus",
+            "Tally",
             "Member",
             "FailureMark",
             "Former",
@@ -50,6 +51,7 @@ PLAN: dict[str, tuple[str, list[str]]] = {
             "Condition",
         ],
     ),
+    "Time": ("ledger.py", ["Ledger", "Mark"]),
     "Checkpoints": (
         "checkpoint.py",
         [
@@ -116,6 +118,9 @@ MEANINGS = {
     "Blame.kind": "kind of the failure",
     "Suspicion.blames": "attempts that ended because of it, oldest first",
     "Timing.step_s": "median time per step, seconds; 0: not known",
+    "JobStatus.tally": "how often what has happened",
+    "Tally.commits": "committed checkpoints, deleted ones included",
+    "Tally.committed_bytes": "their bytes",
     "Timing.data_s": "of it waiting for data",
     "Timing.own_s": "of it not waiting for other ranks",
     "Stall.deadline_s": "its deadline, seconds",
@@ -151,6 +156,7 @@ MEANINGS = {
     "Intent.nnodes_min": "replaces the job file's; 0: it does not",
     "Intent.paused": "its ranks are to be held at a step",
     "Intent.nnodes_max": "replaces the job file's; 0: it does not",
+    "Mark.ms": "productive milliseconds until then",
     "BadBlob.message": "what went wrong, in one sentence",
     "BlobEntry.bytes": "size",
     "BlobEntry.chunks": "CRC32C of each 16 MiB, hex",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dtrain.coordinator.core import invariants, stragglers
+from dtrain.coordinator.core import invariants, pace, stragglers
 from dtrain.coordinator.core.decisions import Decision, Directed, PutRecord, Work
 from dtrain.coordinator.core.plan import plan
 from dtrain.coordinator.core.queue import Queue
@@ -15,6 +15,7 @@ from dtrain.coordinator.core.views import (
     Inspection,
     JobView,
     Moment,
+    Pace,
     Sightings,
     Stored,
     SweepFound,
@@ -36,6 +37,7 @@ from dtrain.protocol.ids import (
     Uid,
 )
 from dtrain.protocol.job import (
+    PLACED_PHASES,
     CheckpointPolicy,
     Entry,
     EntryKind,
@@ -178,6 +180,9 @@ class Stage:
     swept_former: set[Uid] = field(default_factory=set)
     step_rate: float = 0.0
     sightings: Sightings = Sightings()
+    pace: Pace = Pace()
+    wall_offset_s: float = 0.0
+    """By how much this leader's wall clock is ahead."""
     last: Decision = field(default_factory=Decision)
     decisions: int = 0
     history: list[JobPhase] = field(default_factory=list)
@@ -283,6 +288,7 @@ class Stage:
             store_problem=self.store_problem,
             step_rate=self.step_rate,
             sightings=self._sightings(),
+            pace=self._pace(),
         )
 
     def _sightings(self) -> Sightings:
@@ -292,6 +298,12 @@ class Stage:
             shown = [one.value for one in self.workers.values() if (one.value.uid, one.value.attempt) == of]
             self.sightings = stragglers.observe(self.sightings, stored.value, shown, self.now)
         return self.sightings
+
+    def _pace(self) -> Pace:
+        stored = next(iter(self.of("status").values()), None)
+        if stored is not None and stored.value.phase in PLACED_PHASES:
+            self.pace = pace.observe(self.pace, stored.value, self.workers.values())
+        return self.pace
 
     def fleet(self) -> FleetView:
         """The machines as the leader sees them."""
@@ -327,7 +339,7 @@ class Stage:
     def decide(self, *, sound: bool = True) -> Decision:
         """Plan once and apply the writes as one transaction; not ``sound``: the records contradict."""
         self.decisions += 1
-        moment = Moment(self.now, EPOCH + self.now, f"{self.decisions:016x}")
+        moment = Moment(self.now, EPOCH + self.now + self.wall_offset_s, f"{self.decisions:016x}")
         decision = plan(self.view(), self.fleet(), moment)
         check_decision(decision)
         self._apply(decision)
@@ -619,6 +631,7 @@ class Stage:
         self.swept_at = None
         self.swept_former.clear()
         self.sightings = Sightings()
+        self.pace = Pace()
         for cell in self.cells.values():
             cell.seen_at = self.now
         self.agents = {

@@ -116,8 +116,9 @@ class Follower:
     """Follows one job to its end.
 
     ``ranks`` picks the ranks to read from a job with members; ``changed`` hears
-    of every change of the job; ``write`` gets the lines, one at a time. ``start_at``: how far
-    logs, by attempt, rank and stream, were read already.
+    of every change of the job; ``write`` gets the lines, one at a time. What ``check``
+    raises, asked each time around, ends it. ``start_at``: how far logs, by attempt, rank and
+    stream, were read already.
     """
 
     def __init__(
@@ -130,11 +131,13 @@ class Follower:
         changed: Callable[[Job], None] = _ignore,
         streams: Sequence[str] = STREAMS,
         trouble: Callable[[str], None] = _ignore,
+        check: Callable[[], None] = lambda: None,
         start_at: Mapping[tuple[int, int, str], int] | None = None,
     ) -> None:
         self._start_at = start_at or {}
         self._client, self._job = client, job
         self._ranks, self._changed, self._trouble = ranks, changed, trouble
+        self._check = check
         self._streams = tuple(streams)
         self._lock = threading.Lock()
         self._sink = write
@@ -151,6 +154,7 @@ class Follower:
         first = True
         try:
             while True:
+                self._check()
                 try:
                     reading = self._client.read(
                         f"jobs/{self._job}/",

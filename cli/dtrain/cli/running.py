@@ -1,22 +1,17 @@
 """``run``: builds the job from torchrun's flags, finds or starts a cluster, follows to the end."""
 
 import os
-import shutil
-import tempfile
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from dtrain.cli import context, exits, jobfile, output, submitting, torchflags, yamlmarks
 from dtrain.cli.client import Client, closing
-from dtrain.cli.foreground import Foreground
-from dtrain.cli.identity import new_id, whoami
+from dtrain.cli.identity import new_id
 from dtrain.cli.options import settings
 from dtrain.cli.records import Job
 from dtrain.cli.render import failures, sentences
 from dtrain.cli.yamlmarks import Document
-from dtrain.local.cluster import LocalCluster
-from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.job import JobPhase, JobSpec
 
 _SETTINGS = {
@@ -28,9 +23,6 @@ _SETTINGS = {
 }
 """Flags that, beside a job file, override what the file says."""
 
-CANCEL_S = 60.0
-"""After Ctrl-C: how long ranks may take to leave before the cluster is ended around them."""
-
 
 def run(given: Mapping[str, Any], chosen: Set[str]) -> int:
     """Run and follow; return the exit code of the failing rank, 0 if there was none.
@@ -41,6 +33,7 @@ def run(given: Mapping[str, Any], chosen: Set[str]) -> int:
         Refused, NotFound: the command line or the job file is wrong.
         Unavailable: the cluster cannot be reached.
     """
+    torchflags.check(given)
     addresses = () if given["standalone"] else context.addresses(settings())
     spec = build_spec(given, chosen, here=not addresses)
     for line in explanations(given):
@@ -48,8 +41,18 @@ def run(given: Mapping[str, Any], chosen: Set[str]) -> int:
     if addresses:
         if given["log_dir"]:
             output.say("--log-dir: the logs stay with the agents; dtrain logs shows them")
+        if given["folder"]:
+            output.say("--folder has no effect: the job runs in the cluster that is configured")
         return _on_cluster(addresses, spec, given)
-    return _embedded(spec, given)
+
+    # Whoever has a cluster needs no etcd, and waits for none of what starts one.
+    from dtrain.cli import embedding
+
+    def watch(client: Client, accepted: submitting.Accepted, check: Callable[[], None]) -> Job:
+        ranks = shown_ranks(given, spec.nproc_per_node)
+        return submitting.watch(client, accepted, ranks=ranks, prefix=bool(given["tee"]), check=check)
+
+    return embedding.run(spec, given["folder"], watch=watch, outcome=outcome, log_dir=given["log_dir"])
 
 
 def build_spec(given: Mapping[str, Any], chosen: Set[str], *, here: bool) -> JobSpec:
@@ -123,7 +126,8 @@ def _document(given: Mapping[str, Any], program: str, args: list[str], *, here: 
     kind = "module" if given["module"] else "command" if given["no_python"] else "script"
     name = given["name"] or given["rdzv_id"]
     document: dict[str, Any] = {
-        "name": name or torchflags.job_name(program, new_id()[:4]),
+        # What a folder holds is found again by its name.
+        "name": name or torchflags.job_name(program, "" if given["folder"] else new_id()[:4]),
         "nnodes": f"{low}:{high}",
         "nproc_per_node": nproc or "auto",
         kind: [program] if kind == "command" else program,
@@ -147,61 +151,3 @@ def _on_cluster(addresses: tuple[str, ...], spec: JobSpec, given: Mapping[str, A
             submitting.say_detached(accepted.name)
             return exits.INTERRUPTED
     return outcome(job)
-
-
-def _embedded(spec: JobSpec, given: Mapping[str, Any]) -> int:
-    # Short: Unix sockets below it have names of at most 107 bytes.
-    folder = Path(tempfile.mkdtemp(prefix="dtrain-run-"))
-    cluster = LocalCluster(
-        folder,
-        coordinators=1,
-        agents=spec.nnodes_max,
-        slots=spec.nproc_per_node,
-        store="dir",
-        name="run",
-        remove=True,
-    )
-    with Foreground(lambda: cluster.stop(clean=False)):
-        try:
-            output.say(f"no cluster is configured: starting one for this run ({spec.nnodes_max} agents)")
-            cluster.start()
-            return _follow_embedded(cluster, spec, given)
-        except Foreground.Interrupted as interrupted:
-            return interrupted.exit_code
-        finally:
-            _keep_logs(cluster.folder, given["log_dir"])
-            cluster.stop()
-            # If it never started there is nothing that would have removed it.
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _follow_embedded(cluster: LocalCluster, spec: JobSpec, given: Mapping[str, Any]) -> int:
-    with closing(Client(cluster.addresses)) as client:
-        accepted = submitting.submit(client, spec, None, "quiet")
-        ranks = shown_ranks(given, spec.nproc_per_node)
-        try:
-            job = submitting.watch(client, accepted, ranks=ranks, prefix=bool(given["tee"]))
-        except Foreground.Interrupted as interrupted:
-            output.say(f"cancelling {accepted.name}; Ctrl-C again stops at once")
-            try:
-                client.set_intent(accepted.name, wanted="cancel", by=whoami())
-                submitting.until_ended(client, accepted.name, CANCEL_S)
-            except DtrainError as error:
-                output.say(f"it did not end by itself: {error.message}")
-            return interrupted.exit_code
-    return outcome(job)
-
-
-def _keep_logs(folder: Path, log_dir: str | None) -> None:
-    """Copy ``agents/*/logs/RUN/attempt_N/LOCAL_RANK`` to ``log_dir/RUN/...``, merged over agents."""
-    if not log_dir:
-        return
-    several = len(list((folder / "agents").glob("*"))) > 1
-    for source in (folder / "agents").glob("*/logs/*"):
-        target = Path(log_dir) / source.name
-        if several:
-            target = Path(log_dir) / source.name / source.parents[1].name
-        try:
-            shutil.copytree(source, target, dirs_exist_ok=True)
-        except (OSError, shutil.Error) as error:
-            output.say(f"--log-dir: {source.name} could not be copied: {error}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import click
 
-from dtrain.cli import exits, following, jobfile, loglines, output, records, waiting
+from dtrain.cli import exits, following, jobfile, loglines, output, records
 from dtrain.cli.client import Client
 from dtrain.cli.identity import new_id
 from dtrain.cli.records import Job
@@ -66,18 +66,27 @@ def dry_run(client: Client, spec: JobSpec, form: str) -> int:
     reply = client.submit(codec.encode(spec), new_id(), dry_run=True)
     for warning in reply.warnings:
         output.say(f"warning: {warning}")
-    existing = records.group(client.read(f"jobs/{spec.name}/")).jobs.get(spec.name)
-    if existing is not None and existing.spec is not None:
-        plain = dataclasses.replace(existing.spec, uid=spec.uid, submitted_at="", request_id="")
-        changes = jobfile.differences(codec.to_json(plain), codec.to_json(spec))
+    before = existing(client, spec)
+    if before is not None and before.spec is not None:
+        lines = changes(before.spec, spec)
         output.say(
-            f"job {spec.name} exists and is {existing.phase}; "
-            + ("it differs:" if changes else "it is the same")
+            f"job {spec.name} exists and is {before.phase}; " + ("it differs:" if lines else "it is the same")
         )
-        for line in changes:
+        for line in lines:
             output.say(f"  {line}")
     show_spec(spec, form)
     return 0
+
+
+def existing(client: Client, spec: JobSpec) -> Job | None:
+    """The job that has this one's name, if there is one."""
+    return records.group(client.read(f"jobs/{spec.name}/")).jobs.get(spec.name)
+
+
+def changes(before: JobSpec, spec: JobSpec) -> list[str]:
+    """How ``spec`` differs from what was submitted under its name, a line each."""
+    plain = dataclasses.replace(before, uid=spec.uid, submitted_at="", request_id=spec.request_id)
+    return jobfile.differences(codec.to_json(plain), codec.to_json(spec))
 
 
 def show_spec(spec: JobSpec, form: str) -> None:
@@ -113,17 +122,18 @@ def say_detached(name: str) -> None:
     output.say(f"  or end it: dtrain cancel {name}")
 
 
-def until_ended(client: Client, name: str, timeout_s: float) -> Job:
-    """Wait for a job's end.
+def watch(
+    client: Client,
+    accepted: Accepted,
+    *,
+    ranks: Callable[[Job], Sequence[int]],
+    prefix: bool,
+    check: Callable[[], None] = lambda: None,
+) -> Job:
+    """Show logs (stdout to stdout, stderr to stderr) and changes until the job ends.
 
-    Raises:
-        TimedOut: it takes longer.
+    ``check`` is called every few seconds at least; what it raises ends the watch.
     """
-    return waiting.until(client, name, lambda job: job.finished, what="its end", timeout_s=timeout_s)
-
-
-def watch(client: Client, accepted: Accepted, *, ranks: Callable[[Job], Sequence[int]], prefix: bool) -> Job:
-    """Show logs (stdout to stdout, stderr to stderr) and changes until the job ends."""
     changes = sentences.Changes()
 
     def changed(job: Job) -> None:
@@ -141,7 +151,7 @@ def watch(client: Client, accepted: Accepted, *, ranks: Callable[[Job], Sequence
         return picked
 
     follower = following.Follower(
-        client, accepted.name, ranks=chosen, write=write, changed=changed, trouble=output.say
+        client, accepted.name, ranks=chosen, write=write, changed=changed, trouble=output.say, check=check
     )
     job = follower.run(after_revision=accepted.revision)
     failure = job.status.failure if job.status else None

@@ -21,9 +21,10 @@ Checked (numbers as in ``docs/guarantees.md``):
 * I7  one command id, one effect;
 * I9  nothing is declared lost, or placed, by a decision that saw the brake on.
 
-Three more names occur: ``phase`` (a job went where the phase diagram does not
+Four more names occur: ``phase`` (a job went where the phase diagram does not
 lead, or has members although it waits), ``slots`` (a machine is given more ranks
-than it has slots) and ``readable`` (a record that does not parse). I8 and I10 to I12 are not
+than it has slots), ``ledger`` (a job's time does not add up, or changed after its
+end) and ``readable`` (a record that does not parse). I8 and I10 to I12 are not
 in a history; the simulation and the chaos tests check them.
 
 An etcd that was restored from a backup with its revisions raised far above all
@@ -48,6 +49,7 @@ from dtrain.protocol.events import EventReason, EventRecord
 from dtrain.protocol.ids import RESTORE_BUMP_LEAST, AgentName, ClusterName, JobName
 from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobStatus
 from dtrain.protocol.keys import Keys, Parsed
+from dtrain.protocol.ledger import faults, faults_between
 from dtrain.protocol.snapshot import FailureKind, NodeRecord, WorkerSnapshot
 
 VIOLATIONS_KEPT = 1000
@@ -342,6 +344,7 @@ class Auditor:
         self._agents.status(place, record)
         if record.members and record.phase not in PLACED_PHASES | TERMINAL_PHASES:
             self._bad("phase", f"{place.job} is {record.phase} and has {len(record.members)} members")
+        self._check_ledger(place.job, before, record)
         self._note_ranks(place.job, record)
         if record.attempt > last and not self._is_proven(place.job, record):
             self._check_slots(place.job)
@@ -376,6 +379,16 @@ class Auditor:
             ranks = sum(members.get(agent, 0) for members in self._placed.values())
             if ranks > self._slots.get(agent, ranks):
                 self._bad("slots", f"{agent} has {self._slots[agent]} slots and is given {ranks} ranks")
+
+    def _check_ledger(self, job: JobName, before: JobStatus | None, record: JobStatus) -> None:
+        if record.ledger is None:
+            return
+        found = faults(record.ledger, over=record.phase in TERMINAL_PHASES)
+        if before is not None and before.uid == record.uid and before.ledger is not None:
+            over = before.phase in TERMINAL_PHASES
+            found += faults_between(before.ledger, record.ledger, over=over)
+        for text in found:
+            self._bad("ledger", f"the ledger of {job}: {text}")
 
     def _is_proven(self, job: JobName, record: JobStatus) -> bool:
         """Tell whether agents have shown the attempt, which a restored etcd has forgotten."""

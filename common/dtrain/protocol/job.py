@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from dtrain.protocol.ids import AgentName, Attempt, JobName, Rank, Seq, Step, Term, Uid
+from dtrain.protocol.ledger import Ledger
 from dtrain.protocol.snapshot import Failure, FailureKind
 
 EXIT_CODE_DO_NOT_RETRY = 93
@@ -315,6 +316,21 @@ class Former:
 
 
 @dataclass(frozen=True, slots=True)
+class Tally:
+    """What has happened in this submission so often, for metrics.
+
+    Each rises in the transaction that makes it happen: no change of leader counts twice, or forgets.
+    """
+
+    attempts: Mapping[str, int] = field(default_factory=dict)
+    """By why each began: ``first``, ``planned``, or the kind of failure that ended the one before."""
+    commits: int = 0
+    committed_bytes: int = 0
+    aborts: Mapping[str, int] = field(default_factory=dict)
+    """Checkpoints that were opened and not committed, by why: see docs/metrics.md."""
+
+
+@dataclass(frozen=True, slots=True)
 class JobStatus:
     """What the leader has decided; everything a successor needs to go on.
 
@@ -382,6 +398,9 @@ class JobStatus:
     """With SUSPENDING: the checkpoint is taken, or there will be none, and ranks are being stopped."""
     unswept: tuple[Former, ...] = ()
     """Earlier submissions of this name that were used again before their last sweep."""
+    tally: Tally = Tally()
+    ledger: Ledger | None = None
+    """Where its time went; None: written by a release that kept none."""
     held: Seq = Seq(0)
     """Number of the commit that all ranks of this attempt are held at: the job is paused. 0: it is not."""
 

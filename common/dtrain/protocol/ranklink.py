@@ -153,6 +153,8 @@ class Report:
     snapshots taken."""
     collective: str = ""
     """While the step stands still, of torch's flight recorder: number and name of the newest collective."""
+    held_s: float = 0.0
+    """Seconds that checkpoints have held this rank, without waiting for the last one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
-from dtrain.coordinator.core import elastic, releases, stragglers
+from dtrain.coordinator.core import elastic, pace, releases, stragglers
 from dtrain.coordinator.core.decisions import InspectCheckpoint
 from dtrain.coordinator.core.placement import UNREACHABLE_REST_S
 from dtrain.coordinator.core.queue import Machine, Running, Waiting
@@ -23,6 +23,7 @@ from dtrain.coordinator.core.views import (
     FleetView,
     Inspection,
     JobView,
+    Pace,
     Sightings,
     Stored,
     SweepFound,
@@ -116,6 +117,7 @@ class _Job:
     progress_of: tuple[str, int] = ("", 0)
     """The uid and attempt that ``progress`` is of."""
     sightings: Sightings = Sightings()
+    pace: Pace = Pace()
     broken: dict[str, str] = field(default_factory=dict)
     """Why a record cannot be used, by key."""
     status: JobStatus | None = None
@@ -359,6 +361,7 @@ class World:
             store_probed_at=job.store_probed_at,
             step_rate=_step_rate(job, workers.values()),
             sightings=_sightings(job, workers.values()),
+            pace=_pace(job, workers.values()),
             quarantined=self.quarantine(name),
         )
 
@@ -438,6 +441,10 @@ class World:
         """
         at = self._back_at.get(agent)
         return at is not None and now - at <= self.agent_ttl_s
+
+    def lost_count(self) -> int:
+        """Return how many agents vanished within the last hour without a word, and are not back."""
+        return len(self._lost_at.keys() - self._left - self._agents.keys())
 
     def losses_settle_at(self, now: float) -> float:
         """Return when it will be seen whether more agents follow those that just vanished; 0.0: no need to.
@@ -842,6 +849,12 @@ def _sightings(job: _Job, workers: Iterable[Stored[WorkerSnapshot]]) -> Sighting
         values = [stored.value for stored in shown]
         job.sightings = stragglers.observe(job.sightings, job.status, values, at)
     return job.sightings
+
+
+def _pace(job: _Job, workers: Iterable[Stored[WorkerSnapshot]]) -> Pace:
+    if job.status is not None and job.status.phase in PLACED_PHASES:
+        job.pace = pace.observe(job.pace, job.status, workers)
+    return job.pace
 
 
 def _step_rate(job: _Job, workers: Iterable[Stored[WorkerSnapshot]]) -> float:

@@ -426,6 +426,9 @@ class Run:
         session.set_metrics(dict(self._metrics))
         if begin.hold_s > 0:
             session.await_outcome(begin.seq, begin.hold_s)
+        if behind:
+            # Else training has ended, and the leader itself sees how long ranks wait.
+            session.held_s += time.perf_counter() - began
 
     def _seal_behind(self, saver: Saver, begin: Begin) -> bool:
         session = self._session
@@ -444,6 +447,13 @@ class Run:
     def _save_asked(self, step: int, wait: Wait | None) -> int:
         session = self._begin_save(step)
         self._due = None
+        began = time.perf_counter()
+        try:
+            return self._hand_over(session, step, wait)
+        finally:
+            session.held_s += time.perf_counter() - began
+
+    def _hand_over(self, session: Session, step: int, wait: Wait | None) -> int:
         ask, begin = session.ask_save(step)
         try:
             session.keep(self._snapshot(begin))

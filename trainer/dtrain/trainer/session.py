@@ -68,6 +68,8 @@ class Session:
         self._unfit = Unfit()
         self._finite: tuple[str, ...] = ()
         self.section = ""
+        self.held_s = 0.0
+        """How long checkpoints have held the training thread, which alone writes it."""
         """What the script says it is doing."""
         self.beats: Callable[[], int] = lambda: 0
         self.timing: Callable[[], Timing | None] = lambda: None
@@ -438,6 +440,7 @@ class Session:
                 section=self.section,
                 beats=self.beats(),
                 collective=self._collective,
+                held_s=round(self.held_s, 3),
             )
 
     def handle(self, message: Message) -> None:

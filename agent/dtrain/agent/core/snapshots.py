@@ -70,6 +70,7 @@ def _structure(snapshot: WorkerSnapshot) -> WorkerSnapshot:
             metrics={},
             sealed=Seq(0),
             timing=None,
+            held_s=0.0,
             nonfinite=(),
             nonfinite_seen=dict.fromkeys(rank.nonfinite_seen, Step(0)),
         )

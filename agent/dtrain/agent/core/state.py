@@ -223,6 +223,8 @@ class LocalRank:
     """Counts its signs of life beside steps."""
     collective: str = ""
     watch: Watch = Watch()
+    held_s: float = 0.0
+    """How long checkpoints have held it."""
 
     @property
     def pid(self) -> int:
@@ -244,6 +246,7 @@ class LocalRank:
             self.nonfinite,
             sealed=self.sealed.seq if self.sealed else Seq(0),
             nonfinite_seen=self.nonfinite_seen,
+            held_s=self.held_s,
         )
 
 

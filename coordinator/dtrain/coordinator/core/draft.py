@@ -9,7 +9,7 @@ counts them, and keeps the whole within what one etcd transaction may hold.
 from dataclasses import replace
 from typing import Any
 
-from dtrain.coordinator.core import conditions
+from dtrain.coordinator.core import conditions, ledger
 from dtrain.coordinator.core.decisions import (
     Decision,
     DeleteRecord,
@@ -26,7 +26,7 @@ from dtrain.coordinator.core.views import FleetView, JobView, Moment, Stored
 from dtrain.protocol.checkpoint import CommitRecord
 from dtrain.protocol.commands import Command, Header
 from dtrain.protocol.events import EVENTS_KEPT, EventReason, EventRecord, EventType
-from dtrain.protocol.ids import AgentName, Seq
+from dtrain.protocol.ids import AgentName, Seq, Step
 from dtrain.protocol.job import TERMINAL_PHASES, Condition, JobPhase, JobSpec, JobStatus
 from dtrain.protocol.keys import Keys
 from dtrain.protocol.snapshot import WorkerSnapshot
@@ -63,6 +63,8 @@ class Draft:
         self._reasons: list[Reason] = []
         self._takeover = False
         self._noted: dict[str, Condition] = {}
+        self.lacks_machines = False
+        """The next attempt waits for nothing but machines."""
 
     # Reading ------------------------------------------------------------------
 
@@ -247,6 +249,7 @@ class Draft:
                 self.fleet, self.moment, self.spec, status, newest=newest, noted=self._noted
             )
             status = replace(status, conditions=derived)
+            status = replace(status, ledger=ledger.advance(self.stored, status, self._turn(newest)))
             writes[status_key] = PutRecord(status_key, status, status_mod)
         elif writes:
             guards[status_key] = status_mod
@@ -262,6 +265,23 @@ class Draft:
             wake_at=self.wake_at,
             reasons=reasons,
         )
+
+    def _turn(self, newest: CommitRecord | None) -> ledger.Turn:
+        return ledger.Turn(
+            self.now,
+            self.moment.wall,
+            self.status_seen_at,
+            self.spec.submitted_at,
+            self.job.pace,
+            tuple(record.step for record in self.committed if record.uid == self.status.uid),
+            Step(0) if newest is None else newest.step,
+            any(one.value.final and one.value.attempt == self._attempt_before for one in self.commits()),
+            self.lacks_machines,
+        )
+
+    @property
+    def _attempt_before(self) -> int:
+        return 0 if self.stored is None else self.stored.attempt
 
     def _status_changed(self) -> bool:
         return self._takeover or self.stored != self.status

@@ -4,6 +4,7 @@ from dtrain.coordinator.core.views import JobView
 from dtrain.protocol.checkpoint import CommitRecord, OpenRecord
 from dtrain.protocol.ids import Attempt
 from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobStatus
+from dtrain.protocol.ledger import faults
 
 
 def check(job: JobView) -> list[str]:
@@ -18,6 +19,9 @@ def check(job: JobView) -> list[str]:
     broken += _numbers(job, status)
     broken += _checkpoints(job, status)
     broken += _conditions(status)
+    if status.ledger is not None:
+        over = status.phase in TERMINAL_PHASES
+        broken += [f"ledger: {text}" for text in faults(status.ledger, over=over)]
     return broken
 
 

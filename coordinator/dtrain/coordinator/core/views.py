@@ -112,6 +112,36 @@ class Sightings:
 
 
 @dataclass(frozen=True, slots=True)
+class Pace:
+    """When an attempt came how far, as this leader has seen it; ``pace`` has the rules."""
+
+    of: tuple[str, int] = ("", 0)
+    """Its uid and number."""
+    ready_at: float | None = None
+    """When the last machine was ready."""
+    joined_at: float | None = None
+    """When the last rank had joined."""
+    waited: bool = False
+    """It was seen before its first new step."""
+    first_at: float | None = None
+    """When the first new step was seen; None: it was not, or who saw it had not seen what was before."""
+    first_steps: int = 0
+    """How many steps were new then."""
+    step: int = 0
+    """The newest step that was seen, or that it began from."""
+    step_at: float | None = None
+    """When that was; None: no new step was seen."""
+    ended_at: float | None = None
+    """When all ranks had announced the end of training."""
+    counts: bool = False
+    """Ranks tell their steps."""
+    step_ms: float = 0.0
+    """What a step takes; 0.0: not known yet."""
+    held_ms: int = 0
+    """How long checkpoints have held a rank, at most."""
+
+
+@dataclass(frozen=True, slots=True)
 class JobView:
     """Everything known of one job."""
 
@@ -157,6 +187,7 @@ class JobView:
     """Steps per second of the current attempt, from its snapshots; 0.0: not known yet."""
     sightings: Sightings = Sightings()
     """Which ranks have been slower than the others, and since when."""
+    pace: Pace = Pace()
     quarantined: str = ""
     """Not empty: deciding about this job crashed repeatedly; leave it alone."""
 

@@ -12,11 +12,13 @@ etcd may be away at any time after the start: a round that is complete goes on.
 import atexit
 import contextlib
 import os
+import sys
 import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import structlog
 from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
@@ -227,9 +229,7 @@ class EtcdRendezvousHandler(RendezvousHandler):
                     if info := self._at_store(view, formed, expired=expired):
                         return info
                 case Closed(stood_by=True):
-                    raise RendezvousGracefulExitError(
-                        f"the run {self._run_id!r} has ended; this agent stood by and was not needed"
-                    )
+                    raise self._not_needed()
                 case Closed():
                     raise RendezvousClosedError(
                         f"the run {self._run_id!r} has ended and takes no more agents; its id can be used "
@@ -241,6 +241,15 @@ class EtcdRendezvousHandler(RendezvousHandler):
                         f"{self._settings.join_timeout:g} s: "
                         f"{said or 'etcd took no write'}; at least {self._limits.least} agents are needed"
                     )
+
+    def _not_needed(self) -> BaseException:
+        text = f"the run {self._run_id!r} has ended; this agent stood by and was not needed"
+        if _is_torchrun():
+            # Its launcher asks the result that this agent does not have whether it is a failure,
+            # and ends with exit code 1 and a traceback.
+            self._log.info(text)
+            return SystemExit(0)
+        return RendezvousGracefulExitError(text)
 
     def _is_registered(self, *, expired: bool) -> bool:
         """Make this node a living one if it is none."""
@@ -369,6 +378,11 @@ def _leave(handler: "weakref.ref[EtcdRendezvousHandler]") -> None:
     found = handler()
     if found is not None:
         found.leave()
+
+
+def _is_torchrun() -> bool:
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return getattr(spec, "name", "") == "torch.distributed.run" or Path(sys.argv[0]).name == "torchrun"
 
 
 def _join(host: str, port: int) -> str:
