@@ -27,6 +27,16 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """Encoded rows of a list, from the mirror of ``replica``; it was current ``age_s`` ago."""
+
+    rows: tuple[bytes, ...]
+    revision: int
+    age_s: float
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
 class Submitted:
     """What became of a submission."""
 

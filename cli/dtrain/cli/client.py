@@ -23,6 +23,7 @@ from dtrain.cli.answers import (
     Reading,
     ReplicaInfo,
     Review,
+    Rows,
     Submitted,
 )
 from dtrain.cli.calling import Caller, translate
@@ -148,10 +149,7 @@ class Client(Caller):
 
         def read(stub: Any, timeout: float) -> Reading:
             reply = stub.Read(request, timeout=timeout + wait_s)
-            if reply.revision < self._seen_revision:
-                raise Unavailable(
-                    ErrorCode.MIRROR_STALE, "the replica's mirror is behind what was read before"
-                )
+            self._refuse_older(reply.revision)
             items = tuple(
                 Item(item.key, item.value, item.create_revision, item.mod_revision) for item in reply.items
             )
@@ -163,6 +161,34 @@ class Client(Caller):
             time.sleep(max(0.0, min(wait_s, PACE_S) - (time.monotonic() - begun)))
         self._seen_revision = max(self._seen_revision, reading.revision)
         return reading
+
+    def list(self, kind: str, *, after_revision: int = 0, wait_s: float = 0.0) -> Rows:
+        """Return one row for each of ``jobs`` or ``agents``; with ``wait_s`` wait that long for a change.
+
+        Raises:
+            Refused: OLDER_RELEASE; the replica is of a release that makes no rows.
+            Unavailable: no replica could be reached.
+        """
+        floor = after_revision or self._seen_revision
+        request = pb.ListRequest(
+            kind=kind, after_revision=floor, wait_ms=int(1000 * (wait_s or (CATCH_UP_S if floor else 0.0)))
+        )
+
+        def ask(stub: Any, timeout: float) -> Rows:
+            reply = stub.List(request, timeout=timeout + wait_s)
+            self._refuse_older(reply.revision)
+            return Rows(tuple(reply.rows), reply.revision, reply.age_s, self._addresses[self._current])
+
+        begun = time.monotonic()
+        found = self._call(ask, wait_s=wait_s)
+        if wait_s > 0:
+            time.sleep(max(0.0, min(wait_s, PACE_S) - (time.monotonic() - begun)))
+        self._seen_revision = max(self._seen_revision, found.revision)
+        return found
+
+    def _refuse_older(self, revision: int) -> None:
+        if revision < self._seen_revision:
+            raise Unavailable(ErrorCode.MIRROR_STALE, "the replica's mirror is behind what was read before")
 
     def read_log(
         self,

@@ -10,7 +10,7 @@ from dtrain.cli.client import Client, closing
 from dtrain.cli.identity import new_id
 from dtrain.cli.options import settings
 from dtrain.cli.records import Job
-from dtrain.cli.render import failures, sentences
+from dtrain.cli.render import failures
 from dtrain.cli.yamlmarks import Document
 from dtrain.protocol.job import JobPhase, JobSpec
 
@@ -111,7 +111,7 @@ def outcome(job: Job) -> int:
         return exits.OK
     failure = job.status.failure if job.status else None
     if job.phase is JobPhase.CANCELLED or failure is None:
-        output.say(f"dtrain: {job.name} {job.phase}: {sentences.reason(job)}")
+        output.say(f"dtrain: {job.name} {job.phase}: {job.reason}")
         return job.exit_code
     code = exits.of_rank(failure.exit_code, failure.signal)
     output.say(f"dtrain: {job.name} FAILED: exit code {code} from {failures.failure_title(failure)}")

@@ -63,6 +63,10 @@ class Keys:
     def workers_of(self, agent: AgentName) -> str:
         return f"{self.root}agents/{agent}/workers/"
 
+    @property
+    def cordons(self) -> str:
+        return f"{self.root}cordons/"
+
     def cordon(self, agent: AgentName) -> str:
         return f"{self.root}cordons/{agent}"
 

@@ -214,6 +214,8 @@ class RankState:
     """The newest checkpoint that lies complete in this rank's arena; known for sure once it has ended."""
     nonfinite_seen: Mapping[str, Step] = field(default_factory=dict)
     """Those that ever were in this attempt, and the step that it happened in last."""
+    steps_total: Step = Step(0)
+    """As many steps as its script means to take; 0: it has not said."""
     held_s: float = 0.0
     """How long checkpoints have held it in this attempt: copying, and waiting for an outcome."""
 

@@ -222,6 +222,7 @@ class LocalRank:
     beats: int = 0
     """Counts its signs of life beside steps."""
     collective: str = ""
+    steps_total: Step = Step(0)
     watch: Watch = Watch()
     held_s: float = 0.0
     """How long checkpoints have held it."""
@@ -246,6 +247,7 @@ class LocalRank:
             self.nonfinite,
             sealed=self.sealed.seq if self.sealed else Seq(0),
             nonfinite_seen=self.nonfinite_seen,
+            steps_total=self.steps_total,
             held_s=self.held_s,
         )
 

@@ -673,6 +673,53 @@ class ReadReply(google.protobuf.message.Message):
 Global___ReadReply: typing_extensions.TypeAlias = ReadReply
 
 @typing.final
+class ListRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    AFTER_REVISION_FIELD_NUMBER: builtins.int
+    WAIT_MS_FIELD_NUMBER: builtins.int
+    kind: builtins.str
+    """jobs or agents"""
+    after_revision: builtins.int
+    wait_ms: builtins.int
+    def __init__(
+        self,
+        *,
+        kind: builtins.str = ...,
+        after_revision: builtins.int = ...,
+        wait_ms: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after_revision", b"after_revision", "kind", b"kind", "wait_ms", b"wait_ms"]) -> None: ...
+
+Global___ListRequest: typing_extensions.TypeAlias = ListRequest
+
+@typing.final
+class ListReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    AGE_S_FIELD_NUMBER: builtins.int
+    revision: builtins.int
+    age_s: builtins.float
+    """since this replica last knew its mirror to be current"""
+    @property
+    def rows(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """each a JobRow or AgentRow as JSON, in order of name"""
+
+    def __init__(
+        self,
+        *,
+        rows: collections.abc.Iterable[builtins.bytes] | None = ...,
+        revision: builtins.int = ...,
+        age_s: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["age_s", b"age_s", "revision", b"revision", "rows", b"rows"]) -> None: ...
+
+Global___ListReply: typing_extensions.TypeAlias = ListReply
+
+@typing.final
 class JobLogRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

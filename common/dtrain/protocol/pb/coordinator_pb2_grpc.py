@@ -51,6 +51,11 @@ class CoordinatorStub(object):
                 request_serializer=dtrain_dot_v1_dot_coordinator__pb2.ReadRequest.SerializeToString,
                 response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ReadReply.FromString,
                 _registered_method=True)
+        self.List = channel.unary_unary(
+                '/dtrain.v1.Coordinator/List',
+                request_serializer=dtrain_dot_v1_dot_coordinator__pb2.ListRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ListReply.FromString,
+                _registered_method=True)
         self.ReadLog = channel.unary_unary(
                 '/dtrain.v1.Coordinator/ReadLog',
                 request_serializer=dtrain_dot_v1_dot_coordinator__pb2.JobLogRequest.SerializeToString,
@@ -143,6 +148,14 @@ class CoordinatorServicer(object):
     def Read(self, request, context):
         """Records under one kind, as stored, from this replica's mirror. With
         after_revision the call waits up to wait_ms for the mirror to pass it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def List(self, request, context):
+        """One row for each job or agent, made from this replica's mirror: what lists show
+        of thousands of records. With after_revision the call waits like Read.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -264,6 +277,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.Read,
                     request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ReadRequest.FromString,
                     response_serializer=dtrain_dot_v1_dot_coordinator__pb2.ReadReply.SerializeToString,
+            ),
+            'List': grpc.unary_unary_rpc_method_handler(
+                    servicer.List,
+                    request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ListRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_coordinator__pb2.ListReply.SerializeToString,
             ),
             'ReadLog': grpc.unary_unary_rpc_method_handler(
                     servicer.ReadLog,
@@ -419,6 +437,33 @@ class Coordinator(object):
             '/dtrain.v1.Coordinator/Read',
             dtrain_dot_v1_dot_coordinator__pb2.ReadRequest.SerializeToString,
             dtrain_dot_v1_dot_coordinator__pb2.ReadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def List(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Coordinator/List',
+            dtrain_dot_v1_dot_coordinator__pb2.ListRequest.SerializeToString,
+            dtrain_dot_v1_dot_coordinator__pb2.ListReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ import grpc
 from dtrain.coordinator.api.checkpoints import CheckpointDesk
 from dtrain.coordinator.api.cordons import Cordons
 from dtrain.coordinator.api.errors import translated
+from dtrain.coordinator.api.listing import Listing
 from dtrain.coordinator.api.logs import LogDesk
 from dtrain.coordinator.api.records import Operators
 from dtrain.coordinator.dispatch import Channels
@@ -36,6 +37,7 @@ from dtrain.protocol.keys import Keys
 from dtrain.protocol.pb import agent_pb2 as agent_pb
 from dtrain.protocol.pb import agent_pb2_grpc, coordinator_pb2_grpc
 from dtrain.protocol.pb import coordinator_pb2 as pb
+from dtrain.protocol.rows import AgentRow, JobRow
 from dtrain.protocol.snapshot import DurablePart, NodeRecord
 from dtrain.runtime import grpc_tls, log, redact
 from dtrain.runtime.tls import Role
@@ -101,6 +103,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self._problems = problems
         self._etcd_version = etcd_version
         self._keys = Keys(identity.cluster)
+        self._listing = Listing(mirror, identity.cluster)
         self._logs = LogDesk(identity.cluster, mirror, channels, stores, waiting)
         self._log = log.get("api")
 
@@ -174,6 +177,25 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             revision=revision,
             age_s=self._mirror.age_s(),
         )
+
+    @translated
+    def List(  # noqa: N802
+        self, request: pb.ListRequest, context: grpc.ServicerContext
+    ) -> pb.ListReply:
+        lists: dict[str, Callable[[], Sequence[JobRow | AgentRow]]] = {
+            "jobs": lambda: self._listing.jobs(time.time()),
+            "agents": self._listing.agents,
+        }
+        if request.kind not in lists:
+            raise Refused(ErrorCode.USAGE, f"there is no list of {request.kind[:40]!r}")
+        self._wait_for_first_list()
+        if request.after_revision and request.wait_ms:
+            prefix = f"{self._keys.root}{request.kind}/"
+            self._wait_for_change(prefix, request.after_revision, request.wait_ms, context)
+        # The revision first: rows may be newer than it says, never older.
+        revision, age_s = self._mirror.revision, self._mirror.age_s()
+        rows = [codec.encode(row) for row in lists[request.kind]()]
+        return pb.ListReply(rows=rows, revision=revision, age_s=age_s)
 
     @translated
     def Info(  # noqa: N802
