@@ -30,7 +30,7 @@ from dtrain.cli.calling import Caller, translate
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import CommitRecord
 from dtrain.protocol.cluster import Cordon
-from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, Refused, Unavailable
+from dtrain.protocol.errors import DtrainError, ErrorCode, Refused, Unavailable
 from dtrain.protocol.job import Intent
 from dtrain.protocol.pb import coordinator_pb2 as pb
 from dtrain.protocol.snapshot import DurablePart
@@ -247,7 +247,7 @@ class Client(Caller):
                 lambda stub, timeout: stub.ListLogs(request, timeout=timeout + ARCHIVE_S), wait_s=ARCHIVE_S
             )
         except Refused as error:
-            if isinstance(error, NotFound) or "UNIMPLEMENTED" not in error.message:
+            if error.code is not ErrorCode.OLDER_RELEASE:
                 raise
             return (), "this replica is of an earlier release"
         found = (
