@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
-from dtrain.agent import lines
+from dtrain.agent import lines, transfer_archive
 from dtrain.agent.launch.processes import boot_id
 from dtrain.agent.transfer_cache import Cache
 from dtrain.agent.transfer_fetch import Fetcher
@@ -25,6 +25,8 @@ from dtrain.agent.transfer_packages import Packages, delete, failed
 from dtrain.agent.transfer_upload import Uploader
 from dtrain.agent.transferring import (
     ORDERS,
+    Archive,
+    Archived,
     CancelUpload,
     Demand,
     DropTree,
@@ -66,13 +68,14 @@ class Transfer:
 
     def __init__(
         self,
-        emit: Callable[[TransferReport], None],
+        emit: Callable[[TransferReport | Archived], None],
         stores: Callable[[str], BlobStore],
         cache: Cache | None = None,
         packages: Path | None = None,
         packages_bytes: int = 0,
     ) -> None:
         self._emit = emit
+        self._stores = stores
         self._cache = cache or Cache()
         self._cleanups = ThreadPoolExecutor(1, thread_name_prefix="upload-cleanup")
         self._uploader = Uploader(stores, emit, cache=self._cache, later=self._cleanups.submit)
@@ -87,6 +90,7 @@ class Transfer:
         self._packages = Packages(
             stores, emit, folder=packages, archives_bytes_max=packages_bytes, boot_id=boot_id()
         )
+        self._archives = ThreadPoolExecutor(1, thread_name_prefix="archive", initializer=_give_way)
 
     def handle(self, order: TransferOrder) -> None:
         """Take on one order; the answer comes later. Never blocks on the store."""
@@ -108,6 +112,8 @@ class Transfer:
             self._unpacks.submit(self._unpack, order)
         elif isinstance(order, DropTree):
             self._put_aside(order)
+        elif isinstance(order, Archive):
+            self._archives.submit(self._archive, order)
 
     def _upload(self, order: Upload) -> None:
         try:
@@ -144,6 +150,16 @@ class Transfer:
             if not isinstance(error, DtrainError | OSError):
                 _log.exception("unpack_failed", job=order.job)
             self._emit(failed(order, error, _sentence(error)))
+
+    def _archive(self, order: Archive) -> None:
+        try:
+            transfer_archive.run(order, self._stores)
+        except Exception as error:  # noqa: BLE001 - every order gets an answer, bugs included
+            if not isinstance(error, DtrainError | OSError):
+                _log.exception("archive_failed", key=order.key)
+            self._emit(Archived(order.id, _sentence(error)))
+        else:
+            self._emit(Archived(order.id))
 
     def _aside(self, work: Callable[..., None], *arguments: object) -> None:
         """What nobody waits for an answer to."""
@@ -196,7 +212,7 @@ def serve(
     """Work until ``orders`` ends."""
     lock = threading.Lock()
 
-    def emit(report: TransferReport) -> None:
+    def emit(report: TransferReport | Archived) -> None:
         with lock:
             try:
                 reports.write(lines.encode(report))

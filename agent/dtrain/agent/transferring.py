@@ -132,7 +132,35 @@ class DropTree:
     tree: str
 
 
-TransferOrder = Upload | CancelUpload | KeepManifest | Fetch | Demand | ReleaseFetch | Unpack | DropTree
+@dataclass(frozen=True, slots=True)
+class FilePart:
+    """A range of a local file; what it does not hold any more is left out. ``times``: file of its marks."""
+
+    name: str
+    path: str
+    offset: int
+    size: int
+    times: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """Write parts of files as one bundle, then delete ``replaces``; answer ``Archived``.
+
+    Nothing waits for it: it may be lost with the process, and is then sent again.
+    """
+
+    id: str
+    store: str
+    key: str
+    """"" : nothing is written, only deleted."""
+    parts: tuple[FilePart, ...] = ()
+    replaces: tuple[str, ...] = ()
+
+
+TransferOrder = (
+    Upload | CancelUpload | KeepManifest | Fetch | Demand | ReleaseFetch | Unpack | DropTree | Archive
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +233,14 @@ class UnpackFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Archived:
+    """The bundle is durable and what it replaces is gone; ``problem``: why not. Not for the core."""
+
+    id: str
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class TransferEnded:
     """The transfer process is gone (sent by its client); every order without an answer is lost."""
 
@@ -214,10 +250,21 @@ class TransferEnded:
 TransferReport = (
     Uploaded | UploadFailed | Fetched | Supplied | FetchFailed | Unpacked | UnpackFailed | TransferEnded
 )
+"""What the core is told."""
 
 ORDERS: Mapping[str, type] = {
     kind.__name__: kind
-    for kind in (Upload, CancelUpload, KeepManifest, Fetch, Demand, ReleaseFetch, Unpack, DropTree)
+    for kind in (
+        Upload,
+        CancelUpload,
+        KeepManifest,
+        Fetch,
+        Demand,
+        ReleaseFetch,
+        Unpack,
+        DropTree,
+        Archive,
+    )
 }
 REPORTS: Mapping[str, type] = {
     kind.__name__: kind
@@ -230,5 +277,6 @@ REPORTS: Mapping[str, type] = {
         Unpacked,
         UnpackFailed,
         TransferEnded,
+        Archived,
     )
 }

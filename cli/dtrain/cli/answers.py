@@ -74,6 +74,23 @@ class LogChunk:
     attempt: int
     agent: str
     eof: bool
+    offset: int = 0
+    """Of the first byte."""
+    marks: tuple[tuple[int, int], ...] = ()
+    """(size, milliseconds): when the log was how long."""
+    note: str = ""
+    """Why it comes from the archive, if it does."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogPlace:
+    """Logs of some ranks of one attempt, on a machine or ``archived`` in the store."""
+
+    attempt: int
+    agent: str
+    first_rank: int
+    last_rank: int
+    archived: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import click
 
-from dtrain.cli import exits, following, jobfile, output, packaging, records
+from dtrain.cli import exits, following, jobfile, loglines, output, packaging, records
 from dtrain.cli.client import Client
 from dtrain.cli.identity import new_id
 from dtrain.cli.jobfile import Pack
@@ -150,7 +150,7 @@ def watch(
         for line in changes.lines(job):
             output.say(f"[dtrain] {line}")
 
-    def write(line: following.Line) -> None:
+    def write(line: loglines.Line) -> None:
         output.log(following.show(line, prefix=prefix), err=line.stream == "stderr")
 
     shown: set[int] = set()

@@ -42,6 +42,6 @@ def fork(machine: Machine, job: JobState, out: list[Action]) -> None:
         )
         for rank in job.ranks
     )
-    out.append(PrepareLogs(job.name, job.uid, job.attempt, prepare.first_rank))
+    out.append(PrepareLogs(job.name, job.uid, job.attempt, prepare.first_rank, len(job.ranks), prepare.store))
     order = ForkRanks(job.attempt, prepare.spec.entry, packages.working_dir(machine, prepare.spec), launches)
     out.append(LauncherOrder(job.name, job.uid, order))
