@@ -61,7 +61,9 @@ REQUESTS: dict[str, Any] = {
     ),
     "/dtrain.v1.Coordinator/SetIntent": coordinator_pb2.SetIntentRequest(job="none"),
     "/dtrain.v1.Coordinator/Read": coordinator_pb2.ReadRequest(prefix="jobs/"),
+    "/dtrain.v1.Coordinator/List": coordinator_pb2.ListRequest(kind="jobs"),
     "/dtrain.v1.Coordinator/ReadLog": coordinator_pb2.JobLogRequest(job="none"),
+    "/dtrain.v1.Coordinator/ListLogs": coordinator_pb2.ListLogsRequest(job="none"),
     "/dtrain.v1.Coordinator/Info": coordinator_pb2.InfoRequest(),
     "/dtrain.v1.Coordinator/Consult": coordinator_pb2.ConsultRequest(agent="me"),
     "/dtrain.v1.Coordinator/PinCheckpoint": coordinator_pb2.PinCheckpointRequest(job="none", holder="me"),
@@ -76,13 +78,17 @@ REQUESTS: dict[str, Any] = {
     "/dtrain.v1.Agent/Execute": agent_pb2.Command(header=agent_pb2.Header(cluster="c1")),
     "/dtrain.v1.Coordinator/Stacks": coordinator_pb2.JobStacksRequest(job="none"),
     "/dtrain.v1.Agent/Stacks": agent_pb2.StacksRequest(job="none", uid="u1"),
+    "/dtrain.v1.Agent/Series": agent_pb2.SeriesRequest(job="none", uid="u1"),
+    "/dtrain.v1.Coordinator/Series": coordinator_pb2.JobSeriesRequest(job="none"),
     "/dtrain.v1.Agent/ReadLog": agent_pb2.ReadLogRequest(job="none", uid="u1", stream="stdout"),
 }
 MAY = {
     "/dtrain.v1.Coordinator/Submit": {"operator"},
     "/dtrain.v1.Coordinator/SetIntent": {"operator", "coordinator"},
     "/dtrain.v1.Coordinator/Read": {"operator", "reader", "coordinator", "agent"},
+    "/dtrain.v1.Coordinator/List": {"operator", "reader", "coordinator", "agent"},
     "/dtrain.v1.Coordinator/ReadLog": {"operator", "reader", "coordinator", "agent"},
+    "/dtrain.v1.Coordinator/ListLogs": {"operator", "reader", "coordinator", "agent"},
     "/dtrain.v1.Coordinator/Info": {"operator", "reader", "coordinator", "agent"},
     "/dtrain.v1.Coordinator/Consult": {"agent"},
     "/dtrain.v1.Coordinator/PinCheckpoint": {"operator"},
@@ -97,6 +103,8 @@ MAY = {
     "/dtrain.v1.Agent/Execute": {"coordinator"},
     "/dtrain.v1.Coordinator/Stacks": {"operator"},
     "/dtrain.v1.Agent/Stacks": {"coordinator"},
+    "/dtrain.v1.Agent/Series": {"coordinator"},
+    "/dtrain.v1.Coordinator/Series": {"operator", "reader", "coordinator", "agent"},
     "/dtrain.v1.Agent/ReadLog": {"coordinator"},
 }
 

@@ -81,7 +81,9 @@ RULES: Mapping[str, Rule] = {
     f"{_COORDINATOR}Submit": _OPERATORS,
     f"{_COORDINATOR}SetIntent": _BY_DASHBOARDS,
     f"{_COORDINATOR}Read": _ALL,
+    f"{_COORDINATOR}List": _ALL,
     f"{_COORDINATOR}ReadLog": _ALL,
+    f"{_COORDINATOR}ListLogs": _ALL,
     f"{_COORDINATOR}Info": _ALL,
     f"{_COORDINATOR}PinCheckpoint": _OPERATORS,
     f"{_COORDINATOR}UnpinCheckpoint": _OPERATORS,
@@ -97,6 +99,8 @@ RULES: Mapping[str, Rule] = {
     f"{_AGENT}Execute": _COORDINATORS,
     f"{_AGENT}ReadLog": _COORDINATORS,
     f"{_AGENT}Stacks": _COORDINATORS,
+    f"{_AGENT}Series": _COORDINATORS,
+    f"{_COORDINATOR}Series": _ALL,
 }
 """What is not in here is refused to everybody."""
 
