@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -94,7 +95,9 @@ def cluster(checkout: Place) -> Iterator[Place]:
         )
     try:
         _await(lambda: "Ctrl-C stops everything" in log.read_text(), process, log)
-        yield checkout
+        # The last line but one is how to watch it with etcd's own client.
+        at = re.findall(r"--endpoints http://([\d.:]+)", log.read_text())[-1]
+        yield Place(checkout.folder, checkout.env, checkout.names | {"127.0.0.1:2379": at})
     finally:
         process.terminate()
         try:

@@ -79,6 +79,10 @@ def dtrain(words: list[str]) -> list[str]:
             config.parse(name, "", DAEMONS[name], given, {})
     except click.exceptions.Exit:
         return []
+    except click.BadParameter as error:
+        # The words have been told apart by then; the reader's files are not here.
+        is_file = error.param is not None and isinstance(error.param.type, click.Path)
+        return [] if is_file else [error.format_message()]
     except click.ClickException as error:
         return [error.format_message()]
     except DtrainError as error:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-COMMAND_S_MAX = 150.0
+COMMAND_S_MAX = 90.0
 """A command that takes longer does not return by itself; on a page it has to be skipped, with the reason."""
 
 OUTPUT_BYTES_MAX = 4 * 1024 * 1024
