@@ -135,6 +135,19 @@ STEP_USUAL = Metric(
     "What a step of a running job takes lately, the median over ranks of each one's own median.",
     ("job",),
 )
+TIME = Metric(
+    "dtrain_job_time_seconds_total",
+    "counter",
+    "Where a job's time went, by category (docs/goodput.md); steps count as productive once a "
+    "checkpoint holds them.",
+    ("job", "category"),
+)
+GOODPUT = Metric(
+    "dtrain_job_goodput_ratio",
+    "gauge",
+    "Productive time as a share of that in which progress was wanted, as `dtrain get jobs` shows it.",
+    ("job",),
+)
 STRAGGLER = Metric(
     "dtrain_straggler_ratio",
     "gauge",
@@ -190,7 +203,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
     "Leadership": (IS_LEADER, TERM, TRANSITIONS, TAKEOVER_SECONDS, FENCED, BRAKE_ON, LOOP_AGE, PROBLEMS),
     "etcd": (*metered.METRICS, MIRROR_AGE, MIRROR_REVISION, RELISTS, DB_SIZE, DB_QUOTA),
     "Reconciling": (PLAN_SECONDS, PLAN_FAILURES, COMMAND_SECONDS, COMMAND_FAILURES),
-    "Jobs": (JOBS, JOBS_UNSHOWN, ATTEMPTS, STEP, PROGRESS_AT, STEP_USUAL, STRAGGLER),
+    "Jobs": (JOBS, JOBS_UNSHOWN, ATTEMPTS, STEP, PROGRESS_AT, STEP_USUAL, TIME, GOODPUT, STRAGGLER),
     "Checkpoints": (
         STAGE_SECONDS,
         COMMITS,
