@@ -398,6 +398,7 @@ class Agent:
             ),
             loop_at=lambda: self._loop_at,
             measures=self._measures,
+            session=self._session,
             monotonic=self._clock.monotonic,
         )
         return StatusServer(listener, status.pages(), report=self.log)

@@ -8,7 +8,7 @@ from dtrain.coordinator import metrics
 from dtrain.coordinator.core.decisions import Decision, PutRecord, VerifyCheckpoint, Work, Write
 from dtrain.coordinator.core.views import FleetView, JobView, Moment
 from dtrain.coordinator.driver import Plan
-from dtrain.coordinator.persistence import Committed, Deposed, Outcome
+from dtrain.coordinator.persistence import Committed, Outcome
 from dtrain.protocol.checkpoint import CommitRecord
 from dtrain.protocol.commands import Command
 from dtrain.runtime.clock import Clock
@@ -29,7 +29,6 @@ class Measures:
         self.etcd = EtcdMeter()
         self._transitions = Counter(metrics.TRANSITIONS)
         self._takeovers = Histogram(metrics.TAKEOVER_SECONDS)
-        self._fenced = Counter(metrics.FENCED)
         self._plans = Histogram(metrics.PLAN_SECONDS)
         self._plan_failures = Counter(metrics.PLAN_FAILURES)
         self._commands = Histogram(metrics.COMMAND_SECONDS, COMMANDS)
@@ -78,8 +77,6 @@ class Measures:
 
     def committed(self, decision: Decision, outcome: Outcome, seconds: float) -> None:
         """A decision was committed, or not; only one that commits a checkpoint is a stage of it."""
-        if isinstance(outcome, Deposed):
-            self._fenced.add()
         if isinstance(outcome, Committed) and any(_is_commit(write) for write in decision.writes):
             self._stages.observe(seconds, "commit")
 
@@ -95,7 +92,6 @@ class Measures:
                 *self.etcd.meters,
                 self._transitions,
                 self._takeovers,
-                self._fenced,
                 self._plans,
                 self._plan_failures,
                 self._commands,

@@ -6,7 +6,7 @@ puts both on the page.
 
 from dtrain.runtime.metrics import MICROSECONDS, MILLISECONDS, Metric
 from dtrain.storage.checkpoints.metrics import STAGE_SECONDS
-from dtrain.storage.etcd import metered
+from dtrain.storage.etcd import lease_metrics, metered
 
 # Who leads.
 
@@ -200,7 +200,17 @@ AGENTS = Metric(
 )
 
 GROUPS: dict[str, tuple[Metric, ...]] = {
-    "Leadership": (IS_LEADER, TERM, TRANSITIONS, TAKEOVER_SECONDS, FENCED, BRAKE_ON, LOOP_AGE, PROBLEMS),
+    "Leadership": (
+        IS_LEADER,
+        TERM,
+        TRANSITIONS,
+        TAKEOVER_SECONDS,
+        *lease_metrics.METRICS,
+        FENCED,
+        BRAKE_ON,
+        LOOP_AGE,
+        PROBLEMS,
+    ),
     "etcd": (*metered.METRICS, MIRROR_AGE, MIRROR_REVISION, RELISTS, DB_SIZE, DB_QUOTA),
     "Reconciling": (PLAN_SECONDS, PLAN_FAILURES, COMMAND_SECONDS, COMMAND_FAILURES),
     "Jobs": (JOBS, JOBS_UNSHOWN, ATTEMPTS, STEP, PROGRESS_AT, STEP_USUAL, TIME, GOODPUT, STRAGGLER),
