@@ -145,6 +145,7 @@ class Agent:
         self._transfers = Transfers(
             self._post,
             ("--cache-dir", str(data_dir / "checkpoints"), "--cache-bytes", str(settings.cache_bytes)),
+            self._measures.store_used,
         )
         life = secrets.token_hex(8)
         self._reporter = Reporter(

@@ -4,6 +4,7 @@
 """
 
 from dtrain.runtime.metrics import MINUTES, Metric
+from dtrain.storage.blobs import metered as metered_store
 from dtrain.storage.checkpoints.metrics import STAGE_SECONDS
 from dtrain.storage.etcd import lease_metrics, metered
 
@@ -68,6 +69,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
     "etcd": (*metered.METRICS, *lease_metrics.METRICS),
     "Ranks": (RANKS, EXITS, STEP_SECONDS),
     "Checkpoints": (STAGE_SECONDS, BYTES, RESTORED, STALL),
+    "Store": metered_store.METRICS,
 }
 
 METRICS = tuple(metric for group in GROUPS.values() for metric in group)

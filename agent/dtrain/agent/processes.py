@@ -19,7 +19,7 @@ from dtrain.agent.launching import (
     ProcessId,
 )
 from dtrain.agent.transfer_client import TransferClient
-from dtrain.agent.transferring import TransferOrder
+from dtrain.agent.transferring import StoreUse, TransferOrder, TransferReport
 from dtrain.protocol.ids import JobName, Uid
 
 Post = Callable[[Event], None]
@@ -79,8 +79,16 @@ class Launchers:
 class Transfers:
     """``driver.TransferPort`` on ``TransferClient``. Used by the driver's thread."""
 
-    def __init__(self, post: Post, arguments: Sequence[str] = ()) -> None:
-        self._client = TransferClient(lambda report: post(TransferReported(report)), arguments)
+    def __init__(
+        self,
+        post: Post,
+        arguments: Sequence[str] = (),
+        on_use: Callable[[StoreUse], None] = lambda _use: None,
+    ) -> None:
+        """Remember. ``on_use`` gets what the process asked of stores, which nothing is decided from."""
+        self._post = post
+        self._on_use = on_use
+        self._client = TransferClient(self._take, arguments)
         self._running = False
 
     def send(self, order: TransferOrder) -> None:
@@ -90,6 +98,12 @@ class Transfers:
             self._running = True
             self._client.start()
         self._client.send(order)
+
+    def _take(self, report: TransferReport | StoreUse) -> None:
+        if isinstance(report, StoreUse):
+            self._on_use(report)
+        else:
+            self._post(TransferReported(report))
 
     def ended(self) -> None:
         self._running = False

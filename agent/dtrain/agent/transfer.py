@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ from dtrain.agent import lines
 from dtrain.agent.transfer_cache import Cache
 from dtrain.agent.transfer_fetch import Fetcher
 from dtrain.agent.transfer_upload import Uploader
+from dtrain.agent.transfer_use import TELL_EVERY_S, Teller
 from dtrain.agent.transferring import (
     ORDERS,
     CancelUpload,
@@ -29,6 +31,7 @@ from dtrain.agent.transferring import (
     FetchFailed,
     KeepManifest,
     ReleaseFetch,
+    StoreUse,
     TransferOrder,
     TransferReport,
     Upload,
@@ -36,6 +39,8 @@ from dtrain.agent.transferring import (
 )
 from dtrain.protocol.errors import DtrainError
 from dtrain.runtime import log
+from dtrain.runtime.clock import SystemClock
+from dtrain.storage.blobs.metered import MeteredBlobs, StoreMeter
 from dtrain.storage.blobs.open import open_store
 from dtrain.storage.blobs.port import BlobStore
 
@@ -130,7 +135,8 @@ class Transfer:
 class Stores:
     """Opens each store once."""
 
-    def __init__(self) -> None:
+    def __init__(self, meter: StoreMeter) -> None:
+        self._meter = meter
         self._lock = threading.Lock()
         self._open: dict[str, BlobStore] = {}
 
@@ -138,7 +144,7 @@ class Stores:
         with self._lock:
             store = self._open.get(uri)
             if store is None:
-                store = self._open[uri] = open_store(uri)
+                store = self._open[uri] = MeteredBlobs(open_store(uri), self._meter, SystemClock())
             return store
 
 
@@ -162,7 +168,7 @@ def serve(orders: IO[bytes], reports: IO[bytes], cache: Cache | None = None) -> 
     """Work until ``orders`` ends."""
     lock = threading.Lock()
 
-    def emit(report: TransferReport) -> None:
+    def emit(report: TransferReport | StoreUse) -> None:
         with lock:
             try:
                 reports.write(lines.encode(report))
@@ -170,9 +176,18 @@ def serve(orders: IO[bytes], reports: IO[bytes], cache: Cache | None = None) -> 
             except OSError:
                 os._exit(0)  # nobody reads any more
 
-    transfer = Transfer(emit, Stores(), cache)
+    meter = StoreMeter()
+    transfer = Transfer(emit, Stores(meter), cache)
+    threading.Thread(target=_tell_use, args=(Teller(meter), emit), name="use", daemon=True).start()
     for line in orders:
         transfer.handle(lines.decode(ORDERS, line))
+
+
+def _tell_use(teller: Teller, emit: Callable[[StoreUse], None]) -> None:
+    while True:
+        time.sleep(TELL_EVERY_S)
+        if (use := teller.news()) is not None:
+            emit(use)
 
 
 def main() -> None:

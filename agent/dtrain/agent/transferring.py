@@ -169,11 +169,24 @@ class TransferEnded:
     exit_code: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class StoreUse:
+    """What the process has asked of stores since the last one of these: for metrics alone.
+
+    By operation: how many by duration, and seconds; failures that deserve another try by operation and code.
+    """
+
+    counts: Mapping[str, tuple[int, ...]]
+    seconds: Mapping[str, float]
+    retries: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
 TransferReport = Uploaded | UploadFailed | Fetched | Supplied | FetchFailed | TransferEnded
 
 ORDERS: Mapping[str, type] = {
     kind.__name__: kind for kind in (Upload, CancelUpload, KeepManifest, Fetch, Demand, ReleaseFetch)
 }
 REPORTS: Mapping[str, type] = {
-    kind.__name__: kind for kind in (Uploaded, UploadFailed, Fetched, Supplied, FetchFailed, TransferEnded)
+    kind.__name__: kind
+    for kind in (StoreUse, Uploaded, UploadFailed, Fetched, Supplied, FetchFailed, TransferEnded)
 }

@@ -145,6 +145,7 @@ class JobSeries:
         step = status.step if over or not steps else max(status.step, min(steps))
         tally = status.tally
         show(metrics.STEP, float(step))
+        show(metrics.PHASE_AT, parse_iso(status.since))
         for why, count in tally.attempts.items():
             show(metrics.ATTEMPTS, float(count), why)
         show(metrics.COMMITS, float(tally.commits))

@@ -171,7 +171,7 @@ class Coordinator:
         self._dispatcher = Dispatcher(
             self._channels, self._on_command, on_timed=self._measures.command, clock=clock
         )
-        self._stores = Stores()
+        self._stores = Stores(self._measures.open_store)
         self._committer = Committer(
             etcd,
             settings.cluster,

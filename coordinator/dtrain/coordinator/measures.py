@@ -14,6 +14,9 @@ from dtrain.protocol.commands import Command
 from dtrain.runtime.clock import Clock
 from dtrain.runtime.meters import Counter, Histogram, read
 from dtrain.runtime.metrics import Samples
+from dtrain.storage.blobs.metered import MeteredBlobs, StoreMeter
+from dtrain.storage.blobs.open import open_store
+from dtrain.storage.blobs.port import BlobStore
 from dtrain.storage.checkpoints.metrics import STAGE_SECONDS
 from dtrain.storage.etcd.metered import EtcdMeter
 from dtrain.storage.etcd.port import KeyValue
@@ -27,6 +30,7 @@ class Measures:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self.etcd = EtcdMeter()
+        self._store = StoreMeter()
         self._transitions = Counter(metrics.TRANSITIONS)
         self._takeovers = Histogram(metrics.TAKEOVER_SECONDS)
         self._plans = Histogram(metrics.PLAN_SECONDS)
@@ -38,6 +42,10 @@ class Measures:
         """Create-revision of the newest leader key seen."""
         self._fell_at: float | None = None
         self._in_office = False
+
+    def open_store(self, uri: str) -> BlobStore:
+        """Open a store whose use is measured."""
+        return MeteredBlobs(open_store(uri), self._store, self._clock)
 
     def planning(self, plan: Plan) -> Plan:
         """Return ``plan``, measured."""
@@ -90,6 +98,7 @@ class Measures:
         return read(
             (
                 *self.etcd.meters,
+                *self._store.meters,
                 self._transitions,
                 self._takeovers,
                 self._plans,

@@ -5,6 +5,7 @@ puts both on the page.
 """
 
 from dtrain.runtime.metrics import MICROSECONDS, MILLISECONDS, Metric
+from dtrain.storage.blobs import metered as metered_store
 from dtrain.storage.checkpoints.metrics import STAGE_SECONDS
 from dtrain.storage.etcd import lease_metrics, metered
 
@@ -129,6 +130,9 @@ PROGRESS_AT = Metric(
     "phases and while it is paused.",
     ("job",),
 )
+PHASE_AT = Metric(
+    "dtrain_job_phase_since_timestamp_seconds", "gauge", "When the job's present phase began.", ("job",)
+)
 STEP_USUAL = Metric(
     "dtrain_job_step_seconds",
     "gauge",
@@ -213,7 +217,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
     ),
     "etcd": (*metered.METRICS, MIRROR_AGE, MIRROR_REVISION, RELISTS, DB_SIZE, DB_QUOTA),
     "Reconciling": (PLAN_SECONDS, PLAN_FAILURES, COMMAND_SECONDS, COMMAND_FAILURES),
-    "Jobs": (JOBS, JOBS_UNSHOWN, ATTEMPTS, STEP, PROGRESS_AT, STEP_USUAL, TIME, GOODPUT, STRAGGLER),
+    "Jobs": (JOBS, JOBS_UNSHOWN, ATTEMPTS, STEP, PROGRESS_AT, PHASE_AT, STEP_USUAL, TIME, GOODPUT, STRAGGLER),
     "Checkpoints": (
         STAGE_SECONDS,
         COMMITS,
@@ -224,6 +228,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         INTERVAL,
     ),
     "Agents": (AGENTS,),
+    "Store": metered_store.METRICS,
 }
 
 METRICS = tuple(metric for group in GROUPS.values() for metric in group)

@@ -19,6 +19,11 @@ REMAINING = Metric(
     "gauge",
     "How long this daemon's lease surely lives on if nobody renews it; 0: there is none.",
 )
+TTL = Metric(
+    "dtrain_lease_ttl_seconds",
+    "gauge",
+    "How long a renewal makes this daemon's lease live; 0: there is none.",
+)
 KILLED = Metric(
     "dtrain_guardian_kills_total",
     "counter",
@@ -26,7 +31,7 @@ KILLED = Metric(
     "one), stop (it did not stop in time).",
     ("reason",),
 )
-METRICS = (RENEW_SECONDS, REMAINING, KILLED)
+METRICS = (RENEW_SECONDS, REMAINING, TTL, KILLED)
 
 
 def samples(session: Session, now: float) -> Samples:
@@ -38,5 +43,6 @@ def samples(session: Session, now: float) -> Samples:
     return {
         RENEW_SECONDS: {(): Distribution(counts.renewals, counts.renewals_us / 1e6)},
         REMAINING: {(): left_s},
+        TTL: {(): view.ttl_s if view.lease else 0.0},
         KILLED: {(why,): float(times) for why, times in zip(KILLS, counts.kills, strict=True)},
     }
