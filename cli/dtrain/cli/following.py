@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dtrain.cli import records
+from dtrain.cli import naming, records
 from dtrain.cli.client import Client
 from dtrain.cli.records import Job
 from dtrain.protocol.errors import DtrainError, NotFound, Refused
@@ -183,7 +183,7 @@ class Follower:
                     self._trouble(f"connected again, to {reading.replica}")
                 jobs = records.group(reading).jobs
                 if self._job not in jobs and (reading.revision >= after_revision):
-                    records.find(jobs, self._job, "job")
+                    naming.find(jobs, self._job, "job")
                 if self._job in jobs:
                     first, revision = False, reading.revision
                     job = jobs[self._job]
