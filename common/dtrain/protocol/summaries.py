@@ -26,32 +26,26 @@ QUEUE_AGING_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
-class RankPart:
-    """One rank, as far as lists tell of it."""
-
-    rank: int
-    step: int = 0
-    live: bool = True
-    steps_total: int = 0
-    step_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class Part:
-    """One machine's part of a job."""
+    """One machine's part of a job, as far as lists tell of it.
+
+    Ranks are counted at once: there are thousands, and an object for each would take as
+    long as reading them.
+    """
 
     uid: str
     attempt: int
-    ranks: tuple[RankPart, ...] = ()
+    live: int = 0
+    """Ranks that have not ended."""
+    step: int | None = None
+    """The newest that all its ranks have completed; None: it has none."""
+    steps_total: int = 0
+    step_s: tuple[float, ...] = ()
+    """What a step took lately, of each rank that says so."""
     stalls: tuple[tuple[int, int], ...] = ()
     """Ranks that stand still for longer than they may, and their steps."""
     at_work: tuple[tuple[int, str], ...] = ()
     """Ranks that stand still and yet were found at work, and where."""
-
-    @property
-    def live(self) -> int:
-        """Ranks that have not ended."""
-        return sum(rank.live for rank in self.ranks)
 
 
 def part(snapshot: bytes) -> Part | None:
@@ -72,27 +66,21 @@ def part_of(document: Mapping[str, Any]) -> Part:
     Raises:
         ValueError, TypeError, AttributeError, KeyError: it is none.
     """
+    ranks = document.get("ranks", ())
+    times = [timing["step_s"] for rank in ranks if (timing := rank.get("timing"))]
     return Part(
         str(document["uid"]),
         int(document["attempt"]),
-        tuple(_rank(rank) for rank in document.get("ranks", ())),
+        sum(rank.get("exit_code") is None for rank in ranks),
+        min((int(rank.get("step", 0)) for rank in ranks), default=None),
+        max((int(rank.get("steps_total", 0)) for rank in ranks), default=0),
+        tuple(float(took) for took in times if took > 0),
         tuple((int(stall["rank"]), int(stall["step"])) for stall in document.get("stalls", ())),
         tuple(
             (int(stack["rank"]), str(stack.get("where", "")))
             for stack in document.get("stacks", ())
             if stack.get("moving")
         ),
-    )
-
-
-def _rank(document: Mapping[str, Any]) -> RankPart:
-    timing = document.get("timing") or {}
-    return RankPart(
-        int(document["rank"]),
-        int(document.get("step", 0)),
-        document.get("exit_code") is None,
-        int(document.get("steps_total", 0)),
-        float(timing.get("step_s", 0.0)),
     )
 
 
@@ -109,12 +97,11 @@ def job_row(
     """One job at ``now`` (epoch seconds). ``parts`` of other submissions and attempts do not count."""
     uid, attempt = (status.uid, status.attempt) if status else (spec.uid if spec else "", 0)
     current = [one for one in parts.values() if status and one.uid == uid and one.attempt == attempt]
-    ranks = [rank for one in current for rank in one.ranks]
     phase = status.phase if status else JobPhase.QUEUED
     finished = phase in TERMINAL_PHASES
     stored = status.step if status else Step(0)
-    step = reported_step(stored, () if finished else (Step(rank.step) for rank in ranks))
-    total = max((rank.steps_total for rank in ranks), default=0)
+    step = reported_step(stored, [] if finished else [one.step for one in current if one.step is not None])
+    total = max((one.steps_total for one in current), default=0)
     return JobRow(
         name,
         phase,
@@ -123,9 +110,9 @@ def job_row(
         attempt,
         step,
         total,
-        eta_s(step, total, ranks) if phase is JobPhase.RUNNING else None,
+        eta_s(step, total, current) if phase is JobPhase.RUNNING else None,
         goodput=goodput(status.ledger, now).ratio if status and status.ledger else None,
-        ranks=sum(rank.live for rank in ranks),
+        ranks=sum(one.live for one in current),
         world_size=world_size(spec, intent, status),
         latest_seq=latest.seq if latest else 0,
         latest_step=latest.step if latest else 0,
@@ -189,13 +176,13 @@ def nodes(spec: JobSpec | None, intent: Intent | None) -> tuple[int, int]:
     return spec.nnodes_min, spec.nnodes_max
 
 
-def eta_s(step: int, total: int, ranks: Sequence[RankPart]) -> float | None:
+def eta_s(step: int, total: int, parts: Iterable[Part]) -> float | None:
     """Seconds to the last step; None: nobody knows how many there are, or how long one takes.
 
     Each rank reports the median of its recent steps, which one slow step does not move;
     ranks keep step with each other, so that the median of them is not moved by one odd rank.
     """
-    took = [rank.step_s for rank in ranks if rank.step_s > 0]
+    took = [seconds for one in parts for seconds in one.step_s]
     if not total or not took:
         return None
     return max(0, total - step) * statistics.median(took)
