@@ -75,6 +75,23 @@ class LogChunk:
     attempt: int
     agent: str
     eof: bool
+    offset: int = 0
+    """Of the first byte."""
+    marks: tuple[tuple[int, int], ...] = ()
+    """(size, milliseconds): when the log was how long."""
+    note: str = ""
+    """Why it comes from the archive, if it does."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogPlace:
+    """Logs of some ranks of one attempt, on a machine or ``archived`` in the store."""
+
+    attempt: int
+    agent: str
+    first_rank: int
+    last_rank: int
+    archived: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +110,8 @@ class ReplicaInfo:
     problems: tuple[str, ...] = ()
     """What is wrong now, in sentences for people."""
     etcd_version: str = ""
+    store: str = ""
+    """Of jobs that name none; "": there is none, or the replica is of a release that does not say."""
 
 
 @dataclass(frozen=True, slots=True)

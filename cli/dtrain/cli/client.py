@@ -18,6 +18,7 @@ from dtrain.cli.answers import (
     Item,
     JobStacks,
     LogChunk,
+    LogPlace,
     Pinned,
     RankStacks,
     Reading,
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 STACKS_S = 12.0
 """Ranks are looked at while the caller waits."""
+
+ARCHIVE_S = 6.0
+"""How much longer a log may take that has to come from the store."""
 
 STORE_WAIT_S = 6.0
 """How much longer a replica may take that asks a job's store first: it gives a store that is silent 5 s."""
@@ -219,10 +223,45 @@ class Client(Caller):
             bytes_max=bytes_max,
             wait_ms=int(wait_s * 1000),
         )
+        # Whoever does not wait for new bytes waits for the store instead, if the machine is lost.
+        patience_s = wait_s or ARCHIVE_S
         reply = self._call(
-            lambda stub, timeout: stub.ReadLog(request, timeout=timeout + wait_s), wait_s=wait_s
+            lambda stub, timeout: stub.ReadLog(request, timeout=timeout + patience_s), wait_s=patience_s
         )
-        return LogChunk(reply.data, reply.next_offset, reply.attempt, reply.agent, reply.eof)
+        return LogChunk(
+            reply.data,
+            reply.next_offset,
+            reply.attempt,
+            reply.agent,
+            reply.eof,
+            reply.next_offset - len(reply.data),
+            tuple((mark.size, mark.at_ms) for mark in reply.marks),
+            reply.note,
+        )
+
+    def log_places(self, job: str, attempt: int = 0) -> tuple[tuple[LogPlace, ...], str]:
+        """Which logs of a job there are, of which attempts, and why the store could not be asked, if so.
+
+        Nothing from a replica of an earlier release.
+
+        Raises:
+            NotFound: no such job.
+            Unavailable: no replica could be reached.
+        """
+        request = pb.ListLogsRequest(job=job, attempt=attempt)
+        try:
+            reply = self._call(
+                lambda stub, timeout: stub.ListLogs(request, timeout=timeout + ARCHIVE_S), wait_s=ARCHIVE_S
+            )
+        except Refused as error:
+            if error.code is not ErrorCode.OLDER_RELEASE:
+                raise
+            return (), "this replica is of an earlier release"
+        found = (
+            LogPlace(one.attempt, one.agent, one.first_rank, one.last_rank, one.archived)
+            for one in reply.sources
+        )
+        return tuple(found), reply.problem
 
     def stacks(self, job: str) -> JobStacks:
         """Collect the stacks of a job's ranks now.
@@ -371,6 +410,7 @@ class Client(Caller):
             reply.leader_replica,
             tuple(reply.problems),
             reply.etcd_version,
+            reply.store,
         )
 
 

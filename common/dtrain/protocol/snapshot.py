@@ -77,6 +77,8 @@ class Failure:
     """Of the traceback, without what differs between processes: the same error again has the same one."""
     also: tuple[str, ...] = ()
     """What else failed with it, in one sentence each: almost always because of it."""
+    hopeless: bool = False
+    """No machine can do it, now or later: what the job is to run is not to be had."""
 
 
 @dataclass(frozen=True, slots=True)

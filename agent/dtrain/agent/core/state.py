@@ -54,6 +54,8 @@ class Machine:
     """The agent's own environment: the base of every rank's."""
     working_dir: str = "/"
     """Where programs run whose job names no folder."""
+    tree_dir: str = "/"
+    """Folder of the unpacked working directories."""
     life: str = "0"
     """Differs between lives of the agent process: folders are never shared."""
     orphan_grace_s: float = 600.0
@@ -340,6 +342,11 @@ class JobState:
     """Not before is one started (monotonic): the last one ended by itself."""
     note: str = ""
     """What was last done with it without an order, for people."""
+    unpacked: bool = False
+    """Its packed working directory is there."""
+    unpacking: bool = False
+    """The transfer process that runs now was told to make it."""
+    unpack_tries: int = 0
     habit: Habit = Habit()
     dump: str = ""
     """The newest order to collect stacks, by its id."""
@@ -490,6 +497,9 @@ def durable_view(job: JobState) -> JobState:
         dump="",
         stacks=(),
         warm_at=0.0,
+        unpacked=False,
+        unpacking=False,
+        unpack_tries=0,
         held=(),
         kill_at=None,
         stopping=dataclasses.replace(job.stopping, kill_at=0.0) if job.stopping else None,

@@ -7,6 +7,7 @@ from dtrain.cli.render.lists import events, restarts
 from dtrain.cli.render.sentences import headline
 from dtrain.cli.render.table import UNKNOWN, Table, When, ago
 from dtrain.protocol.cluster import Suspicion
+from dtrain.protocol.job import JobSpec
 from dtrain.protocol.snapshot import FailureKind, Timing, WorkerPhase
 
 BLAMES_SHOWN = 8
@@ -35,7 +36,7 @@ def job(job: Job, now: float) -> list[str]:
         lines += [
             f"Program       {spec.entry.kind} {' '.join((spec.entry.target, *spec.entry.args))}",
             f"Size          {_size(job)}",
-            f"Folder        {spec.working_dir}",
+            f"Folder        {_folder(spec)}",
             f"Uid           {spec.uid}   submitted {spec.submitted_at}",
         ]
     table = rank_table(job)
@@ -211,3 +212,10 @@ def _size(job: Job) -> str:
 
 def _nodes(low: int, high: int) -> str:
     return f"{low} machine{'s' if low != 1 else ''}" if low == high else f"{low} to {high} machines"
+
+
+def _folder(spec: JobSpec) -> str:
+    if spec.package is None:
+        return spec.working_dir
+    size = show_bytes(spec.package.files_bytes)
+    return f"{spec.package.source} (packed: {spec.package.files} entries, {size}, {spec.package.digest[:12]})"

@@ -61,6 +61,11 @@ class CoordinatorStub(object):
                 request_serializer=dtrain_dot_v1_dot_coordinator__pb2.JobLogRequest.SerializeToString,
                 response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.JobLogChunk.FromString,
                 _registered_method=True)
+        self.ListLogs = channel.unary_unary(
+                '/dtrain.v1.Coordinator/ListLogs',
+                request_serializer=dtrain_dot_v1_dot_coordinator__pb2.ListLogsRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ListLogsReply.FromString,
+                _registered_method=True)
         self.Info = channel.unary_unary(
                 '/dtrain.v1.Coordinator/Info',
                 request_serializer=dtrain_dot_v1_dot_coordinator__pb2.InfoRequest.SerializeToString,
@@ -157,6 +162,13 @@ class CoordinatorServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReadLog(self, request, context):
+        """From the rank's machine; from the store where that is lost.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLogs(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -275,6 +287,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.ReadLog,
                     request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.JobLogRequest.FromString,
                     response_serializer=dtrain_dot_v1_dot_coordinator__pb2.JobLogChunk.SerializeToString,
+            ),
+            'ListLogs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLogs,
+                    request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ListLogsRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_coordinator__pb2.ListLogsReply.SerializeToString,
             ),
             'Info': grpc.unary_unary_rpc_method_handler(
                     servicer.Info,
@@ -474,6 +491,33 @@ class Coordinator(object):
             '/dtrain.v1.Coordinator/ReadLog',
             dtrain_dot_v1_dot_coordinator__pb2.JobLogRequest.SerializeToString,
             dtrain_dot_v1_dot_coordinator__pb2.JobLogChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLogs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Coordinator/ListLogs',
+            dtrain_dot_v1_dot_coordinator__pb2.ListLogsRequest.SerializeToString,
+            dtrain_dot_v1_dot_coordinator__pb2.ListLogsReply.FromString,
             options,
             channel_credentials,
             insecure,
