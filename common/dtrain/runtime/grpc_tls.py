@@ -101,6 +101,8 @@ RULES: Mapping[str, Rule] = {
     f"{_AGENT}Execute": _COORDINATORS,
     f"{_AGENT}ReadLog": _COORDINATORS,
     f"{_AGENT}Stacks": _COORDINATORS,
+    f"{_AGENT}Series": _COORDINATORS,
+    f"{_COORDINATOR}Series": _ALL,
 }
 """What is not in here is refused to everybody."""
 
