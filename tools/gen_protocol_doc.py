@@ -51,6 +51,7 @@ PLAN: dict[str, tuple[str, list[str]]] = {
             "Condition",
         ],
     ),
+    "Packages": ("package.py", ["Package", "PackageCollection"]),
     "Time": ("ledger.py", ["Ledger", "Mark"]),
     "Checkpoints": (
         "checkpoint.py",
@@ -218,7 +219,13 @@ MEANINGS = {
     "JobSpec.restarts": "see `RestartPolicy`",
     "JobSpec.shutdown_grace_s": "seconds from SIGTERM to SIGKILL when ranks are ended in order",
     "JobSpec.submitted_at": "when (UTC)",
-    "JobSpec.working_dir": "folder the ranks start in, on every machine",
+    "JobSpec.working_dir": "folder the ranks start in, on every machine; with `package`: what was packed",
+    "Package.digest": "SHA-256 of the archive, hex",
+    "Package.nonce": "random; the rest of its name",
+    "Package.store": "URI of the store that it is in",
+    "Package.files": "files, links and folders in it",
+    "Package.source": "folder it was packed from, for people",
+    "PackageCollection.keys": "store key to the store's URI",
     "JobStatus.attempt": "newest attempt; 0: none yet",
     "JobStatus.charge": "the attempt to come is charged to the restart budget",
     "JobStatus.conditions": "see `Condition`",
@@ -328,7 +335,7 @@ def table(node: ast.ClassDef) -> str:
 def enums() -> str:
     text = "\n## Values\n"
     for file, name in (
-        ("job.py", "JobPhase"),
+        ("phases.py", "JobPhase"),
         ("snapshot.py", "WorkerPhase"),
         ("snapshot.py", "FailureKind"),
         ("events.py", "EventReason"),

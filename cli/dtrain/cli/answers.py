@@ -1,9 +1,10 @@
 """What the coordinators answer, as values: no grpc in it, so that what only shows them loads none."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dtrain.protocol.checkpoint import CommitRecord
+if TYPE_CHECKING:
+    from dtrain.protocol.checkpoint import CommitRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,16 @@ class Reading:
     """Records under one prefix, from the mirror of ``replica``; it was current ``age_s`` ago."""
 
     items: tuple[Item, ...]
+    revision: int
+    age_s: float
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Encoded rows of a list, from the mirror of ``replica``; it was current ``age_s`` ago."""
+
+    rows: tuple[bytes, ...]
     revision: int
     age_s: float
     replica: str
@@ -64,6 +75,23 @@ class LogChunk:
     attempt: int
     agent: str
     eof: bool
+    offset: int = 0
+    """Of the first byte."""
+    marks: tuple[tuple[int, int], ...] = ()
+    """(size, milliseconds): when the log was how long."""
+    note: str = ""
+    """Why it comes from the archive, if it does."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogPlace:
+    """Logs of some ranks of one attempt, on a machine or ``archived`` in the store."""
+
+    attempt: int
+    agent: str
+    first_rank: int
+    last_rank: int
+    archived: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +110,8 @@ class ReplicaInfo:
     problems: tuple[str, ...] = ()
     """What is wrong now, in sentences for people."""
     etcd_version: str = ""
+    store: str = ""
+    """Of jobs that name none; "": there is none, or the replica is of a release that does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +126,7 @@ class Importing:
 class Pinned:
     """A checkpoint that stays while it is pinned; ``lease`` renews the pin, 0 for one without an end."""
 
-    record: CommitRecord
+    record: "CommitRecord"
     store: str
     lease: int
     revision: int
