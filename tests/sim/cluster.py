@@ -271,6 +271,23 @@ class Cluster:
         if not self.ask(name, Wanted.RUN):
             self.scheduler.after(OPERATOR_S, lambda: self.resume(name))
 
+    def pause(self, name: JobName) -> bool:
+        """Want a job's ranks to stand still; False if that cannot be said now."""
+        before = self.intent(name)
+        if before is None or self.etcd.down or self.etcd.memory.out_of_space:
+            return False
+        return before.wanted is Wanted.RUN and self._want(name, replace(before, paused=True))
+
+    def unpause(self, name: JobName) -> None:
+        """Want them to go on, as soon as that can be said."""
+        before = self.intent(name)
+        if before is None or not before.paused:
+            return
+        if self.etcd.down or self.etcd.memory.out_of_space:
+            self.scheduler.after(OPERATOR_S, lambda: self.unpause(name))
+            return
+        self._want(name, replace(before, paused=False))
+
     def submissions(self, name: JobName) -> int:
         return self.jobs[name].submissions
 
