@@ -80,7 +80,7 @@ REQUESTS: dict[str, Any] = {
 }
 MAY = {
     "/dtrain.v1.Coordinator/Submit": {"operator"},
-    "/dtrain.v1.Coordinator/SetIntent": {"operator"},
+    "/dtrain.v1.Coordinator/SetIntent": {"operator", "coordinator"},
     "/dtrain.v1.Coordinator/Read": {"operator", "reader", "coordinator", "agent"},
     "/dtrain.v1.Coordinator/ReadLog": {"operator", "reader", "coordinator", "agent"},
     "/dtrain.v1.Coordinator/Info": {"operator", "reader", "coordinator", "agent"},
@@ -92,8 +92,8 @@ MAY = {
     "/dtrain.v1.Coordinator/CollectGarbage": {"operator"},
     "/dtrain.v1.Coordinator/ImportCheckpoint": {"operator"},
     "/dtrain.v1.Coordinator/ReviewGarbage": {"operator"},
-    "/dtrain.v1.Coordinator/Cordon": {"operator"},
-    "/dtrain.v1.Coordinator/Uncordon": {"operator"},
+    "/dtrain.v1.Coordinator/Cordon": {"operator", "coordinator"},
+    "/dtrain.v1.Coordinator/Uncordon": {"operator", "coordinator"},
     "/dtrain.v1.Agent/Execute": {"coordinator"},
     "/dtrain.v1.Coordinator/Stacks": {"operator"},
     "/dtrain.v1.Agent/Stacks": {"coordinator"},

@@ -116,9 +116,9 @@ def _desk(cluster: "Cluster") -> Cordons:
 __all__ = ["HARMLESS", "KINDS"]
 
 
-@kind("pause", a_job, every_s=(10.0, 40.0), lasts_s=(0.2, 40.0), apart=3)
+@kind("pause", a_job, every_s=(10.0, 40.0), lasts_s=(0.2, 40.0), apart=1)
 def _pause(faults: "Faults", strike: Strike) -> None:
-    """An operator wants its ranks to stand still for a while; the calm finds every job going on."""
+    """An operator has a job stand still for a while; the calm finds every job going on."""
     cluster, job = faults.cluster, JobName(strike.target)
     if job in cluster.jobs and cluster.pause(job):
         faults.until(strike, lambda: cluster.unpause(job))

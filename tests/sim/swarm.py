@@ -45,7 +45,6 @@ def draw(seed: int) -> Schedule:
     shape = replace(shape, scrub_s=apart.choice((0.0, 0.0, 10.0, 40.0)))
     shape = _more_machines(more, shape)
     mix |= _mix_apart(apart, 1, (0.0, 0.0, 0.3, 0.6)) | _mix_more(more)
-    mix |= _mix_apart(random.Random(f"dtrain-pause-{seed}"), 3, (0.0, 0.5))
     return Schedule(seed, shape, storms, ends_calm, mix)
 
 

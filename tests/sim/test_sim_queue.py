@@ -45,7 +45,7 @@ def test_suspending_repeats_no_step_and_costs_no_restart(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(1, 4))
-def test_pausing_repeats_no_step_and_ends_no_attempt(seed: int) -> None:
+def test_a_pause_repeats_no_step_and_starts_no_attempt(seed: int) -> None:
     rng = random.Random(f"pauses-{seed}")
     job = JobShape("train", 1.0, total_steps=150, nnodes_min=2, nnodes_max=2, nproc=rng.choice((1, 2)))
     strikes = tuple(
@@ -56,9 +56,9 @@ def test_pausing_repeats_no_step_and_ends_no_attempt(seed: int) -> None:
     shape = Shape((10, 10, 10), 10, 3, (job,), clock_drift=0.0)
     cluster, done = played(Schedule(seed, shape, (Storm(0.0, 80.0),), strikes=strikes))
     assert len(done) == len(set(done)), "steps were done twice"
-    history = next(iter(cluster.checks.jobs.values()))
-    assert history.status is not None
-    assert (history.status.restarts, history.status.attempt) == ((), 1)
+    status = next(iter(cluster.checks.jobs.values())).status
+    assert status is not None
+    assert (status.restarts, status.failure, status.attempt, status.held) == ((), None, 1, 0)
     live = cluster.etcd.memory._live
     told = [kv.value for key, kv in live.items() if "/events/" in key and b'"Paused"' in kv.value]
     assert told, "it was never paused"

@@ -176,7 +176,10 @@ class AgentDriver:
         *,
         confirm_term: Callable[[Term], bool],
         log: Callable[..., None] = lambda *_args, **_fields: None,
+        see: Callable[[AgentState, AgentState, float], None] = lambda _before, _after, _now: None,
     ) -> None:
+        """Remember. ``see`` is shown every change of the state, and when: for those who count."""
+        self._see = see
         self._state = state
         self._ports = ports
         self._clock = clock
@@ -273,6 +276,7 @@ class AgentDriver:
             return Answer(False, "the agent's journal could not be written")
         self._state = state
         self._wake_at = decision.wake_at
+        self._see(before, state, self._clock.monotonic())
         self._tell_changes(before, state)
         self._carry_out(decision.actions)
         return decision.answer

@@ -38,6 +38,7 @@ from dtrain.agent.journal import Journal
 from dtrain.agent.launch.processes import boot_id
 from dtrain.agent.link import AgentServer, AgentServicer
 from dtrain.agent.logs import RankLogs
+from dtrain.agent.measures import Measures
 from dtrain.agent.notice_value import Notice
 from dtrain.agent.processes import Launchers, Transfers
 from dtrain.agent.rank_socket import RankServer, short_run_dir
@@ -54,6 +55,7 @@ from dtrain.runtime.clock import Clock, SystemClock, iso
 from dtrain.runtime.serving import StatusServer, inherited
 from dtrain.runtime.tls import Role
 from dtrain.storage.etcd import versions
+from dtrain.storage.etcd.metered import MeteredEtcd
 from dtrain.storage.etcd.open import open_etcd
 from dtrain.storage.etcd.port import Etcd
 from dtrain.storage.etcd.session import Session, attach
@@ -108,6 +110,8 @@ class Agent:
         health: socket.socket | None = None,
     ) -> None:
         self._settings = settings
+        self._measures = Measures(settings.name)
+        etcd = MeteredEtcd(etcd, self._measures.etcd, clock)
         self._etcd = etcd
         self._session = session
         self._clock = clock
@@ -194,6 +198,7 @@ class Agent:
             clock,
             confirm_term=self._confirm_term,
             log=self.log,
+            see=self._measures.see,
         )
         self._consulting = ConsultThread(
             Consultant(
@@ -392,6 +397,7 @@ class Agent:
                 or self._driver.state.drain is not None
             ),
             loop_at=lambda: self._loop_at,
+            measures=self._measures,
             monotonic=self._clock.monotonic,
         )
         return StatusServer(listener, status.pages(), report=self.log)

@@ -20,6 +20,7 @@ from dtrain.protocol.ids import ClusterName
 from dtrain.protocol.job import TERMINAL_PHASES, Intent, JobPhase, JobSpec, JobStatus
 from dtrain.protocol.keys import Keys, Parsed
 from dtrain.protocol.snapshot import NodeRecord, RankState, WorkerSnapshot
+from dtrain.protocol.standing import reported_step
 from dtrain.runtime import redact
 
 T = TypeVar("T")
@@ -89,9 +90,9 @@ class Job:
     @property
     def step(self) -> int:
         """Newest step that every reporting rank has completed, or the last one stored."""
-        reported = [state.step for _, state in self.ranks.values()]
         stored = self.status.step if self.status else 0
-        return max(stored, min(reported)) if reported and not self.finished else stored
+        ranks = () if self.finished else self.ranks.values()
+        return reported_step(stored, (state.step for _, state in ranks))
 
     @property
     def world_size(self) -> int:

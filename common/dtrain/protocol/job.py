@@ -316,6 +316,21 @@ class Former:
 
 
 @dataclass(frozen=True, slots=True)
+class Tally:
+    """What has happened in this submission so often, for metrics.
+
+    Each rises in the transaction that makes it happen: no change of leader counts twice, or forgets.
+    """
+
+    attempts: Mapping[str, int] = field(default_factory=dict)
+    """By why each began: ``first``, ``planned``, or the kind of failure that ended the one before."""
+    commits: int = 0
+    committed_bytes: int = 0
+    aborts: Mapping[str, int] = field(default_factory=dict)
+    """Checkpoints that were opened and not committed, by why: see docs/metrics.md."""
+
+
+@dataclass(frozen=True, slots=True)
 class JobStatus:
     """What the leader has decided; everything a successor needs to go on.
 
@@ -383,6 +398,7 @@ class JobStatus:
     """With SUSPENDING: the checkpoint is taken, or there will be none, and ranks are being stopped."""
     unswept: tuple[Former, ...] = ()
     """Earlier submissions of this name that were used again before their last sweep."""
+    tally: Tally = Tally()
     ledger: Ledger | None = None
     """Where its time went; None: written by a release that kept none."""
     held: Seq = Seq(0)

@@ -72,12 +72,14 @@ class Rule:
 
 
 _OPERATORS = Rule(frozenset({Role.OPERATOR}))
+_BY_DASHBOARDS = Rule(frozenset({Role.OPERATOR, Role.COORDINATOR}))
+"""A coordinator may ask for who has its dashboard's token: it could write all of it to etcd itself."""
 _ALL = Rule(frozenset(Role))
 _COORDINATORS = Rule(frozenset({Role.COORDINATOR}))
 
 RULES: Mapping[str, Rule] = {
     f"{_COORDINATOR}Submit": _OPERATORS,
-    f"{_COORDINATOR}SetIntent": _OPERATORS,
+    f"{_COORDINATOR}SetIntent": _BY_DASHBOARDS,
     f"{_COORDINATOR}Read": _ALL,
     f"{_COORDINATOR}ReadLog": _ALL,
     f"{_COORDINATOR}Info": _ALL,
@@ -89,8 +91,8 @@ RULES: Mapping[str, Rule] = {
     f"{_COORDINATOR}ImportCheckpoint": _OPERATORS,
     f"{_COORDINATOR}ReviewGarbage": _OPERATORS,
     f"{_COORDINATOR}Stacks": _OPERATORS,
-    f"{_COORDINATOR}Cordon": _OPERATORS,
-    f"{_COORDINATOR}Uncordon": _OPERATORS,
+    f"{_COORDINATOR}Cordon": _BY_DASHBOARDS,
+    f"{_COORDINATOR}Uncordon": _BY_DASHBOARDS,
     f"{_COORDINATOR}Consult": Rule(frozenset({Role.AGENT}), own="agent"),
     f"{_AGENT}Execute": _COORDINATORS,
     f"{_AGENT}ReadLog": _COORDINATORS,

@@ -137,9 +137,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
     def SetIntent(  # noqa: N802
         self, request: pb.SetIntentRequest, context: grpc.ServicerContext
     ) -> pb.SetIntentReply:
-        peer = grpc_tls.caller(context)
-        # What a client says of itself proves nothing; what its certificate says does.
-        by = request.by if peer is None else peer.name
+        by = _who(request.by, context)
         intent, revision = self._operators.set_intent(
             request.job,
             request.wanted,
@@ -584,6 +582,9 @@ def _patience_s(context: grpc.ServicerContext) -> float:
 def _who(said: str, context: grpc.ServicerContext) -> str:
     """Who calls: what its certificate says, if it has one, proves more than what it says of itself."""
     peer = grpc_tls.caller(context)
+    if peer is not None and peer.role is Role.COORDINATOR:
+        # It speaks for somebody at its dashboard, and says so.
+        return f"{peer.name}: {said}" if said else peer.name
     return said if peer is None else peer.name
 
 

@@ -27,6 +27,7 @@ from dtrain.coordinator.core import (
     spares,
     stragglers,
     suspicion,
+    tally,
 )
 from dtrain.coordinator.core.decisions import ProbeStore
 from dtrain.coordinator.core.draft import Draft
@@ -142,6 +143,7 @@ def start_attempt(draft: Draft, members: tuple[Member, ...], store: str) -> None
         stragglers=(),
         joining=(),
         joining_since="",
+        tally=tally.attempt_begun(draft.status),
     )
     names = ", ".join(member.agent for member in members[:8]) + (", ..." if len(members) > 8 else "")
     draft.event(

@@ -14,6 +14,7 @@ import random
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused, Unavailable
 from dtrain.protocol.ids import RESTORE_BUMP_LEAST
@@ -31,6 +32,18 @@ _REFUSAL_EVERY_S = 60.0
 _QUIET_OPENS_MAX = 3
 """So many streams in a row that ended before their first message: the next message may be one that
 cannot be read, such as a backlog beyond the longest line, and a list in pages gets past it."""
+
+
+class Relist(StrEnum):
+    """Why a mirror reads everything."""
+
+    START = "start"
+    COMPACTED = "compacted"
+    """The history that it needed is gone: it was away for long."""
+    SILENT = "silent"
+    """Streams opened and said nothing."""
+    WENT_BACK = "went-back"
+    """etcd was restored or replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +161,8 @@ class Mirror:
         self._failure: Exception | None = None
         self._fresh_at: float | None = None
         self._listed = False
+        self._relists: dict[Relist, int] = dict.fromkeys(Relist, 0)
+        self._relist_why = Relist.START
         self._quiet_opens = 0
         self._raft_term = 0
         self._present_seen = 0
@@ -206,6 +221,10 @@ class Mirror:
         fresh_at = self._fresh_at
         return float("inf") if fresh_at is None else max(0.0, self._clock.monotonic() - fresh_at)
 
+    def relists(self) -> dict[Relist, int]:
+        """Return how often everything was read, the first time included, by why."""
+        return dict(self._relists)
+
     # The thread.
 
     def _run(self) -> None:
@@ -222,7 +241,7 @@ class Mirror:
                 if self._stop.is_set():
                     return
                 if self._quiet_opens >= _QUIET_OPENS_MAX:
-                    self._listed = False
+                    self._list_again(Relist.SILENT)
                 self._log.warning(
                     "mirror interrupted", prefix=self._prefix, error=str(error), failures=self._failures
                 )
@@ -243,7 +262,7 @@ class Mirror:
             return
         if error.code is ErrorCode.ETCD_COMPACTED:
             self._log.warning("mirror lists again", prefix=self._prefix, why=str(error))
-            self._listed = False
+            self._list_again(Relist.COMPACTED)
         elif error.code is ErrorCode.ETCD_WENT_BACK:
             self._raise_alarm(error)
         elif self._clock.monotonic() >= self._refusal_at:
@@ -251,8 +270,11 @@ class Mirror:
             self._refusal_at = self._clock.monotonic() + _REFUSAL_EVERY_S
             self._log.error("etcd refuses the mirror", error=str(error), fix=error.fix)
 
+    def _list_again(self, why: Relist) -> None:
+        self._listed, self._relist_why = False, why
+
     def _raise_alarm(self, error: DtrainError) -> None:
-        self._listed = False
+        self._list_again(Relist.WENT_BACK)
         if self._alarm is None:
             self._alarm = error
             self._log.error("etcd went back", error=str(error), fix=error.fix)
@@ -299,6 +321,7 @@ class Mirror:
         with self._changed:
             changes = self._state.relist(items, revision)
             self._changed.notify_all()
+        self._relists[self._relist_why] += 1
         self._listed = True
         self._quiet_opens = 0
         self._fresh_at = asked_at
@@ -328,7 +351,7 @@ class Mirror:
                 elif now - heard_at > 3 * self._interval_s:
                     if self._quiet_opens > 1:
                         # Resuming did not help: changes outside the prefix hide whether any is missing.
-                        self._listed = False
+                        self._list_again(Relist.SILENT)
                     raise Unavailable(ErrorCode.ETCD_UNAVAILABLE, "the watch has fallen silent")
         finally:
             self._stream = None
