@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show it."
 )
 @formatted()
-@connected
+@partial(connected, etcd=True)
 def cli() -> None:
     """Fault-tolerant distributed PyTorch training, with its state in etcd."""
 
@@ -149,7 +150,9 @@ def main() -> None:
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()
-    except OSError:
-        # `dtrain get jobs | head` closed the pipe: no reason to complain at exit.
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            code = _explain(error, Settings())
+        # `dtrain get jobs | head` closed the pipe: no reason to complain, now or at the interpreter's end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

@@ -33,6 +33,7 @@ class ErrorCode(StrEnum):
     BAD_RECORD = "DT-1004"
     USAGE = "DT-1005"
     NOT_A_TEST_CLUSTER = "DT-1006"
+    LOCAL_IO = "DT-1007"
 
     STORE_UNAVAILABLE = "DT-2001"
     STORE_REFUSED = "DT-2002"
