@@ -149,7 +149,9 @@ class WatchPort(Protocol):
 class LogPort(Protocol):
     """Log folders."""
 
-    def prepare(self, job: JobName, uid: Uid, attempt: Attempt, first_rank: Rank) -> None: ...
+    def prepare(
+        self, job: JobName, uid: Uid, attempt: Attempt, first_rank: Rank, *, ranks: int, store: str
+    ) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,9 +327,9 @@ class AgentDriver:
             case CollectStacks(job, uid, attempt, dump, wanted):
                 self._log("collecting stacks", job=job, attempt=attempt, dump=dump)
                 ports.watch.collect(job, uid, attempt, dump, wanted)
-            case PrepareLogs(job, uid, attempt, first_rank):
+            case PrepareLogs(job, uid, attempt, first_rank, ranks, store):
                 try:
-                    ports.logs.prepare(job, uid, attempt, first_rank)
+                    ports.logs.prepare(job, uid, attempt, first_rank, ranks=ranks, store=store)
                 except OSError as error:
                     # Without it logs are found by local rank; the job itself goes on.
                     self._log("log folder failed", job=job, error=str(error))

@@ -8,9 +8,11 @@ from typing import NoReturn
 
 import grpc
 
+from dtrain.agent import log_times
 from dtrain.agent.core.decisions import Answer
-from dtrain.agent.logs import LogPart, RankLogs, read_part
+from dtrain.agent.logs import LogPart, LogPlace, RankLogs, read_part
 from dtrain.protocol import wire
+from dtrain.protocol.archive import Mark
 from dtrain.protocol.commands import Command
 from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, Refused, Unavailable
 from dtrain.protocol.ids import Attempt, Term
@@ -110,7 +112,7 @@ class AgentServicer(agent_pb2_grpc.AgentServicer):
                 over = self._ended(request.job, request.uid, place.attempt, request.rank)
                 part = read_part(place.path, offset, request.bytes_max)
                 if part.data or over or time.monotonic() >= deadline or not context.is_active():
-                    return _chunk(part, place.attempt, over)
+                    return _chunk(part, place, over)
                 offset = part.next_offset
                 time.sleep(POLL_S)
         finally:
@@ -162,7 +164,20 @@ def abort(context: grpc.ServicerContext, error: DtrainError) -> NoReturn:
     raise AssertionError("abort returned")
 
 
-def _chunk(part: LogPart, attempt: Attempt, over: bool) -> pb.LogChunk:
+def _chunk(part: LogPart, place: LogPlace, over: bool) -> pb.LogChunk:
+    marks = _marks(part, place) if part.data else []
     return pb.LogChunk(
-        data=part.data, next_offset=part.next_offset, attempt=attempt, eof=over and part.at_end
+        data=part.data,
+        next_offset=part.next_offset,
+        attempt=place.attempt,
+        eof=over and part.at_end,
+        marks=[pb.TimeMark(size=mark.size, at_ms=mark.at_ms) for mark in marks],
     )
+
+
+def _marks(part: LogPart, place: LogPlace) -> list[Mark]:
+    found = list(log_times.within(log_times.read(log_times.of(place.path)), part.offset, part.next_offset))
+    if not found or found[-1].size < part.next_offset:
+        # Written since it was looked at last.
+        found.append(Mark(part.next_offset, int(time.time() * 1000)))
+    return found

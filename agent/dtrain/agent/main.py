@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.agent import config, notices
+from dtrain.agent.archiver import Archiver
 from dtrain.agent.config import Config
 from dtrain.agent.consult import Consultant, ConsultThread, ask_over_grpc
 from dtrain.agent.core import hangs
@@ -72,6 +73,8 @@ LOOP_S_MAX = 0.25
 ANSWER_S_MAX = 5.0
 """How long a command may wait for the driver; the leader sends it again."""
 LAST_WORDS_S_MAX = 2.0
+LAST_COPY_S_MAX = 3.0
+"""How long an agent that stops waits for its ranks' last lines to be in the store."""
 
 _WARNINGS = frozenset(
     {
@@ -83,7 +86,10 @@ _WARNINGS = frozenset(
         "name taken",
         "preemption notice",
         "preemption notices fail",
+        "archive book not written",
+        "log copy failed",
         "log folder failed",
+        "log times not noted",
         "rank refused",
         "registration lost",
         "snapshot not written",
@@ -144,7 +150,23 @@ class Agent:
         self._launchers = Launchers(self._post)
         self._transfers = Transfers(
             self._post,
-            ("--cache-dir", str(data_dir / "checkpoints"), "--cache-bytes", str(settings.cache_bytes)),
+            (
+                *("--cache-dir", str(data_dir / "checkpoints"), "--cache-bytes", str(settings.cache_bytes)),
+                *("--packages-dir", str(data_dir / "packages")),
+                *("--packages-bytes", str(settings.package_cache_bytes)),
+            ),
+            on_archived=lambda report: self._archiver.take(report),
+        )
+        self._archiver = Archiver(
+            logs,
+            settings.cluster,
+            settings.name,
+            send=self._transfers.send,
+            ended=self._rank_ended,
+            clock=clock,
+            interval_s=settings.log_copy_interval_s,
+            bytes_max=settings.log_copy_bytes,
+            log=self.log,
         )
         life = secrets.token_hex(8)
         self._reporter = Reporter(
@@ -172,6 +194,7 @@ class Agent:
             log_dir=str(data_dir / "logs"),
             env=base_env(os.environ),
             working_dir=str(Path.cwd()),
+            tree_dir=str(data_dir / "packages" / "trees"),
             life=life,
             orphan_grace_s=settings.orphan_grace_s,
         )
@@ -192,7 +215,7 @@ class Agent:
                 self._transfers,
                 self._ranks,
                 self._reporter,
-                logs,
+                self._archiver,
                 self._rank_watch,
             ),
             clock,
@@ -238,6 +261,7 @@ class Agent:
         self._reporting.start()
         self._consulting.start()
         self._server.start(self._servicer)
+        threading.Thread(target=self._archive, name="archive", daemon=True).start()
         if self._status is not None:
             threading.Thread(target=self._serve_status, name="status", daemon=True).start()
         self.log("agent started", address=self.address, slots=self._settings.slots)
@@ -263,6 +287,7 @@ class Agent:
     def close(self) -> None:
         """Free everything: for tests that go on living."""
         self._notices.close()
+        self._archiver.close()
         self._reporting.close()
         self._consulting.close()
         self._ranks.close()
@@ -348,12 +373,20 @@ class Agent:
             self._driver.handle(ShutDown(self._settings.stop_grace_s))
             while any(self._lives(name) for name in self._driver.state.jobs):
                 self._turn()
-        deadline = self._clock.monotonic() + LAST_WORDS_S_MAX
-        while not self._reporter.idle and self._clock.monotonic() < deadline:
+            self._archiver.hurry()
+        began = self._clock.monotonic()
+        while self._has_last_words(self._clock.monotonic() - began):
             self._session.beat()
             self._reporter.wait(self._clock.monotonic() + 0.02)
         self._session.set_clean_stop()
         self.log("agent stopped")
+
+    def _has_last_words(self, waited_s: float) -> bool:
+        """Whether the agent's end waits for a snapshot to be published, or for logs to be copied."""
+        if waited_s < LAST_WORDS_S_MAX and not self._reporter.idle:
+            return True
+        copies = not self._settings.keep_ranks and self._archiver.busy
+        return waited_s < LAST_COPY_S_MAX and copies
 
     def _lives(self, name: JobName) -> bool:
         job = self._driver.state.jobs[name]
@@ -401,6 +434,12 @@ class Agent:
             monotonic=self._clock.monotonic,
         )
         return StatusServer(listener, status.pages(), report=self.log)
+
+    def _archive(self) -> None:
+        try:
+            self._archiver.run()
+        except Exception as error:  # noqa: BLE001 - whatever it is, logs must not stay behind unnoticed
+            self._fail(f"the archiver died: {error!r}")
 
     def _serve_status(self) -> None:
         assert self._status is not None

@@ -27,6 +27,16 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """Encoded rows of a list, from the mirror of ``replica``; it was current ``age_s`` ago."""
+
+    rows: tuple[bytes, ...]
+    revision: int
+    age_s: float
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
 class Submitted:
     """What became of a submission."""
 
@@ -64,6 +74,23 @@ class LogChunk:
     attempt: int
     agent: str
     eof: bool
+    offset: int = 0
+    """Of the first byte."""
+    marks: tuple[tuple[int, int], ...] = ()
+    """(size, milliseconds): when the log was how long."""
+    note: str = ""
+    """Why it comes from the archive, if it does."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogPlace:
+    """Logs of some ranks of one attempt, on a machine or ``archived`` in the store."""
+
+    attempt: int
+    agent: str
+    first_rank: int
+    last_rank: int
+    archived: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +109,8 @@ class ReplicaInfo:
     problems: tuple[str, ...] = ()
     """What is wrong now, in sentences for people."""
     etcd_version: str = ""
+    store: str = ""
+    """Of jobs that name none; "": there is none, or the replica is of a release that does not say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -203,6 +203,13 @@ def translate(error: grpc.RpcError, address: str) -> DtrainError:
         return Unavailable(
             ErrorCode.COORDINATOR_UNAVAILABLE, f"the coordinator at {address} is busy", cause=details
         )
+    if status is grpc.StatusCode.UNIMPLEMENTED:
+        return errors.Refused(
+            ErrorCode.OLDER_RELEASE,
+            f"the coordinator at {address} is of a release that does not know how to do this",
+            cause=details,
+            fix="upgrade the coordinators first, one by one: docs/compatibility.md",
+        )
     kind, code = _BY_STATUS.get(status, (errors.InvariantBroken, ErrorCode.BUG))
     return kind(code, f"the coordinator at {address} answered {status.name}: {details}")
 
@@ -213,7 +220,6 @@ _BY_STATUS: dict[grpc.StatusCode, tuple[type[DtrainError], ErrorCode]] = {
     grpc.StatusCode.ALREADY_EXISTS: (errors.Conflict, ErrorCode.ALREADY_EXISTS),
     grpc.StatusCode.FAILED_PRECONDITION: (errors.Conflict, ErrorCode.CONFLICT),
     grpc.StatusCode.ABORTED: (errors.Conflict, ErrorCode.CONFLICT),
-    grpc.StatusCode.UNIMPLEMENTED: (errors.Refused, ErrorCode.USAGE),
     grpc.StatusCode.RESOURCE_EXHAUSTED: (errors.Refused, ErrorCode.USAGE),
     grpc.StatusCode.UNAUTHENTICATED: (errors.Refused, ErrorCode.ETCD_AUTH),
     grpc.StatusCode.PERMISSION_DENIED: (errors.Refused, ErrorCode.NOT_PERMITTED),

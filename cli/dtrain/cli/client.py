@@ -17,11 +17,13 @@ from dtrain.cli.answers import (
     Item,
     JobStacks,
     LogChunk,
+    LogPlace,
     Pinned,
     RankStacks,
     Reading,
     ReplicaInfo,
     Review,
+    Rows,
     Submitted,
 )
 from dtrain.cli.calling import Caller, translate
@@ -35,6 +37,9 @@ from dtrain.protocol.snapshot import DurablePart
 
 STACKS_S = 12.0
 """Ranks are looked at while the caller waits."""
+
+ARCHIVE_S = 6.0
+"""How much longer a log may take that has to come from the store."""
 
 STORE_WAIT_S = 6.0
 """How much longer a replica may take that asks a job's store first: it gives a store that is silent 5 s."""
@@ -144,10 +149,7 @@ class Client(Caller):
 
         def read(stub: Any, timeout: float) -> Reading:
             reply = stub.Read(request, timeout=timeout + wait_s)
-            if reply.revision < self._seen_revision:
-                raise Unavailable(
-                    ErrorCode.MIRROR_STALE, "the replica's mirror is behind what was read before"
-                )
+            self._refuse_older(reply.revision)
             items = tuple(
                 Item(item.key, item.value, item.create_revision, item.mod_revision) for item in reply.items
             )
@@ -159,6 +161,34 @@ class Client(Caller):
             time.sleep(max(0.0, min(wait_s, PACE_S) - (time.monotonic() - begun)))
         self._seen_revision = max(self._seen_revision, reading.revision)
         return reading
+
+    def list(self, kind: str, *, after_revision: int = 0, wait_s: float = 0.0) -> Rows:
+        """Return one row for each of ``jobs`` or ``agents``; with ``wait_s`` wait that long for a change.
+
+        Raises:
+            Refused: OLDER_RELEASE; the replica is of a release that makes no rows.
+            Unavailable: no replica could be reached.
+        """
+        floor = after_revision or self._seen_revision
+        request = pb.ListRequest(
+            kind=kind, after_revision=floor, wait_ms=int(1000 * (wait_s or (CATCH_UP_S if floor else 0.0)))
+        )
+
+        def ask(stub: Any, timeout: float) -> Rows:
+            reply = stub.List(request, timeout=timeout + wait_s)
+            self._refuse_older(reply.revision)
+            return Rows(tuple(reply.rows), reply.revision, reply.age_s, self._addresses[self._current])
+
+        begun = time.monotonic()
+        found = self._call(ask, wait_s=wait_s)
+        if wait_s > 0:
+            time.sleep(max(0.0, min(wait_s, PACE_S) - (time.monotonic() - begun)))
+        self._seen_revision = max(self._seen_revision, found.revision)
+        return found
+
+    def _refuse_older(self, revision: int) -> None:
+        if revision < self._seen_revision:
+            raise Unavailable(ErrorCode.MIRROR_STALE, "the replica's mirror is behind what was read before")
 
     def read_log(
         self,
@@ -186,10 +216,45 @@ class Client(Caller):
             bytes_max=bytes_max,
             wait_ms=int(wait_s * 1000),
         )
+        # Whoever does not wait for new bytes waits for the store instead, if the machine is lost.
+        patience_s = wait_s or ARCHIVE_S
         reply = self._call(
-            lambda stub, timeout: stub.ReadLog(request, timeout=timeout + wait_s), wait_s=wait_s
+            lambda stub, timeout: stub.ReadLog(request, timeout=timeout + patience_s), wait_s=patience_s
         )
-        return LogChunk(reply.data, reply.next_offset, reply.attempt, reply.agent, reply.eof)
+        return LogChunk(
+            reply.data,
+            reply.next_offset,
+            reply.attempt,
+            reply.agent,
+            reply.eof,
+            reply.next_offset - len(reply.data),
+            tuple((mark.size, mark.at_ms) for mark in reply.marks),
+            reply.note,
+        )
+
+    def log_places(self, job: str, attempt: int = 0) -> tuple[tuple[LogPlace, ...], str]:
+        """Which logs of a job there are, of which attempts, and why the store could not be asked, if so.
+
+        Nothing from a replica of an earlier release.
+
+        Raises:
+            NotFound: no such job.
+            Unavailable: no replica could be reached.
+        """
+        request = pb.ListLogsRequest(job=job, attempt=attempt)
+        try:
+            reply = self._call(
+                lambda stub, timeout: stub.ListLogs(request, timeout=timeout + ARCHIVE_S), wait_s=ARCHIVE_S
+            )
+        except Refused as error:
+            if error.code is not ErrorCode.OLDER_RELEASE:
+                raise
+            return (), "this replica is of an earlier release"
+        found = (
+            LogPlace(one.attempt, one.agent, one.first_rank, one.last_rank, one.archived)
+            for one in reply.sources
+        )
+        return tuple(found), reply.problem
 
     def stacks(self, job: str) -> JobStacks:
         """Collect the stacks of a job's ranks now.
@@ -336,6 +401,7 @@ class Client(Caller):
             reply.leader_replica,
             tuple(reply.problems),
             reply.etcd_version,
+            reply.store,
         )
 
 

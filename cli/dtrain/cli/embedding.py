@@ -10,6 +10,7 @@ from dtrain.cli import output, submitting, waiting
 from dtrain.cli.client import Client, closing
 from dtrain.cli.foreground import Foreground
 from dtrain.cli.identity import whoami
+from dtrain.cli.jobfile import Pack
 from dtrain.cli.records import Job
 from dtrain.cli.submitting import Accepted
 from dtrain.local.cluster import LocalCluster
@@ -29,6 +30,7 @@ def run(
     watch: Callable[[Client, Accepted, Callable[[], None]], Job],
     outcome: Callable[[Job], int],
     log_dir: str | None,
+    pack: Pack = Pack.NEVER,
 ) -> int:
     """Run a job in a cluster of its own; return its exit code, 128 + n for a signal.
 
@@ -56,7 +58,7 @@ def run(
             machines = f"{spec.nnodes_max} agent{'' if spec.nnodes_max == 1 else 's'}"
             output.say(f"no cluster is configured: starting one for this run, on this machine ({machines})")
             cluster.start()
-            return _follow(cluster, spec, folder, watch=watch, outcome=outcome)
+            return _follow(cluster, spec, folder, watch=watch, outcome=outcome, pack=pack)
         except Foreground.Interrupted as interrupted:
             return interrupted.exit_code
         finally:
@@ -74,9 +76,10 @@ def _follow(
     *,
     watch: Callable[[Client, Accepted, Callable[[], None]], Job],
     outcome: Callable[[Job], int],
+    pack: Pack,
 ) -> int:
     with closing(Client(cluster.addresses)) as client:
-        accepted = _accept(client, spec, folder)
+        accepted = _accept(client, spec, folder, pack)
         try:
             job = watch(client, accepted, lambda: _check(cluster, folder))
         except Foreground.Interrupted as interrupted:
@@ -85,11 +88,11 @@ def _follow(
     return outcome(job)
 
 
-def _accept(client: Client, spec: JobSpec, folder: Path | None) -> Accepted:
+def _accept(client: Client, spec: JobSpec, folder: Path | None, pack: Pack) -> Accepted:
     """Submit the job, or go on with what an earlier run has left of it."""
     before = submitting.existing(client, spec) if folder is not None else None
     if before is None or before.finished or before.spec is None:
-        return submitting.submit(client, spec, None, "quiet")
+        return submitting.submit(client, spec, None, "quiet", pack=pack)
     if changes := submitting.changes(before.spec, spec):
         raise Conflict(
             ErrorCode.CONFLICT,

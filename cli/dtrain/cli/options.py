@@ -132,6 +132,18 @@ def formatted(*formats: str) -> Callable[[F], F]:
     )
 
 
+def selected(function: F) -> F:
+    """Add ``-l``."""
+    return click.option(
+        "-l", "--selector", "labels", multiple=True, metavar="LABEL=VALUE,...", help="Only with these labels."
+    )(function)
+
+
+def timed(function: F) -> F:
+    """Add ``--iso``."""
+    return click.option("--iso", is_flag=True, help="Times in UTC instead of ages.")(function)
+
+
 def complete_job(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Offer live job names, within 300 ms; nothing if the cluster does not answer."""
     del param

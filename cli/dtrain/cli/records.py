@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from dtrain.cli import exits
 from dtrain.cli.answers import Item, Reading
-from dtrain.protocol import codec
+from dtrain.protocol import codec, rows
 from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord, Quarantine, Verification
 from dtrain.protocol.cluster import Cordon, LeaderRecord, ReplicaRecord, Suspicion
 from dtrain.protocol.errors import ErrorCode, NotFound, Refused
@@ -19,6 +19,7 @@ from dtrain.protocol.events import EventReason, EventRecord
 from dtrain.protocol.ids import ClusterName
 from dtrain.protocol.job import TERMINAL_PHASES, Intent, JobPhase, JobSpec, JobStatus
 from dtrain.protocol.keys import Keys, Parsed
+from dtrain.protocol.rows import AgentRow, JobRow, Part
 from dtrain.protocol.snapshot import NodeRecord, RankState, WorkerSnapshot
 from dtrain.protocol.standing import reported_step
 from dtrain.runtime import redact
@@ -87,6 +88,18 @@ class Job:
         }
         return dict(sorted(found.items()))
 
+    def row(self, now: float) -> JobRow:
+        """What a list shows of it at ``now`` (epoch seconds), without its place in the queue."""
+        parts = {agent: _part(snapshot) for agent, snapshot in self.workers.items()}
+        return rows.job_row(
+            self.name, self.spec, self.status, intent=self.intent, latest=self.latest, parts=parts, now=now
+        )
+
+    @property
+    def reason(self) -> str:
+        """The leader's sentence, and what its ranks add to it."""
+        return rows.reason(self.status, [_part(snapshot) for snapshot in self.current_workers.values()])
+
     @property
     def step(self) -> int:
         """Newest step that every reporting rank has completed, or the last one stored."""
@@ -97,19 +110,12 @@ class Job:
     @property
     def world_size(self) -> int:
         """Ranks: of the current attempt, else as asked for."""
-        if self.status and self.status.members:
-            return self.status.world_size
-        return self.nodes[1] * self.spec.nproc_per_node if self.spec else 0
+        return rows.world_size(self.spec, self.intent, self.status)
 
     @property
     def nodes(self) -> tuple[int, int]:
         """Fewest and most machines: as scaled, else as in the job file."""
-        if self.spec is None:
-            return 0, 0
-        intent = self.intent
-        if intent is not None and intent.uid == self.spec.uid and intent.nnodes_max:
-            return intent.nnodes_min, intent.nnodes_max
-        return self.spec.nnodes_min, self.spec.nnodes_max
+        return rows.nodes(self.spec, self.intent)
 
     @property
     def budget_spent(self) -> bool:
@@ -151,6 +157,12 @@ class Agent:
     suspicion: Suspicion | None = None
     workers: dict[str, WorkerSnapshot] = field(default_factory=dict)
     raw: Json = field(default_factory=dict)
+
+    @property
+    def row(self) -> AgentRow:
+        """What a list shows of it."""
+        parts = {job: _part(snapshot) for job, snapshot in self.workers.items()}
+        return rows.agent_row(self.name, self.node, self.cordon, parts)
 
     def as_json(self) -> Json:
         """The records, with the fields that they are stored with."""
@@ -301,6 +313,10 @@ def _place_in_job(job: Job, parsed: Parsed, item: Item, document: Any) -> None:
         )
         name = {"pin": f"{seq}/{parsed.name}", "order": parsed.name}.get(parsed.kind, str(seq))
         job.raw.setdefault(folder, {})[name] = document
+
+
+def _part(snapshot: WorkerSnapshot) -> Part:
+    return rows.part_of(codec.to_json(snapshot))
 
 
 def _keep(where: dict[int, T], seq: int, record: T | None) -> None:

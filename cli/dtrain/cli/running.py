@@ -8,9 +8,10 @@ from typing import Any
 from dtrain.cli import context, exits, jobfile, output, submitting, torchflags, yamlmarks
 from dtrain.cli.client import Client, closing
 from dtrain.cli.identity import new_id
+from dtrain.cli.jobfile import JobFile, Pack
 from dtrain.cli.options import settings
 from dtrain.cli.records import Job
-from dtrain.cli.render import failures, sentences
+from dtrain.cli.render import failures
 from dtrain.cli.yamlmarks import Document
 from dtrain.protocol.job import JobPhase, JobSpec
 
@@ -35,7 +36,9 @@ def run(given: Mapping[str, Any], chosen: Set[str]) -> int:
     """
     torchflags.check(given)
     addresses = () if given["standalone"] else context.addresses(settings())
-    spec = build_spec(given, chosen, here=not addresses)
+    found = build_job(given, chosen, here=not addresses)
+    for warning in found.warnings:
+        output.say(f"warning: {warning}")
     for line in explanations(given):
         output.say(line)
     if addresses:
@@ -43,7 +46,8 @@ def run(given: Mapping[str, Any], chosen: Set[str]) -> int:
             output.say("--log-dir: the logs stay with the agents; dtrain logs shows them")
         if given["folder"]:
             output.say("--folder has no effect: the job runs in the cluster that is configured")
-        return _on_cluster(addresses, spec, given)
+        return _on_cluster(addresses, found, given)
+    spec = found.spec
 
     # Whoever has a cluster needs no etcd, and waits for none of what starts one.
     from dtrain.cli import embedding
@@ -52,11 +56,21 @@ def run(given: Mapping[str, Any], chosen: Set[str]) -> int:
         ranks = shown_ranks(given, spec.nproc_per_node)
         return submitting.watch(client, accepted, ranks=ranks, prefix=bool(given["tee"]), check=check)
 
-    return embedding.run(spec, given["folder"], watch=watch, outcome=outcome, log_dir=given["log_dir"])
+    # All its agents are on this machine: the folder itself is where they find it.
+    pack = Pack.ALWAYS if found.pack is Pack.ALWAYS else Pack.NEVER
+    return embedding.run(
+        spec, given["folder"], watch=watch, outcome=outcome, log_dir=given["log_dir"], pack=pack
+    )
 
 
 def build_spec(given: Mapping[str, Any], chosen: Set[str], *, here: bool) -> JobSpec:
+    """Return the record of the job that the command line asks for."""
+    return build_job(given, chosen, here=here).spec
+
+
+def build_job(given: Mapping[str, Any], chosen: Set[str], *, here: bool) -> JobFile:
     """Return the job that the command line asks for; ``here``: it runs on this machine."""
+    own = () if given.get("working_dir") is None else jobfile.packing(given["working_dir"])
     program, args = given["program"], list(given["args"])
     if program.endswith((".yaml", ".yml")) and not given["module"] and not given["no_python"]:
         if args:
@@ -70,14 +84,13 @@ def build_spec(given: Mapping[str, Any], chosen: Set[str], *, here: bool) -> Job
             for flag, key in _SETTINGS.items()
             if flag in chosen
         ]
-        found = jobfile.read(Path(program), [*changes, *given["changes"]])
-    else:
-        document = Document(value=_document(given, program, args, here=here))
-        spec = jobfile.parse_values(document, "dtrain run", Path.cwd(), given["changes"])
-        found = jobfile.checked(spec, "dtrain run")
-    for warning in found.warnings:
-        output.say(f"warning: {warning}")
-    return found.spec
+        return jobfile.read(Path(program), [*changes, *own, *given["changes"]])
+    if own and not (given["working_dir"] / program).is_file() and Path(program).is_file():
+        # As typed it is one of where the command is given; packed, it is one of the folder.
+        program = str(Path(program).absolute())
+    document = Document(value=_document(given, program, args, here=here))
+    spec = jobfile.parse_values(document, "dtrain run", Path.cwd(), [*own, *given["changes"]])
+    return jobfile.checked(spec, "dtrain run", jobfile.pack_wanted(document.value))
 
 
 def explanations(given: Mapping[str, Any]) -> list[str]:
@@ -111,7 +124,7 @@ def outcome(job: Job) -> int:
         return exits.OK
     failure = job.status.failure if job.status else None
     if job.phase is JobPhase.CANCELLED or failure is None:
-        output.say(f"dtrain: {job.name} {job.phase}: {sentences.reason(job)}")
+        output.say(f"dtrain: {job.name} {job.phase}: {job.reason}")
         return job.exit_code
     code = exits.of_rank(failure.exit_code, failure.signal)
     output.say(f"dtrain: {job.name} FAILED: exit code {code} from {failures.failure_title(failure)}")
@@ -141,9 +154,10 @@ def _document(given: Mapping[str, Any], program: str, args: list[str], *, here: 
     return document
 
 
-def _on_cluster(addresses: tuple[str, ...], spec: JobSpec, given: Mapping[str, Any]) -> int:
+def _on_cluster(addresses: tuple[str, ...], asked: JobFile, given: Mapping[str, Any]) -> int:
+    spec = asked.spec
     with closing(context.client(settings(), addresses, timeout_s=settings().timeout_s)) as client:
-        accepted = submitting.submit(client, spec, None, "table")
+        accepted = submitting.submit(client, spec, None, "table", pack=asked.pack)
         ranks = shown_ranks(given, spec.nproc_per_node)
         try:
             job = submitting.watch(client, accepted, ranks=ranks, prefix=bool(given["tee"]))

@@ -10,6 +10,7 @@ from enum import StrEnum
 
 from dtrain.protocol.ids import AgentName, Attempt, JobName, Rank, Seq, Step, Term, Uid
 from dtrain.protocol.ledger import Ledger
+from dtrain.protocol.package import Package
 from dtrain.protocol.snapshot import Failure, FailureKind
 
 EXIT_CODE_DO_NOT_RETRY = 93
@@ -227,6 +228,8 @@ class JobSpec:
     submitted_at: str = ""
     request_id: str = ""
     """Chosen by the client: submitting again with the same one changes nothing."""
+    package: Package | None = None
+    """What the ranks start in instead of ``working_dir``: each machine unpacks it for itself."""
 
 
 class Wanted(StrEnum):

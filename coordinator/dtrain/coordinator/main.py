@@ -211,7 +211,7 @@ class Coordinator:
         self._servicer = CoordinatorServicer(
             Identity(settings.cluster, settings.replica, version),
             self._mirror,
-            Operators(etcd, settings.cluster, clock),
+            Operators(etcd, settings.cluster, clock, self._stores.get),
             self._channels,
             self._stores,
             checkpoints=CheckpointDesk(etcd, settings.cluster, clock, self._worker.find_orphans),

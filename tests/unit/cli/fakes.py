@@ -10,8 +10,9 @@ from typing import Any
 
 import grpc
 
+from dtrain.cli import records
 from dtrain.cli.answers import Item, Reading
-from dtrain.protocol import codec
+from dtrain.protocol import codec, rows
 from dtrain.protocol.checkpoint import (
     CommitRecord,
     Garbage,
@@ -219,6 +220,8 @@ class FakeReplica(coordinator_pb2_grpc.CoordinatorServicer):
     """(attempt, rank, stream) to what was written."""
     changed: threading.Condition = field(default_factory=threading.Condition)
     problems: list[str] = field(default_factory=list)
+    former: bool = False
+    """It is of the release before this one: it makes no rows."""
     knows_pauses: bool = True
 
     def update(self, items: list[Item]) -> None:
@@ -276,6 +279,19 @@ class FakeReplica(coordinator_pb2_grpc.CoordinatorServicer):
                 revision=self.revision,
                 age_s=0.1,
             )
+
+    def List(self, request: pb.ListRequest, context: grpc.ServicerContext) -> pb.ListReply:  # noqa: N802
+        self._enter("List", context)
+        if self.former:
+            context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        with self.changed:
+            if request.after_revision:
+                self.changed.wait_for(lambda: self.revision > request.after_revision, request.wait_ms / 1000)
+            cluster = records.group(Reading(tuple(self.items), self.revision, 0.1, ""))
+            made: list[Any] = rows.in_queue([job.row(NOW) for job in cluster.jobs.values()])
+            if request.kind == "agents":
+                made = [agent.row for agent in cluster.agents.values()]
+            return pb.ListReply(rows=[codec.encode(row) for row in made], revision=self.revision, age_s=0.1)
 
     def ReadLog(self, request: pb.JobLogRequest, context: grpc.ServicerContext) -> pb.JobLogChunk:  # noqa: N802
         self._enter("ReadLog", context)

@@ -77,6 +77,12 @@ def _flag(*names: str, **how: Any) -> Callable[[F], F]:
 @_flag("--local-ranks-filter", default="", metavar="N,...", help="Show only these local ranks.")
 @_flag("--shutdown-timeout", type=SECONDS, help="Time between SIGTERM and SIGKILL (default: 30 s).")
 @_flag("--standalone", is_flag=True, help="Use a cluster of its own even if one is configured.")
+@click.option(
+    "--working-dir",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="DIR",
+    help="Pack this folder and start the ranks in it, on each machine (default: run in this one's path).",
+)
 @click.option("--name", help="Name of the job (default: from the program).")
 @click.option(
     "--folder",

@@ -442,11 +442,16 @@ class LogChunk(google.protobuf.message.Message):
     NEXT_OFFSET_FIELD_NUMBER: builtins.int
     ATTEMPT_FIELD_NUMBER: builtins.int
     EOF_FIELD_NUMBER: builtins.int
+    MARKS_FIELD_NUMBER: builtins.int
     data: builtins.bytes
     next_offset: builtins.int
     attempt: builtins.int
     eof: builtins.bool
     """Nothing more will come: the rank has ended and all was read."""
+    @property
+    def marks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TimeMark]:
+        """When the bytes had been written, in order of their sizes; none from earlier releases."""
+
     def __init__(
         self,
         *,
@@ -454,7 +459,28 @@ class LogChunk(google.protobuf.message.Message):
         next_offset: builtins.int = ...,
         attempt: builtins.int = ...,
         eof: builtins.bool = ...,
+        marks: collections.abc.Iterable[Global___TimeMark] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "data", b"data", "eof", b"eof", "next_offset", b"next_offset"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "data", b"data", "eof", b"eof", "marks", b"marks", "next_offset", b"next_offset"]) -> None: ...
 
 Global___LogChunk: typing_extensions.TypeAlias = LogChunk
+
+@typing.final
+class TimeMark(google.protobuf.message.Message):
+    """At at_ms (epoch, the machine's clock) the log was so long."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SIZE_FIELD_NUMBER: builtins.int
+    AT_MS_FIELD_NUMBER: builtins.int
+    size: builtins.int
+    at_ms: builtins.int
+    def __init__(
+        self,
+        *,
+        size: builtins.int = ...,
+        at_ms: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["at_ms", b"at_ms", "size", b"size"]) -> None: ...
+
+Global___TimeMark: typing_extensions.TypeAlias = TimeMark

@@ -51,10 +51,20 @@ class CoordinatorStub(object):
                 request_serializer=dtrain_dot_v1_dot_coordinator__pb2.ReadRequest.SerializeToString,
                 response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ReadReply.FromString,
                 _registered_method=True)
+        self.List = channel.unary_unary(
+                '/dtrain.v1.Coordinator/List',
+                request_serializer=dtrain_dot_v1_dot_coordinator__pb2.ListRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ListReply.FromString,
+                _registered_method=True)
         self.ReadLog = channel.unary_unary(
                 '/dtrain.v1.Coordinator/ReadLog',
                 request_serializer=dtrain_dot_v1_dot_coordinator__pb2.JobLogRequest.SerializeToString,
                 response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.JobLogChunk.FromString,
+                _registered_method=True)
+        self.ListLogs = channel.unary_unary(
+                '/dtrain.v1.Coordinator/ListLogs',
+                request_serializer=dtrain_dot_v1_dot_coordinator__pb2.ListLogsRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ListLogsReply.FromString,
                 _registered_method=True)
         self.Info = channel.unary_unary(
                 '/dtrain.v1.Coordinator/Info',
@@ -143,7 +153,22 @@ class CoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def List(self, request, context):
+        """One row for each job or agent, made from this replica's mirror: what lists show
+        of thousands of records. With after_revision the call waits like Read.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReadLog(self, request, context):
+        """From the rank's machine; from the store where that is lost.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLogs(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -253,10 +278,20 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ReadRequest.FromString,
                     response_serializer=dtrain_dot_v1_dot_coordinator__pb2.ReadReply.SerializeToString,
             ),
+            'List': grpc.unary_unary_rpc_method_handler(
+                    servicer.List,
+                    request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ListRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_coordinator__pb2.ListReply.SerializeToString,
+            ),
             'ReadLog': grpc.unary_unary_rpc_method_handler(
                     servicer.ReadLog,
                     request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.JobLogRequest.FromString,
                     response_serializer=dtrain_dot_v1_dot_coordinator__pb2.JobLogChunk.SerializeToString,
+            ),
+            'ListLogs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLogs,
+                    request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ListLogsRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_coordinator__pb2.ListLogsReply.SerializeToString,
             ),
             'Info': grpc.unary_unary_rpc_method_handler(
                     servicer.Info,
@@ -413,6 +448,33 @@ class Coordinator(object):
             _registered_method=True)
 
     @staticmethod
+    def List(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Coordinator/List',
+            dtrain_dot_v1_dot_coordinator__pb2.ListRequest.SerializeToString,
+            dtrain_dot_v1_dot_coordinator__pb2.ListReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ReadLog(request,
             target,
             options=(),
@@ -429,6 +491,33 @@ class Coordinator(object):
             '/dtrain.v1.Coordinator/ReadLog',
             dtrain_dot_v1_dot_coordinator__pb2.JobLogRequest.SerializeToString,
             dtrain_dot_v1_dot_coordinator__pb2.JobLogChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLogs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Coordinator/ListLogs',
+            dtrain_dot_v1_dot_coordinator__pb2.ListLogsRequest.SerializeToString,
+            dtrain_dot_v1_dot_coordinator__pb2.ListLogsReply.FromString,
             options,
             channel_credentials,
             insecure,

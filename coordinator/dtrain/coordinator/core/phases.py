@@ -505,7 +505,8 @@ def attempt_over(draft: Draft, ending: Ending, *, avoid: Set[AgentName] = frozen
     text = f"{failures.sentence(failure)}{told}"
     over = consequence.action is RuleAction.FAIL
     draft.event(reason, failures.sentence(failure) if over else text, about, warning=True)
-    suspicion.note(draft, failure, ending.others, cordon_s=consequence.cordon_s)
+    if not failure.hopeless:
+        suspicion.note(draft, failure, ending.others, cordon_s=consequence.cordon_s)
     if over:
         checkpoints.settle(draft, patient=False)
         fail(draft, consequence.event, text)

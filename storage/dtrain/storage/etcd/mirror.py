@@ -111,6 +111,18 @@ class MirrorState:
         last = bisect.bisect_left(names, prefix_end(prefix), first) if prefix else len(names)
         return [self._items[name] for name in names[first:last]]
 
+    def children(self, prefix: str) -> list[str]:
+        """Return what comes between ``prefix`` and the next slash in its keys, each once, in key order."""
+        names = self._sorted
+        found = []
+        at = bisect.bisect_left(names, prefix)
+        while at < len(names) and names[at].startswith(prefix):
+            child = names[at][len(prefix) :].partition("/")[0]
+            found.append(child)
+            # To the first key behind all of this child's: they may be many.
+            at = bisect.bisect_left(names, prefix_end(f"{prefix}{child}/"), at + 1)
+        return found
+
     def __len__(self) -> int:
         return len(self._items)
 
@@ -206,6 +218,11 @@ class Mirror:
         """Return what stands under ``prefix``, in key order, all of one revision."""
         with self._changed:
             return self._state.prefix(prefix)
+
+    def children(self, prefix: str) -> list[str]:
+        """Return the names of the folders right under ``prefix``, which ends with a slash."""
+        with self._changed:
+            return self._state.children(prefix)
 
     def wait_for(self, revision: int, timeout_s: float) -> bool:
         """Wait until the copy has reached ``revision``; False: not in time, or closed."""
