@@ -78,7 +78,7 @@ def document(record: Cordon, kind: str) -> dict[str, object]:
 
 def name(client: "Client", wanted: str) -> str:
     """The full name of an agent, given it or its unique beginning."""
-    from dtrain.cli import records
+    from dtrain.cli import naming, records
 
     cluster = records.group(client.read("agents/"), client.read("cordons/"))
-    return records.find(cluster.agents, wanted, "agent")
+    return naming.find(cluster.agents, wanted, "agent")
