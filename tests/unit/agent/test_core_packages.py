@@ -15,7 +15,7 @@ from dtrain.protocol.snapshot import FailureKind, WorkerPhase
 
 from .core_builder import JOB, LAUNCHER, Table
 
-PACKAGE = Package("d" * 64, "a" * 16, "s3://bucket", 100, 3, 200, "/home/me/work")
+PACKAGE = Package("d" * 64, "a" * 16, "s3://bucket", 100, 3, 200, "/src/digits")
 
 
 def table() -> Table:
