@@ -155,8 +155,8 @@ def _torchrun() -> str:
     return "\n".join(
         [
             "`dtrain run` takes torchrun's command line, with dashes or underscores, and its variables"
-            " (`PET_NNODES`, ...). What is not in the table of [`run`](#run) is here. `--node-rank` other than"
-            " 0 is refused: the command is given once, not on each machine.",
+            " (`PET_NNODES`, ...). What is not in the table of [`run`](#run) is here. `--node-rank` other"
+            " than 0 is refused: the command is given once, not on each machine.",
             "",
             "| flag | |",
             "|---|---|",
