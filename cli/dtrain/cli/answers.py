@@ -1,9 +1,10 @@
 """What the coordinators answer, as values: no grpc in it, so that what only shows them loads none."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dtrain.protocol.checkpoint import CommitRecord
+if TYPE_CHECKING:
+    from dtrain.protocol.checkpoint import CommitRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,26 @@ class Rows:
     revision: int
     age_s: float
     replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """One record's step to ``value``, None: it was deleted; ``key`` is below the cluster's root."""
+
+    key: str
+    value: bytes | None
+    revision: int
+    create_revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """Changes up to ``revision``; ``lost``: no replica knows any more what came after the one asked for."""
+
+    changes: tuple[Changed, ...]
+    revision: int
+    age_s: float
+    lost: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +146,7 @@ class Importing:
 class Pinned:
     """A checkpoint that stays while it is pinned; ``lease`` renews the pin, 0 for one without an end."""
 
-    record: CommitRecord
+    record: "CommitRecord"
     store: str
     lease: int
     revision: int

@@ -1,23 +1,26 @@
 """What the coordinators can be asked: any replica will do, and every call may be repeated.
 
 Request ids and checkpoint tokens are chosen here, so that a repeated mutation
-changes nothing. How a replica is found that answers is ``calling.py``'s.
+changes nothing. How a replica is found that answers is ``calling.py``'s. Records are
+imported where one is decoded: most verbs need none of them.
 """
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from dtrain.cli.answers import (
+    Changed,
     GarbageItem,
     Importing,
     Item,
     JobStacks,
     LogChunk,
     LogPlace,
+    News,
     Pinned,
     RankStacks,
     Reading,
@@ -28,12 +31,12 @@ from dtrain.cli.answers import (
 )
 from dtrain.cli.calling import Caller, translate
 from dtrain.protocol import codec
-from dtrain.protocol.checkpoint import CommitRecord
-from dtrain.protocol.cluster import Cordon
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused, Unavailable
-from dtrain.protocol.job import Intent
 from dtrain.protocol.pb import coordinator_pb2 as pb
-from dtrain.protocol.snapshot import DurablePart
+
+if TYPE_CHECKING:
+    from dtrain.protocol.cluster import Cordon
+    from dtrain.protocol.snapshot import DurablePart
 
 STACKS_S = 12.0
 """Ranks are looked at while the caller waits."""
@@ -100,6 +103,8 @@ class Client(Caller):
             pause=pause,
         )
         reply = self._call(lambda stub, timeout: stub.SetIntent(request, timeout=timeout))
+        from dtrain.protocol.job import Intent
+
         if pause and codec.decode(Intent, reply.intent).paused is not (pause == "pause"):
             # A former release passes over what it does not know.
             raise Refused(
@@ -109,7 +114,9 @@ class Client(Caller):
             )
         return int(reply.revision)
 
-    def cordon(self, agent: str, *, reason: str, ttl_s: int = 0, drain: bool = False, by: str = "") -> Cordon:
+    def cordon(
+        self, agent: str, *, reason: str, ttl_s: int = 0, drain: bool = False, by: str = ""
+    ) -> "Cordon":
         """Keep new ranks off a machine, for ``ttl_s`` or until it is lifted; return the record.
 
         Raises:
@@ -119,6 +126,8 @@ class Client(Caller):
         request = pb.CordonRequest(agent=agent, reason=reason, by=by, ttl_s=ttl_s, drain=drain)
         reply = self._call(lambda stub, timeout: stub.Cordon(request, timeout=timeout))
         self._seen_revision = max(self._seen_revision, int(reply.revision))
+        from dtrain.protocol.cluster import Cordon
+
         return codec.decode(Cordon, reply.record)
 
     def uncordon(self, agent: str) -> bool:
@@ -185,6 +194,30 @@ class Client(Caller):
             time.sleep(max(0.0, min(wait_s, PACE_S) - (time.monotonic() - begun)))
         self._seen_revision = max(self._seen_revision, found.revision)
         return found
+
+    def changes(self, prefixes: Sequence[str], *, after_revision: int, wait_s: float = 0.0) -> News:
+        """Return what has changed below ``prefixes`` since; with ``wait_s`` wait that long for something.
+
+        Raises:
+            Refused: OLDER_RELEASE; the replica is of a release that remembers no changes.
+            Unavailable: no replica could be reached.
+        """
+        request = pb.ChangesRequest(
+            prefixes=prefixes, after_revision=after_revision, wait_ms=int(1000 * wait_s)
+        )
+        for _ in self._addresses:
+            reply = self._call(
+                lambda stub, timeout: stub.Changes(request, timeout=timeout + wait_s), wait_s=wait_s
+            )
+            if not reply.lost:
+                break
+            # One that has begun only now knows less than those beside it.
+            self._pass_over()
+        changes = tuple(
+            Changed(one.key, None if one.deleted else one.value, one.revision, one.create_revision)
+            for one in reply.changes
+        )
+        return News(changes, reply.revision, reply.age_s, reply.lost)
 
     def _refuse_older(self, revision: int) -> None:
         if revision < self._seen_revision:
@@ -283,6 +316,8 @@ class Client(Caller):
             job=job, seq=seq, holder=holder, ttl_s=ttl_s, lease=lease, why=why, by=by
         )
         reply = self._call(lambda stub, timeout: stub.PinCheckpoint(request, timeout=timeout))
+        from dtrain.protocol.checkpoint import CommitRecord
+
         return Pinned(codec.decode(CommitRecord, reply.record), reply.store, reply.lease, reply.revision)
 
     def unpin_checkpoint(self, job: str, seq: int, *, holder: str, lease: int = 0) -> bool:
@@ -322,7 +357,7 @@ class Client(Caller):
         ttl_s: int,
         timeout_s: float,
         lease: int = 0,
-        part: DurablePart | None = None,
+        part: "DurablePart | None" = None,
         by: str = "",
     ) -> Importing:
         """Ask for a checkpoint to be opened whose bytes the caller writes; or renew that, or report a part.

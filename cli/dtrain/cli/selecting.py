@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from dtrain.cli import records
+from dtrain.cli import naming
 from dtrain.protocol.errors import ErrorCode, Refused
-from dtrain.protocol.job import TERMINAL_PHASES, JobPhase
+from dtrain.protocol.phases import TERMINAL_PHASES, JobPhase
 from dtrain.protocol.rows import AgentRow, JobRow
 
 R = TypeVar("R", JobRow, AgentRow)
@@ -105,14 +105,15 @@ class Selection:
         chosen = set(known)
         if self.names:
             chosen = {found for name in self.names for found in _meant(known, name, what)}
-        return [row for row in rows if row.name in chosen and self._fits(row)]
+        return [row for row in rows if row.name in chosen and self.fits(row)]
 
     def may_be(self, name: str) -> bool:
         """Whether something of this name could be meant: for what is yet to come."""
         beginnings = [text.rpartition("/")[2].removesuffix("*") for text in self.names]
         return not beginnings or name.startswith(tuple(beginnings))
 
-    def _fits(self, row: JobRow | AgentRow) -> bool:
+    def fits(self, row: JobRow | AgentRow) -> bool:
+        """Whether its phase and labels are those that are meant."""
         phase = str(row.phase) if isinstance(row, JobRow) else row.status
         if self.phases and phase not in self.phases:
             return False
@@ -123,7 +124,7 @@ def _meant(known: Mapping[str, object], name: str, what: str) -> list[str]:
     if name.endswith("*"):
         start = name.removeprefix(f"{what}/").removesuffix("*")
         return [one for one in known if one.startswith(start)]
-    return [records.find(known, name, what)]
+    return [naming.find(known, name, what)]
 
 
 def _no_such(word: str, what: str, known: Sequence[str]) -> Refused:
