@@ -337,3 +337,19 @@ def _serves(address: str) -> bool:
     except (OSError, ValueError):
         time.sleep(0.1)
         return False
+
+
+def test_charts_outlive_the_agents_that_remember_them(harness: Harness, job: JobName) -> None:
+    attempt = harness.status(job).attempt
+    harness.client.set_intent(job, wanted="cancel", by="test")
+    harness.await_end(job, JobPhase.CANCELLED)
+    for name in ("a1", "a2"):
+        pid = harness.cluster.daemon(name).process_pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+    harness.await_ready()
+    asked = f"{url(harness, 'c2')}/api/jobs/{job}/series"
+    found = harness.until("the archive has them", lambda: fetch(asked)["series"].get("loss"))
+    assert attempt >= 2
+    assert found[-1][1] > 50
+    assert [at for at, _, _ in found] == sorted(at for at, _, _ in found)
