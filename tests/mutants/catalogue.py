@@ -6,7 +6,7 @@
 
 # ruff: noqa: E501 - code is quoted as it stands
 
-from tests.mutants import causes, elasticity, queueing
+from tests.mutants import causes, counting, elasticity, queueing
 from tests.mutants.mutant import (
     AGENT,
     COORDINATOR,
@@ -1363,5 +1363,6 @@ MUTANTS: tuple[Mutant, ...] = (
     # Who gets ranks, why attempts end, who waits: a module each ----------------------------
     *elasticity.MUTANTS,
     *causes.MUTANTS,
+    *counting.MUTANTS,
     *queueing.MUTANTS,
 )
