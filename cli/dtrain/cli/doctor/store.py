@@ -7,14 +7,15 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from dtrain.cli.doctor import judging
 from dtrain.cli.doctor.findings import Check, Verdict, fail, passed, skipped, warn
+from dtrain.cli.stores import open_here
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused
 from dtrain.storage.blobs import digest
-from dtrain.storage.blobs.open import open_store
 from dtrain.storage.blobs.port import PART_BYTES, BlobStore
 from dtrain.storage.blobs.probe import PREFIX, probe
 
@@ -26,28 +27,57 @@ SYNCS = 10
 
 def checks(uri: str) -> list[Check]:
     """What to look at in the store ``uri``."""
+    access = _Access(uri)
+    looks = {
+        "write-once": _overwriting,
+        "race": _racing,
+        "checksums": _checksums,
+        "throughput": _speed,
+        "leftovers": _leftovers,
+        "disk": _disk,
+    }
     return [
-        Check("store", "access", lambda: _access(uri), LIMIT_S),
-        Check("store", "write-once", lambda: _each(uri, _overwriting), LIMIT_S),
-        Check("store", "race", lambda: _each(uri, _racing), LIMIT_S),
-        Check("store", "checksums", lambda: _each(uri, _checksums), LIMIT_S),
-        Check("store", "throughput", lambda: _each(uri, _speed), LIMIT_S),
-        Check("store", "leftovers", lambda: _each(uri, _leftovers), LIMIT_S),
-        Check("store", "disk", lambda: _each(uri, _disk), LIMIT_S),
+        Check("store", "access", access.verdicts, LIMIT_S),
+        *(Check("store", name, partial(_each, access, look), LIMIT_S) for name, look in looks.items()),
     ]
 
 
-def _access(uri: str) -> Iterator[Verdict]:
-    with contextlib.closing(open_store(uri)) as store:
+class _Access:
+    """Whether the store can be used at all, asked once: all else would only say the same again."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._lock = threading.Lock()
+        self._answer: str | DtrainError | None = None
+
+    def answer(self) -> str | DtrainError:
+        with self._lock:
+            if self._answer is None:
+                self._answer = self._ask()
+            return self._answer
+
+    def verdicts(self) -> list[Verdict]:
+        answer = self.answer()
+        if isinstance(answer, DtrainError):
+            raise answer
+        return [passed(answer)]
+
+    def _ask(self) -> str | DtrainError:
         begun = time.monotonic()
-        probe(store)
-        took_s = time.monotonic() - begun
-    yield passed(f"{store.uri} lists, writes, reads and deletes ({took_s * 1000:.0f} ms for all)")
+        try:
+            with contextlib.closing(open_here(self.uri)) as store:
+                probe(store)
+        except DtrainError as error:
+            return error
+        return f"{self.uri} lists, writes, reads, deletes ({time.monotonic() - begun:.2f} s for all)"
 
 
-def _each(uri: str, look: Callable[[BlobStore, str], Iterator[Verdict]]) -> Iterator[Verdict]:
+def _each(access: _Access, look: Callable[[BlobStore, str], Iterator[Verdict]]) -> Iterator[Verdict]:
     """Look at the store with a folder of this check's own, and leave nothing there."""
-    with contextlib.closing(open_store(uri)) as store:
+    if isinstance(access.answer(), DtrainError):
+        yield skipped("the store cannot be used: see store/access")
+        return
+    with contextlib.closing(open_here(access.uri)) as store:
         folder = f"{PREFIX}doctor-{secrets.token_hex(6)}/"
         try:
             yield from look(store, folder)
@@ -142,7 +172,8 @@ def _speed(store: BlobStore, folder: str) -> Iterator[Verdict]:
 
 
 def _leftovers(store: BlobStore, _folder: str) -> Iterator[Verdict]:
-    unfinished = sum(1 for _ in store.list_unfinished(""))
+    # The other checks upload at this moment.
+    unfinished = sum(1 for token in store.list_unfinished("") if PREFIX not in token)
     if unfinished:
         yield warn(
             f"{unfinished} uploads were begun and not ended; those of dtrain are collected",
