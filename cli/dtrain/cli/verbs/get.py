@@ -14,10 +14,11 @@ from dtrain.cli.options import (
     selected,
     settings,
     timed,
+    watched,
 )
 
 if TYPE_CHECKING:
-    from dtrain.cli.client import Client
+    pass
 
 
 @click.group(
@@ -39,7 +40,7 @@ def command() -> None:
 @click.argument("names", nargs=-1, shell_complete=complete_job)
 @click.option("--phase", "phases", multiple=True, metavar="PHASE,...", help="Also: active, finished.")
 @selected
-@click.option("-w", "--watch", is_flag=True, help="Go on showing changes; JSON lines when piped.")
+@watched
 @timed
 @formatted()
 @connected
@@ -58,7 +59,9 @@ def jobs(
     chosen = selecting.Selection(names, selecting.phases(phases), selecting.labels(labels))
     with closing(context.connect(settings())) as client:
         if watch:
-            _watch(client, names)
+            from dtrain.cli import staying
+
+            staying.jobs(client, chosen, settings().output)
             return
         found = listing.jobs(client)
         rows = chosen.choose(found.rows, "job")
@@ -81,58 +84,19 @@ def jobs(
     output.freshness(found.age_s)
 
 
-def _watch(client: "Client", names: tuple[str, ...]) -> None:
-    import json
-    import sys
-
-    from dtrain.cli import output, reading
-    from dtrain.cli.render import lists
-    from dtrain.cli.render.table import When
-    from dtrain.cli.watching import changes
-
-    wide = settings().output == "wide"
-    piped = not sys.stdout.isatty() or settings().output in ("json", "yaml", "name")
-    seen: dict[str, str] = {}
-    screen = None
-    for cluster in changes(client, lambda **how: reading.everything(client, **how), output.say):
-        if names:
-            cluster.jobs = {name: job for name, job in cluster.jobs.items() if name.startswith(names)}
-        if piped:
-            for name, job in cluster.jobs.items():
-                line = json.dumps(job.as_json(), ensure_ascii=False)
-                if seen.get(name) != line:
-                    seen[name] = line
-                    click.echo(
-                        json.dumps({**job.as_json(), "revision": cluster.revision}, ensure_ascii=False)
-                    )
-                    sys.stdout.flush()
-            for name in seen.keys() - cluster.jobs.keys():
-                del seen[name]
-                click.echo(
-                    json.dumps({"v": 1, "kind": "JobGone", "name": name, "revision": cluster.revision})
-                )
-            continue
-        from rich.live import Live
-        from rich.text import Text
-
-        rows = [job.row(time.time()) for job in cluster.jobs.values()]
-        text = Text("\n".join(lists.jobs(rows, When(time.time()), wide=wide).lines(output.width())))
-        if screen is None:
-            screen = Live(text, auto_refresh=False)
-            click.get_current_context().with_resource(screen)
-        screen.update(text, refresh=True)
-
-
 @command.command(
     "agents", epilog=examples("dtrain get agents", "dtrain get agents --status lost,blocked -o name")
 )
 @click.argument("names", nargs=-1, shell_complete=complete_agent)
 @click.option("--status", "states", multiple=True, metavar="STATUS,...", help="Such as ready or lost.")
 @selected
+@watched
 @timed
 @formatted()
 @connected
-def agents(*, names: tuple[str, ...], states: tuple[str, ...], labels: tuple[str, ...], iso: bool) -> None:
+def agents(
+    *, names: tuple[str, ...], states: tuple[str, ...], labels: tuple[str, ...], watch: bool, iso: bool
+) -> None:
     """List machines: whether they are ready, slots in use, their jobs."""
     from dtrain.cli import context, listing, output, selecting
     from dtrain.cli.client import closing
@@ -141,6 +105,11 @@ def agents(*, names: tuple[str, ...], states: tuple[str, ...], labels: tuple[str
 
     chosen = selecting.Selection(names, selecting.states(states), selecting.labels(labels))
     with closing(context.connect(settings())) as client:
+        if watch:
+            from dtrain.cli import staying
+
+            staying.agents(client, chosen, settings().output)
+            return
         found = listing.agents(client)
         rows = chosen.choose(found.rows, "agent")
         revision, items = found.revision, []
@@ -163,13 +132,12 @@ def agents(*, names: tuple[str, ...], states: tuple[str, ...], labels: tuple[str
     output.freshness(found.age_s)
 
 
-@command.command(
-    "coordinators", epilog=examples("dtrain get coordinators", "dtrain get coordinators -o json")
-)
+@command.command("coordinators", epilog=examples("dtrain get coordinators", "dtrain get coordinators -w"))
+@watched
 @timed
 @formatted()
 @connected
-def coordinators(*, iso: bool) -> None:
+def coordinators(*, watch: bool, iso: bool) -> None:
     """List replicas: which one leads, since when, how old their mirrors are, what is wrong."""
     from dtrain.cli import context, output, reading
     from dtrain.cli.answers import ReplicaInfo
@@ -178,6 +146,11 @@ def coordinators(*, iso: bool) -> None:
     from dtrain.cli.render.table import When
 
     with closing(context.connect(settings())) as client:
+        if watch:
+            from dtrain.cli import staying
+
+            staying.coordinators(client, settings().output)
+            return
         cluster = reading.coordinators(client)
     addresses = [replica.record.address for replica in cluster.replicas.values() if replica.record]
     ages_s: dict[str, float | None] = {}
@@ -214,33 +187,46 @@ def coordinators(*, iso: bool) -> None:
     "checkpoints", epilog=examples("dtrain get checkpoints digits", "dtrain get checkpoints digits -o json")
 )
 @click.argument("job", shell_complete=complete_job)
+@watched
 @timed
 @formatted()
 @connected
-def checkpoints(*, job: str, iso: bool) -> None:
+def checkpoints(*, job: str, watch: bool, iso: bool) -> None:
     """List a job's checkpoints: committed, open, bad, being deleted; * marks the newest."""
     from dtrain.cli import checkpointing, context
     from dtrain.cli.client import closing
 
     with closing(context.connect(settings())) as client:
+        if watch:
+            from dtrain.cli import reading, staying
+
+            staying.checkpoints(client, reading.name(client, job), settings().output)
+            return
         checkpointing.listing(client, job, settings().output, iso=iso)
 
 
-@command.command("events", epilog=examples("dtrain get events digits", "dtrain get events -o json"))
+@command.command("events", epilog=examples("dtrain get events digits", "dtrain get events -w -o json"))
 @click.argument("job", required=False, shell_complete=complete_job)
+@watched
 @timed
 @formatted()
 @connected
-def events(*, job: str | None, iso: bool) -> None:
+def events(*, job: str | None, watch: bool, iso: bool) -> None:
     """List what happened, oldest first: to one job, or to all."""
-    from dtrain.cli import context, naming, output, reading
+    from dtrain.cli import context, output, reading, records
     from dtrain.cli.client import closing
     from dtrain.cli.render import lists
     from dtrain.cli.render.table import When
 
     with closing(context.connect(settings())) as client:
-        cluster = reading.everything(client)
-    chosen = [naming.find(cluster.jobs, job, "job")] if job else list(cluster.jobs)
+        name = reading.name(client, job) if job else ""
+        if watch:
+            from dtrain.cli import staying
+
+            staying.events(client, name, settings().output)
+            return
+        cluster = records.group(client.read(f"jobs/{name}/" if name else "jobs/"))
+    chosen = list(cluster.jobs)
     found = [(name, event) for name in chosen for event in cluster.jobs[name].events.values()]
     wanted = settings().output
     output.listing(
