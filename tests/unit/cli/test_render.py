@@ -27,6 +27,7 @@ from dtrain.protocol import codec
 from dtrain.protocol.cluster import Blame, Suspicion
 from dtrain.protocol.ids import AgentName, Attempt, JobName, Rank, Uid
 from dtrain.protocol.job import Condition, Intent, JobPhase, RestorePoint, Wanted
+from dtrain.protocol.ledger import Ledger
 from dtrain.protocol.snapshot import Draining, FailureKind, NodeRecord, Stack, StackKind, Stall, Timing
 
 
@@ -139,6 +140,27 @@ def test_describe_job_opens_with_the_answer() -> None:
         "  0      a1      100   TRAINING   46     –                      loss=0.25",
     ]
     assert "  Placed   True     Members   " + at(60) + "   on a1, a2" in lines
+
+
+def test_describe_job_says_where_its_time_went() -> None:
+    spent = {
+        "idle.queued": 100_000,
+        "restart.prepare": 8_000,
+        "restart.restore": 2_000,
+        "productive": 600_000,
+        "lost_work": 30_000,
+        "idle.of_a_newer_release": 20_000,
+    }
+    until_ms = round(1000 * NOW) - 240_000
+    ledger = Ledger(until_ms - 760_000, until_ms, "productive", spent, saved_ms=600_000)
+    job = records.group(reading(*running_job(ledger=ledger))).jobs["digits"]
+    lines = describe.job(job, NOW)
+    start = next(place for place, line in enumerate(lines) if line.startswith("Goodput"))
+    assert lines[start : start + 3] == [
+        "Goodput       93.3 %   productive 14m  lost 30s  restart 10s  stall 0s  idle 2m   of 16m40s",
+        "              restart: prepare 8s, restore 2s; idle: queued 1m40s, of-a-newer-release 20s",
+        "              4m of it in no checkpoint yet",
+    ]
 
 
 def test_slow_ranks_and_numbers_that_are_not_finite_are_said_first_and_shown_with_their_rank() -> None:

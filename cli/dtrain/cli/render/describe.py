@@ -2,6 +2,7 @@
 
 from dtrain.cli.durations import show_bytes, show_s
 from dtrain.cli.records import Agent, Job
+from dtrain.cli.render import timeshare
 from dtrain.cli.render.failures import failure_card, show_exit
 from dtrain.cli.render.lists import agent_status, events
 from dtrain.cli.render.sentences import headline, restarts
@@ -30,7 +31,7 @@ def job(job: Job, now: float) -> list[str]:
     if status and status.since:
         state.append(f"since {ago(status.since, now)}")
     lines += ["", f"State         {'  '.join(state)}"]
-    lines += [_checkpoint_summary(job, now), f"Step          {job.step}"]
+    lines += [_checkpoint_summary(job, now), *timeshare.lines(job, now), f"Step          {job.step}"]
     if spec:
         lines += [
             f"Program       {spec.entry.kind} {' '.join((spec.entry.target, *spec.entry.args))}",

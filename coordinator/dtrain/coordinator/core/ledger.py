@@ -98,6 +98,7 @@ class _Book:
         wall_ms = round(turn.wall * 1000)
         old = None if before is None else before.ledger
         if old is None:
+            # Of a job that an older release began nothing is known before now.
             submitted = parse_iso(turn.submitted_at) if before is None else None
             began_ms = wall_ms if submitted is None else min(wall_ms, round(submitted * 1000))
             old = Ledger(began_ms, began_ms)
@@ -107,9 +108,9 @@ class _Book:
         if before is None:
             self.until_ms = wall_ms
         else:
-            self.until_ms = max(wall_ms, old.until_ms + max(0, round((turn.now - turn.seen_at) * 1000)))
-            if before.ledger is None:
-                self.until_ms = old.until_ms
+            self.until_ms = wall_ms
+            if wall_ms < old.until_ms:
+                self.until_ms = old.until_ms + max(0, round((turn.now - turn.seen_at) * 1000))
         self.passed_ms = self.until_ms - old.until_ms
         self.spent = dict(old.spent)
         self.saved_ms = old.saved_ms
