@@ -4,6 +4,7 @@ import argparse
 
 from benchmarks import elastic, failover, hangs, overhead, recovery, report
 from benchmarks.checkpoint import suite
+from benchmarks.listing import suite as listing
 from benchmarks.store import client_cpu
 
 MEASURES = {
@@ -12,6 +13,7 @@ MEASURES = {
     "elastic": elastic.measure,
     "hangs": hangs.measure,
     "overhead": overhead.measure,
+    "listing": listing.measure,
     "store": client_cpu.measure,
     "checkpoint": suite.measure,
 }

@@ -108,6 +108,19 @@ def agent(place: Place, _version: str) -> None:
     sdk(place, _version)
 
 
+def rendezvous(place: Place, _version: str) -> None:
+    """The backend is found by its entry point; that it then finds no etcd is as it should be."""
+    (place.folder / "home" / "train.py").write_text("print('started without a rendezvous')")
+    place.python(
+        """
+        import subprocess
+        words = ["torchrun", "--rdzv-backend=dtrain", "--rdzv-endpoint=127.0.0.1:1", "--rdzv-id=x"]
+        done = subprocess.run([*words, "train.py"], capture_output=True, text=True)
+        assert done.returncode and "DT-3001" in done.stderr, done.stderr
+        """
+    )
+
+
 def local(place: Place, _version: str) -> None:
     """A cluster of one's own, in one command, from nothing but the environment."""
     (place.folder / "home" / "train.py").write_text(SCRIPT)
@@ -127,6 +140,7 @@ EXTRAS: dict[str, tuple[str, Callable[[Place, str], None]]] = {
     "trainer": ("[trainer]", sdk),
     "agent": ("[agent]", agent),
     "local": ("[local,torch]", local),
+    "rendezvous": ("[rendezvous]", rendezvous),
     "testing": ("[testing]", kit),
 }
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tests.support.harness import SCRIPTS, Harness
 
@@ -137,5 +138,62 @@ def test_ctrl_c_ends_a_run_and_everything_it_started(short: Path) -> None:
         process.wait()
     assert process.returncode == 130, told
     assert "cancelling" in told
+    assert not sweeping.find(short)
+    assert not list(short.glob("dtrain-run-*"))
+
+
+def started(short: Path, *words: str, until: str) -> "subprocess.Popen[str]":
+    """A run that has printed ``until``."""
+    env = clean_env(TMPDIR=str(short), XDG_CONFIG_HOME=str(short / "config"))
+    command = [*COMMAND, "run", *words]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    guard = threading.Timer(LIMIT_S, process.kill)
+    guard.start()
+    seen = next((line for line in process.stdout if until in line), None)
+    guard.cancel()
+    assert seen is not None, process.stderr.read() if process.stderr else ""
+    return process
+
+
+def finish(process: "subprocess.Popen[str]") -> tuple[str, str]:
+    try:
+        return process.communicate(timeout=LIMIT_S)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_what_is_kept_in_a_folder_is_saved_by_ctrl_c_and_gone_on_with(short: Path) -> None:
+    words = ("--folder", str(short / "kept"), str(EXAMPLES / "digits" / "train.py"), "--steps")
+    process = started(short, *words, "400", "--pause-ms", "20", until="step 100 loss")
+    process.send_signal(signal.SIGINT)
+    _, told = finish(process)
+    assert process.returncode == 130, told
+    assert "go on with the same command" in told
+    assert not sweeping.find(short)
+    again = started(short, *words, "400", "--pause-ms", "20", until="step ")
+    out, told = finish(again)
+    assert again.returncode == 0, told
+    assert "going on with train: suspended by" in told
+    assert "step 100 loss" not in out
+    assert "accuracy" in out
+    assert not sweeping.find(short)
+
+
+@pytest.mark.parametrize(
+    ("module", "what"), [("etcd", "etcd ended"), ("dtrain.coordinator", "coordinator c1 ended")]
+)
+def test_a_run_whose_cluster_is_killed_ends_and_says_so(short: Path, module: str, what: str) -> None:
+    script = str(EXAMPLES / "digits" / "train.py")
+    process = started(short, script, "--steps", "1000000", until="step 100 loss")
+    children = psutil.Process(process.pid).children()
+    victims = [child for child in children if module in child.cmdline() or module in child.name()]
+    assert len(victims) == 1, [child.cmdline() for child in children]
+    victims[0].kill()
+    _, told = finish(process)
+    assert process.returncode == 3, told
+    assert f"the cluster of this run has broken: {what} (killed by signal 9)" in told
+    assert "Traceback" not in told
     assert not sweeping.find(short)
     assert not list(short.glob("dtrain-run-*"))

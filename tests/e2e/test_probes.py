@@ -133,7 +133,7 @@ def test_metrics_tell_what_the_cluster_has(ports: Ports) -> None:
     ports.eventually(lambda: ports.metrics("c1")['dtrain_agents{state="ready"}'] == 1.0)
     found = ports.metrics("c2")
     assert found['dtrain_jobs{phase="RUNNING"}'] == 0.0
-    assert found["dtrain_coordinator_mirror_age_seconds"] < 30.0
+    assert found["dtrain_mirror_age_seconds"] < 30.0
     assert found["process_resident_memory_bytes"] > 1e6
     agent = ports.metrics("a1")
     assert agent["dtrain_agent_registered"] == 1.0
@@ -234,7 +234,6 @@ def test_no_page_shows_what_needs_protection(ports: Ports, tmp_path: Path) -> No
                 "secret_path",
                 str(tmp_path),
                 ports.cluster.addresses[0],
-                "quiet",
             ):
                 assert hidden not in body, f"{name}/{page} shows {hidden}"
     subprocess.run([*dtrain, "cancel", "quiet", "--yes"], check=True, timeout=60, capture_output=True)

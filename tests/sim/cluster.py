@@ -235,9 +235,9 @@ class Cluster:
             return False
         if before.wanted is Wanted.CANCEL:
             return False
-        return self._want(
-            name, replace(before, wanted=wanted, checkpoint_token=token or before.checkpoint_token)
-        )
+        token = token or before.checkpoint_token
+        paused = before.paused and wanted is Wanted.RUN
+        return self._want(name, replace(before, wanted=wanted, checkpoint_token=token, paused=paused))
 
     def scale(self, name: JobName, low: int, high: int) -> bool:
         """Want other sizes of a job; False if that cannot be said now."""
@@ -270,6 +270,23 @@ class Cluster:
             return
         if not self.ask(name, Wanted.RUN):
             self.scheduler.after(OPERATOR_S, lambda: self.resume(name))
+
+    def pause(self, name: JobName) -> bool:
+        """Want a job to stand still; False if that cannot be said now."""
+        before = self.intent(name)
+        if before is None or self.etcd.down or self.etcd.memory.out_of_space:
+            return False
+        return before.wanted is Wanted.RUN and self._want(name, replace(before, paused=True))
+
+    def unpause(self, name: JobName) -> None:
+        """Want a paused job to go on, as soon as that can be said."""
+        before = self.intent(name)
+        if before is None or not before.paused:
+            return
+        if self.etcd.down or self.etcd.memory.out_of_space:
+            self.scheduler.after(OPERATOR_S, lambda: self.unpause(name))
+        else:
+            self._want(name, replace(before, paused=False))
 
     def submissions(self, name: JobName) -> int:
         return self.jobs[name].submissions

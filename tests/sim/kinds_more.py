@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from tests.sim.faults import Faults
     from tests.sim.training import SimRank
 
-HARMLESS = frozenset({"scale", "suspend", "checkpoint now", "cordon", "machine vacated", "checkpoint read"})
+HARMLESS = frozenset(
+    {"scale", "suspend", "pause", "checkpoint now", "cordon", "machine vacated", "checkpoint read"}
+)
 """Kinds over which nothing is lost, and no step repeated."""
 
 MEASURED_STEPS = 14
@@ -112,3 +114,11 @@ def _desk(cluster: "Cluster") -> Cordons:
 
 
 __all__ = ["HARMLESS", "KINDS"]
+
+
+@kind("pause", a_job, every_s=(10.0, 40.0), lasts_s=(0.2, 40.0), apart=1)
+def _pause(faults: "Faults", strike: Strike) -> None:
+    """An operator has a job stand still for a while; the calm finds every job going on."""
+    cluster, job = faults.cluster, JobName(strike.target)
+    if job in cluster.jobs and cluster.pause(job):
+        faults.until(strike, lambda: cluster.unpause(job))

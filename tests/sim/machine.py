@@ -691,5 +691,7 @@ class _Watch:
 
 
 class _Logs:
-    def prepare(self, job: JobName, uid: Uid, attempt: Attempt, first_rank: Rank) -> None:
+    def prepare(
+        self, job: JobName, uid: Uid, attempt: Attempt, first_rank: Rank, *, ranks: int, store: str
+    ) -> None:
         """Nobody reads logs here."""

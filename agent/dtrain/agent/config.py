@@ -16,6 +16,7 @@ from dtrain.runtime.serving import check_listen
 from dtrain.runtime.tls import TLS, TlsFiles, tls_files
 
 TTL_S_MIN, TTL_S_MIN_SHORT = 5, 2
+LOG_COPY_BYTES_MAX = 8 * 1024 * 1024
 
 SETTINGS = (
     Setting("cluster", "name of the cluster: everything lives under /dtrain/<cluster>/ in etcd", "default"),
@@ -30,6 +31,12 @@ SETTINGS = (
         "cache-size",
         "room for copies of checkpoints in the data directory, such as 200GB; 0: none are kept",
         0,
+        size,
+    ),
+    Setting(
+        "package-cache-size",
+        "room for the archives of packed working directories in the data directory; 0: none are kept",
+        2_000_000_000,
         size,
     ),
     Setting("ttl", "seconds that a silent agent is trusted; 5 is the fast profile", 10, int),
@@ -60,6 +67,18 @@ SETTINGS = (
     Setting("keep-ranks", "leave the ranks running when the agent is stopped", False, switch),
     Setting(
         "stop-grace", "seconds between SIGTERM and SIGKILL for ranks when the agent is stopped", 15.0, float
+    ),
+    Setting(
+        "log-copy-interval",
+        "seconds between copies of what ranks wrote to the store: a lost machine takes so much with it",
+        15.0,
+        float,
+    ),
+    Setting(
+        "log-copy-size",
+        "what is kept in the store of each rank's stdout and stderr, its beginning and its end; 0: nothing",
+        5 * 1024 * 1024,
+        size,
     ),
     Setting("log-json", "one JSON object per line (default: unless stderr is a terminal)", None, switch),
     *TLS,
@@ -97,8 +116,13 @@ class Config:
     preemption_interval_s: float = 2.0
     notice_grace_s: float = 0.0
     """If a notice does not say when it ends. Also ranks that a stop leaves alone go with their machine."""
+    package_cache_bytes: int = 0
+    """Archives of packed working directories kept here, for jobs of the same content: at most so much."""
     cache_bytes: int = 0
     """Copies of checkpoints kept here, so that a restart need not read the store: at most so much."""
+    log_copy_interval_s: float = 15.0
+    log_copy_bytes: int = 5 * 1024 * 1024
+    """Of each log in the store, its beginning and its end; 0: logs stay on the machine."""
 
     def __post_init__(self) -> None:
         least = TTL_S_MIN_SHORT if self.allow_short_ttl else TTL_S_MIN
@@ -120,6 +144,16 @@ class Config:
             raise _bad(
                 f"--preemption-interval cannot be {self.preemption_interval_s} s",
                 "use 0.1 to 60: some clouds give half a minute",
+            )
+        if not 0.2 <= self.log_copy_interval_s <= 3600:
+            raise _bad(
+                f"--log-copy-interval cannot be {self.log_copy_interval_s} s",
+                "use 0.2 to 3600; --log-copy-size 0 turns copies off",
+            )
+        if not 0 <= self.log_copy_bytes <= LOG_COPY_BYTES_MAX:
+            raise _bad(
+                f"--log-copy-size cannot be {self.log_copy_bytes} bytes",
+                f"use 0 to {LOG_COPY_BYTES_MAX // 2**20}MiB: it is held in memory while it is copied",
             )
         for setting, address in (("listen", self.listen), ("advertise", self.advertise)):
             host, _, port = address.rpartition(":")
@@ -174,6 +208,9 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         preemption_interval_s=values["preemption-interval"],
         notice_grace_s=values["drain-grace"],
         cache_bytes=values["cache-size"],
+        package_cache_bytes=values["package-cache-size"],
+        log_copy_interval_s=values["log-copy-interval"],
+        log_copy_bytes=values["log-copy-size"],
     )
 
 

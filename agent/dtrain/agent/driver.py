@@ -149,7 +149,9 @@ class WatchPort(Protocol):
 class LogPort(Protocol):
     """Log folders."""
 
-    def prepare(self, job: JobName, uid: Uid, attempt: Attempt, first_rank: Rank) -> None: ...
+    def prepare(
+        self, job: JobName, uid: Uid, attempt: Attempt, first_rank: Rank, *, ranks: int, store: str
+    ) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,10 @@ class AgentDriver:
         *,
         confirm_term: Callable[[Term], bool],
         log: Callable[..., None] = lambda *_args, **_fields: None,
+        see: Callable[[AgentState, AgentState, float], None] = lambda _before, _after, _now: None,
     ) -> None:
+        """Remember. ``see`` is shown every change of the state, and when: for those who count."""
+        self._see = see
         self._state = state
         self._ports = ports
         self._clock = clock
@@ -273,6 +278,7 @@ class AgentDriver:
             return Answer(False, "the agent's journal could not be written")
         self._state = state
         self._wake_at = decision.wake_at
+        self._see(before, state, self._clock.monotonic())
         self._tell_changes(before, state)
         self._carry_out(decision.actions)
         return decision.answer
@@ -321,9 +327,9 @@ class AgentDriver:
             case CollectStacks(job, uid, attempt, dump, wanted):
                 self._log("collecting stacks", job=job, attempt=attempt, dump=dump)
                 ports.watch.collect(job, uid, attempt, dump, wanted)
-            case PrepareLogs(job, uid, attempt, first_rank):
+            case PrepareLogs(job, uid, attempt, first_rank, ranks, store):
                 try:
-                    ports.logs.prepare(job, uid, attempt, first_rank)
+                    ports.logs.prepare(job, uid, attempt, first_rank, ranks=ranks, store=store)
                 except OSError as error:
                     # Without it logs are found by local rank; the job itself goes on.
                     self._log("log folder failed", job=job, error=str(error))

@@ -8,9 +8,12 @@ from typing import NoReturn
 
 import grpc
 
+from dtrain.agent import log_times
 from dtrain.agent.core.decisions import Answer
-from dtrain.agent.logs import LogPart, RankLogs, read_part
+from dtrain.agent.logs import LogPart, LogPlace, RankLogs, read_part
+from dtrain.agent.series import Curve
 from dtrain.protocol import wire
+from dtrain.protocol.archive import Mark
 from dtrain.protocol.commands import Command
 from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, Refused, Unavailable
 from dtrain.protocol.ids import Attempt, Term
@@ -32,6 +35,7 @@ CONNECTIONS_MAX = 400
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024
 STACKS_BYTES_MAX = 1024 * 1024
 """Of all ranks together; the whole is in their log folders."""
+POINTS_MAX = 1000
 
 OPTIONS = (
     *grpc_tls.SERVER_OPTIONS,
@@ -44,22 +48,32 @@ OPTIONS = (
 Execute = Callable[[Command], Answer]
 Ended = Callable[[str, str, Attempt, int], bool]
 Stacks = Callable[[str, str], list[tuple[Stack, str]]]
+Curves = Callable[[str, str, int], list[Curve]]
 
 
 class AgentServicer(agent_pb2_grpc.AgentServicer):
     """``execute`` takes commands on; ``ended`` tells whether a rank will write no more.
 
-    ``stacks`` collects those of a submission's ranks, each in short and in full.
+    ``stacks`` collects those of a submission's ranks, each in short and in full. ``curves`` returns
+    what one has reported, with so many points at most.
     """
 
     def __init__(
-        self, execute: Execute, logs: RankLogs, ended: Ended, term: Callable[[], Term], stacks: Stacks
+        self,
+        execute: Execute,
+        logs: RankLogs,
+        ended: Ended,
+        term: Callable[[], Term],
+        stacks: Stacks,
+        *,
+        curves: Curves = lambda _job, _uid, _points: [],
     ) -> None:
         self._execute = execute
         self._logs = logs
         self._ended = ended
         self._term = term
         self._stacks = stacks
+        self._curves = curves
         self._waiting = threading.BoundedSemaphore(THREADS_WAITING)
 
     def Execute(self, request: pb.Command, context: grpc.ServicerContext) -> pb.Ack:  # noqa: N802
@@ -98,6 +112,26 @@ class AgentServicer(agent_pb2_grpc.AgentServicer):
             ]
         )
 
+    def Series(  # noqa: N802
+        self,
+        request: pb.SeriesRequest,
+        context: grpc.ServicerContext,  # noqa: ARG002 - grpc's signature
+    ) -> pb.SeriesReply:
+        points_max = min(request.points_max or POINTS_MAX, POINTS_MAX)
+        return pb.SeriesReply(
+            curves=[
+                pb.SeriesReply.Curve(
+                    name=curve.name,
+                    attempt=curve.attempt,
+                    rank=curve.rank,
+                    at=[at for at, _, _ in curve.points],
+                    step=[step for _, step, _ in curve.points],
+                    value=[value for _, _, value in curve.points],
+                )
+                for curve in self._curves(request.job, request.uid, points_max)
+            ]
+        )
+
     def _read_log(self, request: pb.ReadLogRequest, context: grpc.ServicerContext) -> pb.LogChunk:
         place = self._logs.find(request.job, request.uid, request.attempt, request.rank, request.stream)
         wait_s = min(max(0.0, request.wait_ms / 1000), WAIT_S_MAX)
@@ -110,7 +144,7 @@ class AgentServicer(agent_pb2_grpc.AgentServicer):
                 over = self._ended(request.job, request.uid, place.attempt, request.rank)
                 part = read_part(place.path, offset, request.bytes_max)
                 if part.data or over or time.monotonic() >= deadline or not context.is_active():
-                    return _chunk(part, place.attempt, over)
+                    return _chunk(part, place, over)
                 offset = part.next_offset
                 time.sleep(POLL_S)
         finally:
@@ -162,7 +196,20 @@ def abort(context: grpc.ServicerContext, error: DtrainError) -> NoReturn:
     raise AssertionError("abort returned")
 
 
-def _chunk(part: LogPart, attempt: Attempt, over: bool) -> pb.LogChunk:
+def _chunk(part: LogPart, place: LogPlace, over: bool) -> pb.LogChunk:
+    marks = _marks(part, place) if part.data else []
     return pb.LogChunk(
-        data=part.data, next_offset=part.next_offset, attempt=attempt, eof=over and part.at_end
+        data=part.data,
+        next_offset=part.next_offset,
+        attempt=place.attempt,
+        eof=over and part.at_end,
+        marks=[pb.TimeMark(size=mark.size, at_ms=mark.at_ms) for mark in marks],
     )
+
+
+def _marks(part: LogPart, place: LogPlace) -> list[Mark]:
+    found = list(log_times.within(log_times.read(log_times.of(place.path)), part.offset, part.next_offset))
+    if not found or found[-1].size < part.next_offset:
+        # Written since it was looked at last.
+        found.append(Mark(part.next_offset, int(time.time() * 1000)))
+    return found

@@ -2,12 +2,13 @@
 
 ``<root>/<job>-<uid>/attempt_<n>/<local_rank>/{stdout,stderr,stacks}.log``, as under
 torchrun. ``ranks.json`` beside the local ranks says which global rank the first
-of them was: in another attempt it may be another one.
+of them was (in another attempt it may be another one) and where the logs are copied.
 """
 
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +32,31 @@ class LogPlace:
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptLogs:
+    """One attempt's folder on this machine, and what ``ranks.json`` says of it."""
+
+    folder: Path
+    job: JobName
+    uid: Uid
+    attempt: Attempt
+    first_rank: Rank
+    ranks: int
+    """0: it was not written down, by an earlier release."""
+    store: str
+
+    def file(self, local: int, stream: str) -> Path:
+        return self.folder / str(local) / f"{stream}.log"
+
+
+@dataclass(frozen=True, slots=True)
 class LogPart:
     """Bytes from a file; ``at_end``: the file holds no more at present."""
 
     data: bytes
     next_offset: int
     at_end: bool
+    offset: int = 0
+    """Of the first byte."""
 
 
 class RankLogs:
@@ -45,11 +65,28 @@ class RankLogs:
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def prepare(self, job: JobName, uid: Uid, attempt: Attempt, first_rank: Rank) -> None:
+    def prepare(
+        self, job: JobName, uid: Uid, attempt: Attempt, first_rank: Rank, *, ranks: int = 0, store: str = ""
+    ) -> AttemptLogs:
         """Make an attempt's folder; raises OSError."""
         folder = self._job(job, uid) / f"attempt_{attempt}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "ranks.json").write_text(json.dumps({"first_rank": first_rank}))
+        about = {"first_rank": first_rank, "ranks": ranks, "store": store, "job": job, "uid": uid}
+        (folder / "ranks.json").write_text(json.dumps(about))
+        return AttemptLogs(folder, job, uid, attempt, first_rank, ranks, store)
+
+    def all(self) -> Iterator[AttemptLogs]:
+        """Every attempt of which there are logs here, and of which enough is known."""
+        for folder in self._root.glob("*/attempt_*"):
+            found = _ATTEMPT.fullmatch(folder.name)
+            try:
+                about = json.loads((folder / "ranks.json").read_text())
+                job, uid = JobName(about["job"]), Uid(about["uid"])
+                first, ranks, store = Rank(int(about["first_rank"])), int(about["ranks"]), str(about["store"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            if found is not None:
+                yield AttemptLogs(folder, job, uid, Attempt(int(found[1])), first, ranks, store)
 
     def find(self, job: str, uid: str, attempt: int, rank: int, stream: str) -> LogPlace:
         """Return where a rank's log lies; ``attempt`` 0 is the newest one here.
@@ -107,7 +144,7 @@ def read_part(path: Path, offset: int, bytes_max: int) -> LogPart:
             start = max(0, size + offset) if offset < 0 else min(offset, size)
             file.seek(start)
             data = file.read(limit)
-            return LogPart(data, start + len(data), start + len(data) >= size)
+            return LogPart(data, start + len(data), start + len(data) >= size, start)
     except FileNotFoundError:
         return LogPart(b"", max(0, offset), True)
     except OSError as error:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.agent import config, notices
+from dtrain.agent.archiver import Archiver
 from dtrain.agent.config import Config
 from dtrain.agent.consult import Consultant, ConsultThread, ask_over_grpc
 from dtrain.agent.core import hangs
@@ -38,10 +39,12 @@ from dtrain.agent.journal import Journal
 from dtrain.agent.launch.processes import boot_id
 from dtrain.agent.link import AgentServer, AgentServicer
 from dtrain.agent.logs import RankLogs
+from dtrain.agent.measures import Measures
 from dtrain.agent.notice_value import Notice
 from dtrain.agent.processes import Launchers, Transfers
 from dtrain.agent.rank_socket import RankServer, short_run_dir
 from dtrain.agent.reporter import Reporter, ReporterThread, Settings
+from dtrain.agent.series import Series
 from dtrain.agent.stacks import RankWatch
 from dtrain.agent.status import Status
 from dtrain.protocol.commands import Command
@@ -54,6 +57,7 @@ from dtrain.runtime.clock import Clock, SystemClock, iso
 from dtrain.runtime.serving import StatusServer, inherited
 from dtrain.runtime.tls import Role
 from dtrain.storage.etcd import versions
+from dtrain.storage.etcd.metered import MeteredEtcd
 from dtrain.storage.etcd.open import open_etcd
 from dtrain.storage.etcd.port import Etcd
 from dtrain.storage.etcd.session import Session, attach
@@ -70,6 +74,8 @@ LOOP_S_MAX = 0.25
 ANSWER_S_MAX = 5.0
 """How long a command may wait for the driver; the leader sends it again."""
 LAST_WORDS_S_MAX = 2.0
+LAST_COPY_S_MAX = 3.0
+"""How long an agent that stops waits for its ranks' last lines to be in the store."""
 
 _WARNINGS = frozenset(
     {
@@ -81,7 +87,10 @@ _WARNINGS = frozenset(
         "name taken",
         "preemption notice",
         "preemption notices fail",
+        "archive book not written",
+        "log copy failed",
         "log folder failed",
+        "log times not noted",
         "rank refused",
         "registration lost",
         "snapshot not written",
@@ -108,6 +117,9 @@ class Agent:
         health: socket.socket | None = None,
     ) -> None:
         self._settings = settings
+        self._measures = Measures(settings.name)
+        self._series = Series(clock.wall)
+        etcd = MeteredEtcd(etcd, self._measures.etcd, clock)
         self._etcd = etcd
         self._session = session
         self._clock = clock
@@ -140,7 +152,24 @@ class Agent:
         self._launchers = Launchers(self._post)
         self._transfers = Transfers(
             self._post,
-            ("--cache-dir", str(data_dir / "checkpoints"), "--cache-bytes", str(settings.cache_bytes)),
+            (
+                *("--cache-dir", str(data_dir / "checkpoints"), "--cache-bytes", str(settings.cache_bytes)),
+                *("--packages-dir", str(data_dir / "packages")),
+                *("--packages-bytes", str(settings.package_cache_bytes)),
+            ),
+            on_archived=lambda report: self._archiver.take(report),
+            on_use=self._measures.store_used,
+        )
+        self._archiver = Archiver(
+            logs,
+            settings.cluster,
+            settings.name,
+            send=self._transfers.send,
+            ended=self._rank_ended,
+            clock=clock,
+            interval_s=settings.log_copy_interval_s,
+            bytes_max=settings.log_copy_bytes,
+            log=self.log,
         )
         life = secrets.token_hex(8)
         self._reporter = Reporter(
@@ -168,6 +197,7 @@ class Agent:
             log_dir=str(data_dir / "logs"),
             env=base_env(os.environ),
             working_dir=str(Path.cwd()),
+            tree_dir=str(data_dir / "packages" / "trees"),
             life=life,
             orphan_grace_s=settings.orphan_grace_s,
         )
@@ -188,12 +218,13 @@ class Agent:
                 self._transfers,
                 self._ranks,
                 self._reporter,
-                logs,
+                self._archiver,
                 self._rank_watch,
             ),
             clock,
             confirm_term=self._confirm_term,
             log=self.log,
+            see=self._see,
         )
         self._consulting = ConsultThread(
             Consultant(
@@ -210,7 +241,12 @@ class Agent:
             lambda error: self._fail(f"the consultant died: {error!r}"),
         )
         self._servicer = AgentServicer(
-            self._execute, logs, self._rank_ended, lambda: self._driver.state.term, self._stacks
+            self._execute,
+            logs,
+            self._rank_ended,
+            lambda: self._driver.state.term,
+            self._stacks,
+            curves=self._series.read,
         )
         self._notices = notices.Watch(
             settings.preemption_notices,
@@ -233,6 +269,7 @@ class Agent:
         self._reporting.start()
         self._consulting.start()
         self._server.start(self._servicer)
+        threading.Thread(target=self._archive, name="archive", daemon=True).start()
         if self._status is not None:
             threading.Thread(target=self._serve_status, name="status", daemon=True).start()
         self.log("agent started", address=self.address, slots=self._settings.slots)
@@ -258,6 +295,7 @@ class Agent:
     def close(self) -> None:
         """Free everything: for tests that go on living."""
         self._notices.close()
+        self._archiver.close()
         self._reporting.close()
         self._consulting.close()
         self._ranks.close()
@@ -343,12 +381,20 @@ class Agent:
             self._driver.handle(ShutDown(self._settings.stop_grace_s))
             while any(self._lives(name) for name in self._driver.state.jobs):
                 self._turn()
-        deadline = self._clock.monotonic() + LAST_WORDS_S_MAX
-        while not self._reporter.idle and self._clock.monotonic() < deadline:
+            self._archiver.hurry()
+        began = self._clock.monotonic()
+        while self._has_last_words(self._clock.monotonic() - began):
             self._session.beat()
             self._reporter.wait(self._clock.monotonic() + 0.02)
         self._session.set_clean_stop()
         self.log("agent stopped")
+
+    def _has_last_words(self, waited_s: float) -> bool:
+        """Whether the agent's end waits for a snapshot to be published, or for logs to be copied."""
+        if waited_s < LAST_WORDS_S_MAX and not self._reporter.idle:
+            return True
+        copies = not self._settings.keep_ranks and self._archiver.busy
+        return waited_s < LAST_COPY_S_MAX and copies
 
     def _lives(self, name: JobName) -> bool:
         job = self._driver.state.jobs[name]
@@ -392,9 +438,17 @@ class Agent:
                 or self._driver.state.drain is not None
             ),
             loop_at=lambda: self._loop_at,
+            measures=self._measures,
+            session=self._session,
             monotonic=self._clock.monotonic,
         )
         return StatusServer(listener, status.pages(), report=self.log)
+
+    def _archive(self) -> None:
+        try:
+            self._archiver.run()
+        except Exception as error:  # noqa: BLE001 - whatever it is, logs must not stay behind unnoticed
+            self._fail(f"the archiver died: {error!r}")
 
     def _serve_status(self) -> None:
         assert self._status is not None
@@ -411,6 +465,10 @@ class Agent:
             return True
         found = next((local for local in known.ranks if local.rank == rank), None)
         return found is not None and found.exit_code is not None
+
+    def _see(self, before: AgentState, after: AgentState, now: float) -> None:
+        self._measures.see(before, after, now)
+        self._series.see(before, after, now)
 
     def _stacks(self, job: str, uid: str) -> list[tuple[Stack, str]]:
         known = self._driver.state.jobs.get(JobName(job))

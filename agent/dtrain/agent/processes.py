@@ -7,6 +7,7 @@ events, tagged with the job and submission it is about.
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 
 from dtrain.agent.core.events import Event, LauncherReported, TransferReported
@@ -19,7 +20,14 @@ from dtrain.agent.launching import (
     ProcessId,
 )
 from dtrain.agent.transfer_client import TransferClient
-from dtrain.agent.transferring import TransferOrder
+from dtrain.agent.transferring import (
+    Archived,
+    Aside,
+    StoreUse,
+    TransferEnded,
+    TransferOrder,
+    TransferReport,
+)
 from dtrain.protocol.ids import JobName, Uid
 
 Post = Callable[[Event], None]
@@ -77,22 +85,49 @@ class Launchers:
 
 
 class Transfers:
-    """``driver.TransferPort`` on ``TransferClient``. Used by the driver's thread."""
+    """``driver.TransferPort`` on ``TransferClient``. Orders may come from any thread.
 
-    def __init__(self, post: Post, arguments: Sequence[str] = ()) -> None:
-        self._client = TransferClient(lambda report: post(TransferReported(report)), arguments)
+    ``on_archived`` hears of archive orders, on a thread of the client's; None: all that
+    are under way are lost. ``on_use`` hears what the process has asked of stores.
+    """
+
+    def __init__(
+        self,
+        post: Post,
+        arguments: Sequence[str] = (),
+        on_archived: Callable[[Archived | None], None] = lambda _: None,
+        on_use: Callable[[StoreUse], None] = lambda _use: None,
+    ) -> None:
+        self._post = post
+        self._on_archived = on_archived
+        self._on_use = on_use
+        self._client = TransferClient(self._take, arguments)
+        self._lock = threading.Lock()
         self._running = False
 
     def send(self, order: TransferOrder) -> None:
-        if not self._running:
-            # Not on the first sign of its end, but once the core has taken that in: else
-            # an order would be given to the new process twice.
-            self._running = True
-            self._client.start()
+        with self._lock:
+            if not self._running:
+                # Not on the first sign of its end, but once the core has taken that in: else
+                # an order would be given to the new process twice.
+                self._running = True
+                self._client.start()
         self._client.send(order)
 
+    def _take(self, report: TransferReport | Aside) -> None:
+        if isinstance(report, Archived):
+            self._on_archived(report)
+            return
+        if isinstance(report, StoreUse):
+            self._on_use(report)
+            return
+        if isinstance(report, TransferEnded):
+            self._on_archived(None)
+        self._post(TransferReported(report))
+
     def ended(self) -> None:
-        self._running = False
+        with self._lock:
+            self._running = False
 
     def close(self) -> None:
         self._client.close()

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from dtrain.agent import metrics
 from dtrain.agent.core import transfers
 from dtrain.agent.core.state import AgentState, LinkState
-from dtrain.protocol.snapshot import WorkerPhase
+from dtrain.agent.measures import Measures
 from dtrain.runtime.metrics import Samples, exposition
 from dtrain.runtime.serving import Page, Pages, live, verdict
+from dtrain.storage.etcd import lease_metrics
+from dtrain.storage.etcd.session import Session
 
 
 class Status:
@@ -28,6 +30,8 @@ class Status:
         registered: Callable[[], bool],
         stopping: Callable[[], bool],
         loop_at: Callable[[], float],
+        measures: Measures,
+        session: Session,
         monotonic: Callable[[], float],
     ) -> None:
         self._slots = slots
@@ -35,6 +39,8 @@ class Status:
         self._registered = registered
         self._stopping = stopping
         self._loop_at = loop_at
+        self._measures = measures
+        self._session = session
         self._monotonic = monotonic
 
     def pages(self) -> Pages:
@@ -68,10 +74,11 @@ class Status:
     def samples(self) -> Samples:
         """Return what ``metrics.METRICS`` are now."""
         state = self._state()
-        ranks: dict[tuple[str, ...], float] = {(phase.value,): 0.0 for phase in WorkerPhase}
+        ranks: dict[tuple[str, ...], float] = {}
         for job in state.jobs.values():
             for rank in job.ranks:
-                ranks[rank.phase.value,] += 1
+                labels = (job.name, rank.phase.value)
+                ranks[labels] = ranks.get(labels, 0.0) + 1.0
         live = self._registered() and state.link.state is not LinkState.ISOLATED
         return {
             metrics.REGISTERED: {(): float(live)},
@@ -79,5 +86,7 @@ class Status:
             metrics.LOOP_AGE: {(): max(0.0, self._monotonic() - self._loop_at())},
             metrics.SLOTS: {(): float(self._slots)},
             metrics.RANKS: ranks,
+            **lease_metrics.samples(self._session, self._monotonic()),
+            **self._measures.samples(state.restored, self._monotonic()),
             metrics.RESTORED: {(name,): float(state.restored.get(name, 0)) for name, _ in transfers.TIERS},
         }

@@ -12,35 +12,48 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
-from dtrain.agent import lines
+from dtrain.agent import lines, transfer_archive
+from dtrain.agent.launch.processes import boot_id
 from dtrain.agent.transfer_cache import Cache
 from dtrain.agent.transfer_fetch import Fetcher
+from dtrain.agent.transfer_packages import Packages, delete, failed
 from dtrain.agent.transfer_upload import Uploader
+from dtrain.agent.transfer_use import TELL_EVERY_S, Teller
 from dtrain.agent.transferring import (
     ORDERS,
+    Archive,
+    Archived,
+    Aside,
     CancelUpload,
     Demand,
+    DropTree,
     Fetch,
     FetchFailed,
     KeepManifest,
     ReleaseFetch,
+    StoreUse,
     TransferOrder,
     TransferReport,
+    Unpack,
     Upload,
     UploadFailed,
 )
 from dtrain.protocol.errors import DtrainError
 from dtrain.runtime import log
+from dtrain.runtime.clock import SystemClock
+from dtrain.storage.blobs.metered import MeteredBlobs, StoreMeter
 from dtrain.storage.blobs.open import open_store
 from dtrain.storage.blobs.port import BlobStore
 
 UPLOADS_AT_ONCE = 4
 FETCHES_AT_ONCE = 2
+UNPACKS_AT_ONCE = 2
 DEMANDS_AT_ONCE = 64
 """Each of a rank of this machine that waits; the work itself is bounded by checkpoint."""
 
@@ -61,11 +74,14 @@ class Transfer:
 
     def __init__(
         self,
-        emit: Callable[[TransferReport], None],
+        emit: Callable[[TransferReport | Archived], None],
         stores: Callable[[str], BlobStore],
         cache: Cache | None = None,
+        packages: Path | None = None,
+        packages_bytes: int = 0,
     ) -> None:
         self._emit = emit
+        self._stores = stores
         self._cache = cache or Cache()
         self._cleanups = ThreadPoolExecutor(1, thread_name_prefix="upload-cleanup")
         self._uploader = Uploader(stores, emit, cache=self._cache, later=self._cleanups.submit)
@@ -76,6 +92,11 @@ class Transfer:
             UPLOADS_AT_ONCE, thread_name_prefix="upload", initializer=_give_way
         )
         self._fetches = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch")
+        self._unpacks = ThreadPoolExecutor(UNPACKS_AT_ONCE, thread_name_prefix="unpack")
+        self._packages = Packages(
+            stores, emit, folder=packages, archives_bytes_max=packages_bytes, boot_id=boot_id()
+        )
+        self._archives = ThreadPoolExecutor(1, thread_name_prefix="archive", initializer=_give_way)
 
     def handle(self, order: TransferOrder) -> None:
         """Take on one order; the answer comes later. Never blocks on the store."""
@@ -92,6 +113,13 @@ class Transfer:
             self._asides.submit(self._aside, self._fetcher.keep_manifest, order)
         elif isinstance(order, ReleaseFetch):
             self._asides.submit(self._aside, self._fetcher.release(order.id))
+        elif isinstance(order, Unpack):
+            self._put_aside(order)
+            self._unpacks.submit(self._unpack, order)
+        elif isinstance(order, DropTree):
+            self._put_aside(order)
+        elif isinstance(order, Archive):
+            self._archives.submit(self._archive, order)
 
     def _upload(self, order: Upload) -> None:
         try:
@@ -117,6 +145,28 @@ class Transfer:
                 _log.exception("demand_failed", fetch=order.id, rank=order.rank)
             self._emit(FetchFailed(order.id, _sentence(error)))
 
+    def _put_aside(self, order: Unpack | DropTree) -> None:
+        for doomed in self._packages.put_aside(order):
+            self._asides.submit(self._aside, delete, doomed)
+
+    def _unpack(self, order: Unpack) -> None:
+        try:
+            self._packages.unpack(order)
+        except Exception as error:  # noqa: BLE001 - every order gets an answer, bugs included
+            if not isinstance(error, DtrainError | OSError):
+                _log.exception("unpack_failed", job=order.job)
+            self._emit(failed(order, error, _sentence(error)))
+
+    def _archive(self, order: Archive) -> None:
+        try:
+            transfer_archive.run(order, self._stores)
+        except Exception as error:  # noqa: BLE001 - every order gets an answer, bugs included
+            if not isinstance(error, DtrainError | OSError):
+                _log.exception("archive_failed", key=order.key)
+            self._emit(Archived(order.id, _sentence(error)))
+        else:
+            self._emit(Archived(order.id))
+
     def _aside(self, work: Callable[..., None], *arguments: object) -> None:
         """What nobody waits for an answer to."""
         try:
@@ -130,7 +180,8 @@ class Transfer:
 class Stores:
     """Opens each store once."""
 
-    def __init__(self) -> None:
+    def __init__(self, meter: StoreMeter) -> None:
+        self._meter = meter
         self._lock = threading.Lock()
         self._open: dict[str, BlobStore] = {}
 
@@ -138,7 +189,7 @@ class Stores:
         with self._lock:
             store = self._open.get(uri)
             if store is None:
-                store = self._open[uri] = open_store(uri)
+                store = self._open[uri] = MeteredBlobs(open_store(uri), self._meter, SystemClock())
             return store
 
 
@@ -158,11 +209,17 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def serve(orders: IO[bytes], reports: IO[bytes], cache: Cache | None = None) -> None:
+def serve(
+    orders: IO[bytes],
+    reports: IO[bytes],
+    cache: Cache | None = None,
+    packages: Path | None = None,
+    packages_bytes: int = 0,
+) -> None:
     """Work until ``orders`` ends."""
     lock = threading.Lock()
 
-    def emit(report: TransferReport) -> None:
+    def emit(report: TransferReport | Aside) -> None:
         with lock:
             try:
                 reports.write(lines.encode(report))
@@ -170,9 +227,18 @@ def serve(orders: IO[bytes], reports: IO[bytes], cache: Cache | None = None) -> 
             except OSError:
                 os._exit(0)  # nobody reads any more
 
-    transfer = Transfer(emit, Stores(), cache)
+    meter = StoreMeter()
+    transfer = Transfer(emit, Stores(meter), cache, packages, packages_bytes)
+    threading.Thread(target=_tell_use, args=(Teller(meter), emit), name="use", daemon=True).start()
     for line in orders:
         transfer.handle(lines.decode(ORDERS, line))
+
+
+def _tell_use(teller: Teller, emit: Callable[[StoreUse], None]) -> None:
+    while True:
+        time.sleep(TELL_EVERY_S)
+        if (use := teller.news()) is not None:
+            emit(use)
 
 
 def main() -> None:
@@ -180,6 +246,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dtrain.agent.transfer")
     parser.add_argument("--cache-dir", type=Path)
     parser.add_argument("--cache-bytes", type=int, default=0)
+    parser.add_argument("--packages-dir", type=Path)
+    parser.add_argument("--packages-bytes", type=int, default=0)
     arguments = parser.parse_args()
     _die_with_parent()
     log.configure(component="transfer")
@@ -188,7 +256,13 @@ def main() -> None:
     os.dup2(2, 1)
     code = 0
     try:
-        serve(sys.stdin.buffer, reports, Cache(arguments.cache_dir, arguments.cache_bytes))
+        serve(
+            sys.stdin.buffer,
+            reports,
+            Cache(arguments.cache_dir, arguments.cache_bytes),
+            arguments.packages_dir,
+            arguments.packages_bytes,
+        )
     except KeyboardInterrupt:
         pass
     except Exception:  # noqa: BLE001 - said, and the exit status tells the agent

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dtrain.protocol.ids import Attempt, ClusterName, JobName, Rank, Seq, Step, Uid
+from dtrain.protocol.package import Package
 from dtrain.protocol.ranklink import Have, Need, RestorePlan, Sealed
 from dtrain.protocol.snapshot import BadBlob, DurablePart
 
@@ -109,7 +110,57 @@ class ReleaseFetch:
     id: str
 
 
-TransferOrder = Upload | CancelUpload | KeepManifest | Fetch | Demand | ReleaseFetch
+@dataclass(frozen=True, slots=True)
+class Unpack:
+    """Have a packed working directory as folder ``tree``; answer ``Unpacked`` or ``UnpackFailed``.
+
+    ``keep``: folders of other submissions that may be in use; the rest is nobody's any more.
+    """
+
+    cluster: ClusterName
+    job: JobName
+    uid: Uid
+    package: Package
+    tree: str
+    keep: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DropTree:
+    """Nobody uses the folder of that name any more. No answer."""
+
+    tree: str
+
+
+@dataclass(frozen=True, slots=True)
+class FilePart:
+    """A range of a local file; what it does not hold any more is left out. ``times``: file of its marks."""
+
+    name: str
+    path: str
+    offset: int
+    size: int
+    times: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """Write parts of files as one bundle, then delete ``replaces``; answer ``Archived``.
+
+    Nothing waits for it: it may be lost with the process, and is then sent again.
+    """
+
+    id: str
+    store: str
+    key: str
+    """"" : nothing is written, only deleted."""
+    parts: tuple[FilePart, ...] = ()
+    replaces: tuple[str, ...] = ()
+
+
+TransferOrder = (
+    Upload | CancelUpload | KeepManifest | Fetch | Demand | ReleaseFetch | Unpack | DropTree | Archive
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,17 +214,85 @@ class FetchFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Unpacked:
+    """The working directory is there."""
+
+    job: JobName
+    uid: Uid
+    folder: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnpackFailed:
+    """It is not. ``hopeless``: what the store holds is not what was packed, for no machine."""
+
+    job: JobName
+    uid: Uid
+    message: str
+    hopeless: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Archived:
+    """The bundle is durable and what it replaces is gone; ``problem``: why not. Not for the core."""
+
+    id: str
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class TransferEnded:
     """The transfer process is gone (sent by its client); every order without an answer is lost."""
 
     exit_code: int | None
 
 
-TransferReport = Uploaded | UploadFailed | Fetched | Supplied | FetchFailed | TransferEnded
+@dataclass(frozen=True, slots=True)
+class StoreUse:
+    """What the process has asked of stores since the last one of these: for metrics alone.
+
+    By operation: how many by duration, and seconds; failures that deserve another try by operation and code.
+    """
+
+    counts: Mapping[str, tuple[int, ...]]
+    seconds: Mapping[str, float]
+    retries: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+TransferReport = (
+    Uploaded | UploadFailed | Fetched | Supplied | FetchFailed | Unpacked | UnpackFailed | TransferEnded
+)
+"""What the core is told."""
+
+Aside = Archived | StoreUse
+"""What goes past the core."""
 
 ORDERS: Mapping[str, type] = {
-    kind.__name__: kind for kind in (Upload, CancelUpload, KeepManifest, Fetch, Demand, ReleaseFetch)
+    kind.__name__: kind
+    for kind in (
+        Upload,
+        CancelUpload,
+        KeepManifest,
+        Fetch,
+        Demand,
+        ReleaseFetch,
+        Unpack,
+        DropTree,
+        Archive,
+    )
 }
 REPORTS: Mapping[str, type] = {
-    kind.__name__: kind for kind in (Uploaded, UploadFailed, Fetched, Supplied, FetchFailed, TransferEnded)
+    kind.__name__: kind
+    for kind in (
+        Uploaded,
+        UploadFailed,
+        Fetched,
+        Supplied,
+        FetchFailed,
+        Unpacked,
+        UnpackFailed,
+        TransferEnded,
+        Archived,
+        StoreUse,
+    )
 }

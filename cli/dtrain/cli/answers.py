@@ -1,9 +1,10 @@
 """What the coordinators answer, as values: no grpc in it, so that what only shows them loads none."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dtrain.protocol.checkpoint import CommitRecord
+if TYPE_CHECKING:
+    from dtrain.protocol.checkpoint import CommitRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,36 @@ class Reading:
     revision: int
     age_s: float
     replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Encoded rows of a list, from the mirror of ``replica``; it was current ``age_s`` ago."""
+
+    rows: tuple[bytes, ...]
+    revision: int
+    age_s: float
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """One record's step to ``value``, None: it was deleted; ``key`` is below the cluster's root."""
+
+    key: str
+    value: bytes | None
+    revision: int
+    create_revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """Changes up to ``revision``; ``lost``: no replica knows any more what came after the one asked for."""
+
+    changes: tuple[Changed, ...]
+    revision: int
+    age_s: float
+    lost: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +95,23 @@ class LogChunk:
     attempt: int
     agent: str
     eof: bool
+    offset: int = 0
+    """Of the first byte."""
+    marks: tuple[tuple[int, int], ...] = ()
+    """(size, milliseconds): when the log was how long."""
+    note: str = ""
+    """Why it comes from the archive, if it does."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogPlace:
+    """Logs of some ranks of one attempt, on a machine or ``archived`` in the store."""
+
+    attempt: int
+    agent: str
+    first_rank: int
+    last_rank: int
+    archived: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +130,8 @@ class ReplicaInfo:
     problems: tuple[str, ...] = ()
     """What is wrong now, in sentences for people."""
     etcd_version: str = ""
+    store: str = ""
+    """Of jobs that name none; "": there is none, or the replica is of a release that does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +146,7 @@ class Importing:
 class Pinned:
     """A checkpoint that stays while it is pinned; ``lease`` renews the pin, 0 for one without an end."""
 
-    record: CommitRecord
+    record: "CommitRecord"
     store: str
     lease: int
     revision: int

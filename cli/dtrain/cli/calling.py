@@ -26,6 +26,9 @@ ERROR_KEY = "dtrain-error-bin"
 TRY_S_MAX = 3.0
 """One replica gets this long to answer before the next is asked: it may be frozen."""
 
+REFUSED_S = 2.0
+"""Where all replicas refuse the connection nobody is there: one that restarts is back sooner."""
+
 _REQUEST_BYTES_MAX = 4 * 1024 * 1024
 _REPLY_BYTES_MAX = 64 * 1024 * 1024
 _PAUSE_S_FIRST, _PAUSE_S_MAX = 0.05, 0.5
@@ -70,6 +73,7 @@ class Caller:
         self._tls = grpc_tls.Credentials(tls, logger=_Silent()) if tls is not None else None
         self._lock = threading.Lock()
         self._retired: list[grpc.Channel] = []
+        self._closed = False
         self._open()
         # Clients that all began with the first replica would load only that one.
         self._current = random.randrange(len(addresses))  # noqa: S311 - no secret
@@ -78,6 +82,7 @@ class Caller:
     def close(self) -> None:
         """End all connections; blocked calls fail."""
         with self._lock:
+            self._closed = True
             channels, self._retired = [*self._channels, *self._retired], []
         for channel in channels:
             channel.close()
@@ -92,12 +97,16 @@ class Caller:
         return self._tls.problems() if self._tls is not None else []
 
     def _call(self, call: Callable[[Any, float], T], *, wait_s: float = 0.0) -> T:
-        deadline = time.monotonic() + self._timeout_s + wait_s
+        begun = time.monotonic()
+        deadline = begun + self._timeout_s + wait_s
+        give_up_at = begun + self._timeout_s
         pause_s = _PAUSE_S_FIRST
         failures = 0
+        refused: set[str] = set()
         while True:
             self._refresh()
-            left_s = deadline - time.monotonic() - wait_s
+            tried_at = time.monotonic()
+            left_s = deadline - tried_at - wait_s
             current = self._current
             address = self._addresses[current]
             try:
@@ -106,16 +115,32 @@ class Caller:
                 problem = translate(error, address)
             except Unavailable as error:
                 problem = error
+            except ValueError as error:
+                # What grpc says of a closed channel: a thread that followed a log was not quick enough.
+                if not self._closed:
+                    raise
+                raise Unavailable(
+                    ErrorCode.COORDINATOR_UNAVAILABLE, "the connection is closed", cause=str(error)
+                ) from error
             # Everything here is idempotent, so an unknown outcome is asked for again.
             if not isinstance(problem, Unavailable | OutcomeUnknown):
                 raise problem
             failures += 1
             self._current = (current + 1) % len(self._stubs)
-            if time.monotonic() + pause_s >= deadline:
+            refused = refused | {address} if _is_refused(problem) else refused - {address}
+            now = time.monotonic()
+            # Time for an answer is for those who are there: only what a replica has really used of it counts.
+            give_up_at = min(deadline, give_up_at + max(0.0, now - tried_at - TRY_S_MAX))
+            nobody = len(refused) == len(set(self._addresses)) and now - begun >= REFUSED_S
+            if nobody or now + pause_s >= give_up_at:
                 raise self._unreachable(problem) from problem
             if failures % len(self._stubs) == 0:
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, _PAUSE_S_MAX)
+
+    def _pass_over(self) -> None:
+        """Ask another replica the next time."""
+        self._current = (self._current + 1) % len(self._stubs)
 
     def _unreachable(self, last: DtrainError) -> DtrainError:
         if last.code is not ErrorCode.COORDINATOR_UNAVAILABLE:
@@ -148,6 +173,10 @@ class Caller:
             channel.close()
 
 
+def _is_refused(problem: DtrainError) -> bool:
+    return "connection refused" in problem.cause.lower()
+
+
 def _fix(cause: str, secured: bool) -> str:
     told = cause.lower()
     if secured and any(word in told for word in ("handshake", "certificate", "verification", "ssl")):
@@ -178,6 +207,13 @@ def translate(error: grpc.RpcError, address: str) -> DtrainError:
         return Unavailable(
             ErrorCode.COORDINATOR_UNAVAILABLE, f"the coordinator at {address} is busy", cause=details
         )
+    if status is grpc.StatusCode.UNIMPLEMENTED:
+        return errors.Refused(
+            ErrorCode.OLDER_RELEASE,
+            f"the coordinator at {address} is of a release that does not know how to do this",
+            cause=details,
+            fix="upgrade the coordinators first, one by one: docs/compatibility.md",
+        )
     kind, code = _BY_STATUS.get(status, (errors.InvariantBroken, ErrorCode.BUG))
     return kind(code, f"the coordinator at {address} answered {status.name}: {details}")
 
@@ -188,7 +224,6 @@ _BY_STATUS: dict[grpc.StatusCode, tuple[type[DtrainError], ErrorCode]] = {
     grpc.StatusCode.ALREADY_EXISTS: (errors.Conflict, ErrorCode.ALREADY_EXISTS),
     grpc.StatusCode.FAILED_PRECONDITION: (errors.Conflict, ErrorCode.CONFLICT),
     grpc.StatusCode.ABORTED: (errors.Conflict, ErrorCode.CONFLICT),
-    grpc.StatusCode.UNIMPLEMENTED: (errors.Refused, ErrorCode.USAGE),
     grpc.StatusCode.RESOURCE_EXHAUSTED: (errors.Refused, ErrorCode.USAGE),
     grpc.StatusCode.UNAUTHENTICATED: (errors.Refused, ErrorCode.ETCD_AUTH),
     grpc.StatusCode.PERMISSION_DENIED: (errors.Refused, ErrorCode.NOT_PERMITTED),

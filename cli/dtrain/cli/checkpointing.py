@@ -12,6 +12,7 @@ from dtrain.cli.identity import new_id, whoami
 from dtrain.cli.progress import Progress
 from dtrain.cli.records import Job
 from dtrain.cli.render import checkpoints
+from dtrain.cli.render.table import When
 from dtrain.protocol.checkpoint import CommitRecord, Manifest
 from dtrain.protocol.errors import Conflict, ErrorCode, NotFound, Refused
 from dtrain.storage.blobs.open import open_store
@@ -20,14 +21,14 @@ from dtrain.storage.checkpoints import reading as stored
 from dtrain.storage.checkpoints import verifying
 
 
-def listing(client: Client, wanted: str, output_format: str) -> None:
+def listing(client: Client, wanted: str, output_format: str, *, iso: bool = False) -> None:
     """Show a job's checkpoints."""
     found, cluster = reading.job(client, wanted)
     lines = checkpoints.checkpoint_lines(found)
     output.listing(
         "Checkpoint",
         [document(found, line) for line in lines],
-        checkpoints.checkpoints(found, time.time(), wide=output_format == "wide"),
+        checkpoints.checkpoints(found, When(time.time(), iso), wide=output_format == "wide"),
         [f"{found.name}/{line.seq}" for line in lines],
         output=output_format,
         revision=cluster.revision,

@@ -1,40 +1,48 @@
 """What the coordinators can be asked: any replica will do, and every call may be repeated.
 
 Request ids and checkpoint tokens are chosen here, so that a repeated mutation
-changes nothing. How a replica is found that answers is ``calling.py``'s.
+changes nothing. How a replica is found that answers is ``calling.py``'s. Records are
+imported where one is decoded: most verbs need none of them.
 """
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from dtrain.cli.answers import (
+    Changed,
     GarbageItem,
     Importing,
     Item,
     JobStacks,
     LogChunk,
+    LogPlace,
+    News,
     Pinned,
     RankStacks,
     Reading,
     ReplicaInfo,
     Review,
+    Rows,
     Submitted,
 )
 from dtrain.cli.calling import Caller, translate
 from dtrain.protocol import codec
-from dtrain.protocol.checkpoint import CommitRecord
-from dtrain.protocol.cluster import Cordon
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused, Unavailable
-from dtrain.protocol.job import Intent
 from dtrain.protocol.pb import coordinator_pb2 as pb
-from dtrain.protocol.snapshot import DurablePart
+
+if TYPE_CHECKING:
+    from dtrain.protocol.cluster import Cordon
+    from dtrain.protocol.snapshot import DurablePart
 
 STACKS_S = 12.0
 """Ranks are looked at while the caller waits."""
+
+ARCHIVE_S = 6.0
+"""How much longer a log may take that has to come from the store."""
 
 STORE_WAIT_S = 6.0
 """How much longer a replica may take that asks a job's store first: it gives a store that is silent 5 s."""
@@ -95,6 +103,8 @@ class Client(Caller):
             pause=pause,
         )
         reply = self._call(lambda stub, timeout: stub.SetIntent(request, timeout=timeout))
+        from dtrain.protocol.job import Intent
+
         if pause and codec.decode(Intent, reply.intent).paused is not (pause == "pause"):
             # A former release passes over what it does not know.
             raise Refused(
@@ -104,7 +114,9 @@ class Client(Caller):
             )
         return int(reply.revision)
 
-    def cordon(self, agent: str, *, reason: str, ttl_s: int = 0, drain: bool = False, by: str = "") -> Cordon:
+    def cordon(
+        self, agent: str, *, reason: str, ttl_s: int = 0, drain: bool = False, by: str = ""
+    ) -> "Cordon":
         """Keep new ranks off a machine, for ``ttl_s`` or until it is lifted; return the record.
 
         Raises:
@@ -114,6 +126,8 @@ class Client(Caller):
         request = pb.CordonRequest(agent=agent, reason=reason, by=by, ttl_s=ttl_s, drain=drain)
         reply = self._call(lambda stub, timeout: stub.Cordon(request, timeout=timeout))
         self._seen_revision = max(self._seen_revision, int(reply.revision))
+        from dtrain.protocol.cluster import Cordon
+
         return codec.decode(Cordon, reply.record)
 
     def uncordon(self, agent: str) -> bool:
@@ -144,10 +158,7 @@ class Client(Caller):
 
         def read(stub: Any, timeout: float) -> Reading:
             reply = stub.Read(request, timeout=timeout + wait_s)
-            if reply.revision < self._seen_revision:
-                raise Unavailable(
-                    ErrorCode.MIRROR_STALE, "the replica's mirror is behind what was read before"
-                )
+            self._refuse_older(reply.revision)
             items = tuple(
                 Item(item.key, item.value, item.create_revision, item.mod_revision) for item in reply.items
             )
@@ -159,6 +170,58 @@ class Client(Caller):
             time.sleep(max(0.0, min(wait_s, PACE_S) - (time.monotonic() - begun)))
         self._seen_revision = max(self._seen_revision, reading.revision)
         return reading
+
+    def list(self, kind: str, *, after_revision: int = 0, wait_s: float = 0.0) -> Rows:
+        """Return one row for each of ``jobs`` or ``agents``; with ``wait_s`` wait that long for a change.
+
+        Raises:
+            Refused: OLDER_RELEASE; the replica is of a release that makes no rows.
+            Unavailable: no replica could be reached.
+        """
+        floor = after_revision or self._seen_revision
+        request = pb.ListRequest(
+            kind=kind, after_revision=floor, wait_ms=int(1000 * (wait_s or (CATCH_UP_S if floor else 0.0)))
+        )
+
+        def ask(stub: Any, timeout: float) -> Rows:
+            reply = stub.List(request, timeout=timeout + wait_s)
+            self._refuse_older(reply.revision)
+            return Rows(tuple(reply.rows), reply.revision, reply.age_s, self._addresses[self._current])
+
+        begun = time.monotonic()
+        found = self._call(ask, wait_s=wait_s)
+        if wait_s > 0:
+            time.sleep(max(0.0, min(wait_s, PACE_S) - (time.monotonic() - begun)))
+        self._seen_revision = max(self._seen_revision, found.revision)
+        return found
+
+    def changes(self, prefixes: Sequence[str], *, after_revision: int, wait_s: float = 0.0) -> News:
+        """Return what has changed below ``prefixes`` since; with ``wait_s`` wait that long for something.
+
+        Raises:
+            Refused: OLDER_RELEASE; the replica is of a release that remembers no changes.
+            Unavailable: no replica could be reached.
+        """
+        request = pb.ChangesRequest(
+            prefixes=prefixes, after_revision=after_revision, wait_ms=int(1000 * wait_s)
+        )
+        for _ in self._addresses:
+            reply = self._call(
+                lambda stub, timeout: stub.Changes(request, timeout=timeout + wait_s), wait_s=wait_s
+            )
+            if not reply.lost:
+                break
+            # One that has begun only now knows less than those beside it.
+            self._pass_over()
+        changes = tuple(
+            Changed(one.key, None if one.deleted else one.value, one.revision, one.create_revision)
+            for one in reply.changes
+        )
+        return News(changes, reply.revision, reply.age_s, reply.lost)
+
+    def _refuse_older(self, revision: int) -> None:
+        if revision < self._seen_revision:
+            raise Unavailable(ErrorCode.MIRROR_STALE, "the replica's mirror is behind what was read before")
 
     def read_log(
         self,
@@ -186,10 +249,45 @@ class Client(Caller):
             bytes_max=bytes_max,
             wait_ms=int(wait_s * 1000),
         )
+        # Whoever does not wait for new bytes waits for the store instead, if the machine is lost.
+        patience_s = wait_s or ARCHIVE_S
         reply = self._call(
-            lambda stub, timeout: stub.ReadLog(request, timeout=timeout + wait_s), wait_s=wait_s
+            lambda stub, timeout: stub.ReadLog(request, timeout=timeout + patience_s), wait_s=patience_s
         )
-        return LogChunk(reply.data, reply.next_offset, reply.attempt, reply.agent, reply.eof)
+        return LogChunk(
+            reply.data,
+            reply.next_offset,
+            reply.attempt,
+            reply.agent,
+            reply.eof,
+            reply.next_offset - len(reply.data),
+            tuple((mark.size, mark.at_ms) for mark in reply.marks),
+            reply.note,
+        )
+
+    def log_places(self, job: str, attempt: int = 0) -> tuple[tuple[LogPlace, ...], str]:
+        """Which logs of a job there are, of which attempts, and why the store could not be asked, if so.
+
+        Nothing from a replica of an earlier release.
+
+        Raises:
+            NotFound: no such job.
+            Unavailable: no replica could be reached.
+        """
+        request = pb.ListLogsRequest(job=job, attempt=attempt)
+        try:
+            reply = self._call(
+                lambda stub, timeout: stub.ListLogs(request, timeout=timeout + ARCHIVE_S), wait_s=ARCHIVE_S
+            )
+        except Refused as error:
+            if error.code is not ErrorCode.OLDER_RELEASE:
+                raise
+            return (), "this replica is of an earlier release"
+        found = (
+            LogPlace(one.attempt, one.agent, one.first_rank, one.last_rank, one.archived)
+            for one in reply.sources
+        )
+        return tuple(found), reply.problem
 
     def stacks(self, job: str) -> JobStacks:
         """Collect the stacks of a job's ranks now.
@@ -218,6 +316,8 @@ class Client(Caller):
             job=job, seq=seq, holder=holder, ttl_s=ttl_s, lease=lease, why=why, by=by
         )
         reply = self._call(lambda stub, timeout: stub.PinCheckpoint(request, timeout=timeout))
+        from dtrain.protocol.checkpoint import CommitRecord
+
         return Pinned(codec.decode(CommitRecord, reply.record), reply.store, reply.lease, reply.revision)
 
     def unpin_checkpoint(self, job: str, seq: int, *, holder: str, lease: int = 0) -> bool:
@@ -257,7 +357,7 @@ class Client(Caller):
         ttl_s: int,
         timeout_s: float,
         lease: int = 0,
-        part: DurablePart | None = None,
+        part: "DurablePart | None" = None,
         by: str = "",
     ) -> Importing:
         """Ask for a checkpoint to be opened whose bytes the caller writes; or renew that, or report a part.
@@ -336,6 +436,7 @@ class Client(Caller):
             reply.leader_replica,
             tuple(reply.problems),
             reply.etcd_version,
+            reply.store,
         )
 
 

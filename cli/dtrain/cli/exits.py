@@ -16,7 +16,7 @@ from dtrain.protocol.errors import (
     TimedOut,
     Unavailable,
 )
-from dtrain.protocol.job import JobPhase
+from dtrain.protocol.phases import JobPhase
 
 OK = 0
 BUG = 1
@@ -61,6 +61,7 @@ _BY_CODE = {
     ErrorCode.CONFLICT: CONFLICT,
     ErrorCode.NOT_FOUND: NOT_FOUND,
     ErrorCode.BLOB_CORRUPT: CHECK_FAILED,
+    ErrorCode.LOCAL_IO: USAGE,
     ErrorCode.BUG: BUG,
 }
 _BY_CLASS: tuple[tuple[type[DtrainError], int], ...] = (

@@ -7,11 +7,12 @@ up while the job runs is worse than none.
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
-from dtrain.cli import records
+from dtrain.cli import naming, records
+from dtrain.cli.answers import LogChunk
 from dtrain.cli.client import Client
+from dtrain.cli.loglines import Cutter, Line
 from dtrain.cli.records import Job
 from dtrain.protocol.errors import DtrainError, NotFound, Refused
 
@@ -19,17 +20,6 @@ STREAMS = ("stdout", "stderr")
 _POLL_S = 2.0
 _DRAIN_S = 10.0
 """How long to go on reading logs after the job or attempt has ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One line of a rank's log, newline included (the last one may have none)."""
-
-    agent: str
-    attempt: int
-    rank: int
-    stream: str
-    text: bytes
 
 
 def show(line: Line, *, prefix: bool) -> bytes:
@@ -59,7 +49,7 @@ class Tail:
         self._client, self._write = client, write
         self._job, self._attempt, self._rank, self._stream = job, attempt, rank, stream
         self._offset = offset
-        self._rest = b""
+        self._cutter = Cutter()
         self._agent = ""
         self.over = threading.Event()
         """Set once nothing more will be written: read what is there and end."""
@@ -100,9 +90,8 @@ class Tail:
                 self._stopped.wait(0.3)
                 continue
             tries, self.problem = 0, ""
-            self._agent = chunk.agent
             self._offset = chunk.next_offset
-            self._emit(chunk.data)
+            self._emit(chunk)
             if not chunk.data:
                 if was_over:
                     break
@@ -110,25 +99,26 @@ class Tail:
                 self._stopped.wait(0.3 if chunk.eof else 0.1)
         self._flush()
 
-    def _emit(self, data: bytes) -> None:
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for text in lines:
-            self._write(self._line(text + b"\n"))
+    def _emit(self, chunk: LogChunk) -> None:
+        self._agent = chunk.agent
+        for at_ms, text in self._cutter.feed(chunk.data, chunk.offset, chunk.marks):
+            self._write(self._line(at_ms, text))
 
     def _flush(self) -> None:
-        if self._rest:
-            self._write(self._line(self._rest))
-            self._rest = b""
+        for at_ms, text in self._cutter.flush():
+            self._write(self._line(at_ms, text))
 
-    def _line(self, text: bytes) -> Line:
-        return Line(self._agent, self._attempt, self._rank, self._stream, text)
+    def _line(self, at_ms: int, text: bytes) -> Line:
+        return Line(self._agent, self._attempt, self._rank, self._stream, text, at_ms)
 
 
 class Follower:
     """Follows one job to its end.
 
     ``ranks`` picks the ranks to read from a job with members; ``changed`` hears
-    of every change of the job; ``write`` gets the lines, one at a time.
+    of every change of the job; ``write`` gets the lines, one at a time. What ``check``
+    raises, asked each time around, ends it. ``start_at``: how far logs, by attempt, rank and
+    stream, were read already.
     """
 
     def __init__(
@@ -141,9 +131,13 @@ class Follower:
         changed: Callable[[Job], None] = _ignore,
         streams: Sequence[str] = STREAMS,
         trouble: Callable[[str], None] = _ignore,
+        check: Callable[[], None] = lambda: None,
+        start_at: Mapping[tuple[int, int, str], int] | None = None,
     ) -> None:
+        self._start_at = start_at or {}
         self._client, self._job = client, job
         self._ranks, self._changed, self._trouble = ranks, changed, trouble
+        self._check = check
         self._streams = tuple(streams)
         self._lock = threading.Lock()
         self._sink = write
@@ -160,6 +154,7 @@ class Follower:
         first = True
         try:
             while True:
+                self._check()
                 try:
                     reading = self._client.read(
                         f"jobs/{self._job}/",
@@ -179,7 +174,7 @@ class Follower:
                     self._trouble(f"connected again, to {reading.replica}")
                 jobs = records.group(reading).jobs
                 if self._job not in jobs and (reading.revision >= after_revision):
-                    records.find(jobs, self._job, "job")
+                    naming.find(jobs, self._job, "job")
                 if self._job in jobs:
                     first, revision = False, reading.revision
                     job = jobs[self._job]
@@ -201,7 +196,13 @@ class Follower:
         for rank in self._ranks(job):
             for stream in self._streams:
                 tail = Tail(
-                    self._client, self._job, attempt=job.attempt, rank=rank, stream=stream, write=self._write
+                    self._client,
+                    self._job,
+                    attempt=job.attempt,
+                    rank=rank,
+                    stream=stream,
+                    write=self._write,
+                    offset=self._start_at.get((job.attempt, rank, stream), 0),
                 )
                 self._tails.append((tail, tail.start()))
 

@@ -1,8 +1,11 @@
 """Reads job files: every error at once, each with file, line and column."""
 
+import contextlib
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,14 @@ _AS_TYPED = ("args", "env", "command")
 """Numbers in here are meant as they were typed: ``1e-3`` stays ``1e-3``."""
 
 
+class Pack(Enum):
+    """Whether a working directory is packed. IF_POSSIBLE: where the cluster has a store to keep it in."""
+
+    NEVER = "never"
+    IF_POSSIBLE = "if possible"
+    ALWAYS = "always"
+
+
 class BadJobFile(Refused):
     """A job file with errors; ``details`` has one line for each."""
 
@@ -43,6 +54,7 @@ class JobFile:
 
     spec: JobSpec
     warnings: tuple[str, ...] = ()
+    pack: Pack = Pack.NEVER
 
 
 def read(path: Path, changes: Sequence[str] = ()) -> JobFile:
@@ -69,8 +81,9 @@ def read(path: Path, changes: Sequence[str] = ()) -> JobFile:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise BadJobFile(str(path), [Problem(line, 1, "", "is not UTF-8 text")]) from error
-    spec = parse(text, str(path), path.resolve().parent, changes)
-    return checked(spec, str(path))
+    document = _document(text, str(path))
+    spec = parse_values(document, str(path), path.resolve().parent, changes)
+    return checked(spec, str(path), pack_wanted(document.value))
 
 
 def parse(text: str, name: str, folder: Path, changes: Sequence[str] = ()) -> JobSpec:
@@ -79,6 +92,10 @@ def parse(text: str, name: str, folder: Path, changes: Sequence[str] = ()) -> Jo
     Raises:
         BadJobFile: with all its errors.
     """
+    return parse_values(_document(text, name), name, folder, changes)
+
+
+def _document(text: str, name: str) -> Document:
     document = yamlmarks.parse(text)
     if document.value is None and not document.problems:
         document.problems.append(Problem(1, 1, "", "the file is empty: at least name and script are needed"))
@@ -86,7 +103,26 @@ def parse(text: str, name: str, folder: Path, changes: Sequence[str] = ()) -> Jo
         document.problems.append(Problem(1, 1, "", "a job file is a mapping: lines of 'key: value'"))
     if not isinstance(document.value, dict):
         raise BadJobFile(name, document.problems)
-    return parse_values(document, name, folder, changes)
+    return document
+
+
+def packing(folder: Path) -> tuple[str, str]:
+    """The changes (``a=b``) that have ``folder`` packed, whatever the job file says."""
+    # A JSON string is one in YAML too, whatever the path has in it.
+    return f"working_dir={json.dumps(str(folder.resolve()))}", "pack=true"
+
+
+def pack_wanted(values: Mapping[str, Any]) -> Pack:
+    """Whether a valid job's working directory is packed: by ``pack``, else if its path is relative.
+
+    A folder beside the job file is one of the machine that submits; an absolute path is one of those that
+    train, as it has always been.
+    """
+    given, folder = values.get("pack"), values.get("working_dir")
+    if given is not None:
+        return Pack.ALWAYS if given else Pack.NEVER
+    relative = isinstance(folder, str) and not folder.startswith(("/", "~"))
+    return Pack.IF_POSSIBLE if relative else Pack.NEVER
 
 
 def parse_values(document: Document, name: str, folder: Path, changes: Sequence[str] = ()) -> JobSpec:
@@ -124,16 +160,21 @@ def build(document: Document, name: str, folder: Path) -> JobSpec:
     return to_spec(model, folder)
 
 
-def checked(spec: JobSpec, name: str) -> JobFile:
+def checked(spec: JobSpec, name: str, pack: Pack = Pack.NEVER) -> JobFile:
     """Check what can be checked on this machine, which need not be one that trains.
 
     Raises:
         NotFound: the working directory is here, and the script is not in it.
     """
     folder = Path(spec.working_dir)
-    if not folder.is_dir():
+    if not folder.is_dir() and pack is not Pack.ALWAYS:
         missing = f"{folder} does not exist on this machine; it must exist on every agent's machine"
         return JobFile(spec, (missing, *_secrets(spec)))
+    if not folder.is_dir():
+        raise NotFound(
+            ErrorCode.NOT_FOUND, f"{name}: there is no folder {folder} to pack", fix="correct working_dir"
+        )
+    spec = _inside(spec) if pack is not Pack.NEVER else spec
     script = folder / spec.entry.target
     if spec.entry.kind is EntryKind.SCRIPT and not script.is_file():
         raise NotFound(
@@ -141,7 +182,18 @@ def checked(spec: JobSpec, name: str) -> JobFile:
             f"{name}: there is no script {script}",
             fix="script is relative to working_dir, which is relative to the job file's folder",
         )
-    return JobFile(spec, tuple(_secrets(spec)))
+    return JobFile(spec, tuple(_secrets(spec)), pack)
+
+
+def _inside(spec: JobSpec) -> JobSpec:
+    """A script that is given by its place on this machine is the one in the packed folder."""
+    target = Path(spec.entry.target)
+    if spec.entry.kind is not EntryKind.SCRIPT or not target.is_absolute():
+        return spec
+    with contextlib.suppress(ValueError):
+        inside = target.resolve().relative_to(Path(spec.working_dir).resolve())
+        return replace(spec, entry=replace(spec.entry, target=inside.as_posix()))
+    return spec
 
 
 def differences(old: Any, new: Any) -> list[str]:

@@ -167,8 +167,17 @@ class JobModel(_Strict):
         Field(default_factory=dict)
     )
     working_dir: Annotated[
-        str, form.FILLED, _says("Folder that ranks start in; relative to the job file")
+        str,
+        form.FILLED,
+        _says(
+            "Folder that ranks start in. Relative to the job file: it is packed. An absolute path: it is one "
+            "on each machine. See docs/working-directory.md"
+        ),
     ] = "."
+    pack: Annotated[
+        Annotated[bool, form.YES_OR_NO] | None,
+        _says("Whether `working_dir` is packed, whatever its path; not given: if its path is relative"),
+    ] = None
     preload: Annotated[
         tuple[str, ...],
         form.MODULES,

@@ -87,6 +87,12 @@ def log(line: bytes, *, err: bool = False) -> None:
     target.buffer.flush()
 
 
+def unreadable(count: int, what: str) -> None:
+    """Say on stderr when something is left out of a list."""
+    if count:
+        say(f"{count} {what}{'' if count == 1 else 's'} cannot be shown by this release: upgrade dtrain here")
+
+
 def freshness(age_s: float) -> None:
     """Say on stderr when what was read is old."""
     line = lists.stale_line(age_s)

@@ -11,15 +11,18 @@ from typing import Any, TypeVar
 
 from dtrain.cli import exits
 from dtrain.cli.answers import Item, Reading
-from dtrain.protocol import codec
+from dtrain.protocol import codec, summaries
 from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord, Quarantine, Verification
 from dtrain.protocol.cluster import Cordon, LeaderRecord, ReplicaRecord, Suspicion
-from dtrain.protocol.errors import ErrorCode, NotFound, Refused
+from dtrain.protocol.errors import Refused
 from dtrain.protocol.events import EventReason, EventRecord
 from dtrain.protocol.ids import ClusterName
 from dtrain.protocol.job import TERMINAL_PHASES, Intent, JobPhase, JobSpec, JobStatus
 from dtrain.protocol.keys import Keys, Parsed
+from dtrain.protocol.rows import AgentRow, JobRow
 from dtrain.protocol.snapshot import NodeRecord, RankState, WorkerSnapshot
+from dtrain.protocol.standing import reported_step
+from dtrain.protocol.summaries import Part
 from dtrain.runtime import redact
 
 T = TypeVar("T")
@@ -86,29 +89,34 @@ class Job:
         }
         return dict(sorted(found.items()))
 
+    def row(self, now: float) -> JobRow:
+        """What a list shows of it at ``now`` (epoch seconds), without its place in the queue."""
+        parts = {agent: _part(snapshot) for agent, snapshot in self.workers.items()}
+        return summaries.job_row(
+            self.name, self.spec, self.status, intent=self.intent, latest=self.latest, parts=parts, now=now
+        )
+
+    @property
+    def reason(self) -> str:
+        """The leader's sentence, and what its ranks add to it."""
+        return summaries.reason(self.status, [_part(snapshot) for snapshot in self.current_workers.values()])
+
     @property
     def step(self) -> int:
         """Newest step that every reporting rank has completed, or the last one stored."""
-        reported = [state.step for _, state in self.ranks.values()]
         stored = self.status.step if self.status else 0
-        return max(stored, min(reported)) if reported and not self.finished else stored
+        ranks = () if self.finished else self.ranks.values()
+        return reported_step(stored, (state.step for _, state in ranks))
 
     @property
     def world_size(self) -> int:
         """Ranks: of the current attempt, else as asked for."""
-        if self.status and self.status.members:
-            return self.status.world_size
-        return self.nodes[1] * self.spec.nproc_per_node if self.spec else 0
+        return summaries.world_size(self.spec, self.intent, self.status)
 
     @property
     def nodes(self) -> tuple[int, int]:
         """Fewest and most machines: as scaled, else as in the job file."""
-        if self.spec is None:
-            return 0, 0
-        intent = self.intent
-        if intent is not None and intent.uid == self.spec.uid and intent.nnodes_max:
-            return intent.nnodes_min, intent.nnodes_max
-        return self.spec.nnodes_min, self.spec.nnodes_max
+        return summaries.nodes(self.spec, self.intent)
 
     @property
     def budget_spent(self) -> bool:
@@ -150,6 +158,12 @@ class Agent:
     suspicion: Suspicion | None = None
     workers: dict[str, WorkerSnapshot] = field(default_factory=dict)
     raw: Json = field(default_factory=dict)
+
+    @property
+    def row(self) -> AgentRow:
+        """What a list shows of it."""
+        parts = {job: _part(snapshot) for job, snapshot in self.workers.items()}
+        return summaries.agent_row(self.name, self.node, self.cordon, parts)
 
     def as_json(self) -> Json:
         """The records, with the fields that they are stored with."""
@@ -199,30 +213,6 @@ def group(*readings: Reading) -> Cluster:
     cluster.jobs = {name: job for name, job in sorted(cluster.jobs.items()) if job.spec or job.status}
     cluster.agents = dict(sorted(cluster.agents.items()))
     return cluster
-
-
-def find(names: Iterable[str], wanted: str, what: str) -> str:
-    """Return the name that ``wanted`` is, or is the unique beginning of; ``job/NAME`` is fine, too.
-
-    Raises:
-        NotFound: none, or more than one.
-    """
-    known = sorted(names)
-    word = wanted.removeprefix(f"{what}/")
-    if word in known:
-        return word
-    matching = [name for name in known if name.startswith(word)] if word else []
-    if len(matching) == 1:
-        return matching[0]
-    if matching:
-        raise Refused(
-            ErrorCode.USAGE, f"{wanted!r} could be {', '.join(matching)}", fix="write more of the name"
-        )
-    raise NotFound(
-        ErrorCode.NOT_FOUND,
-        f"there is no {what} {word!r}",
-        fix=f"dtrain get {what}s" + (f" shows {', '.join(known[:5])}" if known else ": there are none"),
-    )
 
 
 def _items(readings: Iterable[Reading]) -> Iterable[Item]:
@@ -300,6 +290,10 @@ def _place_in_job(job: Job, parsed: Parsed, item: Item, document: Any) -> None:
         )
         name = {"pin": f"{seq}/{parsed.name}", "order": parsed.name}.get(parsed.kind, str(seq))
         job.raw.setdefault(folder, {})[name] = document
+
+
+def _part(snapshot: WorkerSnapshot) -> Part:
+    return summaries.part_of(codec.to_json(snapshot))
 
 
 def _keep(where: dict[int, T], seq: int, record: T | None) -> None:

@@ -1,22 +1,18 @@
 """``run``: builds the job from torchrun's flags, finds or starts a cluster, follows to the end."""
 
 import os
-import shutil
-import tempfile
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from dtrain.cli import context, exits, jobfile, output, submitting, torchflags, yamlmarks
 from dtrain.cli.client import Client, closing
-from dtrain.cli.foreground import Foreground
-from dtrain.cli.identity import new_id, whoami
+from dtrain.cli.identity import new_id
+from dtrain.cli.jobfile import JobFile, Pack
 from dtrain.cli.options import settings
 from dtrain.cli.records import Job
-from dtrain.cli.render import failures, sentences
+from dtrain.cli.render import failures
 from dtrain.cli.yamlmarks import Document
-from dtrain.local.cluster import LocalCluster
-from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.job import JobPhase, JobSpec
 
 _SETTINGS = {
@@ -28,9 +24,6 @@ _SETTINGS = {
 }
 """Flags that, beside a job file, override what the file says."""
 
-CANCEL_S = 60.0
-"""After Ctrl-C: how long ranks may take to leave before the cluster is ended around them."""
-
 
 def run(given: Mapping[str, Any], chosen: Set[str]) -> int:
     """Run and follow; return the exit code of the failing rank, 0 if there was none.
@@ -41,19 +34,43 @@ def run(given: Mapping[str, Any], chosen: Set[str]) -> int:
         Refused, NotFound: the command line or the job file is wrong.
         Unavailable: the cluster cannot be reached.
     """
+    torchflags.check(given)
     addresses = () if given["standalone"] else context.addresses(settings())
-    spec = build_spec(given, chosen, here=not addresses)
+    found = build_job(given, chosen, here=not addresses)
+    for warning in found.warnings:
+        output.say(f"warning: {warning}")
     for line in explanations(given):
         output.say(line)
     if addresses:
         if given["log_dir"]:
             output.say("--log-dir: the logs stay with the agents; dtrain logs shows them")
-        return _on_cluster(addresses, spec, given)
-    return _embedded(spec, given)
+        if given["folder"]:
+            output.say("--folder has no effect: the job runs in the cluster that is configured")
+        return _on_cluster(addresses, found, given)
+    spec = found.spec
+
+    # Whoever has a cluster needs no etcd, and waits for none of what starts one.
+    from dtrain.cli import embedding
+
+    def watch(client: Client, accepted: submitting.Accepted, check: Callable[[], None]) -> Job:
+        ranks = shown_ranks(given, spec.nproc_per_node)
+        return submitting.watch(client, accepted, ranks=ranks, prefix=bool(given["tee"]), check=check)
+
+    # All its agents are on this machine: the folder itself is where they find it.
+    pack = Pack.ALWAYS if found.pack is Pack.ALWAYS else Pack.NEVER
+    return embedding.run(
+        spec, given["folder"], watch=watch, outcome=outcome, log_dir=given["log_dir"], pack=pack
+    )
 
 
 def build_spec(given: Mapping[str, Any], chosen: Set[str], *, here: bool) -> JobSpec:
+    """Return the record of the job that the command line asks for."""
+    return build_job(given, chosen, here=here).spec
+
+
+def build_job(given: Mapping[str, Any], chosen: Set[str], *, here: bool) -> JobFile:
     """Return the job that the command line asks for; ``here``: it runs on this machine."""
+    own = () if given.get("working_dir") is None else jobfile.packing(given["working_dir"])
     program, args = given["program"], list(given["args"])
     if program.endswith((".yaml", ".yml")) and not given["module"] and not given["no_python"]:
         if args:
@@ -67,14 +84,13 @@ def build_spec(given: Mapping[str, Any], chosen: Set[str], *, here: bool) -> Job
             for flag, key in _SETTINGS.items()
             if flag in chosen
         ]
-        found = jobfile.read(Path(program), [*changes, *given["changes"]])
-    else:
-        document = Document(value=_document(given, program, args, here=here))
-        spec = jobfile.parse_values(document, "dtrain run", Path.cwd(), given["changes"])
-        found = jobfile.checked(spec, "dtrain run")
-    for warning in found.warnings:
-        output.say(f"warning: {warning}")
-    return found.spec
+        return jobfile.read(Path(program), [*changes, *own, *given["changes"]])
+    if own and not (given["working_dir"] / program).is_file() and Path(program).is_file():
+        # As typed it is one of where the command is given; packed, it is one of the folder.
+        program = str(Path(program).absolute())
+    document = Document(value=_document(given, program, args, here=here))
+    spec = jobfile.parse_values(document, "dtrain run", Path.cwd(), [*own, *given["changes"]])
+    return jobfile.checked(spec, "dtrain run", jobfile.pack_wanted(document.value))
 
 
 def explanations(given: Mapping[str, Any]) -> list[str]:
@@ -108,7 +124,7 @@ def outcome(job: Job) -> int:
         return exits.OK
     failure = job.status.failure if job.status else None
     if job.phase is JobPhase.CANCELLED or failure is None:
-        output.say(f"dtrain: {job.name} {job.phase}: {sentences.reason(job)}")
+        output.say(f"dtrain: {job.name} {job.phase}: {job.reason}")
         return job.exit_code
     code = exits.of_rank(failure.exit_code, failure.signal)
     output.say(f"dtrain: {job.name} FAILED: exit code {code} from {failures.failure_title(failure)}")
@@ -123,7 +139,8 @@ def _document(given: Mapping[str, Any], program: str, args: list[str], *, here: 
     kind = "module" if given["module"] else "command" if given["no_python"] else "script"
     name = given["name"] or given["rdzv_id"]
     document: dict[str, Any] = {
-        "name": name or torchflags.job_name(program, new_id()[:4]),
+        # What a folder holds is found again by its name.
+        "name": name or torchflags.job_name(program, "" if given["folder"] else new_id()[:4]),
         "nnodes": f"{low}:{high}",
         "nproc_per_node": nproc or "auto",
         kind: [program] if kind == "command" else program,
@@ -137,9 +154,10 @@ def _document(given: Mapping[str, Any], program: str, args: list[str], *, here: 
     return document
 
 
-def _on_cluster(addresses: tuple[str, ...], spec: JobSpec, given: Mapping[str, Any]) -> int:
+def _on_cluster(addresses: tuple[str, ...], asked: JobFile, given: Mapping[str, Any]) -> int:
+    spec = asked.spec
     with closing(context.client(settings(), addresses, timeout_s=settings().timeout_s)) as client:
-        accepted = submitting.submit(client, spec, None, "table")
+        accepted = submitting.submit(client, spec, None, "table", pack=asked.pack)
         ranks = shown_ranks(given, spec.nproc_per_node)
         try:
             job = submitting.watch(client, accepted, ranks=ranks, prefix=bool(given["tee"]))
@@ -147,61 +165,3 @@ def _on_cluster(addresses: tuple[str, ...], spec: JobSpec, given: Mapping[str, A
             submitting.say_detached(accepted.name)
             return exits.INTERRUPTED
     return outcome(job)
-
-
-def _embedded(spec: JobSpec, given: Mapping[str, Any]) -> int:
-    # Short: Unix sockets below it have names of at most 107 bytes.
-    folder = Path(tempfile.mkdtemp(prefix="dtrain-run-"))
-    cluster = LocalCluster(
-        folder,
-        coordinators=1,
-        agents=spec.nnodes_max,
-        slots=spec.nproc_per_node,
-        store="dir",
-        name="run",
-        remove=True,
-    )
-    with Foreground(lambda: cluster.stop(clean=False)):
-        try:
-            output.say(f"no cluster is configured: starting one for this run ({spec.nnodes_max} agents)")
-            cluster.start()
-            return _follow_embedded(cluster, spec, given)
-        except Foreground.Interrupted as interrupted:
-            return interrupted.exit_code
-        finally:
-            _keep_logs(cluster.folder, given["log_dir"])
-            cluster.stop()
-            # If it never started there is nothing that would have removed it.
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _follow_embedded(cluster: LocalCluster, spec: JobSpec, given: Mapping[str, Any]) -> int:
-    with closing(Client(cluster.addresses)) as client:
-        accepted = submitting.submit(client, spec, None, "quiet")
-        ranks = shown_ranks(given, spec.nproc_per_node)
-        try:
-            job = submitting.watch(client, accepted, ranks=ranks, prefix=bool(given["tee"]))
-        except Foreground.Interrupted as interrupted:
-            output.say(f"cancelling {accepted.name}; Ctrl-C again stops at once")
-            try:
-                client.set_intent(accepted.name, wanted="cancel", by=whoami())
-                submitting.until_ended(client, accepted.name, CANCEL_S)
-            except DtrainError as error:
-                output.say(f"it did not end by itself: {error.message}")
-            return interrupted.exit_code
-    return outcome(job)
-
-
-def _keep_logs(folder: Path, log_dir: str | None) -> None:
-    """Copy ``agents/*/logs/RUN/attempt_N/LOCAL_RANK`` to ``log_dir/RUN/...``, merged over agents."""
-    if not log_dir:
-        return
-    several = len(list((folder / "agents").glob("*"))) > 1
-    for source in (folder / "agents").glob("*/logs/*"):
-        target = Path(log_dir) / source.name
-        if several:
-            target = Path(log_dir) / source.name / source.parents[1].name
-        try:
-            shutil.copytree(source, target, dirs_exist_ok=True)
-        except (OSError, shutil.Error) as error:
-            output.say(f"--log-dir: {source.name} could not be copied: {error}")

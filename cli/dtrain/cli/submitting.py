@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import click
 
-from dtrain.cli import exits, following, jobfile, output, records, waiting
+from dtrain.cli import exits, following, jobfile, loglines, output, packaging, records
 from dtrain.cli.client import Client
 from dtrain.cli.identity import new_id
+from dtrain.cli.jobfile import Pack
 from dtrain.cli.records import Job
 from dtrain.cli.render import failures, sentences
 from dtrain.protocol import codec
@@ -25,14 +26,16 @@ class Accepted:
     revision: int
 
 
-def submit(client: Client, spec: JobSpec, request_id: str | None, form: str) -> Accepted:
+def submit(
+    client: Client, spec: JobSpec, request_id: str | None, form: str, *, pack: Pack = Pack.NEVER
+) -> Accepted:
     """Submit, and print what was accepted and what to do next (nothing in form ``quiet``).
 
     Raises:
         Conflict: another job has this name.
         Refused: the cluster does not accept it.
     """
-    reply = client.submit(codec.encode(spec), request_id or new_id())
+    reply = packaging.submit(client, spec, pack, request_id or new_id())
     # A cluster made for this job fits it, even where the replica has not seen all agents yet.
     for warning in reply.warnings if form != "quiet" else ():
         output.say(f"warning: {warning}")
@@ -61,34 +64,50 @@ def submit(client: Client, spec: JobSpec, request_id: str | None, form: str) -> 
     return Accepted(name, uid, reply.revision)
 
 
-def dry_run(client: Client, spec: JobSpec, form: str) -> int:
+def dry_run(client: Client, spec: JobSpec, form: str, *, pack: Pack = Pack.NEVER) -> int:
     """Have the cluster check the job; show it, or how it differs from one of the same name."""
     reply = client.submit(codec.encode(spec), new_id(), dry_run=True)
     for warning in reply.warnings:
         output.say(f"warning: {warning}")
-    existing = records.group(client.read(f"jobs/{spec.name}/")).jobs.get(spec.name)
-    if existing is not None and existing.spec is not None:
-        plain = dataclasses.replace(existing.spec, uid=spec.uid, submitted_at="", request_id="")
-        changes = jobfile.differences(codec.to_json(plain), codec.to_json(spec))
+    before = existing(client, spec)
+    if before is not None and before.spec is not None:
+        lines = changes(before.spec, spec)
         output.say(
-            f"job {spec.name} exists and is {existing.phase}; "
-            + ("it differs:" if changes else "it is the same")
+            f"job {spec.name} exists and is {before.phase}; " + ("it differs:" if lines else "it is the same")
         )
-        for line in changes:
+        for line in lines:
             output.say(f"  {line}")
-    show_spec(spec, form)
+    show_spec(spec, form, pack=pack)
     return 0
 
 
-def show_spec(spec: JobSpec, form: str) -> None:
-    """Print a job that would be submitted."""
+def existing(client: Client, spec: JobSpec) -> Job | None:
+    """The job that has this one's name, if there is one."""
+    return records.group(client.read(f"jobs/{spec.name}/")).jobs.get(spec.name)
+
+
+def changes(before: JobSpec, spec: JobSpec) -> list[str]:
+    """How ``spec`` differs from what was submitted under its name, a line each."""
+    # What a folder would be packed to is known once it is.
+    plain = dataclasses.replace(
+        before, uid=spec.uid, submitted_at="", request_id=spec.request_id, package=spec.package
+    )
+    return jobfile.differences(codec.to_json(plain), codec.to_json(spec))
+
+
+def show_spec(spec: JobSpec, form: str, *, pack: Pack = Pack.NEVER) -> None:
+    """Print a job that would be submitted, and what of its working directory would be packed."""
+    listing = packaging.preview(spec, pack)
     shown = records.redacted({"spec": codec.to_json(spec)})["spec"]
     if form == "name":
         click.echo(f"job/{spec.name}")
     elif form in ("json", "yaml"):
-        output.document({"v": 1, "kind": "JobSpec", **shown}, form)
+        packed = {} if listing is None else {"would_pack": packaging.as_json(listing)}
+        output.document({"v": 1, "kind": "JobSpec", **shown, **packed}, form)
     else:
         click.echo(f"job {spec.name} is valid")
+        if listing is not None:
+            packaging.show(listing)
 
 
 def follow(
@@ -113,24 +132,25 @@ def say_detached(name: str) -> None:
     output.say(f"  or end it: dtrain cancel {name}")
 
 
-def until_ended(client: Client, name: str, timeout_s: float) -> Job:
-    """Wait for a job's end.
+def watch(
+    client: Client,
+    accepted: Accepted,
+    *,
+    ranks: Callable[[Job], Sequence[int]],
+    prefix: bool,
+    check: Callable[[], None] = lambda: None,
+) -> Job:
+    """Show logs (stdout to stdout, stderr to stderr) and changes until the job ends.
 
-    Raises:
-        TimedOut: it takes longer.
+    ``check`` is called every few seconds at least; what it raises ends the watch.
     """
-    return waiting.until(client, name, lambda job: job.finished, what="its end", timeout_s=timeout_s)
-
-
-def watch(client: Client, accepted: Accepted, *, ranks: Callable[[Job], Sequence[int]], prefix: bool) -> Job:
-    """Show logs (stdout to stdout, stderr to stderr) and changes until the job ends."""
     changes = sentences.Changes()
 
     def changed(job: Job) -> None:
         for line in changes.lines(job):
             output.say(f"[dtrain] {line}")
 
-    def write(line: following.Line) -> None:
+    def write(line: loglines.Line) -> None:
         output.log(following.show(line, prefix=prefix), err=line.stream == "stderr")
 
     shown: set[int] = set()
@@ -141,7 +161,7 @@ def watch(client: Client, accepted: Accepted, *, ranks: Callable[[Job], Sequence
         return picked
 
     follower = following.Follower(
-        client, accepted.name, ranks=chosen, write=write, changed=changed, trouble=output.say
+        client, accepted.name, ranks=chosen, write=write, changed=changed, trouble=output.say, check=check
     )
     job = follower.run(after_revision=accepted.revision)
     failure = job.status.failure if job.status else None

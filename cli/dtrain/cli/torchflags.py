@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dtrain.protocol.errors import ErrorCode, Refused
 
@@ -20,9 +21,38 @@ EXPLAINED: Mapping[str, str] = {
     "master-port": "rank 0's machine and port are chosen for each attempt",
     "signals-to-handle": "SIGINT, SIGTERM and SIGHUP are handled",
     "event-log-handler": "events are in etcd: dtrain get events",
+    "run-path": "scripts are run by runpy in any case",
     "redirects": "output is always kept in files: dtrain logs",
 }
 """Flags that are accepted and do nothing, with the reason that is shown."""
+
+REFUSED: Mapping[str, str] = {
+    "logs-specs": "read logs with dtrain logs, or have them copied with --log-dir",
+    "duplicate-stdout-filters": "filter what is shown: dtrain run ... | grep, or dtrain logs --grep",
+    "duplicate-stderr-filters": "filter what is shown: dtrain run ... | grep, or dtrain logs --grep",
+    "numa-binding": "bind ranks in the script, or start a command: dtrain run --no-python numactl ...",
+    "virtual-local-rank": "choose the device by LOCAL_RANK, or set CUDA_VISIBLE_DEVICES in the script",
+}
+"""Flags that change what ranks see or where output goes: without them a script would do something else."""
+
+
+def check(given: Mapping[str, Any]) -> None:
+    """Refuse flags that cannot be meant here.
+
+    Raises:
+        Refused: with what to use instead.
+    """
+    for flag, instead in REFUSED.items():
+        if given.get(flag.replace("-", "_")):
+            raise Refused(ErrorCode.USAGE, f"--{flag} is not supported", fix=instead)
+    rank = given.get("node_rank")
+    if rank not in (None, "0"):
+        raise Refused(
+            ErrorCode.USAGE,
+            f"--node-rank {rank}: this command is given once, not on each machine",
+            cause="each time would submit another job",
+            fix="start an agent on each machine (dtrain agent), and run this once, without --node-rank",
+        )
 
 
 def check_nodes(text: str) -> tuple[int, int]:
@@ -106,4 +136,4 @@ def job_name(program: str, suffix: str) -> str:
     """A name for a job that was given none, from its program."""
     stem = Path(program).stem if program.endswith(".py") else program.rpartition("/")[2]
     clean = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:40].strip("-")
-    return f"{clean or 'job'}-{suffix}"
+    return f"{clean or 'job'}-{suffix}" if suffix else clean or "job"

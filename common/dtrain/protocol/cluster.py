@@ -28,6 +28,8 @@ class ReplicaRecord:
     since: str = ""
     ttl_s: float = 0.0
     """How long its lease lasts without a renewal: until then another may not take its id."""
+    dashboard: str = ""
+    """URL of its dashboard; "": it has none."""
 
 
 @dataclass(frozen=True, slots=True)

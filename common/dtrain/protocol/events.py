@@ -37,6 +37,7 @@ class EventReason(StrEnum):
     AGENT_LOST = "AgentLost"
     MASS_LOSS = "MassLoss"
     PREPARE_TIMEOUT = "PrepareTimeout"
+    PACKAGE_UNUSABLE = "PackageUnusable"
     PROCESS_UNKILLABLE = "ProcessUnkillable"
     AGENT_DRAINING = "AgentDraining"
     DRAINED = "Drained"

@@ -47,6 +47,11 @@ class Keys:
         """There only on a cluster that may be broken on purpose; ``parse`` passes it over."""
         return f"{self.root}test"
 
+    @property
+    def packages(self) -> str:
+        """Which packages are being deleted; ``parse`` passes it over."""
+        return f"{self.root}packages"
+
     def coordinator(self, replica: ReplicaId) -> str:
         return f"{self.root}coordinators/{replica}"
 
@@ -62,6 +67,10 @@ class Keys:
 
     def workers_of(self, agent: AgentName) -> str:
         return f"{self.root}agents/{agent}/workers/"
+
+    @property
+    def cordons(self) -> str:
+        return f"{self.root}cordons/"
 
     def cordon(self, agent: AgentName) -> str:
         return f"{self.root}cordons/{agent}"

@@ -153,6 +153,8 @@ class Report:
     snapshots taken."""
     collective: str = ""
     """While the step stands still, of torch's flight recorder: number and name of the newest collective."""
+    steps_total: Step = Step(0)
+    """As many steps as the script means to take; 0: it has not said."""
     held_s: float = 0.0
     """Seconds that checkpoints have held this rank, without waiting for the last one."""
 

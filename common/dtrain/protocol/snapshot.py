@@ -77,6 +77,8 @@ class Failure:
     """Of the traceback, without what differs between processes: the same error again has the same one."""
     also: tuple[str, ...] = ()
     """What else failed with it, in one sentence each: almost always because of it."""
+    hopeless: bool = False
+    """No machine can do it, now or later: what the job is to run is not to be had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +216,8 @@ class RankState:
     """The newest checkpoint that lies complete in this rank's arena; known for sure once it has ended."""
     nonfinite_seen: Mapping[str, Step] = field(default_factory=dict)
     """Those that ever were in this attempt, and the step that it happened in last."""
+    steps_total: Step = Step(0)
+    """As many steps as its script means to take; 0: it has not said."""
     held_s: float = 0.0
     """How long checkpoints have held it in this attempt: copying, and waiting for an outcome."""
 

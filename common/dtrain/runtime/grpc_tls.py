@@ -16,12 +16,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused
-from dtrain.runtime import log
 from dtrain.runtime.clock import Clock, SystemClock
 from dtrain.runtime.tls import (
     SCHEME,
@@ -32,6 +31,9 @@ from dtrain.runtime.tls import (
     coordinator_server_name,
     parse_peer,
 )
+
+if TYPE_CHECKING:
+    from dtrain.runtime import log
 
 CHECK_EVERY_S = 2.0
 """The files are looked at no more often than this."""
@@ -72,14 +74,19 @@ class Rule:
 
 
 _OPERATORS = Rule(frozenset({Role.OPERATOR}))
+_BY_DASHBOARDS = Rule(frozenset({Role.OPERATOR, Role.COORDINATOR}))
+"""A coordinator may ask for who has its dashboard's token: it could write all of it to etcd itself."""
 _ALL = Rule(frozenset(Role))
 _COORDINATORS = Rule(frozenset({Role.COORDINATOR}))
 
 RULES: Mapping[str, Rule] = {
     f"{_COORDINATOR}Submit": _OPERATORS,
-    f"{_COORDINATOR}SetIntent": _OPERATORS,
+    f"{_COORDINATOR}SetIntent": _BY_DASHBOARDS,
     f"{_COORDINATOR}Read": _ALL,
+    f"{_COORDINATOR}List": _ALL,
+    f"{_COORDINATOR}Changes": _ALL,
     f"{_COORDINATOR}ReadLog": _ALL,
+    f"{_COORDINATOR}ListLogs": _ALL,
     f"{_COORDINATOR}Info": _ALL,
     f"{_COORDINATOR}PinCheckpoint": _OPERATORS,
     f"{_COORDINATOR}UnpinCheckpoint": _OPERATORS,
@@ -89,12 +96,14 @@ RULES: Mapping[str, Rule] = {
     f"{_COORDINATOR}ImportCheckpoint": _OPERATORS,
     f"{_COORDINATOR}ReviewGarbage": _OPERATORS,
     f"{_COORDINATOR}Stacks": _OPERATORS,
-    f"{_COORDINATOR}Cordon": _OPERATORS,
-    f"{_COORDINATOR}Uncordon": _OPERATORS,
+    f"{_COORDINATOR}Cordon": _BY_DASHBOARDS,
+    f"{_COORDINATOR}Uncordon": _BY_DASHBOARDS,
     f"{_COORDINATOR}Consult": Rule(frozenset({Role.AGENT}), own="agent"),
     f"{_AGENT}Execute": _COORDINATORS,
     f"{_AGENT}ReadLog": _COORDINATORS,
     f"{_AGENT}Stacks": _COORDINATORS,
+    f"{_AGENT}Series": _COORDINATORS,
+    f"{_COORDINATOR}Series": _ALL,
 }
 """What is not in here is refused to everybody."""
 
@@ -109,6 +118,13 @@ class _Material:
     """Epoch seconds at which the first of certificate and CAs expires."""
 
 
+def _logger(name: str) -> "log.Logger":
+    # Whoever only lists jobs logs nothing, and would wait 50 ms for it.
+    from dtrain.runtime import log
+
+    return log.get(name)
+
+
 class Credentials:
     """Certificate, key and CAs of this process, read again when the files change. Thread-safe.
 
@@ -117,7 +133,7 @@ class Credentials:
     """
 
     def __init__(
-        self, files: TlsFiles, *, clock: Clock | None = None, logger: log.Logger | None = None
+        self, files: TlsFiles, *, clock: Clock | None = None, logger: "log.Logger | None" = None
     ) -> None:
         """Read the files.
 
@@ -128,7 +144,7 @@ class Credentials:
         self._files = files
         self._clock = clock or SystemClock()
         self._lock = threading.Lock()
-        self._log = logger or log.get("tls")
+        self._log = logger or _logger("tls")
         self._stamp: Any = _stamp(files)
         self._material = _read(files)
         self._checked_at = self._clock.monotonic()
@@ -317,7 +333,7 @@ class Gate(grpc.ServerInterceptor):
     ) -> None:
         self._tls = tls
         self._abort = abort
-        self._log = log.get("gate")
+        self._log = _logger("gate")
         self._patience = _Patience(REQUEST_S_MAX)
 
     def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:

@@ -8,6 +8,7 @@ import os
 import sys
 
 from dtrain.coordinator import config
+from dtrain.coordinator.web.keeper import DashboardKeeper
 from dtrain.storage.etcd import guarded
 from dtrain.storage.etcd.guardian import Policy
 from dtrain.storage.etcd.session_memory import FD_VARIABLE
@@ -26,11 +27,19 @@ def main() -> int:
         from dtrain.coordinator.main import run
 
         return run(sys.argv[1:])
-    return guarded.run("coordinator", Policy.COORDINATOR, _guarded)
+    keepers: list[DashboardKeeper] = []
+    try:
+        return guarded.run("coordinator", Policy.COORDINATOR, lambda: _guarded(keepers))
+    finally:
+        for keeper in keepers:
+            keeper.stop()
 
 
-def _guarded() -> guarded.Guarded:
+def _guarded(keepers: list[DashboardKeeper]) -> guarded.Guarded:
     settings = config.load(sys.argv[1:], os.environ)
+    if settings.dashboard is not None:
+        keepers.append(DashboardKeeper(sys.argv[1:], os.environ))
+        keepers[-1].start()
     return guarded.Guarded(
         settings.replica,
         settings.etcd,

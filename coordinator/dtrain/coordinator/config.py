@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dtrain.coordinator.api.validate import holds_credentials
+from dtrain.coordinator.web.settings import DASHBOARD, DashboardSettings, dashboard_settings
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.ids import ClusterName, ReplicaId, parse_name
 from dtrain.runtime.addresses import bracketed, is_wildcard, towards
@@ -40,6 +41,7 @@ SETTINGS = (
         float,
     ),
     Setting("log-json", "one JSON object per line (default: unless stderr is a terminal)", None, switch),
+    *DASHBOARD,
     *TLS,
     *ETCD,
 )
@@ -68,6 +70,7 @@ class Config:
     host: str = ""
     """What to advertise before the port where ``listen`` means every address; "": what ``listen`` says."""
     cordon_s: float = 0.0
+    dashboard: DashboardSettings | None = None
 
     def __post_init__(self) -> None:
         least = TTL_S_MIN_SHORT if self.allow_short_ttl else TTL_S_MIN
@@ -98,6 +101,11 @@ class Config:
             if not 0 <= number < 1e9:
                 raise Refused(ErrorCode.BAD_SETTING, f"--{setting} cannot be {number}", fix="use 0 or more")
 
+    def dashboard_url(self, bound: str) -> str:
+        """Return where browsers find the dashboard, given the host:port of the API; "": there is none."""
+        host = self.advertised(bound).rpartition(":")[0].strip("[]")
+        return self.dashboard.url(host) if self.dashboard is not None else ""
+
     def advertised(self, bound: str) -> str:
         """Return the address for the records, given the host:port that was bound."""
         if self.advertise or not self.host:
@@ -114,6 +122,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     """
     values = parse("dtrain coordinator", "One replica of the coordinator.", SETTINGS, argv, environ)
     etcd = etcd_options(values)
+    tls = tls_files(values)
     return Config(
         ClusterName(parse_name(values["cluster"], "cluster")),
         ReplicaId(parse_name(values["id"] or _from_host(), "replica")),
@@ -124,7 +133,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         values["default-store"],
         values["log-json"],
         etcd,
-        tls_files(values),
+        tls,
         values["health-listen"],
         values["scrub-interval"],
         values["scrub-mb-s"],
@@ -133,6 +142,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         if is_wildcard(values["listen"]) and values["listen"] and not values["advertise"]
         else "",
         values["cordon-for"],
+        dashboard_settings(values, secured=tls is not None),
     )
 
 

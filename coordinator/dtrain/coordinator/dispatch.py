@@ -127,8 +127,17 @@ class Dispatcher:
         on_done: Callable[[Directed, bool, str], None],
         *,
         deadline_s: float = COMMAND_DEADLINE_S,
+        on_timed: Callable[[str, float, str], None] = lambda _kind, _seconds, _code: None,
+        clock: Clock | None = None,
     ) -> None:
+        """Remember.
+
+        ``on_timed`` gets each call's command, how long it took and how it ended: "" for taken on,
+        ``refused``, ``timed-out`` or ``rejected``.
+        """
         self._channels = channels
+        self._on_timed = on_timed
+        self._clock = clock or SystemClock()
         self._deadline_s = deadline_s
         self._on_done = on_done
         self._lock = threading.Lock()
@@ -153,12 +162,13 @@ class Dispatcher:
             superseded = self._flying.pop(key, None)
         if superseded is not None:
             superseded[1].cancel()
+        began = self._clock.monotonic()
         call: grpc.Future[pb.Ack] = stub.Execute.future(
             wire.command_to_pb(directed.command), timeout=self._deadline_s, wait_for_ready=False
         )
         with self._lock:
             self._flying[key] = (directed.command.header.id, call)
-        call.add_done_callback(lambda done: self._finished(key, directed, done))
+        call.add_done_callback(lambda done: self._finished(key, directed, done, began))
 
     def close(self) -> None:
         """Send nothing more and drop what is in flight."""
@@ -168,7 +178,7 @@ class Dispatcher:
         for _, call in calls:
             call.cancel()
 
-    def _finished(self, key: _Key, directed: Directed, call: "grpc.Future[pb.Ack]") -> None:
+    def _finished(self, key: _Key, directed: Directed, call: "grpc.Future[pb.Ack]", began: float) -> None:
         with self._lock:
             flying = self._flying.get(key)
             if flying is not None and flying[1] is call:
@@ -181,12 +191,19 @@ class Dispatcher:
             if error.code() is grpc.StatusCode.CANCELLED:
                 # Its channel was closed: the agent has moved, or we are ending.
                 return
-            self._on_done(directed, False, _problem(error))
+            problem = _problem(error)
+            self._timed(directed, began, problem)
+            self._on_done(directed, False, problem)
             return
+        self._timed(directed, began, "" if ack.accepted else REJECTED)
         if ack.accepted:
             self._on_done(directed, True, "")
         else:
             self._on_done(directed, False, f"{REJECTED}: {ack.message}")
+
+    def _timed(self, directed: Directed, began: float, problem: str) -> None:
+        code = problem.split(":", 1)[0].replace(" ", "-")
+        self._on_timed(type(directed.command).__name__, self._clock.monotonic() - began, code)
 
 
 def _lane(command: Command) -> str:

@@ -134,6 +134,11 @@ class Driver:
         return self._term
 
     @property
+    def brake(self) -> str:
+        """Why this leader declares nobody lost now, or ""; the same for a standby."""
+        return self._brake if self.leads else ""
+
+    @property
     def wake_at(self) -> float | None:
         """When ``on_tick`` wants to be called at the latest; None: only an event matters."""
         if not self.leads:

@@ -141,12 +141,18 @@ class EtcdHealth:
         self._stop = threading.Event()
         self._woken = threading.Event()
         self._version = ""
+        self._db_bytes = (0, 0)
         self._unread = 0
 
     @property
     def version(self) -> str:
         """The version of the member that answered last; "" before the first answer."""
         return self._version
+
+    @property
+    def db_bytes(self) -> tuple[int, int]:
+        """Size and quota of the database of the member that answered last; 0: not told."""
+        return self._db_bytes
 
     def run(self) -> None:
         """Look until ``stop``."""
@@ -181,6 +187,7 @@ class EtcdHealth:
         else:
             self._health.end(UNREACHABLE)
             self._version = status.version
+            self._db_bytes = (status.db_size_bytes, status.db_quota_bytes)
             self._judge(status)
         remarks = set(self._remarks(self._version))
         for remark in self._remarked - remarks:

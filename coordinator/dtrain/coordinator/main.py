@@ -26,6 +26,7 @@ from typing import Any
 from dtrain.coordinator import config
 from dtrain.coordinator.api.checkpoints import CheckpointDesk
 from dtrain.coordinator.api.cordons import Cordons
+from dtrain.coordinator.api.history import History
 from dtrain.coordinator.api.records import Operators
 from dtrain.coordinator.api.server import Server, waiting_slots
 from dtrain.coordinator.api.servicers import CoordinatorServicer, Identity
@@ -38,6 +39,7 @@ from dtrain.coordinator.dispatch import Channels, Dispatcher
 from dtrain.coordinator.driver import Driver, Plan
 from dtrain.coordinator.health import EtcdHealth, Health, judge_rejection, judge_unknown
 from dtrain.coordinator.leadership.lease import Leadership
+from dtrain.coordinator.measures import Measures
 from dtrain.coordinator.persistence import Committer, Deposed
 from dtrain.coordinator.skew import Releases
 from dtrain.coordinator.status import Status
@@ -51,6 +53,7 @@ from dtrain.runtime import grpc_tls, log
 from dtrain.runtime.clock import Clock, SystemClock
 from dtrain.runtime.serving import StatusServer, inherited
 from dtrain.runtime.tls import Role
+from dtrain.storage.etcd.metered import MeteredEtcd
 from dtrain.storage.etcd.mirror import Change, Mirror
 from dtrain.storage.etcd.open import open_etcd
 from dtrain.storage.etcd.port import Etcd
@@ -118,12 +121,15 @@ class Coordinator:
             target=self._guarded, args=(self._run_loop,), name="driver", daemon=True
         )
         self._keys = Keys(settings.cluster)
+        self._measures = Measures(clock)
+        etcd = MeteredEtcd(etcd, self._measures.etcd, clock)
         version = importlib.metadata.version("dtrain")
         self._tls = grpc_tls.load(
             settings.tls, settings.cluster, Role.COORDINATOR, settings.replica, clock=clock
         )
         self._server = Server(settings.listen, self._tls)
         self.address = settings.advertised(self._server.address)
+        self._history = History(self._keys.root)
         self._mirror = Mirror(
             etcd,
             self._keys.root,
@@ -137,7 +143,14 @@ class Coordinator:
             etcd,
             session,
             settings.cluster,
-            ReplicaRecord(settings.replica, self.address, version, socket.gethostname(), os.getpid()),
+            ReplicaRecord(
+                settings.replica,
+                self.address,
+                version,
+                socket.gethostname(),
+                os.getpid(),
+                dashboard=settings.dashboard_url(self._server.address),
+            ),
             clock=clock,
             on_term=lambda term: self._tell(lambda now: self._driver.on_term(term, now)),
             on_over=lambda _why: self._end_process(EX_TEMPFAIL),
@@ -164,8 +177,10 @@ class Coordinator:
         self._health_thread = threading.Thread(
             target=self._guarded, args=(self._etcd_health.run,), name="health", daemon=True
         )
-        self._dispatcher = Dispatcher(self._channels, self._on_command)
-        self._stores = Stores()
+        self._dispatcher = Dispatcher(
+            self._channels, self._on_command, on_timed=self._measures.command, clock=clock
+        )
+        self._stores = Stores(self._measures.open_store)
         self._committer = Committer(
             etcd,
             settings.cluster,
@@ -193,17 +208,19 @@ class Coordinator:
             scrub_interval_s=settings.scrub_interval_s,
             cordon_s=settings.cordon_s,
         )
-        self._driver = Driver(world, decide, self)
+        self._driver = Driver(world, self._measures.planning(decide), self)
+        self._lost = 0
         self._servicer = CoordinatorServicer(
             Identity(settings.cluster, settings.replica, version),
             self._mirror,
-            Operators(etcd, settings.cluster, clock),
+            Operators(etcd, settings.cluster, clock, self._stores.get),
             self._channels,
             self._stores,
             checkpoints=CheckpointDesk(etcd, settings.cluster, clock, self._worker.find_orphans),
             cordons=Cordons(etcd, settings.cluster, clock),
             term=self._acting_term,
             waiting=waiting_slots(),
+            history=self._history,
             default_store=settings.default_store,
             problems=self._problems,
             etcd_version=lambda: self._etcd_health.version,
@@ -286,8 +303,10 @@ class Coordinator:
             if now - heard_at >= HEARD_EVERY_S:
                 heard_at = now
                 _need_descriptor()
+                self._lost = self._driver.world.lost_count()
                 if (age_s := self._mirror.age_s()) != float("inf"):
                     self._driver.on_heard(now - age_s, now)
+            self._measures.office(self._driver.leads)
             wake_at = self._driver.wake_at
             if wake_at is not None and now >= wake_at:
                 self._driver.on_tick(now)
@@ -325,19 +344,26 @@ class Coordinator:
             other(self._clock.monotonic())
 
     def _commit(self, job: JobName, term: Term, decision: Decision) -> None:
+        began = self._clock.monotonic()
         outcome = self._committer.commit(term, decision)
+        self._measures.committed(decision, outcome, self._clock.monotonic() - began)
         if isinstance(outcome, Deposed) and not self._stopping.is_set():
+            self._session.count_fenced()
             self._log.error("deposed", job=job, term=term)
             self._end_process(EX_TEMPFAIL)
         self._tell(lambda now: self._driver.on_txn(job, outcome, now))
 
     def _work(self, job: JobName, work: Work) -> None:
+        began = self._clock.monotonic()
         result = self._worker.run(work)
+        self._measures.worked(work, self._clock.monotonic() - began)
         self._tell(lambda now: self._driver.on_work(job, result, now))
 
     def _on_changes(self, changes: tuple[Change, ...], revision: int) -> None:
+        self._history.add(changes, revision)
         for change in changes:
             if change.key == self._keys.leader:
+                self._measures.leader_seen(change.after)
                 # Past the queue: a standby's reaction to a fallen leader is a matter of milliseconds.
                 self.leadership.nudge(change.after)
         self._tell(MirrorMoved(changes, revision))
@@ -375,7 +401,12 @@ class Coordinator:
             serves=lambda: self._serves,
             loop_at=lambda: self._loop_at,
             problems=self._problems,
-            monotonic=self._clock.monotonic,
+            brake_on=lambda: bool(self._driver.brake),
+            db_bytes=lambda: self._etcd_health.db_bytes,
+            lost=lambda: self._lost,
+            measures=self._measures,
+            session=self._session,
+            clock=self._clock,
         )
         return StatusServer(listener, status.pages(), report=self._log.warning)
 

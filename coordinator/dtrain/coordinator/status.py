@@ -10,31 +10,28 @@ leader, because any replica serves any client.
 The thread of the port calls these; all that they read is published by others.
 """
 
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from dtrain.coordinator import metrics
 from dtrain.coordinator.health import MIRROR_STALE_S
+from dtrain.coordinator.job_series import JobSeries
+from dtrain.coordinator.measures import Measures
 from dtrain.protocol import codec
 from dtrain.protocol.cluster import LeaderRecord
 from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.ids import ReplicaId
-from dtrain.protocol.job import JobPhase, JobStatus
 from dtrain.protocol.keys import Keys
-from dtrain.protocol.snapshot import NodeRecord
-from dtrain.runtime.metrics import Metric, Samples, exposition
+from dtrain.runtime.clock import Clock
+from dtrain.runtime.metrics import Metric, Sample, Samples, exposition
 from dtrain.runtime.serving import Page, Pages, live, verdict
+from dtrain.storage.etcd import lease_metrics
 from dtrain.storage.etcd.mirror import Mirror
 from dtrain.storage.etcd.port import KeyValue
-
-COUNT_AGAIN_S = 5.0
-"""However often somebody scrapes, records are counted no more often than this."""
-
-AGENT_STATES = ("ready", "cordoned", "draining", "blocked")
+from dtrain.storage.etcd.session import Session
 
 
 class Status:
-    """Reads one replica. ``loop_at`` and ``monotonic`` are of one clock; ``serves``: the API is open."""
+    """Reads one replica. ``loop_at`` is of ``clock``; ``serves``: the API is open."""
 
     def __init__(
         self,
@@ -46,7 +43,12 @@ class Status:
         serves: Callable[[], bool],
         loop_at: Callable[[], float],
         problems: Callable[[], list[str]],
-        monotonic: Callable[[], float],
+        brake_on: Callable[[], bool],
+        db_bytes: Callable[[], tuple[int, int]],
+        lost: Callable[[], int],
+        measures: Measures,
+        session: Session,
+        clock: Clock,
     ) -> None:
         self._replica = replica
         self._keys = keys
@@ -55,12 +57,12 @@ class Status:
         self._serves = serves
         self._loop_at = loop_at
         self._problems = problems
-        self._monotonic = monotonic
-        self._lock = threading.Lock()
-        self._counts: Samples = {}
-        self._counted_at = float("-inf")
-        self._phases: dict[str, tuple[int, str]] = {}
-        """By key of a status record: its revision and the phase in it, so that only news is decoded."""
+        self._brake_on = brake_on
+        self._db_bytes = db_bytes
+        self._measures = measures
+        self._session = session
+        self._monotonic = clock.monotonic
+        self._series = JobSeries(keys, mirror, lost=lost, monotonic=clock.monotonic, wall=clock.wall)
 
     def pages(self) -> Pages:
         """Return the pages by path."""
@@ -96,12 +98,21 @@ class Status:
 
     def samples(self) -> Samples:
         """Return what ``metrics.METRICS`` are now."""
-        found: dict[Metric, dict[tuple[str, ...], float]] = {
-            metrics.IS_LEADER: {(): float(self._leads())},
+        leads = self._leads()
+        found: dict[Metric, Mapping[tuple[str, ...], Sample]] = {
+            metrics.IS_LEADER: {(): float(leads)},
+            metrics.BRAKE_ON: {(): float(leads and self._brake_on())},
             metrics.MIRROR_REVISION: {(): float(self._mirror.revision)},
+            metrics.RELISTS: {(why.value,): float(times) for why, times in self._mirror.relists().items()},
             metrics.LOOP_AGE: {(): max(0.0, self._monotonic() - self._loop_at())},
             metrics.PROBLEMS: {(): float(len(self._problems()))},
+            metrics.FENCED: {(): float(self._session.counts().fenced)},
+            **lease_metrics.samples(self._session, self._monotonic()),
+            **self._measures.samples(),
         }
+        for metric, size_bytes in zip((metrics.DB_SIZE, metrics.DB_QUOTA), self._db_bytes(), strict=True):
+            if size_bytes:
+                found[metric] = {(): float(size_bytes)}
         age_s = self._mirror.age_s()
         if age_s == float("inf"):
             return found
@@ -109,51 +120,7 @@ class Status:
         leader = self._mirror.get(self._keys.leader)
         if leader is not None:
             found[metrics.TERM] = {(): float(leader.create_revision)}
-        return {**found, **self._count()}
-
-    def _count(self) -> Samples:
-        with self._lock:
-            now = self._monotonic()
-            if now - self._counted_at >= COUNT_AGAIN_S:
-                self._counts = {metrics.JOBS: self._count_jobs(), metrics.AGENTS: self._count_agents()}
-                self._counted_at = now
-            return self._counts
-
-    def _count_jobs(self) -> dict[tuple[str, ...], float]:
-        counts: dict[tuple[str, ...], float] = {(phase.value,): 0.0 for phase in JobPhase}
-        known, self._phases = self._phases, {}
-        specs, with_status = set(), set()
-        for kv in self._mirror.prefix(self._keys.jobs):
-            parsed = self._keys.parse(kv.key)
-            if parsed is None:
-                continue
-            if parsed.kind == "spec":
-                specs.add(parsed.job)
-            elif parsed.kind == "status":
-                revision, phase = known.get(kv.key, (0, ""))
-                if revision != kv.mod_revision:
-                    phase = _phase(kv)
-                self._phases[kv.key] = (kv.mod_revision, phase)
-                with_status.add(parsed.job)
-                if phase:
-                    counts[phase,] += 1
-        # Submitted, and no leader has looked at it yet.
-        counts[JobPhase.QUEUED.value,] += len(specs - with_status)
-        return counts
-
-    def _count_agents(self) -> dict[tuple[str, ...], float]:
-        counts: dict[tuple[str, ...], float] = {(state,): 0.0 for state in AGENT_STATES}
-        cordoned = {
-            parsed.agent
-            for kv in self._mirror.prefix(f"{self._keys.root}cordons/")
-            if (parsed := self._keys.parse(kv.key)) is not None
-        }
-        for kv in self._mirror.prefix(self._keys.agents):
-            parsed = self._keys.parse(kv.key)
-            if parsed is None or parsed.kind != "node":
-                continue
-            counts["cordoned" if parsed.agent in cordoned else _agent_state(kv),] += 1
-        return counts
+        return {**found, **self._series.samples(leads=leads)}
 
 
 def _leader(kv: KeyValue) -> str:
@@ -161,21 +128,3 @@ def _leader(kv: KeyValue) -> str:
         return codec.decode(LeaderRecord, kv.value).replica
     except DtrainError:
         return ""
-
-
-def _phase(kv: KeyValue) -> str:
-    try:
-        return codec.decode(JobStatus, kv.value).phase.value
-    except DtrainError:
-        return ""
-
-
-def _agent_state(kv: KeyValue) -> str:
-    try:
-        node = codec.decode(NodeRecord, kv.value)
-    except DtrainError:
-        # Of another version, perhaps: nothing is placed there.
-        return "blocked"
-    if node.draining is not None:
-        return "draining"
-    return "blocked" if node.problem else "ready"

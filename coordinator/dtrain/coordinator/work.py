@@ -25,6 +25,7 @@ from dtrain.coordinator.core.decisions import (
 )
 from dtrain.coordinator.core.forms import RankText, judge
 from dtrain.coordinator.core.views import Damage, Verdict
+from dtrain.coordinator.packages import PackageCollector
 from dtrain.coordinator.remembered import Forms
 from dtrain.coordinator.results import (
     Collected,
@@ -50,6 +51,7 @@ from dtrain.protocol.checkpoint import (
     owners_prefix,
 )
 from dtrain.protocol.errors import (
+    Conflict,
     DtrainError,
     ErrorCode,
     NotFound,
@@ -147,6 +149,7 @@ class Worker:
         self._forms = Forms()
         self._scrub_bytes_per_s = scrub_bytes_per_s
         self._stopped = stopped
+        self._packages = PackageCollector(etcd, clock)
 
     def run(self, work: Work) -> WorkResult:
         """Do one piece of work."""
@@ -295,7 +298,7 @@ class Worker:
     def _sweep(self, work: SweepOrphans) -> Swept:
         try:
             return self._delete_orphans(work)
-        except (Unavailable, OutcomeUnknown) as error:
+        except (Unavailable, OutcomeUnknown, Conflict) as error:
             return Swept(work, problem=error.message, retry=True)
         except DtrainError as error:
             return Swept(work, problem=error.message)
@@ -309,7 +312,8 @@ class Worker:
             _ask(partial(store.delete, key), idempotent=True)
         for token in found.uploads:
             _ask(partial(store.discard_unfinished, token), idempotent=True)
-        return Swept(work, len(found.keys) + len(found.uploads))
+        packages = self._packages.collect(work.cluster, store)
+        return Swept(work, len(found.keys) + len(found.uploads) + packages)
 
     def find_orphans(self, work: SweepOrphans, *, mark: bool = False) -> "Orphans":
         """Find what no record names, in the one order that proves it; ``mark``: the store as ours, too.

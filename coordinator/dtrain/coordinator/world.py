@@ -442,6 +442,10 @@ class World:
         at = self._back_at.get(agent)
         return at is not None and now - at <= self.agent_ttl_s
 
+    def lost_count(self) -> int:
+        """Return how many agents vanished within the last hour without a word, and are not back."""
+        return len(self._lost_at.keys() - self._left - self._agents.keys())
+
     def losses_settle_at(self, now: float) -> float:
         """Return when it will be seen whether more agents follow those that just vanished; 0.0: no need to.
 

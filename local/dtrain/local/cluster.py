@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -57,6 +58,7 @@ class LocalCluster(Breakable):
     history ("10m"; "": for ever). ``secure``: etcd with TLS and users. ``python_of``: the interpreter
     that runs a daemon, by its name; one of another environment brings another release of dtrain.
     ``slots``: of each agent, or of one after the other; the last number is that of all further ones.
+    ``dashboards``: each coordinator serves one; ``dashboard_port``: the first one's, as ``port``.
     """
 
     def __init__(
@@ -82,6 +84,8 @@ class LocalCluster(Breakable):
         auto_compaction: str = "",
         secure: SecureEtcd | None = None,
         python_of: Callable[[str], str] = lambda _name: sys.executable,
+        dashboards: bool = False,
+        dashboard_port: int = 0,
     ) -> None:
         if store not in ("s3", "dir"):
             raise Refused(ErrorCode.BAD_SETTING, f"{store!r} is no kind of local store", fix="use s3 or dir")
@@ -99,6 +103,8 @@ class LocalCluster(Breakable):
         self._env = dict(env or {})
         self._faults = faults
         self._python_of = python_of
+        self._dashboards = dashboards
+        self._dashboard_port = dashboard_port
         self.etcd_servers = EtcdCluster(
             self.folder / "etcd",
             size=etcd_members,
@@ -113,6 +119,8 @@ class LocalCluster(Breakable):
         self.agents: dict[str, Daemon] = {}
         self.links: dict[str, Links] = {}
         self.addresses: tuple[str, ...] = ()
+        self.dashboards: dict[str, str] = {}
+        """URLs by coordinator."""
         self._ports: list[int] = []
         self._keepers: list[Keeper] = []
         self._reaper: subprocess.Popen[bytes] | None = None
@@ -190,6 +198,17 @@ class LocalCluster(Breakable):
             os.close(self._lock_fd)
             self._lock_fd = None
 
+    def ended(self) -> tuple[str, str] | None:
+        """Which part has ended and is started again by nobody, and the end of its log; None: none has."""
+        for member in self.etcd_servers.members:
+            if member.process is not None and (code := member.process.poll()) is not None:
+                return f"etcd ended ({_how(code)})", self.etcd_servers.log_tail(member)
+        for kind, daemons in (("coordinator", self.coordinators), ("agent", self.agents)):
+            for daemon in daemons.values():
+                if (code := daemon.exit_code) is not None:
+                    return f"{kind} {daemon.name} ended ({_how(code)})", daemon.log_tail()
+        return None
+
     # What a client needs -------------------------------------------------------------
 
     @property
@@ -206,6 +225,11 @@ class LocalCluster(Breakable):
     def store_env(self) -> Mapping[str, str]:
         """Credentials of the store, as environment variables."""
         return self.weed.env if self.weed is not None else {}
+
+    @property
+    def dashboard_token(self) -> Path:
+        """The file with the token that lets a browser change things."""
+        return self.folder / "dashboard.token"
 
     @property
     def etcdctl(self) -> str:
@@ -231,6 +255,7 @@ class LocalCluster(Breakable):
         count, agent_count = self._counts
         self._ports = self._choose_ports(count, agent_count)
         self.addresses = tuple(f"127.0.0.1:{port}" for port in self._ports[:count])
+        self._choose_dashboards(count)
         keeper, store_keeper = Keeper("daemons"), Keeper("store")
         self._keepers = [keeper, store_keeper]
         self._start_reaper(keeper)
@@ -258,6 +283,7 @@ class LocalCluster(Breakable):
             *("--cluster", self.name, "--id", name, "--listen", f"127.0.0.1:{port}"),
             *("--endpoints", ",".join(self._endpoints_of(name)), "--ttl", str(self._ttl_s)),
             *("--default-store", self.store_uri),
+            *self._dashboard_flags(name),
             *_named(self._coordinator_flags, name),
         )
         self._add(self.coordinators, name, command, self.folder / "coordinators" / name, keeper)
@@ -387,6 +413,28 @@ class LocalCluster(Breakable):
                 )
         return wanted + ports.reserve(agents)
 
+    def _choose_dashboards(self, count: int) -> None:
+        if not self._dashboards:
+            return
+        if self._dashboard_port:
+            found = list(range(self._dashboard_port, self._dashboard_port + count))
+        else:
+            found = ports.reserve(count)
+            self._ports += found
+        self.dashboards = {f"c{index + 1}": f"http://127.0.0.1:{port}" for index, port in enumerate(found)}
+        if not self.dashboard_token.exists():
+            descriptor = os.open(self.dashboard_token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_hex(24) + "\n")
+
+    def _dashboard_flags(self, name: str) -> tuple[str, ...]:
+        if self._python_of(name) != sys.executable:
+            return ()  # another release may know no dashboard
+        if name not in self.dashboards:
+            return ("--dashboard-listen", "")
+        listen = self.dashboards[name].removeprefix("http://")
+        return ("--dashboard-listen", listen, "--dashboard-token-file", str(self.dashboard_token))
+
     def _recall_etcd(self) -> None:
         """Give etcd's members the ports they had: they know each other by them."""
         file = self.folder / "etcd" / "members.json"
@@ -469,6 +517,10 @@ class LocalCluster(Breakable):
 
     def _make_folder_store(self) -> None:
         (self.folder / "store").mkdir(parents=True, exist_ok=True)
+
+
+def _how(code: int) -> str:
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _named(flags: Sequence[str], name: str) -> list[str]:

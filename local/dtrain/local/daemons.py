@@ -127,7 +127,7 @@ class Daemon:
             return None
         children = [found for found in sweeping.find(self.folder) if found.parent == guardian]
         # A guardian may inherit orphaned launchers; those are not what it guards.
-        guarded = [found for found in children if not _is_launcher(found)]
+        guarded = [found for found in children if not _is_launcher(found) and not _is_dashboard(found)]
         return max(found.pid for found in guarded) if guarded else None
 
     def launcher_pids(self) -> list[int]:
@@ -210,6 +210,10 @@ class Daemon:
 
 def _is_launcher(found: Found) -> bool:
     return found.module == "dtrain.agent.launcher"
+
+
+def _is_dashboard(found: Found) -> bool:
+    return found.module == "dtrain.coordinator.web"
 
 
 def _signal(pid: int, number: int) -> None:

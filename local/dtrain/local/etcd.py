@@ -457,12 +457,13 @@ class EtcdCluster:
                 if (process is not None and process.poll() is not None) or time.monotonic() > end:
                     raise Unavailable(
                         ErrorCode.ETCD_UNAVAILABLE,
-                        f"{member.name} did not get ready: {self._log_tail(member)}",
+                        f"{member.name} did not get ready: {self.log_tail(member)}",
                         fix=f"see {member.log_path}",
                     ) from error
                 time.sleep(0.02)
 
-    def _log_tail(self, member: Member) -> str:
+    def log_tail(self, member: Member) -> str:
+        """The end of a member's log, on one line."""
         try:
             lines = member.log_path.read_text("utf-8", "replace").splitlines()
         except OSError:

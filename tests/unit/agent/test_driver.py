@@ -110,7 +110,9 @@ class Recorder:
     def ended(self) -> None:
         self.ends += 1
 
-    def prepare(self, job: JobName, uid: Uid, attempt: Attempt, first_rank: Rank) -> None:
+    def prepare(
+        self, job: JobName, uid: Uid, attempt: Attempt, first_rank: Rank, *, ranks: int, store: str
+    ) -> None:
         self.sent.append((job, attempt, first_rank))
 
     def look(self, rank: Rank, process: ProcessId) -> RankLook:

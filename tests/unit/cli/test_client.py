@@ -102,6 +102,20 @@ def test_when_nobody_answers_the_error_names_everybody_within_the_deadline() -> 
     assert "dtrain up" in caught.value.fix
 
 
+def test_a_dead_cluster_is_told_of_soon_whatever_an_answer_may_take() -> None:
+    begun = time.monotonic()
+    with closing(Client(["127.0.0.1:1", "127.0.0.1:2"])) as client, pytest.raises(errors.Unavailable):
+        client.submit(b"{}", "r1")
+    assert time.monotonic() - begun < 4.0
+
+
+def test_a_thread_that_asks_a_closed_client_hears_of_it_as_of_any_trouble(two: Two) -> None:
+    _, _, client = two
+    client.close()
+    with pytest.raises(errors.Unavailable, match="the connection is closed"):
+        client.read("jobs/")
+
+
 def test_the_last_problem_is_told_when_all_replicas_lack_etcd(two: Two) -> None:
     first, second, client = two
     client._timeout_s = 0.3

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from dtrain.cli import running, torchflags
+from dtrain.cli.verbs.run import command
 from dtrain.protocol.errors import Refused
 from dtrain.protocol.job import EntryKind
 
@@ -14,6 +15,7 @@ def given(program: str, *args: str, **more: Any) -> dict[str, Any]:
     flags: dict[str, Any] = {
         "program": program, "args": args, "module": False, "no_python": False, "changes": (), "nnodes": "1",
         "nproc_per_node": "1", "max_restarts": None, "shutdown_timeout": None, "name": None, "rdzv_id": None,
+        "folder": None,
     }  # fmt: skip
     return flags | more
 
@@ -68,7 +70,39 @@ def test_flags_without_a_meaning_here_are_explained() -> None:
     ]
 
 
+@pytest.mark.parametrize("flag", torchflags.REFUSED)
+def test_flags_that_change_what_ranks_see_are_refused_with_what_to_use_instead(flag: str) -> None:
+    with pytest.raises(Refused) as caught:
+        torchflags.check({flag.replace("-", "_"): "x"})
+    assert caught.value.message == f"--{flag} is not supported"
+    assert caught.value.fix
+
+
+def test_a_launch_on_each_machine_is_refused_before_it_becomes_several_jobs() -> None:
+    torchflags.check({"node_rank": "0"})
+    torchflags.check({"node_rank": None})
+    with pytest.raises(Refused, match="given once"):
+        torchflags.check({"node_rank": "1"})
+
+
+def test_every_flag_of_torchrun_is_known() -> None:
+    run_ = pytest.importorskip("torch.distributed.run")
+    ours = {word for option in command.params for word in option.opts}
+    theirs = {
+        word.replace("_", "-") for action in run_.get_args_parser()._actions for word in action.option_strings
+    }
+    assert theirs - {"-h", "--help"} <= ours
+
+
+def test_the_environment_of_torchrun_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PET_NPROC_PER_NODE", "3")
+    monkeypatch.setenv("PET_NUMA_BINDING", "node")
+    given_ = command.make_context("run", ["--max_restarts=2", "train.py"]).params
+    assert (given_["nproc_per_node"], given_["max_restarts"], given_["numa_binding"]) == ("3", 2, "node")
+
+
 def test_names_are_made_from_programs() -> None:
+    assert torchflags.job_name("my/Train_GPT.py", "") == "train-gpt"
     assert torchflags.job_name("my/Train_GPT.py", "ab12") == "train-gpt-ab12"
     assert torchflags.job_name("pkg.train", "ab12") == "pkg-train-ab12"
     assert torchflags.job_name("/bin/_", "ab12") == "job-ab12"

@@ -21,6 +21,7 @@ from dtrain.coordinator.api.servicers import CoordinatorServicer, Identity
 from dtrain.coordinator.dispatch import Channels
 from dtrain.coordinator.work import Orphans, Stores
 from dtrain.protocol import codec, errors
+from dtrain.protocol.checkpoint import Pin
 from dtrain.protocol.cluster import Cordon, LeaderRecord, ReplicaRecord, Suspicion
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused
 from dtrain.protocol.ids import (
@@ -31,6 +32,8 @@ from dtrain.protocol.ids import (
     JobName,
     Rank,
     ReplicaId,
+    Seq,
+    Step,
     Term,
     Uid,
 )
@@ -40,12 +43,13 @@ from dtrain.protocol.pb import agent_pb2 as agent_pb
 from dtrain.protocol.pb import agent_pb2_grpc
 from dtrain.protocol.pb import coordinator_pb2 as pb
 from dtrain.protocol.pb.coordinator_pb2_grpc import CoordinatorStub
-from dtrain.protocol.snapshot import NodeRecord
+from dtrain.protocol.rows import AgentRow, JobRow
+from dtrain.protocol.snapshot import NodeRecord, RankState, WorkerPhase, WorkerSnapshot
 from dtrain.runtime.clock import SystemClock
 from dtrain.storage.blobs.memory import MemoryBlobs
 from dtrain.storage.etcd.memory import MemoryEtcd
 from dtrain.storage.etcd.mirror import Mirror
-from dtrain.storage.etcd.port import Delete, Put, Txn, TxnResult
+from dtrain.storage.etcd.port import Delete, Put, Txn, TxnResult, prefix_end
 
 CLUSTER = ClusterName("c1")
 KEYS = Keys(CLUSTER)
@@ -364,6 +368,63 @@ def test_reading_returns_records_below_the_root(replica: Replica) -> None:
     assert [item.key for item in reply.items] == ["jobs/train/intent", "jobs/train/spec"]
     assert reply.revision >= revision
     assert 0 <= reply.age_s < 60
+
+
+def rows_of(replica: Replica, kind: str, row: type) -> list[Any]:
+    return [codec.decode(row, one) for one in replica.stub.List(pb.ListRequest(kind=kind)).rows]
+
+
+def test_a_list_has_one_row_for_each_job_that_follows_its_records(replica: Replica) -> None:
+    for name in ("b", "a", "ab"):
+        replica.submit(f"q-{name}", name=name)
+    uid = replica.stored(KEYS.spec(JobName("a")), JobSpec).uid
+    for seq in range(3):
+        # More keys below one job than others have must not hide those.
+        replica.put(KEYS.pin(JobName("a"), Seq(seq), "me"), Pin(Seq(seq), "me", 0, "why"))
+    replica.put(KEYS.status(JobName("a")), status(uid, JobPhase.RUNNING, attempt=1, step=3))
+    found = rows_of(replica, "jobs", JobRow)
+    assert [(row.name, row.phase, row.step) for row in found] == [
+        ("a", "RUNNING", 3),
+        ("ab", "QUEUED", 0),
+        ("b", "QUEUED", 0),
+    ]
+    replica.put(KEYS.status(JobName("a")), status(uid, JobPhase.RUNNING, attempt=1, step=4))
+    replica.put(
+        KEYS.worker(AgentName("a1"), JobName("a")),
+        WorkerSnapshot(
+            AgentName("a1"),
+            uid,
+            Incarnation("i"),
+            Attempt(1),
+            WorkerPhase.TRAINING,
+            (RankState(Rank(0), 9, WorkerPhase.TRAINING, Step(7)),),
+        ),
+    )
+    assert (rows_of(replica, "jobs", JobRow)[0].step, rows_of(replica, "jobs", JobRow)[0].ranks) == (7, 1)
+    own = KEYS.job(JobName("a"))
+    gone = [Delete(kv.key) for kv in replica.etcd.range(own, prefix_end(own)).items]
+    revision = replica.etcd.txn(Txn(success=tuple(gone))).revision
+    assert replica.mirror.wait_for(revision, 5)
+    assert [row.name for row in rows_of(replica, "jobs", JobRow)] == ["ab", "b"]
+
+
+def test_a_list_of_agents_has_the_cordoned_ones_that_are_away(replica: Replica) -> None:
+    replica.put(KEYS.node(AgentName("a1")), NodeRecord(AgentName("a1"), Incarnation("i"), "h:1", "h", 4))
+    replica.put(KEYS.cordon(AgentName("a0")), Cordon(AgentName("a0"), "broken", "ops"))
+    found = rows_of(replica, "agents", AgentRow)
+    assert [(row.name, row.status, row.slots) for row in found] == [("a0", "Lost", 0), ("a1", "Ready", 4)]
+
+
+def test_a_record_that_cannot_be_read_does_not_take_the_list_away(replica: Replica) -> None:
+    replica.submit()
+    revision = replica.etcd.txn(Txn(success=(Put(KEYS.status(JOB), b'{"v":99}'),))).revision
+    assert replica.mirror.wait_for(revision, 5)
+    assert [row.name for row in rows_of(replica, "jobs", JobRow)] == [JOB]
+
+
+def test_there_is_no_list_of_anything_else(replica: Replica) -> None:
+    code, _ = refusal(lambda: replica.stub.List(pb.ListRequest(kind="pods")))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_a_read_waits_for_a_change_below_its_prefix(replica: Replica) -> None:

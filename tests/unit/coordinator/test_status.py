@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from tests.support.builders import make_node, make_spec
+from tests.support.builders import EPOCH, make_node, make_spec
 
 from dtrain.coordinator import metrics
-from dtrain.coordinator.status import AGENT_STATES, Status
+from dtrain.coordinator.job_series import AGENT_STATES
+from dtrain.coordinator.measures import Measures
+from dtrain.coordinator.status import Status
 from dtrain.protocol import codec
 from dtrain.protocol.cluster import Cordon, LeaderRecord
 from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId
@@ -20,6 +22,7 @@ from dtrain.runtime.serving import LOOP_S_MAX
 from dtrain.storage.etcd.memory import MemoryEtcd
 from dtrain.storage.etcd.mirror import Mirror
 from dtrain.storage.etcd.port import Put, Txn
+from dtrain.storage.etcd.session import FixedSession
 
 KEYS = Keys(ClusterName("default"))
 
@@ -32,16 +35,29 @@ class Replica:
         self.mirror = Mirror(self.etcd, KEYS.root)
         self.now = 1000.0
         self.serves = True
+        self.leads = False
+        self.lost = 0
         self.status = Status(
             ReplicaId("c1"),
             KEYS,
             self.mirror,
-            leads=lambda: False,
+            leads=lambda: self.leads,
             serves=lambda: self.serves,
             loop_at=lambda: 1000.0,
             problems=lambda: ["one"],
-            monotonic=lambda: self.now,
+            brake_on=lambda: False,
+            db_bytes=lambda: (4096, 0),
+            lost=lambda: self.lost,
+            measures=Measures(self),
+            session=FixedSession(7),
+            clock=self,
         )
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wall(self) -> float:
+        return EPOCH + self.now
 
     def put(self, key: str, value: object) -> None:
         revision = self.etcd.txn(Txn((), (Put(key, codec.encode(value)),))).revision
@@ -130,8 +146,15 @@ def test_agents_are_counted_by_what_can_be_done_with_them(replica: Replica) -> N
     replica.put(KEYS.node(AgentName("a3")), dataclasses.replace(make_node("a3"), problem="a rank is stuck"))
     replica.put(KEYS.cordon(AgentName("a2")), Cordon(AgentName("a2"), "maintenance"))
     replica.put(KEYS.worker(AgentName("a1"), JobName("job")), make_node("a1"))
+    replica.lost = 2
     found = {state: count for state, count in replica.count().items() if state[0] in AGENT_STATES}
-    assert found == {("ready",): 1.0, ("cordoned",): 1.0, ("draining",): 1.0, ("blocked",): 1.0}
+    assert found == {
+        ("ready",): 1.0,
+        ("cordoned",): 1.0,
+        ("draining",): 1.0,
+        ("blocked",): 1.0,
+        ("lost",): 2.0,
+    }
 
 
 def test_records_are_not_counted_more_often_than_every_few_seconds(replica: Replica) -> None:

@@ -41,6 +41,13 @@ def test_etcdctls_variables_are_honoured():
     assert "secret" not in repr(settings)
 
 
+def test_a_ca_means_tls_unless_the_endpoint_says_otherwise():
+    env = {"ETCDCTL_CACERT": "ca"}
+    assert read("h:1", env).etcd.endpoints == ("https://h:1",)
+    assert read("http://h:1", env).etcd.endpoints == ("http://h:1",)
+    assert read("h:1", env, protocol="http").etcd.endpoints == ("http://h:1",)
+
+
 def test_the_flag_comes_before_the_environment():
     env = {"ETCDCTL_ENDPOINTS": "http://x:1", "ETCDCTL_USER": "u:secret"}
     settings = read("h:1", env, user="w")

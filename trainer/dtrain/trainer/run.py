@@ -128,6 +128,8 @@ class Run:
         attempt is over the process exits with status 75 instead of going on
         behind the loop, where a script expects trained weights.
         """
+        if self._session is not None:
+            self._session.steps_total = total
         self.restore()
         while self._step < total:
             self._leave_if_stopped()

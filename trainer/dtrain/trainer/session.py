@@ -71,6 +71,8 @@ class Session:
         self.held_s = 0.0
         """How long checkpoints have held the training thread, which alone writes it."""
         """What the script says it is doing."""
+        self.steps_total = 0
+        """As many steps as it means to take; 0: it has not said."""
         self.beats: Callable[[], int] = lambda: 0
         self.timing: Callable[[], Timing | None] = lambda: None
         """Both are asked on the link thread, for each report."""
@@ -440,6 +442,7 @@ class Session:
                 section=self.section,
                 beats=self.beats(),
                 collective=self._collective,
+                steps_total=Step(self.steps_total),
                 held_s=round(self.held_s, 3),
             )
 

@@ -29,7 +29,7 @@ def advance(state: AgentState, job: JobState, tick: bool, now: float, out: list[
     elif job.phase is WorkerPhase.STARTING:
         job = _prepare(state, job, now, out)
     elif job.warm is not None:
-        job = warming.advance(state.machine, job, now, out)
+        job = warming.advance(state, job, now, out)
     job = _count_plain_ranks(job, now)
     job = dataclasses.replace(job, phase=group_phase(job))
     job = transfers.order_fetch(state, job, now, out)
@@ -60,7 +60,7 @@ def wake_at(state: AgentState, now: float) -> float | None:
 
 
 def _prepare(state: AgentState, job: JobState, now: float, out: list[Action]) -> JobState:
-    job = preparing.ensure_launcher(state.machine, job, now, out)
+    job = preparing.ensure_launcher(state, job, now, out)
     if preparing.is_ready(job):
         return dataclasses.replace(job, phase=WorkerPhase.READY)
     return job

@@ -111,12 +111,15 @@ class CollectStacks:
 
 @dataclass(frozen=True, slots=True)
 class PrepareLogs:
-    """Remember which global ranks the attempt's log folders belong to."""
+    """Remember which global ranks the attempt's log folders belong to, and where to copy them."""
 
     job: JobName
     uid: Uid
     attempt: Attempt
     first_rank: Rank
+    ranks: int
+    store: str
+    """"" : they stay on this machine alone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,10 @@
 import dataclasses
 import hashlib
 
-from dtrain.agent.core import hangs, health, saving
+from dtrain.agent.core import hangs, health, packages, saving
 from dtrain.agent.core.decisions import Action, EnsureLauncher, KillLauncher, LauncherOrder, ProbeProcesses
 from dtrain.agent.core.state import (
+    AgentState,
     Departing,
     JobState,
     Launcher,
@@ -61,14 +62,20 @@ def succeed(job: JobState, fresh: JobState) -> JobState:
         habit=hangs.learned(job),
         seq_over=job.seq_over,
         kept=job.kept,
+        unpacked=job.unpacked,
+        unpacking=job.unpacking,
+        unpack_tries=job.unpack_tries,
     )
 
 
-def ensure_launcher(machine: Machine, job: JobState, now: float, out: list[Action]) -> JobState:
+def ensure_launcher(state: AgentState, job: JobState, now: float, out: list[Action]) -> JobState:
     """Start a launcher if there is none, and give it the attempt's first orders."""
     if job.launcher.status is not LauncherStatus.GONE:
         return job
     assert job.prepare is not None
+    if not packages.is_ready(job, job.prepare.spec):
+        return packages.order(state, job, job.prepare.spec, now, out)
+    machine = state.machine
     job = launch(machine, job, job.prepare.spec, now, out, nproc=job.prepare.ranks_here)
     return ask(machine, job, now, out)
 
@@ -82,7 +89,7 @@ def launch(
     folder = f"{machine.run_dir}/{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     settings = LaunchSettings(
         folder=folder,
-        working_dir=spec.working_dir or machine.working_dir,
+        working_dir=packages.working_dir(machine, spec),
         env=launcher_env(machine, spec),
         preload=spec.preload,
         orphan_grace_s=machine.orphan_grace_s,

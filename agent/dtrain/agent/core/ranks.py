@@ -87,6 +87,7 @@ def reported(
         need=report.need,
         have_sent=rank.have_sent and report.need == rank.need,
         collective=report.collective[:METRIC_NAME_CHARS_MAX],
+        steps_total=Step(max(0, report.steps_total)),
         held_s=round(max(0.0, report.held_s), 3),
     )
     job, rank = hangs.heard(job, rank, report, now)

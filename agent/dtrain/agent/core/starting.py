@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from dtrain.agent.core import packages
 from dtrain.agent.core.decisions import Action, LauncherOrder, PrepareLogs
 from dtrain.agent.core.state import JobState, LocalRank, Machine, Restore
 from dtrain.agent.core.torch_env import rank_env
@@ -41,8 +42,6 @@ def fork(machine: Machine, job: JobState, out: list[Action]) -> None:
         )
         for rank in job.ranks
     )
-    out.append(PrepareLogs(job.name, job.uid, job.attempt, prepare.first_rank))
-    order = ForkRanks(
-        job.attempt, prepare.spec.entry, prepare.spec.working_dir or machine.working_dir, launches
-    )
+    out.append(PrepareLogs(job.name, job.uid, job.attempt, prepare.first_rank, len(job.ranks), prepare.store))
+    order = ForkRanks(job.attempt, prepare.spec.entry, packages.working_dir(machine, prepare.spec), launches)
     out.append(LauncherOrder(job.name, job.uid, order))

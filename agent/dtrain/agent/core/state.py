@@ -54,6 +54,8 @@ class Machine:
     """The agent's own environment: the base of every rank's."""
     working_dir: str = "/"
     """Where programs run whose job names no folder."""
+    tree_dir: str = "/"
+    """Folder of the unpacked working directories."""
     life: str = "0"
     """Differs between lives of the agent process: folders are never shared."""
     orphan_grace_s: float = 600.0
@@ -222,6 +224,7 @@ class LocalRank:
     beats: int = 0
     """Counts its signs of life beside steps."""
     collective: str = ""
+    steps_total: Step = Step(0)
     watch: Watch = Watch()
     held_s: float = 0.0
     """How long checkpoints have held it."""
@@ -246,6 +249,7 @@ class LocalRank:
             self.nonfinite,
             sealed=self.sealed.seq if self.sealed else Seq(0),
             nonfinite_seen=self.nonfinite_seen,
+            steps_total=self.steps_total,
             held_s=self.held_s,
         )
 
@@ -338,6 +342,11 @@ class JobState:
     """Not before is one started (monotonic): the last one ended by itself."""
     note: str = ""
     """What was last done with it without an order, for people."""
+    unpacked: bool = False
+    """Its packed working directory is there."""
+    unpacking: bool = False
+    """The transfer process that runs now was told to make it."""
+    unpack_tries: int = 0
     habit: Habit = Habit()
     dump: str = ""
     """The newest order to collect stacks, by its id."""
@@ -488,6 +497,9 @@ def durable_view(job: JobState) -> JobState:
         dump="",
         stacks=(),
         warm_at=0.0,
+        unpacked=False,
+        unpacking=False,
+        unpack_tries=0,
         held=(),
         kill_at=None,
         stopping=dataclasses.replace(job.stopping, kill_at=0.0) if job.stopping else None,

@@ -17,6 +17,7 @@ from dtrain.agent.core import (
     health,
     isolation,
     launchers,
+    packages,
     ranks,
     transfers,
 )
@@ -120,6 +121,8 @@ def step(state: AgentState, event: Event, now: float, wall: float = 0.0) -> tupl
     state = isolation.excuse(before, state)
     for name in tuple(state.jobs):
         state = advance.advance(state, state.jobs[name], isinstance(event, Tick), now, out)
+    for name in sorted(before.jobs.keys() - state.jobs.keys()):
+        packages.release(before.jobs[name], out)
     state = draining.advance(state, now)
     if (problem := health.problem(state)) != health.problem(before):
         # Before the snapshots: whoever learns from one that an attempt is over must not place the next here.

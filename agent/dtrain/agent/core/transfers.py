@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import assert_never
 
-from dtrain.agent.core import saving
+from dtrain.agent.core import packages, saving
 from dtrain.agent.core.decisions import Action, RankMessage, TransferOrder
 from dtrain.agent.core.failures import MESSAGE_CHARS_MAX, fail
 from dtrain.agent.core.saving import replace_rank
@@ -18,6 +18,8 @@ from dtrain.agent.transferring import (
     Supplied,
     TransferEnded,
     TransferReport,
+    Unpacked,
+    UnpackFailed,
     Uploaded,
     UploadFailed,
 )
@@ -60,9 +62,13 @@ def reported(
         case FetchFailed():
             job = _fetching(state, report.id)
             return state if job is None else state.with_job(_fetch_failed(state, job, report, now, wall))
+        case Unpacked():
+            return packages.unpacked(state, report)
+        case UnpackFailed():
+            return packages.unpack_failed(state, report, now, wall)
         case TransferEnded():
             for job in state.jobs.values():
-                state = state.with_job(_forget_orders(job))
+                state = state.with_job(packages.forgotten(_forget_orders(job)))
             return state
         case _:
             assert_never(report)

@@ -8,9 +8,9 @@ released is warm just the same. A launcher that ends is started again after a wh
 
 import dataclasses
 
-from dtrain.agent.core import preparing, saving
+from dtrain.agent.core import packages, preparing, saving
 from dtrain.agent.core.decisions import Action
-from dtrain.agent.core.state import AgentState, JobState, LauncherStatus, Machine
+from dtrain.agent.core.state import AgentState, JobState, LauncherStatus
 from dtrain.protocol.commands import Warm
 from dtrain.protocol.snapshot import WorkerPhase
 
@@ -45,13 +45,15 @@ def warm(job: JobState | None, command: Warm, out: list[Action]) -> JobState:
     return fresh if job is None else preparing.succeed(saving.drop(job, out), fresh)
 
 
-def advance(machine: Machine, job: JobState, now: float, out: list[Action]) -> JobState:
+def advance(state: AgentState, job: JobState, now: float, out: list[Action]) -> JobState:
     """Start a launcher where one is wanted and there is none."""
     if job.warm is None or not awaits_prepare(job) or job.launcher.status is not LauncherStatus.GONE:
         return job
     if job.leftovers or job.departing or now < job.warm_at:
         return job
-    return preparing.launch(machine, job, job.warm.spec, now, out, nproc=job.warm.nproc)
+    if not packages.is_ready(job, job.warm.spec):
+        return packages.order(state, job, job.warm.spec, now, out)
+    return preparing.launch(state.machine, job, job.warm.spec, now, out, nproc=job.warm.nproc)
 
 
 def wake_at(job: JobState) -> list[float]:

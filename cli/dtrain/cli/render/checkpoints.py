@@ -8,7 +8,7 @@ from dtrain.cli import terminal
 from dtrain.cli.answers import GarbageItem
 from dtrain.cli.durations import show_bytes
 from dtrain.cli.records import Job
-from dtrain.cli.render.table import UNKNOWN, Table, ago
+from dtrain.cli.render.table import UNKNOWN, Table, When
 
 if TYPE_CHECKING:
     from dtrain.storage.checkpoints.reading import Damage
@@ -63,7 +63,7 @@ def checkpoint_lines(job: Job) -> list[CheckpointLine]:
     return [lines[seq] for seq in sorted(lines)]
 
 
-def checkpoints(job: Job, now: float, *, wide: bool = False) -> Table:
+def checkpoints(job: Job, when: When, *, wide: bool = False) -> Table:
     """``get checkpoints``; ``*`` marks the newest committed one, VERIFIED is when one was last read whole."""
     rows = []
     for line in checkpoint_lines(job):
@@ -75,8 +75,8 @@ def checkpoints(job: Job, now: float, *, wide: bool = False) -> Table:
             UNKNOWN if line.bytes is None else show_bytes(line.bytes),
             line.state,
             "yes" if line.pinned else "",
-            ago(job.verified[line.seq].at, now) if line.seq in job.verified else "",
-            ago(line.since, now),
+            when(job.verified[line.seq].at) if line.seq in job.verified else "",
+            when(line.since),
         )
         rows.append((*row, line.note) if wide else row)
     headings = ("SEQ", "STEP", "ATTEMPT", "WORLD", "SIZE", "STATE", "PINNED", "VERIFIED", "AGE")

@@ -4,10 +4,11 @@ from dtrain.cli.durations import show_bytes, show_s
 from dtrain.cli.records import Agent, Job
 from dtrain.cli.render import timeshare
 from dtrain.cli.render.failures import failure_card, show_exit
-from dtrain.cli.render.lists import agent_status, events
-from dtrain.cli.render.sentences import headline, restarts
-from dtrain.cli.render.table import UNKNOWN, Table, ago
+from dtrain.cli.render.lists import events, restarts
+from dtrain.cli.render.sentences import headline
+from dtrain.cli.render.table import UNKNOWN, Table, When, ago
 from dtrain.protocol.cluster import Suspicion
+from dtrain.protocol.job import JobSpec
 from dtrain.protocol.snapshot import FailureKind, Timing, WorkerPhase
 
 BLAMES_SHOWN = 8
@@ -27,7 +28,7 @@ def job(job: Job, now: float) -> list[str]:
     if job.attempt:
         state.append(f"attempt {job.attempt}")
     if spec:
-        state.append(f"restarts {restarts(job, now)} in {show_s(spec.restarts.window_s)}")
+        state.append(f"restarts {restarts(job.row(now), now)} in {show_s(spec.restarts.window_s)}")
     if status and status.since:
         state.append(f"since {ago(status.since, now)}")
     lines += ["", f"State         {'  '.join(state)}"]
@@ -36,7 +37,7 @@ def job(job: Job, now: float) -> list[str]:
         lines += [
             f"Program       {spec.entry.kind} {' '.join((spec.entry.target, *spec.entry.args))}",
             f"Size          {_size(job)}",
-            f"Folder        {spec.working_dir}",
+            f"Folder        {_folder(spec)}",
             f"Uid           {spec.uid}   submitted {spec.submitted_at}",
         ]
     table = rank_table(job)
@@ -57,14 +58,14 @@ def job(job: Job, now: float) -> list[str]:
         lines += ["", "Conditions", *(f"  {line}" for line in table.lines())]
     if job.events:
         newest = [(job.name, job.events[seq]) for seq in sorted(job.events)[-20:]]
-        lines += ["", "Events", *(f"  {line}" for line in events(newest, now).lines())]
+        lines += ["", "Events", *(f"  {line}" for line in events(newest, When(now)).lines())]
     return lines
 
 
 def agent(agent: Agent, now: float) -> list[str]:
     """``describe agent``."""
     node = agent.node
-    lines = [f"{agent.name}  {agent_status(agent)}" + (f"  since {ago(node.since, now)}" if node else "")]
+    lines = [f"{agent.name}  {agent.row.status}" + (f"  since {ago(node.since, now)}" if node else "")]
     if agent.cordon:
         until = f" until {agent.cordon.until}" if agent.cordon.until else ""
         lines.append(
@@ -212,3 +213,10 @@ def _size(job: Job) -> str:
 
 def _nodes(low: int, high: int) -> str:
     return f"{low} machine{'s' if low != 1 else ''}" if low == high else f"{low} to {high} machines"
+
+
+def _folder(spec: JobSpec) -> str:
+    if spec.package is None:
+        return spec.working_dir
+    size = show_bytes(spec.package.files_bytes)
+    return f"{spec.package.source} (packed: {spec.package.files} entries, {size}, {spec.package.digest[:12]})"

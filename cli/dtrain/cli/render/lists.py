@@ -1,13 +1,16 @@
-"""What ``get`` lists: one row for each job, agent, replica or event. Pure: ``now`` is an argument."""
+"""What ``get`` lists: one row for each job, agent, replica or event. Pure."""
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from dtrain.cli.durations import show_s
-from dtrain.cli.records import Agent, Cluster, Job, Replica
-from dtrain.cli.render.sentences import reason, restarts
-from dtrain.cli.render.table import UNKNOWN, Table, ago
-from dtrain.protocol.events import EventRecord
-from dtrain.protocol.job import JobPhase
+from dtrain.cli.render.table import UNKNOWN, Table, When
+from dtrain.protocol.phases import JobPhase
+from dtrain.protocol.rows import AgentRow, JobRow
+
+if TYPE_CHECKING:
+    from dtrain.cli.records import Cluster, Replica
+    from dtrain.protocol.events import EventRecord
 
 STALE_S = 10.0
 """An idle etcd tells its watchers every 5 s that nothing is missing: younger than that means nothing."""
@@ -22,61 +25,81 @@ PHASE_COLOURS = {
 """Colour of a phase on a terminal."""
 
 
-def jobs(cluster: Cluster, now: float, *, wide: bool = False) -> Table:
+def jobs(rows: Iterable[JobRow], when: When, *, wide: bool = False) -> Table:
     """``get jobs``."""
-    headings = ("NAME", "PHASE", "STEP", "ATTEMPT", "RANKS", "LAST-CKPT", "AGE")
-    extra = ("UID", "MEMBERS", "RESTARTS", "PRIORITY")
-    rows = []
-    for job in cluster.jobs.values():
-        submitted = job.spec.submitted_at if job.spec else ""
-        row: tuple[str, ...] = (
-            job.name,
-            str(job.phase),
-            str(job.step),
-            str(job.attempt),
-            _ranks(job),
-            f"{job.latest.seq} (step {job.latest.step})" if job.latest else UNKNOWN,
-            ago(submitted, now),
+    headings = (
+        "NAME", "PHASE", "STEP", "PROGRESS", "ETA", "GOODPUT", "ATTEMPT", "RANKS", "LAST-CKPT", "AGE",
+    )  # fmt: skip
+    extra = ("UID", "MEMBERS", "RESTARTS", "QUEUE", "PRIORITY")
+    lines = []
+    for row in rows:
+        cells: tuple[str, ...] = (
+            row.name,
+            str(row.phase),
+            str(row.step),
+            progress(row),
+            UNKNOWN if row.eta_s is None else show_s(row.eta_s),
+            UNKNOWN if row.goodput is None else f"{100 * row.goodput:.1f}%",
+            str(row.attempt),
+            str(row.world_size) if row.finished else f"{row.ranks}/{row.world_size}",
+            f"{row.latest_seq} (step {row.latest_step})" if row.latest_seq else UNKNOWN,
+            when(row.submitted_at),
         )
         if wide:
-            row += (
-                (job.spec.uid if job.spec else "") or UNKNOWN,
-                ",".join(member.agent for member in job.status.members) if job.status else UNKNOWN,
-                restarts(job, now),
-                str(job.spec.priority) if job.spec else UNKNOWN,
+            cells += (
+                row.uid or UNKNOWN,
+                ",".join(row.members) or UNKNOWN,
+                restarts(row, when.now),
+                str(row.queue) if row.queue else UNKNOWN,
+                str(row.priority),
             )
-        rows.append((*row, reason(job)))
-    return Table((*headings, *(extra if wide else ()), "REASON"), tuple(rows))
+        lines.append((*cells, row.reason))
+    return Table((*headings, *(extra if wide else ()), "REASON"), tuple(lines))
 
 
-def agents(cluster: Cluster, now: float, *, wide: bool = False) -> Table:
+def restarts(row: JobRow, now: float) -> str:
+    """Restarts that count against the budget, and the budget."""
+    if not row.restarts_window_s:
+        return UNKNOWN
+    start = now - row.restarts_window_s
+    return f"{sum(1 for at in row.restarts if at >= start)}/{row.restarts_max}"
+
+
+def progress(row: JobRow) -> str:
+    """How much of the training is done; unknown where the script does not say how many steps it takes."""
+    if row.phase is JobPhase.SUCCEEDED:
+        return "100%"
+    if not row.steps_total:
+        return UNKNOWN
+    # Never 100 % before it has ended: the last checkpoint is still to come.
+    return f"{min(99, 100 * row.step // row.steps_total)}%"
+
+
+def agents(rows: Iterable[AgentRow], when: When, *, wide: bool = False) -> Table:
     """``get agents``."""
     headings = ("NAME", "STATUS", "SLOTS", "JOBS", "VERSION", "SINCE")
-    extra = ("ADDRESS", "HOST", "GPUS", "INCARNATION")
-    rows = []
-    for agent in cluster.agents.values():
-        node = agent.node
-        busy = sum(len(_live(snapshot.ranks)) for snapshot in agent.workers.values())
-        row: tuple[str, ...] = (
-            agent.name,
-            agent_status(agent),
-            f"{busy}/{node.slots}" if node else UNKNOWN,
-            ",".join(agent.workers) or UNKNOWN,
-            (node.version if node else "") or UNKNOWN,
-            ago(node.since, now) if node else UNKNOWN,
+    extra = ("ADDRESS", "HOST", "GPUS", "INCARNATION", "LABELS")
+    lines = []
+    for row in rows:
+        known = row.status != "Lost"
+        cells: tuple[str, ...] = (
+            row.name,
+            row.status,
+            f"{row.busy}/{row.slots}" if known else UNKNOWN,
+            ",".join(row.jobs) or UNKNOWN,
+            row.version or UNKNOWN,
+            when(row.since),
         )
         if wide:
-            row += (
-                (node.address, node.host, str(node.gpus), node.incarnation)
-                if node
-                else (UNKNOWN,) * len(extra)
-            )
-        rows.append((*row, agent_reason(agent)))
-    return Table((*headings, *(extra if wide else ()), "REASON"), tuple(rows))
+            labels = ",".join(f"{name}={value}" for name, value in sorted(row.labels.items()))
+            found = (row.address, row.host, str(row.gpus) if known else "", row.incarnation, labels)
+            cells += tuple(cell or UNKNOWN for cell in found)
+        lines.append((*cells, row.reason))
+    return Table((*headings, *(extra if wide else ()), "REASON"), tuple(lines))
 
 
 def coordinators(
-    cluster: Cluster, ages_s: dict[str, float | None], now: float, *, wide: bool = False
+    cluster: "Cluster", ages_s: dict[str, float | None], when: When, *, wide: bool = False
 ) -> Table:
     """``get coordinators``; ``ages_s`` has the mirror's age by replica, None for no answer."""
     headings = ("NAME", "ROLE", "TERM", "ADDRESS", "VERSION", "MIRROR-AGE", "SINCE")
@@ -90,19 +113,19 @@ def coordinators(
             record.address if record else UNKNOWN,
             (record.version if record else "") or UNKNOWN,
             UNKNOWN if mirror_age_s is None else show_s(mirror_age_s),
-            ago(record.since, now) if record else UNKNOWN,
+            when(record.since) if record else UNKNOWN,
         )
         rows.append((*row, *((record.host, str(record.pid)) if record else ("", ""))) if wide else row)
     return Table((*headings, *(("HOST", "PID") if wide else ())), tuple(rows))
 
 
-def events(found: Iterable[tuple[str, EventRecord]], now: float, *, wide: bool = False) -> Table:
+def events(found: Iterable[tuple[str, "EventRecord"]], when: When, *, wide: bool = False) -> Table:
     """``get events``, oldest first; pairs of job name and event."""
     rows = []
     for job, event in sorted(found, key=lambda pair: (pair[1].last or pair[1].first, pair[0], pair[1].seq)):
         about = f"job/{job}" + (f" {event.object}" if event.object else "")
         row = (
-            ago(event.last or event.first, now),
+            when(event.last or event.first),
             str(event.type),
             str(event.reason),
             about,
@@ -127,32 +150,7 @@ def stale_line(mirror_age_s: float) -> str:
     return f"mirror is {show_s(mirror_age_s)} old: etcd unreachable" if mirror_age_s > STALE_S else ""
 
 
-def agent_status(agent: Agent) -> str:
-    """Ready, Draining, Cordoned, Blocked (something on it does not die), or Lost (no lease).
-
-    Draining: it is about to end, or an operator wants it empty and it is not yet.
-    """
-    if agent.node is None:
-        return "Lost"
-    if agent.node.draining is not None:
-        return "Draining"
-    if agent.node.problem:
-        return "Blocked"
-    if agent.cordon is None:
-        return "Ready"
-    return "Draining" if agent.cordon.drain and agent.workers else "Cordoned"
-
-
-def agent_reason(agent: Agent) -> str:
-    """Why it is not simply Ready."""
-    node = agent.node
-    draining = node.draining if node else None
-    if draining is not None:
-        return f"{draining.reason}: it waits for at most {show_s(draining.grace_s)} for its jobs to move"
-    return (node.problem if node else "") or (agent.cordon.reason if agent.cordon else "")
-
-
-def replica_of(cluster: Cluster, address: str) -> Replica | None:
+def replica_of(cluster: "Cluster", address: str) -> "Replica | None":
     """The replica that serves at ``address``."""
     return next(
         (
@@ -167,12 +165,3 @@ def replica_of(cluster: Cluster, address: str) -> Replica | None:
 def names(kind: str, found: Sequence[str]) -> list[str]:
     """Lines of ``-o name``."""
     return [f"{kind}/{name}" for name in found]
-
-
-def _ranks(job: Job) -> str:
-    live = len(_live(state for _, state in job.ranks.values()))
-    return f"{live}/{job.world_size}" if not job.finished else str(job.world_size)
-
-
-def _live(states: Iterable[object]) -> list[object]:
-    return [state for state in states if getattr(state, "exit_code", None) is None]

@@ -36,7 +36,21 @@ def age_s(since: str, now: float) -> float | None:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class When:
+    """How times are shown: as ages for people, or as they are stored (UTC, ISO-8601)."""
+
+    now: float
+    iso: bool = False
+
+    def __call__(self, since: str) -> str:
+        """A cell for the time ``since``."""
+        seconds = age_s(since, self.now)
+        if seconds is None:
+            return UNKNOWN
+        return since if self.iso else show_s(seconds)
+
+
 def ago(since: str, now: float) -> str:
     """An age for a column."""
-    seconds = age_s(since, now)
-    return UNKNOWN if seconds is None else show_s(seconds)
+    return When(now)(since)

@@ -5,10 +5,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dtrain.cli.options import complete_agent, complete_job, connected, examples, formatted, settings
+from dtrain.cli.options import (
+    complete_agent,
+    complete_job,
+    connected,
+    examples,
+    formatted,
+    selected,
+    settings,
+    timed,
+    watched,
+)
 
 if TYPE_CHECKING:
-    from dtrain.cli.client import Client
+    pass
 
 
 @click.group(
@@ -20,120 +30,127 @@ def command() -> None:
 
 
 @command.command(
-    "jobs", epilog=examples("dtrain get jobs -o wide", "dtrain get jobs digits -o json", "dtrain get jobs -w")
+    "jobs",
+    epilog=examples(
+        "dtrain get jobs -o wide",
+        "dtrain get jobs --phase active -l team=vision",
+        "dtrain get jobs 'sweep-*' -w",
+    ),
 )
 @click.argument("names", nargs=-1, shell_complete=complete_job)
-@click.option("-w", "--watch", is_flag=True, help="Go on showing changes; JSON lines when piped.")
+@click.option("--phase", "phases", multiple=True, metavar="PHASE,...", help="Also: active, finished.")
+@selected
+@watched
+@timed
 @formatted()
 @connected
-def jobs(names: tuple[str, ...], watch: bool) -> None:
-    """List jobs: phase, newest step, attempt, ranks that run, newest checkpoint, reason."""
-    from dtrain.cli import context, output, reading, records
+def jobs(
+    *, names: tuple[str, ...], phases: tuple[str, ...], labels: tuple[str, ...], watch: bool, iso: bool
+) -> None:
+    """List jobs: phase, newest step, attempt, ranks that run, newest checkpoint, reason.
+
+    NAME may be the unique beginning of one, job/NAME, or a beginning and * for all that begin so.
+    """
+    from dtrain.cli import context, listing, output, selecting
     from dtrain.cli.client import closing
     from dtrain.cli.render import lists
+    from dtrain.cli.render.table import When
 
+    chosen = selecting.Selection(names, selecting.phases(phases), selecting.labels(labels))
     with closing(context.connect(settings())) as client:
         if watch:
-            _watch(client, names)
+            from dtrain.cli import staying
+
+            staying.jobs(client, chosen, settings().output)
             return
-        cluster = reading.everything(client)
-        if names:
-            chosen = [records.find(cluster.jobs, name, "job") for name in names]
-            cluster.jobs = {name: cluster.jobs[name] for name in chosen}
-        wanted = settings().output
-        output.listing(
-            "Job",
-            [job.as_json() for job in cluster.jobs.values()],
-            lists.jobs(cluster, time.time(), wide=wanted == "wide"),
-            list(cluster.jobs),
-            output=wanted,
-            revision=cluster.revision,
-            single=len(names) == 1,
-        )
-        output.freshness(cluster.age_s)
+        found = listing.jobs(client)
+        rows = chosen.choose(found.rows, "job")
+        revision, items = found.revision, []
+        if settings().output in ("json", "yaml"):
+            from dtrain.cli import reading
 
-
-def _watch(client: "Client", names: tuple[str, ...]) -> None:
-    import json
-    import sys
-
-    from dtrain.cli import output, reading
-    from dtrain.cli.render import lists
-    from dtrain.cli.watching import changes
-
-    wide = settings().output == "wide"
-    piped = not sys.stdout.isatty() or settings().output in ("json", "yaml", "name")
-    seen: dict[str, str] = {}
-    screen = None
-    for cluster in changes(client, lambda **how: reading.everything(client, **how), output.say):
-        if names:
-            cluster.jobs = {name: job for name, job in cluster.jobs.items() if name.startswith(names)}
-        if piped:
-            for name, job in cluster.jobs.items():
-                line = json.dumps(job.as_json(), ensure_ascii=False)
-                if seen.get(name) != line:
-                    seen[name] = line
-                    click.echo(
-                        json.dumps({**job.as_json(), "revision": cluster.revision}, ensure_ascii=False)
-                    )
-                    sys.stdout.flush()
-            for name in seen.keys() - cluster.jobs.keys():
-                del seen[name]
-                click.echo(
-                    json.dumps({"v": 1, "kind": "JobGone", "name": name, "revision": cluster.revision})
-                )
-            continue
-        from rich.live import Live
-        from rich.text import Text
-
-        text = Text("\n".join(lists.jobs(cluster, time.time(), wide=wide).lines(output.width())))
-        if screen is None:
-            screen = Live(text, auto_refresh=False)
-            click.get_current_context().with_resource(screen)
-        screen.update(text, refresh=True)
-
-
-@command.command("agents", epilog=examples("dtrain get agents", "dtrain get agents -o name"))
-@click.argument("names", nargs=-1, shell_complete=complete_agent)
-@formatted()
-@connected
-def agents(names: tuple[str, ...]) -> None:
-    """List machines: whether they are ready, slots in use, their jobs."""
-    from dtrain.cli import context, output, reading, records
-    from dtrain.cli.client import closing
-    from dtrain.cli.render import lists
-
-    with closing(context.connect(settings())) as client:
-        cluster = reading.everything(client)
-    if names:
-        chosen = [records.find(cluster.agents, name, "agent") for name in names]
-        cluster.agents = {name: cluster.agents[name] for name in chosen}
-    wanted = settings().output
+            cluster = reading.some(client, [row.name for row in rows])
+            revision, items = cluster.revision, [job.as_json() for job in cluster.jobs.values()]
     output.listing(
-        "Agent",
-        [agent.as_json() for agent in cluster.agents.values()],
-        lists.agents(cluster, time.time(), wide=wanted == "wide"),
-        list(cluster.agents),
-        output=wanted,
-        revision=cluster.revision,
-        single=len(names) == 1,
+        "Job",
+        items,
+        lists.jobs(rows, When(time.time(), iso), wide=settings().output == "wide"),
+        [row.name for row in rows],
+        output=settings().output,
+        revision=revision,
+        single=chosen.single,
     )
-    output.freshness(cluster.age_s)
+    output.unreadable(found.unreadable, "job")
+    output.freshness(found.age_s)
 
 
 @command.command(
-    "coordinators", epilog=examples("dtrain get coordinators", "dtrain get coordinators -o json")
+    "agents", epilog=examples("dtrain get agents", "dtrain get agents --status lost,blocked -o name")
 )
+@click.argument("names", nargs=-1, shell_complete=complete_agent)
+@click.option("--status", "states", multiple=True, metavar="STATUS,...", help="Such as ready or lost.")
+@selected
+@watched
+@timed
 @formatted()
 @connected
-def coordinators() -> None:
+def agents(
+    *, names: tuple[str, ...], states: tuple[str, ...], labels: tuple[str, ...], watch: bool, iso: bool
+) -> None:
+    """List machines: whether they are ready, slots in use, their jobs."""
+    from dtrain.cli import context, listing, output, selecting
+    from dtrain.cli.client import closing
+    from dtrain.cli.render import lists
+    from dtrain.cli.render.table import When
+
+    chosen = selecting.Selection(names, selecting.states(states), selecting.labels(labels))
+    with closing(context.connect(settings())) as client:
+        if watch:
+            from dtrain.cli import staying
+
+            staying.agents(client, chosen, settings().output)
+            return
+        found = listing.agents(client)
+        rows = chosen.choose(found.rows, "agent")
+        revision, items = found.revision, []
+        if settings().output in ("json", "yaml"):
+            from dtrain.cli import records
+
+            cluster = records.group(client.read("agents/"), client.read("cordons/"))
+            revision = cluster.revision
+            items = [cluster.agents[row.name].as_json() for row in rows if row.name in cluster.agents]
+    output.listing(
+        "Agent",
+        items,
+        lists.agents(rows, When(time.time(), iso), wide=settings().output == "wide"),
+        [row.name for row in rows],
+        output=settings().output,
+        revision=revision,
+        single=chosen.single,
+    )
+    output.unreadable(found.unreadable, "agent")
+    output.freshness(found.age_s)
+
+
+@command.command("coordinators", epilog=examples("dtrain get coordinators", "dtrain get coordinators -w"))
+@watched
+@timed
+@formatted()
+@connected
+def coordinators(*, watch: bool, iso: bool) -> None:
     """List replicas: which one leads, since when, how old their mirrors are, what is wrong."""
     from dtrain.cli import context, output, reading
     from dtrain.cli.answers import ReplicaInfo
     from dtrain.cli.client import closing
     from dtrain.cli.render import lists
+    from dtrain.cli.render.table import When
 
     with closing(context.connect(settings())) as client:
+        if watch:
+            from dtrain.cli import staying
+
+            staying.coordinators(client, settings().output)
+            return
         cluster = reading.coordinators(client)
     addresses = [replica.record.address for replica in cluster.replicas.values() if replica.record]
     ages_s: dict[str, float | None] = {}
@@ -154,7 +171,7 @@ def coordinators() -> None:
     output.listing(
         "Coordinator",
         [replica.as_json() for replica in cluster.replicas.values()],
-        lists.coordinators(cluster, ages_s, time.time(), wide=wanted == "wide"),
+        lists.coordinators(cluster, ages_s, When(time.time(), iso), wide=wanted == "wide"),
         list(cluster.replicas),
         output=wanted,
         revision=cluster.revision,
@@ -170,30 +187,46 @@ def coordinators() -> None:
     "checkpoints", epilog=examples("dtrain get checkpoints digits", "dtrain get checkpoints digits -o json")
 )
 @click.argument("job", shell_complete=complete_job)
+@watched
+@timed
 @formatted()
 @connected
-def checkpoints(job: str) -> None:
+def checkpoints(*, job: str, watch: bool, iso: bool) -> None:
     """List a job's checkpoints: committed, open, bad, being deleted; * marks the newest."""
     from dtrain.cli import checkpointing, context
     from dtrain.cli.client import closing
 
     with closing(context.connect(settings())) as client:
-        checkpointing.listing(client, job, settings().output)
+        if watch:
+            from dtrain.cli import reading, staying
+
+            staying.checkpoints(client, reading.name(client, job), settings().output)
+            return
+        checkpointing.listing(client, job, settings().output, iso=iso)
 
 
-@command.command("events", epilog=examples("dtrain get events digits", "dtrain get events -o json"))
+@command.command("events", epilog=examples("dtrain get events digits", "dtrain get events -w -o json"))
 @click.argument("job", required=False, shell_complete=complete_job)
+@watched
+@timed
 @formatted()
 @connected
-def events(job: str | None) -> None:
+def events(*, job: str | None, watch: bool, iso: bool) -> None:
     """List what happened, oldest first: to one job, or to all."""
     from dtrain.cli import context, output, reading, records
     from dtrain.cli.client import closing
     from dtrain.cli.render import lists
+    from dtrain.cli.render.table import When
 
     with closing(context.connect(settings())) as client:
-        cluster = reading.everything(client)
-    chosen = [records.find(cluster.jobs, job, "job")] if job else list(cluster.jobs)
+        name = reading.name(client, job) if job else ""
+        if watch:
+            from dtrain.cli import staying
+
+            staying.events(client, name, settings().output)
+            return
+        cluster = records.group(client.read(f"jobs/{name}/" if name else "jobs/"))
+    chosen = list(cluster.jobs)
     found = [(name, event) for name in chosen for event in cluster.jobs[name].events.values()]
     wanted = settings().output
     output.listing(
@@ -205,7 +238,7 @@ def events(job: str | None) -> None:
                 cluster.jobs[name].raw.get("events", {}).items(), key=lambda pair: int(pair[0])
             )
         ],
-        lists.events(found, time.time(), wide=wanted == "wide"),
+        lists.events(found, When(time.time(), iso), wide=wanted == "wide"),
         [f"{name}/{event.seq}" for name, event in found],
         output=wanted,
         revision=cluster.revision,

@@ -1,6 +1,7 @@
 """``dtrain run``: torchrun's command line, on a cluster or on one of its own."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -22,7 +23,14 @@ _EXPLAINED = (
     ("--signals-to-handle",),
     ("--event-log-handler",),
     ("-r", "--redirects"),
+    # Refused, with what to use instead (see torchflags.REFUSED).
+    ("--logs-specs",),
+    ("--duplicate-stdout-filters",),
+    ("--duplicate-stderr-filters",),
+    ("--numa-binding",),
 )
+_SWITCHES = ("--run-path", "--virtual-local-rank")
+"""The same, of flags that take no value."""
 
 
 def _normal(word: str) -> str:
@@ -33,6 +41,9 @@ def _explained(function: F) -> F:
     for names in _EXPLAINED:
         option = click.option(*names, hidden=True, metavar="VALUE", envvar=_pet(names[-1]))
         function = option(function)
+    for name in _SWITCHES:
+        switch = click.option(name, is_flag=True, default=None, hidden=True, envvar=_pet(name))
+        function = switch(function)
     return function
 
 
@@ -51,6 +62,7 @@ def _flag(*names: str, **how: Any) -> Callable[[F], F]:
     epilog=examples(
         "dtrain run --nnodes 2 --nproc-per-node 4 train.py --lr 0.1",
         "dtrain run -m mypackage.train --epochs 3",
+        "dtrain run --folder ./run --nproc-per-node 2 train.py",
         "dtrain run job.yaml",
     ),
 )
@@ -65,7 +77,19 @@ def _flag(*names: str, **how: Any) -> Callable[[F], F]:
 @_flag("--local-ranks-filter", default="", metavar="N,...", help="Show only these local ranks.")
 @_flag("--shutdown-timeout", type=SECONDS, help="Time between SIGTERM and SIGKILL (default: 30 s).")
 @_flag("--standalone", is_flag=True, help="Use a cluster of its own even if one is configured.")
+@click.option(
+    "--working-dir",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="DIR",
+    help="Pack this folder and start the ranks in it, on each machine (default: run in this one's path).",
+)
 @click.option("--name", help="Name of the job (default: from the program).")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Keep the embedded cluster there: the same command goes on with an unfinished job.",
+)
 @click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Change one setting of the job.")
 @_explained
 @connected
@@ -75,8 +99,9 @@ def command(**given: Any) -> int:
     """Run PROGRAM (a script, a module with -m, or a job file) and show what it prints.
 
     With a cluster configured it is submitted there and Ctrl-C detaches. Without
-    one, a cluster of its own runs as long as the job; Ctrl-C cancels, a second
-    one stops at once. The exit code is that of the rank that failed first.
+    one, a cluster of its own runs as long as the job. Ctrl-C ends both, after a
+    checkpoint where that is kept (--folder, or a store in the job file), a second
+    one ends them at once. The exit code is that of the rank that failed first.
     """
     from dtrain.cli import running
 

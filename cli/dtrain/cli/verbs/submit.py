@@ -23,13 +23,19 @@ def _show_schema(context: click.Context, _option: click.Parameter, asked: bool) 
         "dtrain submit job.yaml --follow",
         "dtrain submit job.yaml --set name=digits-2 --set nnodes=2:4",
         "dtrain submit job.yaml --from-checkpoint exported-folder",
-        "dtrain submit job.yaml --dry-run",
+        "dtrain submit job.yaml --working-dir . --dry-run",
     ),
 )
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--follow", is_flag=True, help="Show its logs until it ends; the exit code is the job's.")
 @click.option("--dry-run", is_flag=True, help="Check everything, change nothing, show what would differ.")
 @click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Change one setting; repeatable.")
+@click.option(
+    "--working-dir",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="DIR",
+    help="Pack this folder and start the ranks in it, instead of the file's working_dir.",
+)
 @click.option("--request-id", help="Submitting again with the same id changes nothing (default: random).")
 @click.option(
     "--from-checkpoint",
@@ -54,6 +60,7 @@ def command(
     follow: bool,
     dry_run: bool,
     changes: tuple[str, ...],
+    working_dir: Path | None,
     request_id: str | None,
     from_checkpoint: Path | None,
     weights_only: bool,
@@ -66,25 +73,27 @@ def command(
         changes = (*changes, "checkpoint.await_import=true")
     elif weights_only:
         raise click.UsageError("--weights-only is of --from-checkpoint")
+    if working_dir is not None:
+        changes = (*changes, *jobfile.packing(working_dir))
     job = jobfile.read(file, changes)
     for warning in job.warnings:
         output.say(f"warning: {warning}")
     found = context.addresses(settings()) if dry_run else None
     if found == ():
         output.say("no cluster is configured: only the file was checked")
-        submitting.show_spec(job.spec, settings().output)
+        submitting.show_spec(job.spec, settings().output, pack=job.pack)
         return 0
     with closing(context.connect(settings())) as client:
         if dry_run:
-            return submitting.dry_run(client, job.spec, settings().output)
+            return submitting.dry_run(client, job.spec, settings().output, pack=job.pack)
         if from_checkpoint is None:
-            accepted = submitting.submit(client, job.spec, request_id, settings().output)
+            accepted = submitting.submit(client, job.spec, request_id, settings().output, pack=job.pack)
         else:
             from dtrain.cli import importing
 
             # Read before anything is submitted: a job that waits for what cannot be read is of no use.
             with importing.prepared(from_checkpoint.absolute(), partial=weights_only) as ready:
-                accepted = submitting.submit(client, job.spec, request_id, settings().output)
+                accepted = submitting.submit(client, job.spec, request_id, settings().output, pack=job.pack)
                 done = importing.prepared_into(client, accepted.name, ready)
             output.say(f"checkpoint {done.seq} of step {done.step} is imported: the job begins from it")
         if not follow:

@@ -37,6 +37,10 @@ TEST_QUOTA_BYTES = 192 * 1024 * 1024
 @click.option("--port", type=click.IntRange(0, 65000), default=0, help="First coordinator's port (0: any).")
 @click.option("--ttl", type=click.IntRange(5, 60), default=5, show_default=True, help="Lease TTL in seconds.")
 @click.option("--etcd-members", type=click.Choice(["1", "3", "5"]), default="1", show_default=True)
+@click.option("--dashboard/--no-dashboard", default=True, show_default=True, help="Pages for browsers.")
+@click.option(
+    "--dashboard-port", type=click.IntRange(0, 65000), default=0, help="First dashboard's port (0: any)."
+)
 @click.option("--test", is_flag=True, help="A test cluster: 'dtrain chaos' may break it.")
 @debugging
 def command(
@@ -50,6 +54,8 @@ def command(
     port: int,
     ttl: int,
     etcd_members: str,
+    dashboard: bool,
+    dashboard_port: int,
     test: bool,
 ) -> int:
     """Start etcd, a store, coordinators and agents, and make them the current cluster.
@@ -74,6 +80,8 @@ def command(
         # Small enough to be filled, and compacted, so that it is not filled by itself.
         etcd_quota_bytes=TEST_QUOTA_BYTES if test else 0,
         auto_compaction="1h" if test else "",
+        dashboards=dashboard,
+        dashboard_port=dashboard_port,
     )
     known = None
     with Foreground(lambda: cluster.stop(clean=False)) as foreground:
@@ -106,6 +114,9 @@ def _explain(cluster: "LocalCluster", *, test: bool) -> None:
         output.say(f"warning: {cluster.warning}")
     click.echo(f"cluster {cluster.name} is ready: {len(cluster.coordinators)} coordinators, ", nl=False)
     click.echo(f"{len(cluster.agents)} agents; folder {cluster.folder}")
+    if cluster.dashboards:
+        click.echo(f"dashboard {next(iter(cluster.dashboards.values()))} ", nl=False)
+        click.echo(f"(to change things there: cat {cluster.dashboard_token})")
     click.echo("in another terminal:")
     for line in (
         "dtrain submit job.yaml --follow",

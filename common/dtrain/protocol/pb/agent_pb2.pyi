@@ -19,6 +19,80 @@ else:
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
+class SeriesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    UID_FIELD_NUMBER: builtins.int
+    POINTS_MAX_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    uid: builtins.str
+    points_max: builtins.int
+    """of each number in each attempt; 0: as many as there are"""
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+        uid: builtins.str = ...,
+        points_max: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["job", b"job", "points_max", b"points_max", "uid", b"uid"]) -> None: ...
+
+Global___SeriesRequest: typing_extensions.TypeAlias = SeriesRequest
+
+@typing.final
+class SeriesReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class Curve(google.protobuf.message.Message):
+        """One number of one attempt. at[i], step[i] and value[i] belong together, in order of time."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: builtins.int
+        ATTEMPT_FIELD_NUMBER: builtins.int
+        RANK_FIELD_NUMBER: builtins.int
+        AT_FIELD_NUMBER: builtins.int
+        STEP_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        name: builtins.str
+        """step_s, throughput, stall_s, upload_s, or what the script reports, such as loss"""
+        attempt: builtins.int
+        rank: builtins.int
+        @property
+        def at(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+            """epoch seconds"""
+
+        @property
+        def step(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+        @property
+        def value(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
+        def __init__(
+            self,
+            *,
+            name: builtins.str = ...,
+            attempt: builtins.int = ...,
+            rank: builtins.int = ...,
+            at: collections.abc.Iterable[builtins.float] | None = ...,
+            step: collections.abc.Iterable[builtins.int] | None = ...,
+            value: collections.abc.Iterable[builtins.float] | None = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["at", b"at", "attempt", b"attempt", "name", b"name", "rank", b"rank", "step", b"step", "value", b"value"]) -> None: ...
+
+    CURVES_FIELD_NUMBER: builtins.int
+    @property
+    def curves(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SeriesReply.Curve]: ...
+    def __init__(
+        self,
+        *,
+        curves: collections.abc.Iterable[Global___SeriesReply.Curve] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["curves", b"curves"]) -> None: ...
+
+Global___SeriesReply: typing_extensions.TypeAlias = SeriesReply
+
+@typing.final
 class StacksRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -442,11 +516,16 @@ class LogChunk(google.protobuf.message.Message):
     NEXT_OFFSET_FIELD_NUMBER: builtins.int
     ATTEMPT_FIELD_NUMBER: builtins.int
     EOF_FIELD_NUMBER: builtins.int
+    MARKS_FIELD_NUMBER: builtins.int
     data: builtins.bytes
     next_offset: builtins.int
     attempt: builtins.int
     eof: builtins.bool
     """Nothing more will come: the rank has ended and all was read."""
+    @property
+    def marks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TimeMark]:
+        """When the bytes had been written, in order of their sizes; none from earlier releases."""
+
     def __init__(
         self,
         *,
@@ -454,7 +533,28 @@ class LogChunk(google.protobuf.message.Message):
         next_offset: builtins.int = ...,
         attempt: builtins.int = ...,
         eof: builtins.bool = ...,
+        marks: collections.abc.Iterable[Global___TimeMark] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "data", b"data", "eof", b"eof", "next_offset", b"next_offset"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "data", b"data", "eof", b"eof", "marks", b"marks", "next_offset", b"next_offset"]) -> None: ...
 
 Global___LogChunk: typing_extensions.TypeAlias = LogChunk
+
+@typing.final
+class TimeMark(google.protobuf.message.Message):
+    """At at_ms (epoch, the machine's clock) the log was so long."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SIZE_FIELD_NUMBER: builtins.int
+    AT_MS_FIELD_NUMBER: builtins.int
+    size: builtins.int
+    at_ms: builtins.int
+    def __init__(
+        self,
+        *,
+        size: builtins.int = ...,
+        at_ms: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["at_ms", b"at_ms", "size", b"size"]) -> None: ...
+
+Global___TimeMark: typing_extensions.TypeAlias = TimeMark

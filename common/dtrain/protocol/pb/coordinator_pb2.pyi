@@ -19,6 +19,85 @@ else:
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
+class JobSeriesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    POINTS_MAX_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    points_max: builtins.int
+    """of each number in each attempt; 0: as many as there are"""
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+        points_max: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["job", b"job", "points_max", b"points_max"]) -> None: ...
+
+Global___JobSeriesRequest: typing_extensions.TypeAlias = JobSeriesRequest
+
+@typing.final
+class JobSeriesReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class Curve(google.protobuf.message.Message):
+        """One number of one attempt. at[i], step[i] and value[i] belong together, in order of time."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: builtins.int
+        ATTEMPT_FIELD_NUMBER: builtins.int
+        RANK_FIELD_NUMBER: builtins.int
+        AGENT_FIELD_NUMBER: builtins.int
+        AT_FIELD_NUMBER: builtins.int
+        STEP_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        name: builtins.str
+        attempt: builtins.int
+        rank: builtins.int
+        agent: builtins.str
+        @property
+        def at(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+            """epoch seconds"""
+
+        @property
+        def step(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+        @property
+        def value(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
+        def __init__(
+            self,
+            *,
+            name: builtins.str = ...,
+            attempt: builtins.int = ...,
+            rank: builtins.int = ...,
+            agent: builtins.str = ...,
+            at: collections.abc.Iterable[builtins.float] | None = ...,
+            step: collections.abc.Iterable[builtins.int] | None = ...,
+            value: collections.abc.Iterable[builtins.float] | None = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["agent", b"agent", "at", b"at", "attempt", b"attempt", "name", b"name", "rank", b"rank", "step", b"step", "value", b"value"]) -> None: ...
+
+    CURVES_FIELD_NUMBER: builtins.int
+    PROBLEMS_FIELD_NUMBER: builtins.int
+    @property
+    def curves(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___JobSeriesReply.Curve]: ...
+    @property
+    def problems(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """machines that did not answer, in one sentence each"""
+
+    def __init__(
+        self,
+        *,
+        curves: collections.abc.Iterable[Global___JobSeriesReply.Curve] | None = ...,
+        problems: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["curves", b"curves", "problems", b"problems"]) -> None: ...
+
+Global___JobSeriesReply: typing_extensions.TypeAlias = JobSeriesReply
+
+@typing.final
 class CordonRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -673,6 +752,131 @@ class ReadReply(google.protobuf.message.Message):
 Global___ReadReply: typing_extensions.TypeAlias = ReadReply
 
 @typing.final
+class ListRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    AFTER_REVISION_FIELD_NUMBER: builtins.int
+    WAIT_MS_FIELD_NUMBER: builtins.int
+    kind: builtins.str
+    """jobs or agents"""
+    after_revision: builtins.int
+    wait_ms: builtins.int
+    def __init__(
+        self,
+        *,
+        kind: builtins.str = ...,
+        after_revision: builtins.int = ...,
+        wait_ms: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after_revision", b"after_revision", "kind", b"kind", "wait_ms", b"wait_ms"]) -> None: ...
+
+Global___ListRequest: typing_extensions.TypeAlias = ListRequest
+
+@typing.final
+class ListReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    AGE_S_FIELD_NUMBER: builtins.int
+    revision: builtins.int
+    age_s: builtins.float
+    """since this replica last knew its mirror to be current"""
+    @property
+    def rows(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """each a JobRow or AgentRow as JSON, in order of name"""
+
+    def __init__(
+        self,
+        *,
+        rows: collections.abc.Iterable[builtins.bytes] | None = ...,
+        revision: builtins.int = ...,
+        age_s: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["age_s", b"age_s", "revision", b"revision", "rows", b"rows"]) -> None: ...
+
+Global___ListReply: typing_extensions.TypeAlias = ListReply
+
+@typing.final
+class ChangesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PREFIXES_FIELD_NUMBER: builtins.int
+    AFTER_REVISION_FIELD_NUMBER: builtins.int
+    WAIT_MS_FIELD_NUMBER: builtins.int
+    after_revision: builtins.int
+    wait_ms: builtins.int
+    @property
+    def prefixes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """below the cluster's root; no snapshots of machines"""
+
+    def __init__(
+        self,
+        *,
+        prefixes: collections.abc.Iterable[builtins.str] | None = ...,
+        after_revision: builtins.int = ...,
+        wait_ms: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after_revision", b"after_revision", "prefixes", b"prefixes", "wait_ms", b"wait_ms"]) -> None: ...
+
+Global___ChangesRequest: typing_extensions.TypeAlias = ChangesRequest
+
+@typing.final
+class Changed(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    DELETED_FIELD_NUMBER: builtins.int
+    VALUE_FIELD_NUMBER: builtins.int
+    CREATE_REVISION_FIELD_NUMBER: builtins.int
+    key: builtins.str
+    revision: builtins.int
+    deleted: builtins.bool
+    value: builtins.bytes
+    create_revision: builtins.int
+    def __init__(
+        self,
+        *,
+        key: builtins.str = ...,
+        revision: builtins.int = ...,
+        deleted: builtins.bool = ...,
+        value: builtins.bytes = ...,
+        create_revision: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["create_revision", b"create_revision", "deleted", b"deleted", "key", b"key", "revision", b"revision", "value", b"value"]) -> None: ...
+
+Global___Changed: typing_extensions.TypeAlias = Changed
+
+@typing.final
+class ChangesReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CHANGES_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    AGE_S_FIELD_NUMBER: builtins.int
+    LOST_FIELD_NUMBER: builtins.int
+    revision: builtins.int
+    """all up to here are told: what to ask with next"""
+    age_s: builtins.float
+    lost: builtins.bool
+    """This replica does not know any more, or not yet, what came after after_revision."""
+    @property
+    def changes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Changed]: ...
+    def __init__(
+        self,
+        *,
+        changes: collections.abc.Iterable[Global___Changed] | None = ...,
+        revision: builtins.int = ...,
+        age_s: builtins.float = ...,
+        lost: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["age_s", b"age_s", "changes", b"changes", "lost", b"lost", "revision", b"revision"]) -> None: ...
+
+Global___ChangesReply: typing_extensions.TypeAlias = ChangesReply
+
+@typing.final
 class JobLogRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -683,6 +887,7 @@ class JobLogRequest(google.protobuf.message.Message):
     OFFSET_FIELD_NUMBER: builtins.int
     BYTES_MAX_FIELD_NUMBER: builtins.int
     WAIT_MS_FIELD_NUMBER: builtins.int
+    UID_FIELD_NUMBER: builtins.int
     job: builtins.str
     attempt: builtins.int
     """0: the current one"""
@@ -691,6 +896,8 @@ class JobLogRequest(google.protobuf.message.Message):
     offset: builtins.int
     bytes_max: builtins.int
     wait_ms: builtins.int
+    uid: builtins.str
+    """of an earlier submission; "": the present one"""
     def __init__(
         self,
         *,
@@ -701,8 +908,9 @@ class JobLogRequest(google.protobuf.message.Message):
         offset: builtins.int = ...,
         bytes_max: builtins.int = ...,
         wait_ms: builtins.int = ...,
+        uid: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "bytes_max", b"bytes_max", "job", b"job", "offset", b"offset", "rank", b"rank", "stream", b"stream", "wait_ms", b"wait_ms"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "bytes_max", b"bytes_max", "job", b"job", "offset", b"offset", "rank", b"rank", "stream", b"stream", "uid", b"uid", "wait_ms", b"wait_ms"]) -> None: ...
 
 Global___JobLogRequest: typing_extensions.TypeAlias = JobLogRequest
 
@@ -715,11 +923,24 @@ class JobLogChunk(google.protobuf.message.Message):
     ATTEMPT_FIELD_NUMBER: builtins.int
     AGENT_FIELD_NUMBER: builtins.int
     EOF_FIELD_NUMBER: builtins.int
+    MARKS_FIELD_NUMBER: builtins.int
+    ARCHIVED_FIELD_NUMBER: builtins.int
+    NOTE_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
     data: builtins.bytes
     next_offset: builtins.int
     attempt: builtins.int
     agent: builtins.str
     eof: builtins.bool
+    archived: builtins.bool
+    """It comes from the store, as its machine does not answer; why, in one sentence."""
+    note: builtins.str
+    offset: builtins.int
+    """Of the first byte: the one asked for, unless what was asked for is not there any more."""
+    @property
+    def marks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___LogMark]:
+        """When the bytes had been written: the log was so long at that time."""
+
     def __init__(
         self,
         *,
@@ -728,10 +949,105 @@ class JobLogChunk(google.protobuf.message.Message):
         attempt: builtins.int = ...,
         agent: builtins.str = ...,
         eof: builtins.bool = ...,
+        marks: collections.abc.Iterable[Global___LogMark] | None = ...,
+        archived: builtins.bool = ...,
+        note: builtins.str = ...,
+        offset: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["agent", b"agent", "attempt", b"attempt", "data", b"data", "eof", b"eof", "next_offset", b"next_offset"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["agent", b"agent", "archived", b"archived", "attempt", b"attempt", "data", b"data", "eof", b"eof", "marks", b"marks", "next_offset", b"next_offset", "note", b"note", "offset", b"offset"]) -> None: ...
 
 Global___JobLogChunk: typing_extensions.TypeAlias = JobLogChunk
+
+@typing.final
+class LogMark(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SIZE_FIELD_NUMBER: builtins.int
+    AT_MS_FIELD_NUMBER: builtins.int
+    size: builtins.int
+    at_ms: builtins.int
+    def __init__(
+        self,
+        *,
+        size: builtins.int = ...,
+        at_ms: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["at_ms", b"at_ms", "size", b"size"]) -> None: ...
+
+Global___LogMark: typing_extensions.TypeAlias = LogMark
+
+@typing.final
+class ListLogsRequest(google.protobuf.message.Message):
+    """Which ranks' logs there are, of which attempts, on which machines."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    UID_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    attempt: builtins.int
+    """0: of all"""
+    uid: builtins.str
+    """of an earlier submission; "": the present one"""
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+        attempt: builtins.int = ...,
+        uid: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "job", b"job", "uid", b"uid"]) -> None: ...
+
+Global___ListLogsRequest: typing_extensions.TypeAlias = ListLogsRequest
+
+@typing.final
+class LogSource(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    AGENT_FIELD_NUMBER: builtins.int
+    FIRST_RANK_FIELD_NUMBER: builtins.int
+    LAST_RANK_FIELD_NUMBER: builtins.int
+    ARCHIVED_FIELD_NUMBER: builtins.int
+    attempt: builtins.int
+    agent: builtins.str
+    first_rank: builtins.int
+    last_rank: builtins.int
+    archived: builtins.bool
+    """from the store's listing; else a member of the current attempt"""
+    def __init__(
+        self,
+        *,
+        attempt: builtins.int = ...,
+        agent: builtins.str = ...,
+        first_rank: builtins.int = ...,
+        last_rank: builtins.int = ...,
+        archived: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["agent", b"agent", "archived", b"archived", "attempt", b"attempt", "first_rank", b"first_rank", "last_rank", b"last_rank"]) -> None: ...
+
+Global___LogSource: typing_extensions.TypeAlias = LogSource
+
+@typing.final
+class ListLogsReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SOURCES_FIELD_NUMBER: builtins.int
+    PROBLEM_FIELD_NUMBER: builtins.int
+    problem: builtins.str
+    """why the store could not be asked"""
+    @property
+    def sources(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___LogSource]: ...
+    def __init__(
+        self,
+        *,
+        sources: collections.abc.Iterable[Global___LogSource] | None = ...,
+        problem: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["problem", b"problem", "sources", b"sources"]) -> None: ...
+
+Global___ListLogsReply: typing_extensions.TypeAlias = ListLogsReply
 
 @typing.final
 class InfoRequest(google.protobuf.message.Message):
@@ -758,6 +1074,7 @@ class InfoReply(google.protobuf.message.Message):
     LEADER_ADDRESS_FIELD_NUMBER: builtins.int
     PROBLEMS_FIELD_NUMBER: builtins.int
     ETCD_VERSION_FIELD_NUMBER: builtins.int
+    STORE_FIELD_NUMBER: builtins.int
     cluster: builtins.str
     replica: builtins.str
     version: builtins.str
@@ -768,6 +1085,8 @@ class InfoReply(google.protobuf.message.Message):
     leader_replica: builtins.str
     leader_address: builtins.str
     etcd_version: builtins.str
+    store: builtins.str
+    """Where jobs that name no store have theirs; "": nowhere."""
     @property
     def problems(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Sentences for people on what is wrong now, such as an etcd without space."""
@@ -786,8 +1105,9 @@ class InfoReply(google.protobuf.message.Message):
         leader_address: builtins.str = ...,
         problems: collections.abc.Iterable[builtins.str] | None = ...,
         etcd_version: builtins.str = ...,
+        store: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cluster", b"cluster", "etcd_version", b"etcd_version", "leader", b"leader", "leader_address", b"leader_address", "leader_replica", b"leader_replica", "mirror_age_s", b"mirror_age_s", "problems", b"problems", "replica", b"replica", "revision", b"revision", "term", b"term", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cluster", b"cluster", "etcd_version", b"etcd_version", "leader", b"leader", "leader_address", b"leader_address", "leader_replica", b"leader_replica", "mirror_age_s", b"mirror_age_s", "problems", b"problems", "replica", b"replica", "revision", b"revision", "store", b"store", "term", b"term", "version", b"version"]) -> None: ...
 
 Global___InfoReply: typing_extensions.TypeAlias = InfoReply
 

@@ -51,10 +51,25 @@ class CoordinatorStub(object):
                 request_serializer=dtrain_dot_v1_dot_coordinator__pb2.ReadRequest.SerializeToString,
                 response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ReadReply.FromString,
                 _registered_method=True)
+        self.List = channel.unary_unary(
+                '/dtrain.v1.Coordinator/List',
+                request_serializer=dtrain_dot_v1_dot_coordinator__pb2.ListRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ListReply.FromString,
+                _registered_method=True)
+        self.Changes = channel.unary_unary(
+                '/dtrain.v1.Coordinator/Changes',
+                request_serializer=dtrain_dot_v1_dot_coordinator__pb2.ChangesRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ChangesReply.FromString,
+                _registered_method=True)
         self.ReadLog = channel.unary_unary(
                 '/dtrain.v1.Coordinator/ReadLog',
                 request_serializer=dtrain_dot_v1_dot_coordinator__pb2.JobLogRequest.SerializeToString,
                 response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.JobLogChunk.FromString,
+                _registered_method=True)
+        self.ListLogs = channel.unary_unary(
+                '/dtrain.v1.Coordinator/ListLogs',
+                request_serializer=dtrain_dot_v1_dot_coordinator__pb2.ListLogsRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ListLogsReply.FromString,
                 _registered_method=True)
         self.Info = channel.unary_unary(
                 '/dtrain.v1.Coordinator/Info',
@@ -116,6 +131,11 @@ class CoordinatorStub(object):
                 request_serializer=dtrain_dot_v1_dot_coordinator__pb2.JobStacksRequest.SerializeToString,
                 response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.JobStacksReply.FromString,
                 _registered_method=True)
+        self.Series = channel.unary_unary(
+                '/dtrain.v1.Coordinator/Series',
+                request_serializer=dtrain_dot_v1_dot_coordinator__pb2.JobSeriesRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.JobSeriesReply.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServicer(object):
@@ -143,7 +163,30 @@ class CoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def List(self, request, context):
+        """One row for each job or agent, made from this replica's mirror: what lists show
+        of thousands of records. With after_revision the call waits like Read.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Changes(self, request, context):
+        """What has changed below some prefixes after a revision, each change once and in
+        order; waits up to wait_ms for the first. Any replica goes on where another stopped.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReadLog(self, request, context):
+        """From the rank's machine; from the store where that is lost.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLogs(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -235,6 +278,13 @@ class CoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Series(self, request, context):
+        """What a job's first rank has reported over time, in all attempts that agents remember.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -253,10 +303,25 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ReadRequest.FromString,
                     response_serializer=dtrain_dot_v1_dot_coordinator__pb2.ReadReply.SerializeToString,
             ),
+            'List': grpc.unary_unary_rpc_method_handler(
+                    servicer.List,
+                    request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ListRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_coordinator__pb2.ListReply.SerializeToString,
+            ),
+            'Changes': grpc.unary_unary_rpc_method_handler(
+                    servicer.Changes,
+                    request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ChangesRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_coordinator__pb2.ChangesReply.SerializeToString,
+            ),
             'ReadLog': grpc.unary_unary_rpc_method_handler(
                     servicer.ReadLog,
                     request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.JobLogRequest.FromString,
                     response_serializer=dtrain_dot_v1_dot_coordinator__pb2.JobLogChunk.SerializeToString,
+            ),
+            'ListLogs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLogs,
+                    request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ListLogsRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_coordinator__pb2.ListLogsReply.SerializeToString,
             ),
             'Info': grpc.unary_unary_rpc_method_handler(
                     servicer.Info,
@@ -317,6 +382,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.Stacks,
                     request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.JobStacksRequest.FromString,
                     response_serializer=dtrain_dot_v1_dot_coordinator__pb2.JobStacksReply.SerializeToString,
+            ),
+            'Series': grpc.unary_unary_rpc_method_handler(
+                    servicer.Series,
+                    request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.JobSeriesRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_coordinator__pb2.JobSeriesReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -413,6 +483,60 @@ class Coordinator(object):
             _registered_method=True)
 
     @staticmethod
+    def List(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Coordinator/List',
+            dtrain_dot_v1_dot_coordinator__pb2.ListRequest.SerializeToString,
+            dtrain_dot_v1_dot_coordinator__pb2.ListReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Changes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Coordinator/Changes',
+            dtrain_dot_v1_dot_coordinator__pb2.ChangesRequest.SerializeToString,
+            dtrain_dot_v1_dot_coordinator__pb2.ChangesReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ReadLog(request,
             target,
             options=(),
@@ -429,6 +553,33 @@ class Coordinator(object):
             '/dtrain.v1.Coordinator/ReadLog',
             dtrain_dot_v1_dot_coordinator__pb2.JobLogRequest.SerializeToString,
             dtrain_dot_v1_dot_coordinator__pb2.JobLogChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLogs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Coordinator/ListLogs',
+            dtrain_dot_v1_dot_coordinator__pb2.ListLogsRequest.SerializeToString,
+            dtrain_dot_v1_dot_coordinator__pb2.ListLogsReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -753,6 +904,33 @@ class Coordinator(object):
             '/dtrain.v1.Coordinator/Stacks',
             dtrain_dot_v1_dot_coordinator__pb2.JobStacksRequest.SerializeToString,
             dtrain_dot_v1_dot_coordinator__pb2.JobStacksReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Series(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Coordinator/Series',
+            dtrain_dot_v1_dot_coordinator__pb2.JobSeriesRequest.SerializeToString,
+            dtrain_dot_v1_dot_coordinator__pb2.JobSeriesReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -6,10 +6,11 @@ guarded by the revisions of what it was decided from.
 
 import difflib
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from dtrain.coordinator import packages
 from dtrain.coordinator.api import validate
 from dtrain.coordinator.core import releases
 from dtrain.protocol import codec
@@ -26,6 +27,8 @@ from dtrain.protocol.ids import ClusterName, JobName, ReplicaId, Uid, parse_name
 from dtrain.protocol.job import TERMINAL_PHASES, Intent, JobSpec, JobStatus, Wanted
 from dtrain.protocol.keys import Keys
 from dtrain.runtime.clock import Clock, iso
+from dtrain.storage.blobs.open import open_store
+from dtrain.storage.blobs.port import BlobStore
 from dtrain.storage.etcd.port import Compare, Etcd, Get, KeyValue, Put, Target, Txn, flatten, prefix_end
 
 T = TypeVar("T")
@@ -59,10 +62,17 @@ class _Found:
 class Operators:
     """Writes operators' records. Safe for several threads."""
 
-    def __init__(self, etcd: Etcd, cluster: ClusterName, clock: Clock) -> None:
+    def __init__(
+        self,
+        etcd: Etcd,
+        cluster: ClusterName,
+        clock: Clock,
+        stores: Callable[[str], BlobStore] = open_store,
+    ) -> None:
         self._etcd = etcd
         self._keys = Keys(cluster)
         self._clock = clock
+        self._stores = stores
 
     def prepare(self, document: bytes, request_id: str) -> JobSpec:
         """Return the spec to store: checked, with a uid and the time of submission.
@@ -110,12 +120,13 @@ class Operators:
                     f"job {spec.name} exists already and has not ended",
                     fix=f"choose another name, or end it first: dtrain cancel {spec.name}",
                 )
+            guards = (*found.guards, *self._package_guards(spec))
             puts = (
                 Put(keys.spec(spec.name), codec.encode(spec)),
                 Put(keys.intent(spec.name), codec.encode(intent)),
             )
             try:
-                result = self._etcd.txn(Txn(found.guards, puts))
+                result = self._etcd.txn(Txn(guards, puts))
             except OutcomeUnknown as error:
                 unknown = error
                 continue
@@ -124,6 +135,14 @@ class Operators:
         if unknown is not None:
             raise unknown
         raise _contended(spec.name)
+
+    def _package_guards(self, spec: JobSpec) -> tuple[Compare, ...]:
+        if spec.package is None:
+            return ()
+        self._need_all_to_know("a packed working directory can be used", ErrorCode.OLDER_RELEASE)
+        return (
+            packages.guard(self._etcd, self._keys.cluster, self._stores(spec.package.store), spec.package),
+        )
 
     def set_intent(
         self,
@@ -150,7 +169,7 @@ class Operators:
         asked = _wanted(wanted)
         paused = _paused(pause)
         if asked is Wanted.SUSPEND or paused:
-            self._need_all_to_know()
+            self._need_all_to_know("jobs can be suspended and paused")
         if nnodes != (0, 0):
             validate.check_nodes(*nnodes)
         unknown: OutcomeUnknown | None = None
@@ -206,7 +225,7 @@ class Operators:
             raise unknown
         raise _contended(name)
 
-    def _need_all_to_know(self) -> None:
+    def _need_all_to_know(self, what: str, code: ErrorCode = ErrorCode.CONFLICT) -> None:
         """Refuse what a coordinator of a former release could not read, if it led next."""
         versions = {}
         replicas = f"{self._keys.root}coordinators/"
@@ -216,8 +235,8 @@ class Operators:
                 versions[ReplicaId(parsed.name)] = codec.decode(ReplicaRecord, kv.value).version
         if why := releases.withheld(versions):
             raise Conflict(
-                ErrorCode.CONFLICT,
-                f"jobs can be suspended and paused once all coordinators know how: {why}",
+                code,
+                f"{what} once all coordinators know how: {why}",
                 fix="upgrade it first; what is running goes on meanwhile",
             )
 

@@ -1,10 +1,10 @@
 """The Coordinator service: what clients ask of any replica."""
 
+import contextlib
 import math
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,7 +13,11 @@ import grpc
 from dtrain.coordinator.api.checkpoints import CheckpointDesk
 from dtrain.coordinator.api.cordons import Cordons
 from dtrain.coordinator.api.errors import translated
+from dtrain.coordinator.api.history import History
+from dtrain.coordinator.api.listing import Listing
+from dtrain.coordinator.api.logs import LogDesk
 from dtrain.coordinator.api.records import Operators
+from dtrain.coordinator.api.series import Curves
 from dtrain.coordinator.dispatch import Channels
 from dtrain.coordinator.work import Stores
 from dtrain.protocol import codec
@@ -36,6 +40,7 @@ from dtrain.protocol.keys import Keys
 from dtrain.protocol.pb import agent_pb2 as agent_pb
 from dtrain.protocol.pb import agent_pb2_grpc, coordinator_pb2_grpc
 from dtrain.protocol.pb import coordinator_pb2 as pb
+from dtrain.protocol.rows import AgentRow, JobRow
 from dtrain.protocol.snapshot import DurablePart, NodeRecord
 from dtrain.runtime import grpc_tls, log, redact
 from dtrain.runtime.tls import Role
@@ -46,19 +51,16 @@ from dtrain.storage.etcd.port import KeyValue
 T = TypeVar("T")
 
 WAIT_S_MAX = 30.0
-LOG_BYTES_MAX = 1024 * 1024
 PREFIX_CHARACTERS_MAX = 256
 REPLY_BYTES_MAX = 64 * 1024 * 1024
 """Of one answer; only ``Read`` may come near it: 30,000 snapshots of 2 KiB."""
 READ_BYTES_MAX = REPLY_BYTES_MAX - 1024 * 1024
 ITEM_BYTES = 64
 """What a record takes in an answer beyond its key and value."""
-AGENT_DEADLINE_S = 2.0
 STACKS_DEADLINE_S = 10.0
 STACKS_BYTES_MAX = 16 * 1024 * 1024
 """Of all ranks together; the whole is in their log folders."""
 AGENTS_ASKED_MAX = 256
-LOG_PLACES_KEPT = 4096
 JOBS_CONSULTED_MAX = 1024
 FIRST_LIST_S = 5.0
 
@@ -87,6 +89,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         cordons: Cordons,
         term: Callable[[], Term | None],
         waiting: threading.BoundedSemaphore,
+        history: History | None = None,
         default_store: str = "",
         problems: Callable[[], Iterable[str]] = tuple,
         etcd_version: Callable[[], str] = str,
@@ -104,9 +107,10 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self._problems = problems
         self._etcd_version = etcd_version
         self._keys = Keys(identity.cluster)
-        self._places_lock = threading.Lock()
-        self._places: OrderedDict[tuple[str, int, int], AgentName] = OrderedDict()
-        """(uid, attempt, rank) to the agent that had its log."""
+        self._curves = Curves(channels, self._addresses)
+        self._listing = Listing(mirror, identity.cluster)
+        self._history = history or History(self._keys.root)
+        self._logs = LogDesk(identity.cluster, mirror, channels, stores, waiting)
         self._log = log.get("api")
 
     # Operators' records.
@@ -137,9 +141,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
     def SetIntent(  # noqa: N802
         self, request: pb.SetIntentRequest, context: grpc.ServicerContext
     ) -> pb.SetIntentReply:
-        peer = grpc_tls.caller(context)
-        # What a client says of itself proves nothing; what its certificate says does.
-        by = request.by if peer is None else peer.name
+        by = _who(request.by, context)
         intent, revision = self._operators.set_intent(
             request.job,
             request.wanted,
@@ -183,6 +185,60 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         )
 
     @translated
+    def List(  # noqa: N802
+        self, request: pb.ListRequest, context: grpc.ServicerContext
+    ) -> pb.ListReply:
+        lists: dict[str, Callable[[], Sequence[JobRow | AgentRow]]] = {
+            "jobs": lambda: self._listing.jobs(time.time()),
+            "agents": self._listing.agents,
+        }
+        if request.kind not in lists:
+            raise Refused(ErrorCode.USAGE, f"there is no list of {request.kind[:40]!r}")
+        self._wait_for_first_list()
+        if request.after_revision and request.wait_ms:
+            prefix = f"{self._keys.root}{request.kind}/"
+            self._wait_for_change(prefix, request.after_revision, request.wait_ms, context)
+        # The revision first: rows may be newer than it says, never older.
+        revision, age_s = self._mirror.revision, self._mirror.age_s()
+        rows = [codec.encode(row) for row in lists[request.kind]()]
+        return pb.ListReply(rows=rows, revision=revision, age_s=age_s)
+
+    @translated
+    def Changes(  # noqa: N802
+        self, request: pb.ChangesRequest, context: grpc.ServicerContext
+    ) -> pb.ChangesReply:
+        if any(len(prefix) > PREFIX_CHARACTERS_MAX for prefix in request.prefixes):
+            raise Refused(ErrorCode.USAGE, "a prefix is short", fix='use one such as "jobs/"')
+        self._wait_for_first_list()
+        found = self._history.since(request.prefixes, request.after_revision)
+        if not found.changes and not found.lost and request.wait_ms and self._waiting.acquire(blocking=False):
+            try:
+                timeout_s = min(request.wait_ms / 1000, WAIT_S_MAX)
+                found = self._history.wait(
+                    request.prefixes, request.after_revision, timeout_s, context.is_active
+                )
+            finally:
+                self._waiting.release()
+        root, peer = len(self._keys.root), grpc_tls.caller(context)
+        sees_all = peer is None or peer.role in _SEE_ALL
+        return pb.ChangesReply(
+            changes=[
+                pb.Changed(
+                    key=change.key[root:],
+                    revision=change.revision,
+                    deleted=kv is None,
+                    value=b"" if kv is None else kv.value if sees_all else _without_secrets(kv),
+                    create_revision=0 if kv is None else kv.create_revision,
+                )
+                for change in found.changes
+                for kv in (change.after,)
+            ],
+            revision=found.revision,
+            age_s=self._mirror.age_s(),
+            lost=found.lost,
+        )
+
+    @translated
     def Info(  # noqa: N802
         self,
         request: pb.InfoRequest,  # noqa: ARG002 - grpc's signature
@@ -206,6 +262,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             leader_address=known.address if known is not None else "",
             problems=self._problems(),
             etcd_version=self._etcd_version(),
+            store=self._default_store,
         )
 
     @translated
@@ -371,106 +428,16 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self, request: pb.JobLogRequest, context: grpc.ServicerContext
     ) -> pb.JobLogChunk:
         self._wait_for_first_list()
-        job = JobName(parse_name(request.job, "job"))
-        spec = self._record(self._keys.spec(job), JobSpec)
-        if spec is None:
-            raise NotFound(ErrorCode.NOT_FOUND, f"there is no job {job}", fix="list jobs: dtrain get jobs")
-        status = self._record(self._keys.status(job), JobStatus)
-        if status is None or status.uid != spec.uid or not status.attempt:
-            raise NotFound(ErrorCode.NOT_FOUND, f"job {job} has not started yet: there are no logs")
-        attempt = request.attempt or status.attempt
-        place = (spec.uid, attempt, request.rank)
-        asked = agent_pb.ReadLogRequest(
-            job=job,
-            uid=spec.uid,
-            attempt=attempt,
-            rank=request.rank,
-            stream=request.stream or "stdout",
-            offset=request.offset,
-            bytes_max=min(request.bytes_max or LOG_BYTES_MAX, LOG_BYTES_MAX),
-        )
-        candidates = self._candidates(status, attempt, place)
-        if not candidates:
-            raise Unavailable(ErrorCode.AGENT_UNAVAILABLE, f"no agent that may have logs of {job} is alive")
-        waits = len(candidates) == 1 and request.wait_ms > 0 and self._waiting.acquire(blocking=False)
-        try:
-            if waits:
-                asked.wait_ms = min(request.wait_ms, int(WAIT_S_MAX * 1000))
-            agent, chunk = self._ask(candidates, asked, context)
-        finally:
-            if waits:
-                self._waiting.release()
-        with self._places_lock:
-            self._places[place] = agent
-            while len(self._places) > LOG_PLACES_KEPT:
-                self._places.popitem(last=False)
-        return pb.JobLogChunk(
-            data=chunk.data,
-            next_offset=chunk.next_offset,
-            attempt=chunk.attempt or attempt,
-            agent=agent,
-            eof=chunk.eof,
-        )
+        return self._logs.read(request, context)
 
-    def _candidates(
-        self, status: JobStatus, attempt: int, place: tuple[str, int, int]
-    ) -> list[tuple[AgentName, str]]:
-        """Agents that may have the log, with their addresses, the only one if it is known."""
-        with self._places_lock:
-            agent = self._places.get(place)
-        # An attempt that is over has no members any more: after a failure, just when logs are wanted.
-        if attempt == status.attempt and status.members:
-            rank = place[2]
-            agent = next(
-                (m.agent for m in status.members if m.first_rank <= rank < m.first_rank + m.nproc), agent
-            )
-            if agent is None:
-                raise NotFound(
-                    ErrorCode.NOT_FOUND,
-                    f"attempt {attempt} has no rank {rank}",
-                    fix=f"use 0 to {status.world_size - 1}" if status.world_size else "",
-                )
-        if agent is not None:
-            node = self._record(self._keys.node(agent), NodeRecord)
-            return [] if node is None else [(agent, node.address)]
-        # Nothing remembers where such attempts ran: whoever has the file answers.
-        found = []
-        for kv in self._mirror.prefix(self._keys.agents):
-            parsed = self._keys.parse(kv.key)
-            if parsed is not None and parsed.kind == "node":
-                found.append((parsed.agent, codec.decode(NodeRecord, kv.value).address))
-        return found[:AGENTS_ASKED_MAX]
-
-    def _ask(
+    @translated
+    def ListLogs(  # noqa: N802
         self,
-        candidates: list[tuple[AgentName, str]],
-        asked: agent_pb.ReadLogRequest,
-        context: grpc.ServicerContext,
-    ) -> tuple[AgentName, agent_pb.LogChunk]:
-        deadline_s = AGENT_DEADLINE_S + asked.wait_ms / 1000
-        calls = []
-        for agent, address in candidates:
-            stub = agent_pb2_grpc.AgentStub(self._channels.get(agent, address))  # type: ignore[no-untyped-call]
-            calls.append((agent, stub.ReadLog.future(asked, timeout=deadline_s)))
-        # A client that hangs up must not leave a waiting call behind at the agent.
-        context.add_callback(lambda: _cancel(calls))
-        problems: list[tuple[AgentName, grpc.RpcError]] = []
-        for agent, call in calls:
-            try:
-                return agent, call.result()
-            except grpc.FutureCancelledError as error:
-                raise Unavailable(ErrorCode.AGENT_UNAVAILABLE, "the call was given up") from error
-            except grpc.RpcError as error:
-                problems.append((agent, error))
-        grave = [found for found in problems if found[1].code() is not grpc.StatusCode.NOT_FOUND]
-        if not grave:
-            raise NotFound(ErrorCode.NOT_FOUND, f"no agent has this log of rank {asked.rank}")
-        silent, why = grave[0]
-        raise Unavailable(
-            ErrorCode.AGENT_UNAVAILABLE,
-            f"agent {silent} did not give its log: {why.details() or why.code().name}",
-            fix="try again; logs stay on the machine that wrote them",
-        )
+        request: pb.ListLogsRequest,
+        context: grpc.ServicerContext,  # noqa: ARG002 - grpc's signature
+    ) -> pb.ListLogsReply:
+        self._wait_for_first_list()
+        return self._logs.sources(request)
 
     # Stacks.
 
@@ -510,7 +477,32 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self._log.info("stacks collected", job=job, ranks=len(found), problems=len(problems))
         return pb.JobStacksReply(ranks=sorted(found, key=lambda one: one.rank), problems=problems)
 
+    # Series.
+
+    @translated
+    def Series(  # noqa: N802
+        self, request: pb.JobSeriesRequest, context: grpc.ServicerContext
+    ) -> pb.JobSeriesReply:
+        self._wait_for_first_list()
+        job = JobName(parse_name(request.job, "job"))
+        spec = self._record(self._keys.spec(job), JobSpec)
+        if spec is None:
+            raise NotFound(ErrorCode.NOT_FOUND, f"there is no job {job}", fix="list jobs: dtrain get jobs")
+        status = self._record(self._keys.status(job), JobStatus)
+        if status is None or status.uid != spec.uid or not status.attempt:
+            return pb.JobSeriesReply()
+        return self._curves.read(spec, status, request.points_max, context)
+
     # Leaves.
+
+    def _addresses(self) -> dict[AgentName, str]:
+        found = {}
+        for kv in self._mirror.prefix(self._keys.agents):
+            parsed = self._keys.parse(kv.key)
+            if parsed is not None and parsed.kind == "node":
+                with contextlib.suppress(DtrainError):
+                    found[parsed.agent] = codec.decode(NodeRecord, kv.value).address
+        return found
 
     def _wait_for_first_list(self) -> None:
         if not self._mirror.revision and not self._mirror.wait_for(1, FIRST_LIST_S):
@@ -584,6 +576,9 @@ def _patience_s(context: grpc.ServicerContext) -> float:
 def _who(said: str, context: grpc.ServicerContext) -> str:
     """Who calls: what its certificate says, if it has one, proves more than what it says of itself."""
     peer = grpc_tls.caller(context)
+    if peer is not None and peer.role is Role.COORDINATOR:
+        # It speaks for somebody at its dashboard, and says so.
+        return f"{peer.name}: {said}" if said else peer.name
     return said if peer is None else peer.name
 
 

@@ -6,6 +6,7 @@ from dtrain.protocol import patterns
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.ids import parse_name
 from dtrain.protocol.job import RULE_REASONS, JobSpec, NonFiniteAction
+from dtrain.protocol.package import Package
 from dtrain.runtime import redact
 
 NODES_MAX = 10_000
@@ -64,6 +65,8 @@ def check(spec: JobSpec) -> None:
     for module in spec.preload:
         if not all(part.isidentifier() for part in module.split(".")):
             raise _bad("preload", f"names {module[:80]!r}, which is no module", "use names such as torch.nn")
+    if spec.package is not None:
+        _check_package(spec.package)
     policy = spec.checkpoint
     if holds_credentials(policy.store):
         # Without the URI: it would carry the secret on, into logs and terminals.
@@ -112,6 +115,15 @@ def check(spec: JobSpec) -> None:
     _seconds("isolation_grace", spec.isolation_grace_s, 0.0)
     _seconds("reschedule_grace", spec.reschedule_grace_s, 0.0)
     _between("priority", spec.priority, -PRIORITY_MAX, PRIORITY_MAX)
+
+
+def _check_package(package: Package) -> None:
+    if why := package.problem():
+        raise _bad("package", why, "submit the job with dtrain submit, which packs the folder")
+    if holds_credentials(package.store):
+        raise _bad("package.store", "holds credentials", "set them where coordinators and agents run")
+    if not package.store.startswith(STORES) or "\0" in package.source + package.store:
+        raise _bad("package.store", f"{package.store[:80]!r} is not a store", "use the job's own store")
 
 
 def check_nodes(low: int, high: int) -> None:

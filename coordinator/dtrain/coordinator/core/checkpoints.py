@@ -10,11 +10,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from dtrain.coordinator.core import nonfinite, sealed
+from dtrain.coordinator.core import nonfinite, sealed, tally
 from dtrain.coordinator.core.decisions import VerifyCheckpoint
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.liveness import Seat
 from dtrain.coordinator.core.stamps import iso, parse_iso
+from dtrain.coordinator.core.tally import Cause
 from dtrain.coordinator.core.views import Stored, Verdict
 from dtrain.protocol.checkpoint import CommitRecord, Latest, OpenRecord, Order
 from dtrain.protocol.commands import AbortCheckpoint, BeginCheckpoint, ConfirmCheckpoint
@@ -220,6 +221,7 @@ def commit(draft: Draft, stored: Stored[OpenRecord], verdict: Verdict, *, settle
         late_saves=max(0, status.late_saves - 1),
         failed_saves=0,
         token_done=record.token or status.token_done,
+        tally=tally.committed(status, verdict.size_bytes),
     )
     draft.event(
         EventReason.CHECKPOINT_SETTLED if settled else EventReason.CHECKPOINT_COMMITTED,
@@ -231,13 +233,20 @@ def commit(draft: Draft, stored: Stored[OpenRecord], verdict: Verdict, *, settle
 
 
 def abort(
-    draft: Draft, stored: Stored[OpenRecord], why: str, *, late: bool = False, warning: bool = True
+    draft: Draft,
+    stored: Stored[OpenRecord],
+    why: str,
+    cause: Cause = Cause.SUPERSEDED,
+    *,
+    late: bool = False,
+    warning: bool = True,
 ) -> None:
     """Decide that the checkpoint will never be."""
     record = stored.value
     draft.delete(draft.keys.open(draft.job.name, record.seq), stored.mod_revision)
     draft.aborted[record.seq] = why
     status = draft.status
+    draft.set(tally=tally.aborted(status, Cause.LATE if late else cause))
     if late:
         draft.set(late_saves=min(SLACK_DOUBLINGS_MAX, status.late_saves + 1))
     elif warning:
@@ -254,7 +263,7 @@ def abort(
 
 def abort_unfit(draft: Draft, stored: Stored[OpenRecord], why: str) -> None:
     """Abort what a number speaks against; at the end of training another try would find the same."""
-    abort(draft, stored, why)
+    abort(draft, stored, why, Cause.UNFIT)
     if stored.value.final:
         draft.set(final_tries=FINAL_TRIES_MAX)
 
@@ -365,19 +374,20 @@ def _follow(draft: Draft, members: Sequence[Seat], stored: Stored[OpenRecord]) -
     elif problem is not None:
         why = f"rank {problem.rank}: {problem.message}" + _who_asks(members, record)
         # A script's own step is not chosen anew: no slack would help.
-        abort(draft, stored, why, late=problem.late and not record.asked)
+        abort(draft, stored, why, Cause.RANK, late=problem.late and not record.asked)
     elif not record.asked and not parts and asks and record.step >= (first := min(asks.values())):
         # Ranks that wait in a save never come to it, or hand over something else at it.
         abort(draft, stored, f"the script saves step {first} itself", warning=False)
     elif verdict is not None and not verdict.ok and not verdict.retry:
-        abort(draft, stored, verdict.problem)
+        abort(draft, stored, verdict.problem, Cause.VERIFY)
     elif ended is not None and ended.step < record.step:
         abort(draft, stored, f"training ended at step {ended.step}", warning=False)
     elif draft.now >= deadline:
         missing = [rank for rank in range(record.world_size) if rank not in parts]
         late = f"ranks {_some(missing)} are not durable" if missing else "it could not be verified"
         why = f": {verdict.problem}" if verdict is not None and verdict.problem else ""
-        abort(draft, stored, f"{late} within {record.timeout_s:g} s{why}" + _who_asks(members, record))
+        why = f"{late} within {record.timeout_s:g} s{why}" + _who_asks(members, record)
+        abort(draft, stored, why, Cause.TIMEOUT)
     else:
         draft.wake(deadline)
         if is_complete(parts, record):
@@ -761,10 +771,10 @@ def _settle_one(draft: Draft, stored: Stored[OpenRecord], patient: bool, deadlin
         commit(draft, stored, verdict, settled=True)
         return True
     if verdict is not None and not verdict.retry:
-        abort(draft, stored, verdict.problem)
+        abort(draft, stored, verdict.problem, Cause.VERIFY)
         return True
     if not patient or (deadline is not None and draft.now >= deadline):
-        abort(draft, stored, "it could not be verified in time")
+        abort(draft, stored, "it could not be verified in time", Cause.TIMEOUT)
         return True
     if deadline is not None:
         draft.wake(deadline)

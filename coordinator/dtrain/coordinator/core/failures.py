@@ -96,6 +96,8 @@ def sentence(failure: Failure) -> str:
 def event_of(failure: Failure) -> tuple[EventReason, str]:
     """Reason and object of the event that records ``failure``."""
     about = f"agent/{failure.agent}" if failure.rank is None else f"rank/{failure.rank}"
+    if failure.hopeless:
+        return EventReason.PACKAGE_UNUSABLE, about
     match failure.kind:
         case FailureKind.SIGNAL:
             return EventReason.RANK_SIGNALED, about

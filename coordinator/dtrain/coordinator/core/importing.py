@@ -10,6 +10,7 @@ aborts the checkpoint: what was written is an orphan then.
 
 from dtrain.coordinator.core import checkpoints
 from dtrain.coordinator.core.draft import Draft
+from dtrain.coordinator.core.tally import Cause
 from dtrain.coordinator.core.views import Stored
 from dtrain.protocol.checkpoint import Order, OrderKind
 from dtrain.protocol.events import EventReason
@@ -36,10 +37,11 @@ def follow(draft: Draft) -> bool:
     if verdict is not None and verdict.ok and parts:
         checkpoints.commit(draft, current, verdict)
     elif verdict is not None and not verdict.ok and not verdict.retry and parts:
-        checkpoints.abort(draft, current, verdict.problem)
+        checkpoints.abort(draft, current, verdict.problem, Cause.VERIFY)
     elif draft.now >= deadline:
         why = f": {verdict.problem}" if verdict is not None and verdict.problem else ""
-        checkpoints.abort(draft, current, f"it was not imported within {record.timeout_s:g} s{why}")
+        why = f"it was not imported within {record.timeout_s:g} s{why}"
+        checkpoints.abort(draft, current, why, Cause.TIMEOUT)
     else:
         draft.wake(deadline)
         if parts:

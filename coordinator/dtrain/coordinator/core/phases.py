@@ -27,6 +27,7 @@ from dtrain.coordinator.core import (
     spares,
     stragglers,
     suspicion,
+    tally,
 )
 from dtrain.coordinator.core.decisions import ProbeStore
 from dtrain.coordinator.core.draft import Draft
@@ -142,6 +143,7 @@ def start_attempt(draft: Draft, members: tuple[Member, ...], store: str) -> None
         stragglers=(),
         joining=(),
         joining_since="",
+        tally=tally.attempt_begun(draft.status),
     )
     names = ", ".join(member.agent for member in members[:8]) + (", ..." if len(members) > 8 else "")
     draft.event(
@@ -503,7 +505,8 @@ def attempt_over(draft: Draft, ending: Ending, *, avoid: Set[AgentName] = frozen
     text = f"{failures.sentence(failure)}{told}"
     over = consequence.action is RuleAction.FAIL
     draft.event(reason, failures.sentence(failure) if over else text, about, warning=True)
-    suspicion.note(draft, failure, ending.others, cordon_s=consequence.cordon_s)
+    if not failure.hopeless:
+        suspicion.note(draft, failure, ending.others, cordon_s=consequence.cordon_s)
     if over:
         checkpoints.settle(draft, patient=False)
         fail(draft, consequence.event, text)

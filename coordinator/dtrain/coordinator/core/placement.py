@@ -104,6 +104,8 @@ def of_one_kind(spec: JobSpec, usable: dict[AgentName, AgentView]) -> dict[Agent
 
 def ranks_on(spec: JobSpec, view: AgentView) -> int:
     """Ranks that the job has on a machine of its; 0: it can have none there."""
+    if spec.package is not None and releases.is_former(view.node.version):
+        return 0  # its agent would look for the folder on its own disk
     if not spec.nproc_per_node and releases.is_former(view.node.version):
         return 0  # its agent takes that number from the job file, and would start none
     return spec.nproc_per_node or view.node.slots
@@ -278,7 +280,8 @@ def _short_of(draft: Draft, usable: dict[AgentName, AgentView]) -> str:
         more = f" and {len(names) - SHOWN_MAX} more" if len(names) > SHOWN_MAX else ""
         parts.append(held_back(names[:SHOWN_MAX], job) + more)
     if former:
-        parts.append(f"{former} of a release without nproc_per_node: auto")
+        lacking = "packed working directories" if spec.package is not None else "nproc_per_node: auto"
+        parts.append(f"{former} of a release without {lacking}")
     if cordoned:
         parts.append(f"{cordoned} cordoned")
     if stuck:

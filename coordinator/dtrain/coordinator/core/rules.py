@@ -40,6 +40,9 @@ class Consequence:
 
 def judge(draft: Draft, ending: Ending) -> Consequence:
     """What follows from the end of the draft's attempt; the first rule that fits wins."""
+    if ending.failure.hopeless:
+        # Before the job's own rules: what it is to run is not there, whoever tries.
+        return Consequence(RuleAction.FAIL, False, event=EventReason.PACKAGE_UNUSABLE)
     mistake = users_error(draft, (ending.failure, *ending.others))
     for number, rule in enumerate(draft.spec.failure_rules, start=1):
         if fits(rule, ending.failure, users=bool(mistake)):

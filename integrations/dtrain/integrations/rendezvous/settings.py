@@ -32,6 +32,11 @@ IGNORED = frozenset({"is_host", "store_type", "read_timeout", "heartbeat_timeout
 ACCESS = ("cacert", "cert", "key", "user", "password_file", "endpoints_file")
 
 
+TLS = ("cacert", "cert")
+TLS_VARIABLES = ("DTRAIN_CACERT", "DTRAIN_CERT", "ETCDCTL_CACERT", "ETCDCTL_CERT")
+"""Whoever names one of them means https where an endpoint does not say it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Times in seconds."""
@@ -122,7 +127,8 @@ def _etcd(endpoint: str, given: Mapping[str, str], environ: Mapping[str, str]) -
     protocol = given.get("protocol", "").lower()
     if protocol not in ("", "http", "https"):
         raise ValueError(f"--rdzv-conf: protocol={protocol!r} must be http or https")
-    scheme = protocol or ("https" if "cacert" in given or "cert" in given else "http")
+    secure = any(name in given for name in TLS) or any(environ.get(name) for name in TLS_VARIABLES)
+    scheme = protocol or ("https" if secure else "http")
     words = [f"--{name.replace('_', '-')}={given[name]}" for name in ACCESS if name in given]
     if endpoint.strip():
         members = [each if "://" in each else f"{scheme}://{each}" for each in config.words(endpoint)]

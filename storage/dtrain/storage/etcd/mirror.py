@@ -14,6 +14,7 @@ import random
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused, Unavailable
 from dtrain.protocol.ids import RESTORE_BUMP_LEAST
@@ -33,13 +34,29 @@ _QUIET_OPENS_MAX = 3
 cannot be read, such as a backlog beyond the longest line, and a list in pages gets past it."""
 
 
+class Relist(StrEnum):
+    """Why a mirror reads everything."""
+
+    START = "start"
+    COMPACTED = "compacted"
+    """The history that it needed is gone: it was away for long."""
+    SILENT = "silent"
+    """Streams opened and said nothing."""
+    WENT_BACK = "went-back"
+    """etcd was restored or replaced."""
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One key's step from one value to the next; None: absent."""
+    """One key's step from one value to the next; None: absent.
+
+    ``revision``: of the change itself; 0: it was found by a list, and there may have been others before it.
+    """
 
     key: str
     before: KeyValue | None
     after: KeyValue | None
+    revision: int = 0
 
 
 class MirrorState:
@@ -78,12 +95,12 @@ class MirrorState:
                 if before is not None:
                     del self._items[kv.key]
                     del self._sorted[bisect.bisect_left(self._sorted, kv.key)]
-                    changes.append(Change(kv.key, before, None))
+                    changes.append(Change(kv.key, before, None, kv.mod_revision))
                 continue
             if before is None:
                 bisect.insort(self._sorted, kv.key)
             self._items[kv.key] = kv
-            changes.append(Change(kv.key, before, kv))
+            changes.append(Change(kv.key, before, kv, kv.mod_revision))
         self.revision = max(self.revision, batch.revision)
         return tuple(changes)
 
@@ -97,6 +114,18 @@ class MirrorState:
         first = bisect.bisect_left(names, prefix)
         last = bisect.bisect_left(names, prefix_end(prefix), first) if prefix else len(names)
         return [self._items[name] for name in names[first:last]]
+
+    def children(self, prefix: str) -> list[str]:
+        """Return what comes between ``prefix`` and the next slash in its keys, each once, in key order."""
+        names = self._sorted
+        found = []
+        at = bisect.bisect_left(names, prefix)
+        while at < len(names) and names[at].startswith(prefix):
+            child = names[at][len(prefix) :].partition("/")[0]
+            found.append(child)
+            # To the first key behind all of this child's: they may be many.
+            at = bisect.bisect_left(names, prefix_end(f"{prefix}{child}/"), at + 1)
+        return found
 
     def __len__(self) -> int:
         return len(self._items)
@@ -148,6 +177,8 @@ class Mirror:
         self._failure: Exception | None = None
         self._fresh_at: float | None = None
         self._listed = False
+        self._relists: dict[Relist, int] = dict.fromkeys(Relist, 0)
+        self._relist_why = Relist.START
         self._quiet_opens = 0
         self._raft_term = 0
         self._present_seen = 0
@@ -192,6 +223,11 @@ class Mirror:
         with self._changed:
             return self._state.prefix(prefix)
 
+    def children(self, prefix: str) -> list[str]:
+        """Return the names of the folders right under ``prefix``, which ends with a slash."""
+        with self._changed:
+            return self._state.children(prefix)
+
     def wait_for(self, revision: int, timeout_s: float) -> bool:
         """Wait until the copy has reached ``revision``; False: not in time, or closed."""
         with self._changed:
@@ -205,6 +241,10 @@ class Mirror:
         """Return how long ago the copy was last known to be complete; inf before the first list."""
         fresh_at = self._fresh_at
         return float("inf") if fresh_at is None else max(0.0, self._clock.monotonic() - fresh_at)
+
+    def relists(self) -> dict[Relist, int]:
+        """Return how often everything was read, the first time included, by why."""
+        return dict(self._relists)
 
     # The thread.
 
@@ -222,7 +262,7 @@ class Mirror:
                 if self._stop.is_set():
                     return
                 if self._quiet_opens >= _QUIET_OPENS_MAX:
-                    self._listed = False
+                    self._list_again(Relist.SILENT)
                 self._log.warning(
                     "mirror interrupted", prefix=self._prefix, error=str(error), failures=self._failures
                 )
@@ -243,7 +283,7 @@ class Mirror:
             return
         if error.code is ErrorCode.ETCD_COMPACTED:
             self._log.warning("mirror lists again", prefix=self._prefix, why=str(error))
-            self._listed = False
+            self._list_again(Relist.COMPACTED)
         elif error.code is ErrorCode.ETCD_WENT_BACK:
             self._raise_alarm(error)
         elif self._clock.monotonic() >= self._refusal_at:
@@ -251,8 +291,11 @@ class Mirror:
             self._refusal_at = self._clock.monotonic() + _REFUSAL_EVERY_S
             self._log.error("etcd refuses the mirror", error=str(error), fix=error.fix)
 
+    def _list_again(self, why: Relist) -> None:
+        self._listed, self._relist_why = False, why
+
     def _raise_alarm(self, error: DtrainError) -> None:
-        self._listed = False
+        self._list_again(Relist.WENT_BACK)
         if self._alarm is None:
             self._alarm = error
             self._log.error("etcd went back", error=str(error), fix=error.fix)
@@ -299,6 +342,7 @@ class Mirror:
         with self._changed:
             changes = self._state.relist(items, revision)
             self._changed.notify_all()
+        self._relists[self._relist_why] += 1
         self._listed = True
         self._quiet_opens = 0
         self._fresh_at = asked_at
@@ -328,7 +372,7 @@ class Mirror:
                 elif now - heard_at > 3 * self._interval_s:
                     if self._quiet_opens > 1:
                         # Resuming did not help: changes outside the prefix hide whether any is missing.
-                        self._listed = False
+                        self._list_again(Relist.SILENT)
                     raise Unavailable(ErrorCode.ETCD_UNAVAILABLE, "the watch has fallen silent")
         finally:
             self._stream = None

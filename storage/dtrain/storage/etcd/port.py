@@ -151,6 +151,10 @@ class Status:
     revision: int
     version: str
     alarms: tuple[str, ...] = ()
+    db_size_bytes: int = 0
+    """Of the member's database file; 0: not told."""
+    db_quota_bytes: int = 0
+    """What it may grow to; 0: not told (etcd tells from 3.6 on)."""
 
 
 @dataclass(frozen=True, slots=True)

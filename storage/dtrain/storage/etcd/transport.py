@@ -178,6 +178,8 @@ class GatewayEtcd:
             revision=header_int(answer, "revision"),
             version=str(answer.get("version", "")),
             alarms=tuple(sorted(alarms)),
+            db_size_bytes=int(answer.get("dbSize", 0)),
+            db_quota_bytes=int(answer.get("dbSizeQuota", 0)),
         )
 
     def watch(self, key: str, range_end: str | None, start_revision: int) -> GatewayWatch:

@@ -1,0 +1,79 @@
+"""One row for each job and agent: what lists show of many records.
+
+Made by a replica (``summaries.py``), which has the records in memory, so that a
+list of hundreds of jobs on thousands of machines is one small answer. Whoever only
+shows rows need not know the records.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from dtrain.protocol.phases import TERMINAL_PHASES, JobPhase
+
+
+@dataclass(frozen=True, slots=True)
+class JobRow:
+    """A job in a list. Times are UTC; 0, "" and None: not known, or there is none."""
+
+    name: str
+    phase: JobPhase = JobPhase.QUEUED
+    reason: str = ""
+    uid: str = ""
+    attempt: int = 0
+    step: int = 0
+    """Newest step that every rank that reports has completed, or the last one stored."""
+    steps_total: int = 0
+    """As many steps as the training has, where its script says so."""
+    eta_s: float | None = None
+    """Until its last step, if steps go on to take what they took lately."""
+    goodput: float | None = None
+    """Share of its time, without queue and pauses, in which steps were done that were kept."""
+    ranks: int = 0
+    """Ranks that run."""
+    world_size: int = 0
+    """Ranks of the attempt, else as many as it may have."""
+    latest_seq: int = 0
+    latest_step: int = 0
+    submitted_at: str = ""
+    since: str = ""
+    """When the phase began."""
+    finished_at: str = ""
+    priority: int = 0
+    queue: int = 0
+    """Place among those that wait for machines, from 1."""
+    members: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    restarts: tuple[float, ...] = ()
+    """Epoch seconds of those that count against the budget; older ones than ``restarts_window_s`` do not."""
+    restarts_window_s: float = 0.0
+    restarts_max: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """It has ended for good."""
+        return self.phase in TERMINAL_PHASES
+
+
+@dataclass(frozen=True, slots=True)
+class AgentRow:
+    """A machine in a list.
+
+    ``status``: Ready, Draining, Cordoned, Blocked (something on it does not die), or Lost (no
+    lease). Draining: it is about to end, or an operator wants it empty and it is not yet.
+    """
+
+    name: str
+    status: str
+    reason: str = ""
+    """Why it is not simply Ready."""
+    busy: int = 0
+    """Slots with a rank that runs."""
+    slots: int = 0
+    gpus: int = 0
+    jobs: tuple[str, ...] = ()
+    version: str = ""
+    since: str = ""
+    address: str = ""
+    host: str = ""
+    incarnation: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
