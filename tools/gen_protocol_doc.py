@@ -12,7 +12,10 @@ PROTOCOL = ROOT / "common/dtrain/protocol"
 DOC = ROOT / "docs/protocol.md"
 MARK = "<!-- Below this line: generated from common/dtrain/protocol by tools/gen_protocol_doc.py. -->"
 PLAN: dict[str, tuple[str, list[str]]] = {
-    "Cluster": ("cluster.py", ["LeaderRecord", "ReplicaRecord", "Cordon", "Suspicion", "Blame", "TestMark"]),
+    "Cluster": (
+        "cluster.py",
+        ["LeaderRecord", "ReplicaRecord", "WebhookCursor", "Cordon", "Suspicion", "Blame", "TestMark"],
+    ),
     "Agents": (
         "snapshot.py",
         [
