@@ -160,6 +160,8 @@ MEANINGS = {
     "Intent.nnodes_min": "replaces the job file's; 0: it does not",
     "Intent.paused": "its ranks are to be held at a step",
     "Intent.nnodes_max": "replaces the job file's; 0: it does not",
+    "WebhookCursor.name": "of the webhook",
+    "WebhookCursor.revision": "revision of etcd",
     "Mark.ms": "productive milliseconds until then",
     "BadBlob.message": "what went wrong, in one sentence",
     "BlobEntry.bytes": "size",

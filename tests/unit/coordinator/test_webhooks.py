@@ -134,7 +134,13 @@ class World:
         mirror.start()
         thread = threading.Thread(target=made.run, daemon=True)
         thread.start()
-        self._ends.append(lambda: (made.stop(), thread.join(5.0), mirror.close()) and None)
+
+        def end() -> None:
+            made.stop()
+            thread.join(5.0)
+            mirror.close()
+
+        self._ends.append(end)
         return made
 
     def cursor(self, name: str = "ops") -> int:

@@ -1,4 +1,4 @@
-"""What a webhook is sent: JSON with a ``text``, as Slack and its likes show it, and the event beside it. Pure."""
+"""What a webhook is sent: JSON with a ``text`` for Slack and its likes, and the event beside it. Pure."""
 
 import hashlib
 import hmac

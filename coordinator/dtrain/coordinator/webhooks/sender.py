@@ -2,7 +2,7 @@
 
 What is promised: while somebody leads, each event that is wanted arrives at least once, unless its receiver
 refuses it, or more than a job's ring of events happened since. What is not: that it arrives only once. A
-leader that dies between a call and the cursor's next write leaves the event to its successor, under the same id.
+leader that dies between a call and the cursor's next write leaves the event to its successor, under its id.
 
 Nothing waits for a receiver: neither decisions nor other webhooks. The cursor is a record, written fenced by
 the term: a new leader neither forgets nor begins anew.
@@ -34,7 +34,7 @@ from dtrain.storage.etcd.port import Compare, Etcd, Get, KeyValue, Put, Target, 
 CALL_S = 10.0
 RETRY_S_FIRST, RETRY_S_MAX = 1.0, 60.0
 REFUSED_TIMES_MAX = 5
-"""An event that a receiver refuses with a status that says 'not this one' is passed over after so many tries."""
+"""An event that a receiver refuses by a status that means 'not this one' is passed over after that."""
 
 CURSOR_EVERY_S = 2.0
 LOOK_S = 0.5
@@ -240,7 +240,7 @@ class Sender:
     # One event -----------------------------------------------------------------------
 
     def _deliver(self, due: _Due) -> float:
-        """Call the receiver until it takes the event; return how long to rest before it is called again, or 0."""
+        """Call the receiver once; return how long to rest before the same again, 0 if that is not needed."""
         identity = message.event_id(self._cluster, due.job, due.event)
         tries = self._tries = self._tries + 1
         answer = self._call(identity, message.body(self._cluster, due.job, due.event), tries)
