@@ -45,7 +45,7 @@ class LogDesk:
         self._mirror = mirror
         self._channels = channels
         self._waiting = waiting
-        self._archived = ArchivedLogs(cluster, stores.get)
+        self.archived = ArchivedLogs(cluster, stores.get)
         self._places_lock = threading.Lock()
         self._places: OrderedDict[tuple[str, int, int], AgentName] = OrderedDict()
         """(uid, attempt, rank) to the agent that had its log."""
@@ -90,7 +90,7 @@ class LogDesk:
         problem = ""
         if status.store:
             try:
-                bundles = self._archived.bundles(status.store, job, uid)
+                bundles = self.archived.bundles(status.store, job, uid)
             except DtrainError as error:
                 bundles, problem = (), error.message
             seen = {(one.attempt, one.agent, one.first, one.last) for one in bundles}
@@ -218,7 +218,7 @@ class LogDesk:
         if not store:
             return None, "the job has no store that its logs could have been copied to"
         try:
-            found = self._archived.read(
+            found = self.archived.read(
                 store,
                 job,
                 uid,
