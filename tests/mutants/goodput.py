@@ -26,7 +26,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "time-goes-back-with-the-clock",
         "A leader whose clock is behind makes time negative.",
         f"{CORE}/ledger.py",
-        ("            if wall_ms < old.until_ms:\n", "            if False:\n"),
+        ("(elapsed_ms if ahead_ms < 0 or is_set else ahead_ms)", "ahead_ms"),
         f"{_TESTS}::test_a_leader_whose_clock_differs_makes_no_time_negative",
     ),
     mutant(
@@ -34,8 +34,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "A leader whose clock is behind counts nothing until it has caught up.",
         f"{CORE}/ledger.py",
         (
-            "old.until_ms + max(0, round((turn.now - turn.seen_at) * 1000))",
-            "old.until_ms",
+            "            elapsed_ms = max(0, round((turn.now - turn.seen_at) * 1000))\n",
+            "            elapsed_ms = 0\n",
         ),
         f"{_TESTS}::test_a_leader_whose_clock_is_behind_counts_on_with_its_monotonic_one",
     ),

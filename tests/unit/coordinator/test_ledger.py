@@ -375,6 +375,30 @@ def test_a_leader_whose_clock_is_behind_counts_on_with_its_monotonic_one() -> No
     assert ledger_of(stage).until_ms == before + 50_000
 
 
+def test_a_ledger_that_a_former_release_left_open_at_the_end_is_closed() -> None:
+    stage = training(store="")
+    stage.after(5).exit_all()
+    stage.decide()
+    left = replace(stage.status, ledger=replace(ledger_of(stage), doing="productive"))
+    closed = advance(left, replace(left, swept=True), Turn(stage.now, EPOCH + stage.now))
+    assert closed == ledger_of(stage)
+
+
+@pytest.mark.parametrize("set_by_s", [-7200.0, -90.0, 90.0, 7200.0])
+def test_a_clock_that_is_set_while_its_leader_leads_changes_nothing(set_by_s: float) -> None:
+    stage = training(every_steps=10)
+    stage.after(100)
+    while not stage.of("open"):
+        steps(stage.after(1), stage.pace.step + 1)
+    stage.wall_offset_s = set_by_s
+    steps(stage.after(stage.opened.step - stage.pace.step), int(stage.opened.step))
+    stage.checkpoint()
+    stage.fail("a")
+    stage.decide()
+    ledger = ledger_of(stage)
+    assert (ledger.until_ms - ledger.began_ms) / 1000 == pytest.approx(stage.now - BEGAN + AHEAD_S)
+
+
 def test_a_job_of_an_older_release_is_counted_from_first_sight() -> None:
     stage = training(store="")
     old = replace(stage.status, ledger=None)
