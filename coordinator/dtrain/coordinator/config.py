@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dtrain.coordinator.api.validate import holds_credentials
 from dtrain.coordinator.web.settings import DASHBOARD, DashboardSettings, dashboard_settings
+from dtrain.coordinator.webhooks.settings import WEBHOOKS, Webhook, load_webhooks
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.ids import ClusterName, ReplicaId, parse_name
 from dtrain.runtime.addresses import bracketed, is_wildcard, towards
@@ -42,6 +43,7 @@ SETTINGS = (
     ),
     Setting("log-json", "one JSON object per line (default: unless stderr is a terminal)", None, switch),
     *DASHBOARD,
+    *WEBHOOKS,
     *TLS,
     *ETCD,
 )
@@ -71,6 +73,7 @@ class Config:
     """What to advertise before the port where ``listen`` means every address; "": what ``listen`` says."""
     cordon_s: float = 0.0
     dashboard: DashboardSettings | None = None
+    webhooks: tuple[Webhook, ...] = ()
 
     def __post_init__(self) -> None:
         least = TTL_S_MIN_SHORT if self.allow_short_ttl else TTL_S_MIN
@@ -143,6 +146,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         else "",
         values["cordon-for"],
         dashboard_settings(values, secured=tls is not None),
+        load_webhooks(values["webhook-file"]),
     )
 
 
