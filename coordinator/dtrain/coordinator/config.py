@@ -40,6 +40,12 @@ SETTINGS = (
         CORDON_S,
         float,
     ),
+    Setting(
+        "archive-keep",
+        "days that records and logs of jobs that have ended are kept in the store; 0: for ever",
+        90.0,
+        float,
+    ),
     Setting("log-json", "one JSON object per line (default: unless stderr is a terminal)", None, switch),
     *DASHBOARD,
     *TLS,
@@ -71,6 +77,7 @@ class Config:
     """What to advertise before the port where ``listen`` means every address; "": what ``listen`` says."""
     cordon_s: float = 0.0
     dashboard: DashboardSettings | None = None
+    archive_keep_days: float = 90.0
 
     def __post_init__(self) -> None:
         least = TTL_S_MIN_SHORT if self.allow_short_ttl else TTL_S_MIN
@@ -97,6 +104,7 @@ class Config:
             ("scrub-interval", self.scrub_interval_s),
             ("scrub-mb-s", self.scrub_mb_s),
             ("cordon-for", self.cordon_s),
+            ("archive-keep", self.archive_keep_days),
         ):
             if not 0 <= number < 1e9:
                 raise Refused(ErrorCode.BAD_SETTING, f"--{setting} cannot be {number}", fix="use 0 or more")
@@ -143,6 +151,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         else "",
         values["cordon-for"],
         dashboard_settings(values, secured=tls is not None),
+        values["archive-keep"],
     )
 
 

@@ -37,6 +37,7 @@ from dtrain.coordinator.core.views import Moment
 from dtrain.coordinator.dispatch import Channels, Dispatcher
 from dtrain.coordinator.driver import Driver, Plan
 from dtrain.coordinator.health import EtcdHealth, Health, judge_rejection, judge_unknown
+from dtrain.coordinator.historian import Historian
 from dtrain.coordinator.leadership.lease import Leadership
 from dtrain.coordinator.measures import Measures
 from dtrain.coordinator.persistence import Committer, Deposed
@@ -75,7 +76,9 @@ COMMIT_THREADS = 2
 WORK_THREADS = 2
 API_GRACE_S = 0.05
 
-_WARNINGS = frozenset({"commit failed", "command failed", "work failed", "record unusable", "brake"})
+_WARNINGS = frozenset(
+    {"commit failed", "command failed", "work failed", "record unusable", "brake", "history not archived"}
+)
 
 BATCHES_AT_ONCE = 256
 
@@ -206,6 +209,18 @@ class Coordinator:
             scrub_interval_s=settings.scrub_interval_s,
             cordon_s=settings.cordon_s,
         )
+        self._historian = Historian(
+            settings.cluster,
+            self._mirror,
+            self._stores.get,
+            term=self._acting_term,
+            clock=clock,
+            keep_s=settings.archive_keep_days * 86_400.0,
+            log=self.log,
+        )
+        self._history_thread = threading.Thread(
+            target=self._guarded, args=(self._historian.run,), name="history", daemon=True
+        )
         self._driver = Driver(world, self._measures.planning(decide), self)
         self._lost = 0
         self._servicer = CoordinatorServicer(
@@ -232,6 +247,7 @@ class Coordinator:
         self._mirror.start()
         self._lease.start()
         self._health_thread.start()
+        self._history_thread.start()
         self._server.start(self._servicer)
         self._serves = True
         # Before its own status port answers: the guardian's falls silent by this.
@@ -257,7 +273,9 @@ class Coordinator:
         """Free everything, at leisure: for tests that go on living."""
         self._stopping.set()
         self._etcd_health.stop()
+        self._historian.close()
         self._health_thread.join(5.0)
+        self._history_thread.join(5.0)
         self._loop.join(5.0)
         self._lease.join(5.0)
         self._mirror.close()
@@ -356,6 +374,7 @@ class Coordinator:
         self._tell(lambda now: self._driver.on_work(job, result, now))
 
     def _on_changes(self, changes: tuple[Change, ...], revision: int) -> None:
+        self._historian.see(changes)
         for change in changes:
             if change.key == self._keys.leader:
                 self._measures.leader_seen(change.after)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dtrain.cli.options import (
+    SECONDS,
     complete_agent,
     complete_job,
     connected,
@@ -222,35 +223,30 @@ def checkpoints(*, job: str, iso: bool) -> None:
         checkpointing.listing(client, job, settings().output, iso=iso)
 
 
-@command.command("events", epilog=examples("dtrain get events digits", "dtrain get events -o json"))
+@command.command(
+    "events",
+    epilog=examples(
+        "dtrain get events digits",
+        "dtrain get events digits --since 1h --type Warning",
+        "dtrain get events -w",
+    ),
+)
 @click.argument("job", required=False, shell_complete=complete_job)
+@click.option("--type", "types", multiple=True, metavar="TYPE,...", help="Normal, Warning, or reasons.")
+@click.option("--since", type=SECONDS, metavar="AGE", help="Only what is not older, such as 10m.")
+@click.option("--uid", default="", help="Of an earlier submission of JOB: see 'dtrain archive'.")
+@click.option("-w", "--watch", is_flag=True, help="Go on with what happens; JSON lines when piped.")
 @timed
 @formatted()
 @connected
-def events(*, job: str | None, iso: bool) -> None:
+def events(
+    *, job: str | None, types: tuple[str, ...], since: float | None, uid: str, watch: bool, iso: bool
+) -> None:
     """List what happened, oldest first: to one job, or to all."""
-    from dtrain.cli import context, output, reading, records
+    from dtrain.cli import context, eventing
     from dtrain.cli.client import closing
-    from dtrain.cli.render import lists
-    from dtrain.cli.render.table import When
 
+    wanted = eventing.Wanted(job, types, since, uid)
     with closing(context.connect(settings())) as client:
-        cluster = reading.everything(client)
-    chosen = [records.find(cluster.jobs, job, "job")] if job else list(cluster.jobs)
-    found = [(name, event) for name in chosen for event in cluster.jobs[name].events.values()]
-    wanted = settings().output
-    output.listing(
-        "Event",
-        [
-            {"v": 1, "kind": "Event", "job": name, **document}
-            for name in chosen
-            for _, document in sorted(
-                cluster.jobs[name].raw.get("events", {}).items(), key=lambda pair: int(pair[0])
-            )
-        ],
-        lists.events(found, When(time.time(), iso), wide=wanted == "wide"),
-        [f"{name}/{event.seq}" for name, event in found],
-        output=wanted,
-        revision=cluster.revision,
-    )
-    output.freshness(cluster.age_s)
+        show = eventing.follow if watch else eventing.listing
+        show(client, wanted, iso=iso, form=settings().output)
