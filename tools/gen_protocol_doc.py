@@ -335,7 +335,7 @@ def table(node: ast.ClassDef) -> str:
 def enums() -> str:
     text = "\n## Values\n"
     for file, name in (
-        ("job.py", "JobPhase"),
+        ("phases.py", "JobPhase"),
         ("snapshot.py", "WorkerPhase"),
         ("snapshot.py", "FailureKind"),
         ("events.py", "EventReason"),

@@ -1,21 +1,34 @@
 """The dashboard in a real browser, on a real cluster that things happen to."""
 
+import base64
+import json
 import os
 import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from tests.support.browser import Page, chromium
 from tests.support.harness import Harness
 
+from dtrain.protocol import codec
+from dtrain.protocol.checkpoint import Latest
 from dtrain.protocol.ids import JobName, Rank
+from dtrain.protocol.job import JobPhase, JobStatus
+from dtrain.protocol.snapshot import WorkerSnapshot
+from dtrain.protocol.standing import reported_step
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
-    """Two replicas with a dashboard each, two agents."""
+    """Two replicas with a dashboard and metrics each, two agents."""
     folder = tmp_path_factory.mktemp("d")
     with Harness(folder, coordinators=2, agents=2, dashboards=True) as made:
         made.await_ready()
@@ -36,6 +49,11 @@ def job(harness: Harness) -> JobName:
 
 def url(harness: Harness, replica: str = "c1") -> str:
     return harness.cluster.dashboards[replica]
+
+
+def fetch(address: str, **headers: str) -> Any:
+    with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=10) as answer:
+        return json.loads(answer.read())
 
 
 def test_a_killed_rank_shows_as_attempt_2_with_its_reason_on_the_open_page(
@@ -61,6 +79,23 @@ def test_a_killed_rank_shows_as_attempt_2_with_its_reason_on_the_open_page(
     assert "undefined" not in page.text("main")
 
 
+def test_the_page_draws_what_ranks_report_and_shows_their_log(
+    harness: Harness, page: Page, job: JobName
+) -> None:
+    page.open(f"{url(harness)}/jobs/{job}")
+    for name in ("Loss", "Step time", "Steps per second", "Checkpoint stall", "Upload time"):
+        page.until(
+            f"a curve of {name}",
+            lambda name=name: page.run(
+                "return [...document.querySelectorAll('figure')].some((f) =>"
+                " f.innerText.startsWith(arguments[0]) && f.querySelector('path.line'))",
+                name,
+            ),
+        )
+    assert "faults" in page.run("return document.querySelector('#timeline').getAttribute('aria-label')")
+    page.until_text("on a1", "#log-title ~ p")
+
+
 def test_the_list_follows_a_job_and_leads_to_it(harness: Harness, page: Page, job: JobName) -> None:
     page.open(f"{url(harness)}/?phase=active")
     page.until_text(job)
@@ -75,4 +110,149 @@ def test_the_browser_refused_nothing_and_found_no_error(harness: Harness, page: 
     for path in ("/", "/agents", "/replicas", "/checkpoints", f"/jobs/{job}"):
         page.open(url(harness) + path)
         page.until_text("live from", "#link")
+        page.until("rows", lambda: page.run("return document.querySelectorAll('tbody tr').length"))
     assert page.complaints() == []
+
+
+def test_dashboard_cli_metrics_and_etcd_say_the_same_at_a_revision(harness: Harness, job: JobName) -> None:
+    """Whatever one of them says with a revision is what etcd held at that revision."""
+    told = []
+    for index in range(4):
+        view = fetch(f"{url(harness, 'c1' if index % 2 else 'c2')}/api/view?page=job&name={job}")
+        head = view["parts"]["head"]
+        told.append((view["revision"], head["step"], head["attempt"], head["latest"]))
+        document = json.loads(
+            subprocess.run(
+                [*(sys.executable, "-m", "dtrain.cli"), "get", "jobs", job, "-o", "json"],
+                env={**os.environ, "DTRAIN_COORDINATORS": ",".join(harness.cluster.addresses)},
+                capture_output=True,
+                check=True,
+                timeout=60,
+            ).stdout
+        )
+        latest = document["latest"]
+        step = _step(document["status"], document.get("workers", {}).values())
+        told.append(
+            (
+                document["revision"],
+                step,
+                document["status"]["attempt"],
+                {"seq": latest["seq"], "step": latest["step"]},
+            )
+        )
+    for revision, step, attempt, latest in told:
+        assert (step, attempt, latest) == _in_etcd(harness, job, revision), revision
+    assert len({step for _, step, _, _ in told}) > 1, "nothing moved meanwhile: this showed nothing"
+
+
+def _step(status: dict[str, Any], workers: Any) -> int:
+    mine = [one for one in workers if one["attempt"] == status["attempt"] and one["uid"] == status["uid"]]
+    return reported_step(
+        status.get("step", 0), [rank.get("step", 0) for one in mine for rank in one["ranks"]]
+    )
+
+
+def _in_etcd(harness: Harness, job: JobName, revision: int) -> tuple[int, int, dict[str, int]]:
+    """Step, attempt and newest commit as ``etcdctl get --rev`` shows them."""
+    keys = harness.keys
+    shown = subprocess.run(
+        [harness.cluster.etcdctl, "--endpoints", ",".join(harness.cluster.endpoints), "get", "--prefix",
+         keys.root, "--rev", str(revision), "-w", "json"],
+        env={**os.environ, "ETCDCTL_API": "3"}, capture_output=True, check=True, timeout=60,
+    )  # fmt: skip
+    found = {
+        base64.b64decode(kv["key"]).decode(): base64.b64decode(kv["value"])
+        for kv in json.loads(shown.stdout)["kvs"]
+    }
+    status = codec.decode(JobStatus, found[keys.status(job)])
+    latest = codec.decode(Latest, found[keys.latest(job)])
+    steps = []
+    for key, value in found.items():
+        if key.startswith(keys.agents) and key.endswith(f"/workers/{job}"):
+            snapshot = codec.decode(WorkerSnapshot, value)
+            if (snapshot.uid, snapshot.attempt) == (status.uid, status.attempt):
+                steps += [rank.step for rank in snapshot.ranks]
+    return reported_step(status.step, steps), status.attempt, {"seq": latest.seq, "step": latest.step}
+
+
+def test_without_the_token_nothing_can_be_changed_and_with_it_a_job_is_checkpointed(
+    harness: Harness, page: Page, job: JobName
+) -> None:
+    page.open(f"{url(harness)}/jobs/{job}")
+    page.until_text("RUNNING", "h1")
+    assert "Checkpoint now" not in page.text("main")
+    for headers in ({}, {"Authorization": "Bearer 0123456789abcdef0123"}):
+        request = urllib.request.Request(
+            f"{url(harness)}/api/jobs/{job}/cancel",
+            data=b"{}",
+            headers={"Content-Type": "application/json", **headers},
+        )
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=10)
+        assert refused.value.code == 401
+    page.click("Unlock changes")
+    token = harness.cluster.dashboard_token.read_text().strip()
+    page.run("document.querySelector('#token-input').value = arguments[0]", token)
+    page.click("Unlock")
+    page.until_text("Checkpoint now")
+    page.click("Cancel")
+    page.click("Leave it")
+    before = harness.status(job).seq_last
+    page.click("Suspend")
+    page.click("Yes")
+    page.until_text("SUSPENDED", "h1")
+    assert harness.status(job).phase is JobPhase.SUSPENDED
+    assert harness.commits(job)[-1].seq > before
+    assert "dashboard of c1" in page.text("#fact-wanted")
+    page.click("Resume")
+    page.click("Yes")
+    page.until_text("RUNNING", "h1")
+
+
+def test_a_page_goes_on_from_another_replica_when_its_own_is_gone(
+    harness: Harness, page: Page, job: JobName
+) -> None:
+    leader = fetch(f"{url(harness)}/api/view?page=replicas")["parts"]["cluster"]["leader"]
+    page.open(f"{url(harness, leader)}/jobs/{job}")
+    page.until_text(f"live from {leader}", "#link")
+    page.until_text("RUNNING", "h1")
+    shown = int(page.run("return document.documentElement.dataset.revision"))
+    harness.cluster.daemon(leader).power_cut()
+    other = next(name for name in harness.cluster.dashboards if name != leader)
+    page.until_text(f"live from {other}", "#link")
+    page.until_text(f"goes on with {other}", "#notice")
+    page.until_text(f"Leader {other}", "#leader")
+    assert int(page.run("return document.documentElement.dataset.revision")) >= shown
+    step = page.text("#fact-step")
+    page.until("steps go by again", lambda: page.text("#fact-step") != step)
+    harness.cluster.daemon(leader).start()
+    harness.await_ready()
+
+
+def test_a_dashboard_that_dies_is_started_again_and_the_page_finds_it(
+    harness: Harness, page: Page, job: JobName
+) -> None:
+    page.open(f"{url(harness)}/jobs/{job}")
+    page.until_text("live from c1", "#link")
+    found = [one for one in harness.alive() if "coordinator.web\0--cluster\0e2e\0--id\0c1\0" in _command(one)]
+    assert len(found) == 1
+    os.kill(found[0], signal.SIGKILL)
+    term = harness.term()
+    page.until("it is live again", lambda: "live from" in page.text("#link") and _serves(url(harness)))
+    assert harness.term() == term, "the coordinator was disturbed"
+
+
+def _command(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/cmdline") as file:  # noqa: PTH123
+            return file.read()
+    except OSError:
+        return ""
+
+
+def _serves(address: str) -> bool:
+    try:
+        return fetch(f"{address}/healthz")["mirror_age_s"] is not None
+    except (OSError, ValueError):
+        time.sleep(0.1)
+        return False

@@ -79,6 +79,8 @@ REQUESTS: dict[str, Any] = {
     "/dtrain.v1.Agent/Execute": agent_pb2.Command(header=agent_pb2.Header(cluster="c1")),
     "/dtrain.v1.Coordinator/Stacks": coordinator_pb2.JobStacksRequest(job="none"),
     "/dtrain.v1.Agent/Stacks": agent_pb2.StacksRequest(job="none", uid="u1"),
+    "/dtrain.v1.Agent/Series": agent_pb2.SeriesRequest(job="none", uid="u1"),
+    "/dtrain.v1.Coordinator/Series": coordinator_pb2.JobSeriesRequest(job="none"),
     "/dtrain.v1.Agent/ReadLog": agent_pb2.ReadLogRequest(job="none", uid="u1", stream="stdout"),
 }
 MAY = {
@@ -103,6 +105,8 @@ MAY = {
     "/dtrain.v1.Agent/Execute": {"coordinator"},
     "/dtrain.v1.Coordinator/Stacks": {"operator"},
     "/dtrain.v1.Agent/Stacks": {"coordinator"},
+    "/dtrain.v1.Agent/Series": {"coordinator"},
+    "/dtrain.v1.Coordinator/Series": {"operator", "reader", "coordinator", "agent"},
     "/dtrain.v1.Agent/ReadLog": {"coordinator"},
 }
 

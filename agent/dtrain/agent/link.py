@@ -11,6 +11,7 @@ import grpc
 from dtrain.agent import log_times
 from dtrain.agent.core.decisions import Answer
 from dtrain.agent.logs import LogPart, LogPlace, RankLogs, read_part
+from dtrain.agent.series import Curve
 from dtrain.protocol import wire
 from dtrain.protocol.archive import Mark
 from dtrain.protocol.commands import Command
@@ -34,6 +35,7 @@ CONNECTIONS_MAX = 400
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024
 STACKS_BYTES_MAX = 1024 * 1024
 """Of all ranks together; the whole is in their log folders."""
+POINTS_MAX = 1000
 
 OPTIONS = (
     *grpc_tls.SERVER_OPTIONS,
@@ -46,22 +48,32 @@ OPTIONS = (
 Execute = Callable[[Command], Answer]
 Ended = Callable[[str, str, Attempt, int], bool]
 Stacks = Callable[[str, str], list[tuple[Stack, str]]]
+Curves = Callable[[str, str, int], list[Curve]]
 
 
 class AgentServicer(agent_pb2_grpc.AgentServicer):
     """``execute`` takes commands on; ``ended`` tells whether a rank will write no more.
 
-    ``stacks`` collects those of a submission's ranks, each in short and in full.
+    ``stacks`` collects those of a submission's ranks, each in short and in full. ``curves`` returns
+    what one has reported, with so many points at most.
     """
 
     def __init__(
-        self, execute: Execute, logs: RankLogs, ended: Ended, term: Callable[[], Term], stacks: Stacks
+        self,
+        execute: Execute,
+        logs: RankLogs,
+        ended: Ended,
+        term: Callable[[], Term],
+        stacks: Stacks,
+        *,
+        curves: Curves = lambda _job, _uid, _points: [],
     ) -> None:
         self._execute = execute
         self._logs = logs
         self._ended = ended
         self._term = term
         self._stacks = stacks
+        self._curves = curves
         self._waiting = threading.BoundedSemaphore(THREADS_WAITING)
 
     def Execute(self, request: pb.Command, context: grpc.ServicerContext) -> pb.Ack:  # noqa: N802
@@ -97,6 +109,26 @@ class AgentServicer(agent_pb2_grpc.AgentServicer):
                     rank=stack.rank, kind=stack.kind.value, where=stack.where, text=text[:room]
                 )
                 for stack, text in found
+            ]
+        )
+
+    def Series(  # noqa: N802
+        self,
+        request: pb.SeriesRequest,
+        context: grpc.ServicerContext,  # noqa: ARG002 - grpc's signature
+    ) -> pb.SeriesReply:
+        points_max = min(request.points_max or POINTS_MAX, POINTS_MAX)
+        return pb.SeriesReply(
+            curves=[
+                pb.SeriesReply.Curve(
+                    name=curve.name,
+                    attempt=curve.attempt,
+                    rank=curve.rank,
+                    at=[at for at, _, _ in curve.points],
+                    step=[step for _, step, _ in curve.points],
+                    value=[value for _, _, value in curve.points],
+                )
+                for curve in self._curves(request.job, request.uid, points_max)
             ]
         )
 

@@ -44,6 +44,7 @@ from dtrain.agent.notice_value import Notice
 from dtrain.agent.processes import Launchers, Transfers
 from dtrain.agent.rank_socket import RankServer, short_run_dir
 from dtrain.agent.reporter import Reporter, ReporterThread, Settings
+from dtrain.agent.series import Series
 from dtrain.agent.stacks import RankWatch
 from dtrain.agent.status import Status
 from dtrain.protocol.commands import Command
@@ -117,6 +118,7 @@ class Agent:
     ) -> None:
         self._settings = settings
         self._measures = Measures(settings.name)
+        self._series = Series(clock.wall)
         etcd = MeteredEtcd(etcd, self._measures.etcd, clock)
         self._etcd = etcd
         self._session = session
@@ -221,7 +223,7 @@ class Agent:
             clock,
             confirm_term=self._confirm_term,
             log=self.log,
-            see=self._measures.see,
+            see=self._see,
         )
         self._consulting = ConsultThread(
             Consultant(
@@ -238,7 +240,12 @@ class Agent:
             lambda error: self._fail(f"the consultant died: {error!r}"),
         )
         self._servicer = AgentServicer(
-            self._execute, logs, self._rank_ended, lambda: self._driver.state.term, self._stacks
+            self._execute,
+            logs,
+            self._rank_ended,
+            lambda: self._driver.state.term,
+            self._stacks,
+            curves=self._series.read,
         )
         self._notices = notices.Watch(
             settings.preemption_notices,
@@ -456,6 +463,10 @@ class Agent:
             return True
         found = next((local for local in known.ranks if local.rank == rank), None)
         return found is not None and found.exit_code is not None
+
+    def _see(self, before: AgentState, after: AgentState, now: float) -> None:
+        self._measures.see(before, after, now)
+        self._series.see(before, after, now)
 
     def _stacks(self, job: str, uid: str) -> list[tuple[Stack, str]]:
         known = self._driver.state.jobs.get(JobName(job))

@@ -1,9 +1,10 @@
 """What the coordinators answer, as values: no grpc in it, so that what only shows them loads none."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dtrain.protocol.checkpoint import CommitRecord
+if TYPE_CHECKING:
+    from dtrain.protocol.checkpoint import CommitRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ class Importing:
 class Pinned:
     """A checkpoint that stays while it is pinned; ``lease`` renews the pin, 0 for one without an end."""
 
-    record: CommitRecord
+    record: "CommitRecord"
     store: str
     lease: int
     revision: int

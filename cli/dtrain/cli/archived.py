@@ -1,6 +1,6 @@
 """Jobs as they are now, and as the archive remembers them once they are over."""
 
-from dtrain.cli import output, reading, records
+from dtrain.cli import naming, output, reading, records
 from dtrain.cli.answers import Reading
 from dtrain.cli.client import Client
 from dtrain.cli.records import Cluster, Job
@@ -25,7 +25,7 @@ def job(client: Client, wanted: str, uid: str = "") -> tuple[Job, Cluster]:
     else:
         past = client.read_archive(name, uid)
     cluster = records.group(past)
-    found = cluster.jobs[records.find(cluster.jobs, name, "job")]
+    found = cluster.jobs[naming.find(cluster.jobs, name, "job")]
     of = found.status.uid if found.status else uid
     output.say(f"{name} (uid {of}) as it was archived when it ended")
     return found, cluster

@@ -1,13 +1,14 @@
 """What the coordinators can be asked: any replica will do, and every call may be repeated.
 
 Request ids and checkpoint tokens are chosen here, so that a repeated mutation
-changes nothing. How a replica is found that answers is ``calling.py``'s.
+changes nothing. How a replica is found that answers is ``calling.py``'s. Records are
+imported where one is decoded: most verbs need none of them.
 """
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -29,12 +30,12 @@ from dtrain.cli.answers import (
 )
 from dtrain.cli.calling import Caller, translate
 from dtrain.protocol import codec
-from dtrain.protocol.checkpoint import CommitRecord
-from dtrain.protocol.cluster import Cordon
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused, Unavailable
-from dtrain.protocol.job import Intent
 from dtrain.protocol.pb import coordinator_pb2 as pb
-from dtrain.protocol.snapshot import DurablePart
+
+if TYPE_CHECKING:
+    from dtrain.protocol.cluster import Cordon
+    from dtrain.protocol.snapshot import DurablePart
 
 STACKS_S = 12.0
 """Ranks are looked at while the caller waits."""
@@ -101,6 +102,8 @@ class Client(Caller):
             pause=pause,
         )
         reply = self._call(lambda stub, timeout: stub.SetIntent(request, timeout=timeout))
+        from dtrain.protocol.job import Intent
+
         if pause and codec.decode(Intent, reply.intent).paused is not (pause == "pause"):
             # A former release passes over what it does not know.
             raise Refused(
@@ -110,7 +113,9 @@ class Client(Caller):
             )
         return int(reply.revision)
 
-    def cordon(self, agent: str, *, reason: str, ttl_s: int = 0, drain: bool = False, by: str = "") -> Cordon:
+    def cordon(
+        self, agent: str, *, reason: str, ttl_s: int = 0, drain: bool = False, by: str = ""
+    ) -> "Cordon":
         """Keep new ranks off a machine, for ``ttl_s`` or until it is lifted; return the record.
 
         Raises:
@@ -120,6 +125,8 @@ class Client(Caller):
         request = pb.CordonRequest(agent=agent, reason=reason, by=by, ttl_s=ttl_s, drain=drain)
         reply = self._call(lambda stub, timeout: stub.Cordon(request, timeout=timeout))
         self._seen_revision = max(self._seen_revision, int(reply.revision))
+        from dtrain.protocol.cluster import Cordon
+
         return codec.decode(Cordon, reply.record)
 
     def uncordon(self, agent: str) -> bool:
@@ -315,6 +322,8 @@ class Client(Caller):
             job=job, seq=seq, holder=holder, ttl_s=ttl_s, lease=lease, why=why, by=by
         )
         reply = self._call(lambda stub, timeout: stub.PinCheckpoint(request, timeout=timeout))
+        from dtrain.protocol.checkpoint import CommitRecord
+
         return Pinned(codec.decode(CommitRecord, reply.record), reply.store, reply.lease, reply.revision)
 
     def unpin_checkpoint(self, job: str, seq: int, *, holder: str, lease: int = 0) -> bool:
@@ -354,7 +363,7 @@ class Client(Caller):
         ttl_s: int,
         timeout_s: float,
         lease: int = 0,
-        part: DurablePart | None = None,
+        part: "DurablePart | None" = None,
         by: str = "",
     ) -> Importing:
         """Ask for a checkpoint to be opened whose bytes the caller writes; or renew that, or report a part.

@@ -77,7 +77,7 @@ def document(record: Cordon, kind: str) -> dict[str, object]:
 
 
 def _name(client: "Client", wanted: str) -> str:
-    from dtrain.cli import records
+    from dtrain.cli import naming, records
 
     cluster = records.group(client.read("agents/"), client.read("cordons/"))
-    return records.find(cluster.agents, wanted, "agent")
+    return naming.find(cluster.agents, wanted, "agent")

@@ -16,7 +16,7 @@ from dtrain.protocol.errors import (
     TimedOut,
     Unavailable,
 )
-from dtrain.protocol.job import JobPhase
+from dtrain.protocol.phases import JobPhase
 
 OK = 0
 BUG = 1

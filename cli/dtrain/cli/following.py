@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from dtrain.cli import records
+from dtrain.cli import naming, records
 from dtrain.cli.answers import LogChunk
 from dtrain.cli.client import Client
 from dtrain.cli.loglines import Cutter, Line
@@ -174,7 +174,7 @@ class Follower:
                     self._trouble(f"connected again, to {reading.replica}")
                 jobs = records.group(reading).jobs
                 if self._job not in jobs and (reading.revision >= after_revision):
-                    records.find(jobs, self._job, "job")
+                    naming.find(jobs, self._job, "job")
                 if self._job in jobs:
                     first, revision = False, reading.revision
                     job = jobs[self._job]

@@ -11,17 +11,18 @@ from typing import Any, TypeVar
 
 from dtrain.cli import exits
 from dtrain.cli.answers import Item, Reading
-from dtrain.protocol import codec, rows
+from dtrain.protocol import codec, summaries
 from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord, Quarantine, Verification
 from dtrain.protocol.cluster import Cordon, LeaderRecord, ReplicaRecord, Suspicion
-from dtrain.protocol.errors import ErrorCode, NotFound, Refused
+from dtrain.protocol.errors import Refused
 from dtrain.protocol.events import EventReason, EventRecord
 from dtrain.protocol.ids import ClusterName
 from dtrain.protocol.job import TERMINAL_PHASES, Intent, JobPhase, JobSpec, JobStatus
 from dtrain.protocol.keys import Keys, Parsed
-from dtrain.protocol.rows import AgentRow, JobRow, Part
+from dtrain.protocol.rows import AgentRow, JobRow
 from dtrain.protocol.snapshot import NodeRecord, RankState, WorkerSnapshot
 from dtrain.protocol.standing import reported_step
+from dtrain.protocol.summaries import Part
 from dtrain.runtime import redact
 
 T = TypeVar("T")
@@ -91,14 +92,14 @@ class Job:
     def row(self, now: float) -> JobRow:
         """What a list shows of it at ``now`` (epoch seconds), without its place in the queue."""
         parts = {agent: _part(snapshot) for agent, snapshot in self.workers.items()}
-        return rows.job_row(
+        return summaries.job_row(
             self.name, self.spec, self.status, intent=self.intent, latest=self.latest, parts=parts, now=now
         )
 
     @property
     def reason(self) -> str:
         """The leader's sentence, and what its ranks add to it."""
-        return rows.reason(self.status, [_part(snapshot) for snapshot in self.current_workers.values()])
+        return summaries.reason(self.status, [_part(snapshot) for snapshot in self.current_workers.values()])
 
     @property
     def step(self) -> int:
@@ -110,12 +111,12 @@ class Job:
     @property
     def world_size(self) -> int:
         """Ranks: of the current attempt, else as asked for."""
-        return rows.world_size(self.spec, self.intent, self.status)
+        return summaries.world_size(self.spec, self.intent, self.status)
 
     @property
     def nodes(self) -> tuple[int, int]:
         """Fewest and most machines: as scaled, else as in the job file."""
-        return rows.nodes(self.spec, self.intent)
+        return summaries.nodes(self.spec, self.intent)
 
     @property
     def budget_spent(self) -> bool:
@@ -162,7 +163,7 @@ class Agent:
     def row(self) -> AgentRow:
         """What a list shows of it."""
         parts = {job: _part(snapshot) for job, snapshot in self.workers.items()}
-        return rows.agent_row(self.name, self.node, self.cordon, parts)
+        return summaries.agent_row(self.name, self.node, self.cordon, parts)
 
     def as_json(self) -> Json:
         """The records, with the fields that they are stored with."""
@@ -212,30 +213,6 @@ def group(*readings: Reading) -> Cluster:
     cluster.jobs = {name: job for name, job in sorted(cluster.jobs.items()) if job.spec or job.status}
     cluster.agents = dict(sorted(cluster.agents.items()))
     return cluster
-
-
-def find(names: Iterable[str], wanted: str, what: str) -> str:
-    """Return the name that ``wanted`` is, or is the unique beginning of; ``job/NAME`` is fine, too.
-
-    Raises:
-        NotFound: none, or more than one.
-    """
-    known = sorted(names)
-    word = wanted.removeprefix(f"{what}/")
-    if word in known:
-        return word
-    matching = [name for name in known if name.startswith(word)] if word else []
-    if len(matching) == 1:
-        return matching[0]
-    if matching:
-        raise Refused(
-            ErrorCode.USAGE, f"{wanted!r} could be {', '.join(matching)}", fix="write more of the name"
-        )
-    raise NotFound(
-        ErrorCode.NOT_FOUND,
-        f"there is no {what} {word!r}",
-        fix=f"dtrain get {what}s" + (f" shows {', '.join(known[:5])}" if known else ": there are none"),
-    )
 
 
 def _items(readings: Iterable[Reading]) -> Iterable[Item]:
@@ -316,7 +293,7 @@ def _place_in_job(job: Job, parsed: Parsed, item: Item, document: Any) -> None:
 
 
 def _part(snapshot: WorkerSnapshot) -> Part:
-    return rows.part_of(codec.to_json(snapshot))
+    return summaries.part_of(codec.to_json(snapshot))
 
 
 def _keep(where: dict[int, T], seq: int, record: T | None) -> None:

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from dtrain.cli import records
+from dtrain.cli import naming
 from dtrain.protocol.errors import ErrorCode, Refused
-from dtrain.protocol.job import TERMINAL_PHASES, JobPhase
+from dtrain.protocol.phases import TERMINAL_PHASES, JobPhase
 from dtrain.protocol.rows import AgentRow, JobRow
 
 R = TypeVar("R", JobRow, AgentRow)
@@ -123,7 +123,7 @@ def _meant(known: Mapping[str, object], name: str, what: str) -> list[str]:
     if name.endswith("*"):
         start = name.removeprefix(f"{what}/").removesuffix("*")
         return [one for one in known if one.startswith(start)]
-    return [records.find(known, name, what)]
+    return [naming.find(known, name, what)]
 
 
 def _no_such(word: str, what: str, known: Sequence[str]) -> Refused:

@@ -1,7 +1,7 @@
 """A job: what a user asks for, what is wanted of it now, and what it has become.
 
 ``JobSpec`` and ``Intent`` are written for operators, ``JobStatus`` by the
-leader alone. Phases and their groupings are here, importing nothing that acts.
+leader alone. Phases are in ``phases.py``, and known here by their names, too.
 """
 
 from collections.abc import Mapping
@@ -11,43 +11,13 @@ from enum import StrEnum
 from dtrain.protocol.ids import AgentName, Attempt, JobName, Rank, Seq, Step, Term, Uid
 from dtrain.protocol.ledger import Ledger
 from dtrain.protocol.package import Package
+from dtrain.protocol.phases import PLACED_PHASES as PLACED_PHASES  # noqa: PLC0414 - known by both names
+from dtrain.protocol.phases import TERMINAL_PHASES as TERMINAL_PHASES  # noqa: PLC0414 - known by both names
+from dtrain.protocol.phases import JobPhase as JobPhase  # noqa: PLC0414 - known by both names
 from dtrain.protocol.snapshot import Failure, FailureKind
 
 EXIT_CODE_DO_NOT_RETRY = 93
 """A rank that exits with it ends the job: the cluster-wide convention for 'do not requeue'."""
-
-
-class JobPhase(StrEnum):
-    r"""Where a job stands. A phase changes only in a fenced transaction of the leader.
-
-    ::
-
-        QUEUED -> STARTING -> RUNNING -> SUCCEEDED
-                      \          \
-                       +-> RECOVERING -> STARTING ...      (a rank, agent or machine was lost)
-                       +-> SUSPENDING -> SUSPENDED -> QUEUED   (an operator asked)
-                       |             \-> QUEUED            (a job of higher priority needs its machines)
-                       +-> CANCELLING -> CANCELLED         (an operator asked)
-                       +-> FAILED                          (budget spent, or not to be retried)
-    """
-
-    QUEUED = "QUEUED"
-    STARTING = "STARTING"
-    RUNNING = "RUNNING"
-    RECOVERING = "RECOVERING"
-    SUSPENDING = "SUSPENDING"
-    SUSPENDED = "SUSPENDED"
-    CANCELLING = "CANCELLING"
-    CANCELLED = "CANCELLED"
-    SUCCEEDED = "SUCCEEDED"
-    FAILED = "FAILED"
-
-
-TERMINAL_PHASES = frozenset({JobPhase.SUCCEEDED, JobPhase.FAILED, JobPhase.CANCELLED})
-"""A job never leaves these; a new submission has a new uid."""
-
-PLACED_PHASES = frozenset({JobPhase.STARTING, JobPhase.RUNNING, JobPhase.SUSPENDING, JobPhase.CANCELLING})
-"""Phases in which ``JobStatus.members`` occupy slots."""
 
 
 class EntryKind(StrEnum):

@@ -16,12 +16,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused
-from dtrain.runtime import log
 from dtrain.runtime.clock import Clock, SystemClock
 from dtrain.runtime.tls import (
     SCHEME,
@@ -32,6 +31,9 @@ from dtrain.runtime.tls import (
     coordinator_server_name,
     parse_peer,
 )
+
+if TYPE_CHECKING:
+    from dtrain.runtime import log
 
 CHECK_EVERY_S = 2.0
 """The files are looked at no more often than this."""
@@ -100,6 +102,8 @@ RULES: Mapping[str, Rule] = {
     f"{_AGENT}Execute": _COORDINATORS,
     f"{_AGENT}ReadLog": _COORDINATORS,
     f"{_AGENT}Stacks": _COORDINATORS,
+    f"{_AGENT}Series": _COORDINATORS,
+    f"{_COORDINATOR}Series": _ALL,
 }
 """What is not in here is refused to everybody."""
 
@@ -114,6 +118,13 @@ class _Material:
     """Epoch seconds at which the first of certificate and CAs expires."""
 
 
+def _logger(name: str) -> "log.Logger":
+    # Whoever only lists jobs logs nothing, and would wait 50 ms for it.
+    from dtrain.runtime import log
+
+    return log.get(name)
+
+
 class Credentials:
     """Certificate, key and CAs of this process, read again when the files change. Thread-safe.
 
@@ -122,7 +133,7 @@ class Credentials:
     """
 
     def __init__(
-        self, files: TlsFiles, *, clock: Clock | None = None, logger: log.Logger | None = None
+        self, files: TlsFiles, *, clock: Clock | None = None, logger: "log.Logger | None" = None
     ) -> None:
         """Read the files.
 
@@ -133,7 +144,7 @@ class Credentials:
         self._files = files
         self._clock = clock or SystemClock()
         self._lock = threading.Lock()
-        self._log = logger or log.get("tls")
+        self._log = logger or _logger("tls")
         self._stamp: Any = _stamp(files)
         self._material = _read(files)
         self._checked_at = self._clock.monotonic()
@@ -322,7 +333,7 @@ class Gate(grpc.ServerInterceptor):
     ) -> None:
         self._tls = tls
         self._abort = abort
-        self._log = log.get("gate")
+        self._log = _logger("gate")
         self._patience = _Patience(REQUEST_S_MAX)
 
     def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:

@@ -12,7 +12,7 @@ import grpc
 
 from dtrain.cli import records
 from dtrain.cli.answers import Item, Reading
-from dtrain.protocol import codec, rows
+from dtrain.protocol import codec, summaries
 from dtrain.protocol.checkpoint import (
     CommitRecord,
     Garbage,
@@ -288,7 +288,7 @@ class FakeReplica(coordinator_pb2_grpc.CoordinatorServicer):
             if request.after_revision:
                 self.changed.wait_for(lambda: self.revision > request.after_revision, request.wait_ms / 1000)
             cluster = records.group(Reading(tuple(self.items), self.revision, 0.1, ""))
-            made: list[Any] = rows.in_queue([job.row(NOW) for job in cluster.jobs.values()])
+            made: list[Any] = summaries.in_queue([job.row(NOW) for job in cluster.jobs.values()])
             if request.kind == "agents":
                 made = [agent.row for agent in cluster.agents.values()]
             return pb.ListReply(rows=[codec.encode(row) for row in made], revision=self.revision, age_s=0.1)

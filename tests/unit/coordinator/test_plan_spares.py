@@ -109,6 +109,14 @@ def test_one_that_was_released_is_warmed_again_in_the_next_attempt_only() -> Non
     assert stage.receivers(Warm) == ["c"]
 
 
+def test_another_machine_is_warmed_instead_of_one_that_was_released() -> None:
+    stage = training("c", "d")
+    idle(stage, "c", warm=True)
+    stage.departed[AgentName("c")] = stage.workers.pop(AgentName("c")).value
+    stage.decide()
+    assert stage.receivers(Warm) == ["d"]
+
+
 def test_a_spare_that_does_not_answer_for_a_moment_keeps_what_it_has() -> None:
     stage = training("c", "d")
     idle(stage, "c", warm=True)

@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 
-from dtrain.protocol import codec, rows
+from dtrain.protocol import codec, summaries
 from dtrain.protocol.checkpoint import Latest
 from dtrain.protocol.cluster import Cordon
 from dtrain.protocol.ids import AgentName, Attempt, Incarnation, JobName, Rank, Seq, Step, Term, Uid
 from dtrain.protocol.job import Entry, EntryKind, JobPhase, JobSpec, JobStatus, Member
 from dtrain.protocol.ledger import Ledger
-from dtrain.protocol.rows import JobRow, Part, RankPart
+from dtrain.protocol.rows import JobRow
 from dtrain.protocol.snapshot import (
     Draining,
     NodeRecord,
@@ -20,6 +20,7 @@ from dtrain.protocol.snapshot import (
     WorkerPhase,
     WorkerSnapshot,
 )
+from dtrain.protocol.summaries import Part
 
 NOW = 1_800_000_000.0
 UID = Uid("u1")
@@ -58,9 +59,9 @@ SNAPSHOT = WorkerSnapshot(
 
 
 def row(status: JobStatus | None = STATUS, *snapshots: WorkerSnapshot, spec: JobSpec = SPEC) -> JobRow:
-    parts = {str(number): rows.part_of(codec.to_json(one)) for number, one in enumerate(snapshots)}
+    parts = {str(number): summaries.part_of(codec.to_json(one)) for number, one in enumerate(snapshots)}
     latest = Latest(Term(7), Seq(4), Step(40))
-    return rows.job_row("digits", spec, status, intent=None, latest=latest, parts=parts, now=NOW)
+    return summaries.job_row("digits", spec, status, intent=None, latest=latest, parts=parts, now=NOW)
 
 
 def test_a_row_tells_the_step_that_all_have_completed_and_who_still_runs() -> None:
@@ -109,25 +110,19 @@ def test_ranks_that_stand_still_are_named_beside_the_leaders_sentence() -> None:
 
 
 def test_what_is_read_of_a_stored_snapshot_is_what_the_record_says() -> None:
-    assert rows.part(codec.encode(SNAPSHOT)) == Part(
-        "u1",
-        3,
-        tuple(
-            RankPart(rank, 45 + rank, rank != 3, 100, took) for rank, took in enumerate((0.2, 0.2, 0.2, 9.0))
-        ),
-    )
+    assert summaries.part(codec.encode(SNAPSHOT)) == Part("u1", 3, 3, 45, 100, (0.2, 0.2, 0.2, 9.0))
 
 
 def test_a_damaged_snapshot_is_passed_over() -> None:
     for damaged in (b"", b"[]", b"{}", b'{"uid":"u","attempt":1,"ranks":[3]}', b"\xff", b'{"uid":1}'):
-        assert rows.part(damaged) is None
+        assert summaries.part(damaged) is None
 
 
 def test_the_queue_goes_by_priority_and_by_how_long_each_has_waited() -> None:
     def waiting(name: str, minutes: int, priority: int = 0) -> JobRow:
         return JobRow(name, submitted_at=f"2027-01-15T08:{minutes:02}:00Z", priority=priority)
 
-    found = rows.in_queue(
+    found = summaries.in_queue(
         [
             waiting("late", 5),
             waiting("early", 0),
@@ -141,16 +136,16 @@ def test_the_queue_goes_by_priority_and_by_how_long_each_has_waited() -> None:
 def test_the_list_sorts_its_queue_as_the_leader_does() -> None:
     from dtrain.coordinator.core import queue
 
-    assert rows.QUEUE_AGING_S == queue.AGING_S
+    assert summaries.QUEUE_AGING_S == queue.AGING_S
 
 
 def test_a_machine_says_why_it_is_not_simply_ready() -> None:
     node = NodeRecord(A1, Incarnation("i"), "h:1", "h", 4)
     cordon = Cordon(A1, "bad memory", "ops")
-    part = rows.part_of(codec.to_json(SNAPSHOT))
+    part = summaries.part_of(codec.to_json(SNAPSHOT))
 
     def standing(node: NodeRecord | None, cordon: Cordon | None = None) -> tuple[str, str]:
-        found = rows.agent_row("a1", node, cordon, {"digits": part})
+        found = summaries.agent_row("a1", node, cordon, {"digits": part})
         return found.status, found.reason
 
     assert standing(node) == ("Ready", "")
@@ -159,7 +154,7 @@ def test_a_machine_says_why_it_is_not_simply_ready() -> None:
     assert standing(replace(node, problem="pid 7 does not die")) == ("Blocked", "pid 7 does not die")
     told = replace(node, draining=Draining("SIGTERM", grace_s=60.0))
     assert standing(told) == ("Draining", "SIGTERM: it waits for at most 60 s for its jobs to move")
-    assert rows.agent_row("a1", node, None, {"digits": part}).busy == 3
+    assert summaries.agent_row("a1", node, None, {"digits": part}).busy == 3
 
 
 def test_rows_survive_the_wire() -> None:

@@ -3,8 +3,8 @@
 from dtrain.cli.durations import show_bytes, show_s
 from dtrain.cli.records import Agent, Job
 from dtrain.cli.render.failures import failure_card, show_exit
-from dtrain.cli.render.lists import events
-from dtrain.cli.render.sentences import headline, restarts
+from dtrain.cli.render.lists import events, restarts
+from dtrain.cli.render.sentences import headline
 from dtrain.cli.render.table import UNKNOWN, Table, When, ago
 from dtrain.protocol.cluster import Suspicion
 from dtrain.protocol.job import JobSpec

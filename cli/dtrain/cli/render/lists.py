@@ -1,14 +1,16 @@
 """What ``get`` lists: one row for each job, agent, replica or event. Pure."""
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from dtrain.cli.durations import show_s
-from dtrain.cli.records import Cluster, Replica
-from dtrain.cli.render.sentences import restarts
 from dtrain.cli.render.table import UNKNOWN, Table, When
-from dtrain.protocol.events import EventRecord
-from dtrain.protocol.job import JobPhase
+from dtrain.protocol.phases import JobPhase
 from dtrain.protocol.rows import AgentRow, JobRow
+
+if TYPE_CHECKING:
+    from dtrain.cli.records import Cluster, Replica
+    from dtrain.protocol.events import EventRecord
 
 STALE_S = 10.0
 """An idle etcd tells its watchers every 5 s that nothing is missing: younger than that means nothing."""
@@ -55,6 +57,14 @@ def jobs(rows: Iterable[JobRow], when: When, *, wide: bool = False) -> Table:
     return Table((*headings, *(extra if wide else ()), "REASON"), tuple(lines))
 
 
+def restarts(row: JobRow, now: float) -> str:
+    """Restarts that count against the budget, and the budget."""
+    if not row.restarts_window_s:
+        return UNKNOWN
+    start = now - row.restarts_window_s
+    return f"{sum(1 for at in row.restarts if at >= start)}/{row.restarts_max}"
+
+
 def progress(row: JobRow) -> str:
     """How much of the training is done; unknown where the script does not say how many steps it takes."""
     if row.phase is JobPhase.SUCCEEDED:
@@ -89,7 +99,7 @@ def agents(rows: Iterable[AgentRow], when: When, *, wide: bool = False) -> Table
 
 
 def coordinators(
-    cluster: Cluster, ages_s: dict[str, float | None], when: When, *, wide: bool = False
+    cluster: "Cluster", ages_s: dict[str, float | None], when: When, *, wide: bool = False
 ) -> Table:
     """``get coordinators``; ``ages_s`` has the mirror's age by replica, None for no answer."""
     headings = ("NAME", "ROLE", "TERM", "ADDRESS", "VERSION", "MIRROR-AGE", "SINCE")
@@ -109,7 +119,7 @@ def coordinators(
     return Table((*headings, *(("HOST", "PID") if wide else ())), tuple(rows))
 
 
-def events(found: Iterable[tuple[str, EventRecord]], when: When, *, wide: bool = False) -> Table:
+def events(found: Iterable[tuple[str, "EventRecord"]], when: When, *, wide: bool = False) -> Table:
     """``get events``, oldest first; pairs of job name and event."""
     rows = []
     for job, event in sorted(found, key=lambda pair: (pair[1].last or pair[1].first, pair[0], pair[1].seq)):
@@ -140,7 +150,7 @@ def stale_line(mirror_age_s: float) -> str:
     return f"mirror is {show_s(mirror_age_s)} old: etcd unreachable" if mirror_age_s > STALE_S else ""
 
 
-def replica_of(cluster: Cluster, address: str) -> Replica | None:
+def replica_of(cluster: "Cluster", address: str) -> "Replica | None":
     """The replica that serves at ``address``."""
     return next(
         (

@@ -2,16 +2,6 @@
 
 from dtrain.cli.records import Job
 from dtrain.cli.render.failures import failure_title
-from dtrain.cli.render.table import UNKNOWN
-from dtrain.protocol.rows import JobRow
-
-
-def restarts(row: JobRow, now: float) -> str:
-    """Restarts that count against the budget, and the budget."""
-    if not row.restarts_window_s:
-        return UNKNOWN
-    start = now - row.restarts_window_s
-    return f"{sum(1 for at in row.restarts if at >= start)}/{row.restarts_max}"
 
 
 def headline(job: Job) -> str:

@@ -51,7 +51,7 @@ def jobs(
 
     NAME may be the unique beginning of one, job/NAME, or a beginning and * for all that begin so.
     """
-    from dtrain.cli import context, output, reading, selecting
+    from dtrain.cli import context, listing, output, selecting
     from dtrain.cli.client import closing
     from dtrain.cli.render import lists
     from dtrain.cli.render.table import When
@@ -61,10 +61,12 @@ def jobs(
         if watch:
             _watch(client, names)
             return
-        found = reading.jobs(client)
+        found = listing.jobs(client)
         rows = chosen.choose(found.rows, "job")
         revision, items = found.revision, []
         if settings().output in ("json", "yaml"):
+            from dtrain.cli import reading
+
             cluster = reading.some(client, [row.name for row in rows])
             revision, items = cluster.revision, [job.as_json() for job in cluster.jobs.values()]
     output.listing(
@@ -133,17 +135,19 @@ def _watch(client: "Client", names: tuple[str, ...]) -> None:
 @connected
 def agents(*, names: tuple[str, ...], states: tuple[str, ...], labels: tuple[str, ...], iso: bool) -> None:
     """List machines: whether they are ready, slots in use, their jobs."""
-    from dtrain.cli import context, output, reading, records, selecting
+    from dtrain.cli import context, listing, output, selecting
     from dtrain.cli.client import closing
     from dtrain.cli.render import lists
     from dtrain.cli.render.table import When
 
     chosen = selecting.Selection(names, selecting.states(states), selecting.labels(labels))
     with closing(context.connect(settings())) as client:
-        found = reading.agents(client)
+        found = listing.agents(client)
         rows = chosen.choose(found.rows, "agent")
         revision, items = found.revision, []
         if settings().output in ("json", "yaml"):
+            from dtrain.cli import records
+
             cluster = records.group(client.read("agents/"), client.read("cordons/"))
             revision = cluster.revision
             items = [cluster.agents[row.name].as_json() for row in rows if row.name in cluster.agents]

@@ -24,49 +24,55 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x64train/v1/agent.proto\x12\tdtrain.v1\")\n\rStacksRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\"\x86\x01\n\x0bStacksReply\x12\x30\n\x05ranks\x18\x01 \x03(\x0b\x32!.dtrain.v1.StacksReply.RankStacks\x1a\x45\n\nRankStacks\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05where\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\"^\n\x06Header\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0c\n\x04term\x18\x02 \x01(\x03\x12\x0b\n\x03job\x18\x03 \x01(\t\x12\x0b\n\x03uid\x18\x04 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\x03\x12\n\n\x02id\x18\x06 \x01(\t\"\x9a\x03\n\x07\x43ommand\x12!\n\x06header\x18\x01 \x01(\x0b\x32\x11.dtrain.v1.Header\x12%\n\x07prepare\x18\x02 \x01(\x0b\x32\x12.dtrain.v1.PrepareH\x00\x12!\n\x05start\x18\x03 \x01(\x0b\x32\x10.dtrain.v1.StartH\x00\x12\x36\n\x10\x62\x65gin_checkpoint\x18\x04 \x01(\x0b\x32\x1a.dtrain.v1.BeginCheckpointH\x00\x12\x36\n\x10\x61\x62ort_checkpoint\x18\x05 \x01(\x0b\x32\x1a.dtrain.v1.AbortCheckpointH\x00\x12:\n\x12\x63onfirm_checkpoint\x18\x06 \x01(\x0b\x32\x1c.dtrain.v1.ConfirmCheckpointH\x00\x12\x1f\n\x04stop\x18\x07 \x01(\x0b\x32\x0f.dtrain.v1.StopH\x00\x12\x1f\n\x04warm\x18\x08 \x01(\x0b\x32\x0f.dtrain.v1.WarmH\x00\x12,\n\x0b\x64ump_stacks\x18\t \x01(\x0b\x32\x15.dtrain.v1.DumpStacksH\x00\x42\x06\n\x04\x62ody\"\xab\x01\n\x07Prepare\x12\x0c\n\x04spec\x18\x01 \x01(\x0c\x12\r\n\x05store\x18\x02 \x01(\t\x12\x11\n\tnode_rank\x18\x03 \x01(\x05\x12\x0e\n\x06nnodes\x18\x04 \x01(\x05\x12\x12\n\nfirst_rank\x18\x05 \x01(\x05\x12\x12\n\nworld_size\x18\x06 \x01(\x05\x12\x13\n\x0bserve_store\x18\x07 \x01(\x08\x12\x14\n\x0cmax_restarts\x18\x08 \x01(\x05\x12\r\n\x05nproc\x18\t \x01(\x05\"#\n\x04Warm\x12\x0c\n\x04spec\x18\x01 \x01(\x0c\x12\r\n\x05nproc\x18\x02 \x01(\x05\"\x19\n\nDumpStacks\x12\x0b\n\x03why\x18\x01 \x01(\t\"K\n\x0cRestorePoint\x12\x0b\n\x03seq\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x10\n\x08manifest\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\"E\n\x05Start\x12\x12\n\nrendezvous\x18\x01 \x01(\t\x12(\n\x07restore\x18\x02 \x01(\x0b\x32\x17.dtrain.v1.RestorePoint\"Z\n\x0f\x42\x65ginCheckpoint\x12\x0b\n\x03seq\x18\x01 \x01(\x03\x12\r\n\x05nonce\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x0e\n\x06hold_s\x18\x04 \x01(\x01\x12\r\n\x05\x61sked\x18\x05 \x01(\x08\":\n\x0f\x41\x62ortCheckpoint\x12\x0b\n\x03seq\x18\x01 \x01(\x03\x12\x0b\n\x03why\x18\x02 \x01(\t\x12\r\n\x05\x66inal\x18\x03 \x01(\x08\"Q\n\x11\x43onfirmCheckpoint\x12\x0b\n\x03seq\x18\x01 \x01(\x03\x12\r\n\x05\x66inal\x18\x02 \x01(\x08\x12\x10\n\x08manifest\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\"5\n\x04Stop\x12\x0f\n\x07grace_s\x18\x01 \x01(\x01\x12\x0f\n\x07release\x18\x02 \x01(\x08\x12\x0b\n\x03why\x18\x03 \x01(\t\"6\n\x03\x41\x63k\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0c\n\x04term\x18\x03 \x01(\x03\"\x8d\x01\n\x0eReadLogRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x03\x12\x0c\n\x04rank\x18\x04 \x01(\x05\x12\x0e\n\x06stream\x18\x05 \x01(\t\x12\x0e\n\x06offset\x18\x06 \x01(\x03\x12\x11\n\tbytes_max\x18\x07 \x01(\x05\x12\x0f\n\x07wait_ms\x18\x08 \x01(\x05\"o\n\x08LogChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x13\n\x0bnext_offset\x18\x02 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x03\x12\x0b\n\x03\x65of\x18\x04 \x01(\x08\x12\"\n\x05marks\x18\x05 \x03(\x0b\x32\x13.dtrain.v1.TimeMark\"\'\n\x08TimeMark\x12\x0c\n\x04size\x18\x01 \x01(\x03\x12\r\n\x05\x61t_ms\x18\x02 \x01(\x03\x32\xad\x01\n\x05\x41gent\x12-\n\x07\x45xecute\x12\x12.dtrain.v1.Command\x1a\x0e.dtrain.v1.Ack\x12\x39\n\x07ReadLog\x12\x19.dtrain.v1.ReadLogRequest\x1a\x13.dtrain.v1.LogChunk\x12:\n\x06Stacks\x12\x18.dtrain.v1.StacksRequest\x1a\x16.dtrain.v1.StacksReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x64train/v1/agent.proto\x12\tdtrain.v1\"=\n\rSeriesRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x12\n\npoints_max\x18\x03 \x01(\x05\"\x9a\x01\n\x0bSeriesReply\x12,\n\x06\x63urves\x18\x01 \x03(\x0b\x32\x1c.dtrain.v1.SeriesReply.Curve\x1a]\n\x05\x43urve\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x03\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\n\n\x02\x61t\x18\x04 \x03(\x01\x12\x0c\n\x04step\x18\x05 \x03(\x03\x12\r\n\x05value\x18\x06 \x03(\x01\")\n\rStacksRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\"\x86\x01\n\x0bStacksReply\x12\x30\n\x05ranks\x18\x01 \x03(\x0b\x32!.dtrain.v1.StacksReply.RankStacks\x1a\x45\n\nRankStacks\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05where\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\"^\n\x06Header\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0c\n\x04term\x18\x02 \x01(\x03\x12\x0b\n\x03job\x18\x03 \x01(\t\x12\x0b\n\x03uid\x18\x04 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\x03\x12\n\n\x02id\x18\x06 \x01(\t\"\x9a\x03\n\x07\x43ommand\x12!\n\x06header\x18\x01 \x01(\x0b\x32\x11.dtrain.v1.Header\x12%\n\x07prepare\x18\x02 \x01(\x0b\x32\x12.dtrain.v1.PrepareH\x00\x12!\n\x05start\x18\x03 \x01(\x0b\x32\x10.dtrain.v1.StartH\x00\x12\x36\n\x10\x62\x65gin_checkpoint\x18\x04 \x01(\x0b\x32\x1a.dtrain.v1.BeginCheckpointH\x00\x12\x36\n\x10\x61\x62ort_checkpoint\x18\x05 \x01(\x0b\x32\x1a.dtrain.v1.AbortCheckpointH\x00\x12:\n\x12\x63onfirm_checkpoint\x18\x06 \x01(\x0b\x32\x1c.dtrain.v1.ConfirmCheckpointH\x00\x12\x1f\n\x04stop\x18\x07 \x01(\x0b\x32\x0f.dtrain.v1.StopH\x00\x12\x1f\n\x04warm\x18\x08 \x01(\x0b\x32\x0f.dtrain.v1.WarmH\x00\x12,\n\x0b\x64ump_stacks\x18\t \x01(\x0b\x32\x15.dtrain.v1.DumpStacksH\x00\x42\x06\n\x04\x62ody\"\xab\x01\n\x07Prepare\x12\x0c\n\x04spec\x18\x01 \x01(\x0c\x12\r\n\x05store\x18\x02 \x01(\t\x12\x11\n\tnode_rank\x18\x03 \x01(\x05\x12\x0e\n\x06nnodes\x18\x04 \x01(\x05\x12\x12\n\nfirst_rank\x18\x05 \x01(\x05\x12\x12\n\nworld_size\x18\x06 \x01(\x05\x12\x13\n\x0bserve_store\x18\x07 \x01(\x08\x12\x14\n\x0cmax_restarts\x18\x08 \x01(\x05\x12\r\n\x05nproc\x18\t \x01(\x05\"#\n\x04Warm\x12\x0c\n\x04spec\x18\x01 \x01(\x0c\x12\r\n\x05nproc\x18\x02 \x01(\x05\"\x19\n\nDumpStacks\x12\x0b\n\x03why\x18\x01 \x01(\t\"K\n\x0cRestorePoint\x12\x0b\n\x03seq\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x10\n\x08manifest\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\"E\n\x05Start\x12\x12\n\nrendezvous\x18\x01 \x01(\t\x12(\n\x07restore\x18\x02 \x01(\x0b\x32\x17.dtrain.v1.RestorePoint\"Z\n\x0f\x42\x65ginCheckpoint\x12\x0b\n\x03seq\x18\x01 \x01(\x03\x12\r\n\x05nonce\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x0e\n\x06hold_s\x18\x04 \x01(\x01\x12\r\n\x05\x61sked\x18\x05 \x01(\x08\":\n\x0f\x41\x62ortCheckpoint\x12\x0b\n\x03seq\x18\x01 \x01(\x03\x12\x0b\n\x03why\x18\x02 \x01(\t\x12\r\n\x05\x66inal\x18\x03 \x01(\x08\"Q\n\x11\x43onfirmCheckpoint\x12\x0b\n\x03seq\x18\x01 \x01(\x03\x12\r\n\x05\x66inal\x18\x02 \x01(\x08\x12\x10\n\x08manifest\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\"5\n\x04Stop\x12\x0f\n\x07grace_s\x18\x01 \x01(\x01\x12\x0f\n\x07release\x18\x02 \x01(\x08\x12\x0b\n\x03why\x18\x03 \x01(\t\"6\n\x03\x41\x63k\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0c\n\x04term\x18\x03 \x01(\x03\"\x8d\x01\n\x0eReadLogRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x03\x12\x0c\n\x04rank\x18\x04 \x01(\x05\x12\x0e\n\x06stream\x18\x05 \x01(\t\x12\x0e\n\x06offset\x18\x06 \x01(\x03\x12\x11\n\tbytes_max\x18\x07 \x01(\x05\x12\x0f\n\x07wait_ms\x18\x08 \x01(\x05\"o\n\x08LogChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x13\n\x0bnext_offset\x18\x02 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x03\x12\x0b\n\x03\x65of\x18\x04 \x01(\x08\x12\"\n\x05marks\x18\x05 \x03(\x0b\x32\x13.dtrain.v1.TimeMark\"\'\n\x08TimeMark\x12\x0c\n\x04size\x18\x01 \x01(\x03\x12\r\n\x05\x61t_ms\x18\x02 \x01(\x03\x32\xe9\x01\n\x05\x41gent\x12-\n\x07\x45xecute\x12\x12.dtrain.v1.Command\x1a\x0e.dtrain.v1.Ack\x12\x39\n\x07ReadLog\x12\x19.dtrain.v1.ReadLogRequest\x1a\x13.dtrain.v1.LogChunk\x12:\n\x06Stacks\x12\x18.dtrain.v1.StacksRequest\x1a\x16.dtrain.v1.StacksReply\x12:\n\x06Series\x12\x18.dtrain.v1.SeriesRequest\x1a\x16.dtrain.v1.SeriesReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'dtrain.v1.agent_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STACKSREQUEST']._serialized_start=36
-  _globals['_STACKSREQUEST']._serialized_end=77
-  _globals['_STACKSREPLY']._serialized_start=80
-  _globals['_STACKSREPLY']._serialized_end=214
-  _globals['_STACKSREPLY_RANKSTACKS']._serialized_start=145
-  _globals['_STACKSREPLY_RANKSTACKS']._serialized_end=214
-  _globals['_HEADER']._serialized_start=216
-  _globals['_HEADER']._serialized_end=310
-  _globals['_COMMAND']._serialized_start=313
-  _globals['_COMMAND']._serialized_end=723
-  _globals['_PREPARE']._serialized_start=726
-  _globals['_PREPARE']._serialized_end=897
-  _globals['_WARM']._serialized_start=899
-  _globals['_WARM']._serialized_end=934
-  _globals['_DUMPSTACKS']._serialized_start=936
-  _globals['_DUMPSTACKS']._serialized_end=961
-  _globals['_RESTOREPOINT']._serialized_start=963
-  _globals['_RESTOREPOINT']._serialized_end=1038
-  _globals['_START']._serialized_start=1040
-  _globals['_START']._serialized_end=1109
-  _globals['_BEGINCHECKPOINT']._serialized_start=1111
-  _globals['_BEGINCHECKPOINT']._serialized_end=1201
-  _globals['_ABORTCHECKPOINT']._serialized_start=1203
-  _globals['_ABORTCHECKPOINT']._serialized_end=1261
-  _globals['_CONFIRMCHECKPOINT']._serialized_start=1263
-  _globals['_CONFIRMCHECKPOINT']._serialized_end=1344
-  _globals['_STOP']._serialized_start=1346
-  _globals['_STOP']._serialized_end=1399
-  _globals['_ACK']._serialized_start=1401
-  _globals['_ACK']._serialized_end=1455
-  _globals['_READLOGREQUEST']._serialized_start=1458
-  _globals['_READLOGREQUEST']._serialized_end=1599
-  _globals['_LOGCHUNK']._serialized_start=1601
-  _globals['_LOGCHUNK']._serialized_end=1712
-  _globals['_TIMEMARK']._serialized_start=1714
-  _globals['_TIMEMARK']._serialized_end=1753
-  _globals['_AGENT']._serialized_start=1756
-  _globals['_AGENT']._serialized_end=1929
+  _globals['_SERIESREQUEST']._serialized_start=36
+  _globals['_SERIESREQUEST']._serialized_end=97
+  _globals['_SERIESREPLY']._serialized_start=100
+  _globals['_SERIESREPLY']._serialized_end=254
+  _globals['_SERIESREPLY_CURVE']._serialized_start=161
+  _globals['_SERIESREPLY_CURVE']._serialized_end=254
+  _globals['_STACKSREQUEST']._serialized_start=256
+  _globals['_STACKSREQUEST']._serialized_end=297
+  _globals['_STACKSREPLY']._serialized_start=300
+  _globals['_STACKSREPLY']._serialized_end=434
+  _globals['_STACKSREPLY_RANKSTACKS']._serialized_start=365
+  _globals['_STACKSREPLY_RANKSTACKS']._serialized_end=434
+  _globals['_HEADER']._serialized_start=436
+  _globals['_HEADER']._serialized_end=530
+  _globals['_COMMAND']._serialized_start=533
+  _globals['_COMMAND']._serialized_end=943
+  _globals['_PREPARE']._serialized_start=946
+  _globals['_PREPARE']._serialized_end=1117
+  _globals['_WARM']._serialized_start=1119
+  _globals['_WARM']._serialized_end=1154
+  _globals['_DUMPSTACKS']._serialized_start=1156
+  _globals['_DUMPSTACKS']._serialized_end=1181
+  _globals['_RESTOREPOINT']._serialized_start=1183
+  _globals['_RESTOREPOINT']._serialized_end=1258
+  _globals['_START']._serialized_start=1260
+  _globals['_START']._serialized_end=1329
+  _globals['_BEGINCHECKPOINT']._serialized_start=1331
+  _globals['_BEGINCHECKPOINT']._serialized_end=1421
+  _globals['_ABORTCHECKPOINT']._serialized_start=1423
+  _globals['_ABORTCHECKPOINT']._serialized_end=1481
+  _globals['_CONFIRMCHECKPOINT']._serialized_start=1483
+  _globals['_CONFIRMCHECKPOINT']._serialized_end=1564
+  _globals['_STOP']._serialized_start=1566
+  _globals['_STOP']._serialized_end=1619
+  _globals['_ACK']._serialized_start=1621
+  _globals['_ACK']._serialized_end=1675
+  _globals['_READLOGREQUEST']._serialized_start=1678
+  _globals['_READLOGREQUEST']._serialized_end=1819
+  _globals['_LOGCHUNK']._serialized_start=1821
+  _globals['_LOGCHUNK']._serialized_end=1932
+  _globals['_TIMEMARK']._serialized_start=1934
+  _globals['_TIMEMARK']._serialized_end=1973
+  _globals['_AGENT']._serialized_start=1976
+  _globals['_AGENT']._serialized_end=2209
 # @@protoc_insertion_point(module_scope)

@@ -19,6 +19,80 @@ else:
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
+class SeriesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    UID_FIELD_NUMBER: builtins.int
+    POINTS_MAX_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    uid: builtins.str
+    points_max: builtins.int
+    """of each number in each attempt; 0: as many as there are"""
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+        uid: builtins.str = ...,
+        points_max: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["job", b"job", "points_max", b"points_max", "uid", b"uid"]) -> None: ...
+
+Global___SeriesRequest: typing_extensions.TypeAlias = SeriesRequest
+
+@typing.final
+class SeriesReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class Curve(google.protobuf.message.Message):
+        """One number of one attempt. at[i], step[i] and value[i] belong together, in order of time."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: builtins.int
+        ATTEMPT_FIELD_NUMBER: builtins.int
+        RANK_FIELD_NUMBER: builtins.int
+        AT_FIELD_NUMBER: builtins.int
+        STEP_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        name: builtins.str
+        """step_s, throughput, stall_s, upload_s, or what the script reports, such as loss"""
+        attempt: builtins.int
+        rank: builtins.int
+        @property
+        def at(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+            """epoch seconds"""
+
+        @property
+        def step(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+        @property
+        def value(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
+        def __init__(
+            self,
+            *,
+            name: builtins.str = ...,
+            attempt: builtins.int = ...,
+            rank: builtins.int = ...,
+            at: collections.abc.Iterable[builtins.float] | None = ...,
+            step: collections.abc.Iterable[builtins.int] | None = ...,
+            value: collections.abc.Iterable[builtins.float] | None = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["at", b"at", "attempt", b"attempt", "name", b"name", "rank", b"rank", "step", b"step", "value", b"value"]) -> None: ...
+
+    CURVES_FIELD_NUMBER: builtins.int
+    @property
+    def curves(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SeriesReply.Curve]: ...
+    def __init__(
+        self,
+        *,
+        curves: collections.abc.Iterable[Global___SeriesReply.Curve] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["curves", b"curves"]) -> None: ...
+
+Global___SeriesReply: typing_extensions.TypeAlias = SeriesReply
+
+@typing.final
 class StacksRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

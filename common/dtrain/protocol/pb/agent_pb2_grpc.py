@@ -51,6 +51,11 @@ class AgentStub(object):
                 request_serializer=dtrain_dot_v1_dot_agent__pb2.StacksRequest.SerializeToString,
                 response_deserializer=dtrain_dot_v1_dot_agent__pb2.StacksReply.FromString,
                 _registered_method=True)
+        self.Series = channel.unary_unary(
+                '/dtrain.v1.Agent/Series',
+                request_serializer=dtrain_dot_v1_dot_agent__pb2.SeriesRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_agent__pb2.SeriesReply.FromString,
+                _registered_method=True)
 
 
 class AgentServicer(object):
@@ -80,6 +85,13 @@ class AgentServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Series(self, request, context):
+        """What the first rank here has reported over time, as far as this life of the agent has heard it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -97,6 +109,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.Stacks,
                     request_deserializer=dtrain_dot_v1_dot_agent__pb2.StacksRequest.FromString,
                     response_serializer=dtrain_dot_v1_dot_agent__pb2.StacksReply.SerializeToString,
+            ),
+            'Series': grpc.unary_unary_rpc_method_handler(
+                    servicer.Series,
+                    request_deserializer=dtrain_dot_v1_dot_agent__pb2.SeriesRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_agent__pb2.SeriesReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -182,6 +199,33 @@ class Agent(object):
             '/dtrain.v1.Agent/Stacks',
             dtrain_dot_v1_dot_agent__pb2.StacksRequest.SerializeToString,
             dtrain_dot_v1_dot_agent__pb2.StacksReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Series(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Agent/Series',
+            dtrain_dot_v1_dot_agent__pb2.SeriesRequest.SerializeToString,
+            dtrain_dot_v1_dot_agent__pb2.SeriesReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -19,6 +19,85 @@ else:
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
+class JobSeriesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    POINTS_MAX_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    points_max: builtins.int
+    """of each number in each attempt; 0: as many as there are"""
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+        points_max: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["job", b"job", "points_max", b"points_max"]) -> None: ...
+
+Global___JobSeriesRequest: typing_extensions.TypeAlias = JobSeriesRequest
+
+@typing.final
+class JobSeriesReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class Curve(google.protobuf.message.Message):
+        """One number of one attempt. at[i], step[i] and value[i] belong together, in order of time."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: builtins.int
+        ATTEMPT_FIELD_NUMBER: builtins.int
+        RANK_FIELD_NUMBER: builtins.int
+        AGENT_FIELD_NUMBER: builtins.int
+        AT_FIELD_NUMBER: builtins.int
+        STEP_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        name: builtins.str
+        attempt: builtins.int
+        rank: builtins.int
+        agent: builtins.str
+        @property
+        def at(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+            """epoch seconds"""
+
+        @property
+        def step(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+        @property
+        def value(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
+        def __init__(
+            self,
+            *,
+            name: builtins.str = ...,
+            attempt: builtins.int = ...,
+            rank: builtins.int = ...,
+            agent: builtins.str = ...,
+            at: collections.abc.Iterable[builtins.float] | None = ...,
+            step: collections.abc.Iterable[builtins.int] | None = ...,
+            value: collections.abc.Iterable[builtins.float] | None = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["agent", b"agent", "at", b"at", "attempt", b"attempt", "name", b"name", "rank", b"rank", "step", b"step", "value", b"value"]) -> None: ...
+
+    CURVES_FIELD_NUMBER: builtins.int
+    PROBLEMS_FIELD_NUMBER: builtins.int
+    @property
+    def curves(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___JobSeriesReply.Curve]: ...
+    @property
+    def problems(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """machines that did not answer, in one sentence each"""
+
+    def __init__(
+        self,
+        *,
+        curves: collections.abc.Iterable[Global___JobSeriesReply.Curve] | None = ...,
+        problems: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["curves", b"curves", "problems", b"problems"]) -> None: ...
+
+Global___JobSeriesReply: typing_extensions.TypeAlias = JobSeriesReply
+
+@typing.final
 class CordonRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

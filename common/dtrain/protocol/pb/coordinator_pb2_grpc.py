@@ -131,6 +131,11 @@ class CoordinatorStub(object):
                 request_serializer=dtrain_dot_v1_dot_coordinator__pb2.JobStacksRequest.SerializeToString,
                 response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.JobStacksReply.FromString,
                 _registered_method=True)
+        self.Series = channel.unary_unary(
+                '/dtrain.v1.Coordinator/Series',
+                request_serializer=dtrain_dot_v1_dot_coordinator__pb2.JobSeriesRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.JobSeriesReply.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServicer(object):
@@ -272,6 +277,13 @@ class CoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Series(self, request, context):
+        """What a job's first rank has reported over time, in all attempts that agents remember.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -369,6 +381,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.Stacks,
                     request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.JobStacksRequest.FromString,
                     response_serializer=dtrain_dot_v1_dot_coordinator__pb2.JobStacksReply.SerializeToString,
+            ),
+            'Series': grpc.unary_unary_rpc_method_handler(
+                    servicer.Series,
+                    request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.JobSeriesRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_coordinator__pb2.JobSeriesReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -886,6 +903,33 @@ class Coordinator(object):
             '/dtrain.v1.Coordinator/Stacks',
             dtrain_dot_v1_dot_coordinator__pb2.JobStacksRequest.SerializeToString,
             dtrain_dot_v1_dot_coordinator__pb2.JobStacksReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Series(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Coordinator/Series',
+            dtrain_dot_v1_dot_coordinator__pb2.JobSeriesRequest.SerializeToString,
+            dtrain_dot_v1_dot_coordinator__pb2.JobSeriesReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -8,15 +8,16 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from dtrain.protocol import codec, rows
+from dtrain.protocol import codec, summaries
 from dtrain.protocol.checkpoint import Latest
 from dtrain.protocol.cluster import Cordon
 from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.ids import ClusterName, JobName
 from dtrain.protocol.job import Intent, JobSpec, JobStatus
 from dtrain.protocol.keys import Keys
-from dtrain.protocol.rows import AgentRow, JobRow, Part
+from dtrain.protocol.rows import AgentRow, JobRow
 from dtrain.protocol.snapshot import NodeRecord
+from dtrain.protocol.summaries import Part
 from dtrain.storage.etcd.mirror import Mirror
 from dtrain.storage.etcd.port import KeyValue
 
@@ -36,7 +37,7 @@ class Listing:
         self._latests = _Read(lambda value: _decode(Latest, value))
         self._nodes = _Read(lambda value: _decode(NodeRecord, value))
         self._cordons = _Read(lambda value: _decode(Cordon, value))
-        self._parts = _Read(rows.part)
+        self._parts = _Read(summaries.part)
 
     def jobs(self, now: float) -> list[JobRow]:
         """Every job at ``now`` (epoch seconds), in order of name."""
@@ -48,7 +49,7 @@ class Listing:
             made = [row for name in names if (row := self._job(name, parts.get(name, {}), now)) is not None]
             for kept in (self._specs, self._intents, self._statuses, self._latests, self._parts):
                 kept.forget()
-            return rows.in_queue(made)
+            return summaries.in_queue(made)
 
     def agents(self) -> list[AgentRow]:
         """Every machine that has a session or is cordoned, in order of name."""
@@ -68,7 +69,7 @@ class Listing:
             for kept in (self._nodes, self._cordons, self._parts):
                 kept.forget()
             return [
-                rows.agent_row(name, nodes[name], cordons.get(name), parts.get(name, {}))
+                summaries.agent_row(name, nodes[name], cordons.get(name), parts.get(name, {}))
                 for name in sorted(nodes)
             ]
 
@@ -80,7 +81,7 @@ class Listing:
             return None
         intent = self._record(self._intents, self._keys.intent(job))
         latest = self._record(self._latests, self._keys.latest(job))
-        return rows.job_row(name, spec, status, intent=intent, latest=latest, parts=parts, now=now)
+        return summaries.job_row(name, spec, status, intent=intent, latest=latest, parts=parts, now=now)
 
     def _snapshots(self) -> list[tuple[str, str, Part]]:
         """(agent, job, part) of every snapshot that can be read."""

@@ -1,5 +1,6 @@
 """The Coordinator service: what clients ask of any replica."""
 
+import contextlib
 import math
 import threading
 import time
@@ -15,6 +16,7 @@ from dtrain.coordinator.api.errors import translated
 from dtrain.coordinator.api.listing import Listing
 from dtrain.coordinator.api.logs import LogDesk
 from dtrain.coordinator.api.records import Operators
+from dtrain.coordinator.api.series import Curves
 from dtrain.coordinator.dispatch import Channels
 from dtrain.coordinator.work import Stores
 from dtrain.protocol import codec
@@ -103,6 +105,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self._problems = problems
         self._etcd_version = etcd_version
         self._keys = Keys(identity.cluster)
+        self._curves = Curves(channels, self._addresses)
         self._listing = Listing(mirror, identity.cluster)
         self._logs = LogDesk(
             identity.cluster, mirror, channels, stores, waiting=waiting, default_store=default_store
@@ -454,7 +457,32 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self._log.info("stacks collected", job=job, ranks=len(found), problems=len(problems))
         return pb.JobStacksReply(ranks=sorted(found, key=lambda one: one.rank), problems=problems)
 
+    # Series.
+
+    @translated
+    def Series(  # noqa: N802
+        self, request: pb.JobSeriesRequest, context: grpc.ServicerContext
+    ) -> pb.JobSeriesReply:
+        self._wait_for_first_list()
+        job = JobName(parse_name(request.job, "job"))
+        spec = self._record(self._keys.spec(job), JobSpec)
+        if spec is None:
+            raise NotFound(ErrorCode.NOT_FOUND, f"there is no job {job}", fix="list jobs: dtrain get jobs")
+        status = self._record(self._keys.status(job), JobStatus)
+        if status is None or status.uid != spec.uid or not status.attempt:
+            return pb.JobSeriesReply()
+        return self._curves.read(spec, status, request.points_max, context)
+
     # Leaves.
+
+    def _addresses(self) -> dict[AgentName, str]:
+        found = {}
+        for kv in self._mirror.prefix(self._keys.agents):
+            parsed = self._keys.parse(kv.key)
+            if parsed is not None and parsed.kind == "node":
+                with contextlib.suppress(DtrainError):
+                    found[parsed.agent] = codec.decode(NodeRecord, kv.value).address
+        return found
 
     def _wait_for_first_list(self) -> None:
         if not self._mirror.revision and not self._mirror.wait_for(1, FIRST_LIST_S):

@@ -20,7 +20,9 @@ def chosen(draft: Draft) -> tuple[AgentName, ...]:
     if not draft.spec.spares or draft.status.phase not in _KEPT_IN:
         return ()
     taken = {*(member.agent for member in draft.status.members), *draft.status.joining}
-    free = [name for name in placement.candidates(draft) if name not in taken]
+    free = [
+        name for name in placement.candidates(draft) if name not in taken and not _was_released(draft, name)
+    ]
     return tuple(sorted(free, key=lambda name: placement.preference(draft, name))[: draft.spec.spares])
 
 
@@ -35,7 +37,7 @@ def warm(draft: Draft, name: AgentName) -> None:
     stored = draft.job.workers.get(name)
     if stored is not None and not _may_be_warmed(draft, name):
         return  # it is ready, or what is left there has to go first
-    if stored is None and _was_released(draft, name):
+    if _was_released(draft, name):
         return  # a late order must not bring back what was released; the next attempt's is another one
     nproc = placement.ranks_on(draft.spec, draft.fleet.agents[name])
     draft.command(name, Warm(draft.header(f"warm.{draft.status.attempt}"), draft.spec, nproc))
@@ -53,7 +55,12 @@ def is_kept(draft: Draft, name: AgentName) -> bool:
 
 
 def _was_released(draft: Draft, name: AgentName) -> bool:
-    """Whether this very life of the agent has let go of the job during the attempt."""
+    """Whether this very life of the agent has let go of the job during the attempt, and shows nothing of it.
+
+    It cannot be a spare before the next attempt, so another machine has to be.
+    """
+    if name in draft.job.workers:
+        return False
     gone = draft.job.departed.get(name)
     return (
         gone is not None

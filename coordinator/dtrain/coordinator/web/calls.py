@@ -26,6 +26,10 @@ CALL_S = 3.0
 ERROR_KEY = "dtrain-error-bin"
 CHANNELS_MAX = 32
 LOG_BYTES_MAX = 64 * 1024
+POINTS_MAX = 200
+DRAWN_MAX = 400
+"""Of one number in all attempts: a chart is not wider."""
+PROBLEMS_SHOWN = 3
 
 _OPTIONS = (
     ("grpc.enable_http_proxy", 0),
@@ -36,7 +40,7 @@ _OPTIONS = (
 )
 
 WANTED = {"cancel": "cancel", "suspend": "suspend", "resume": "run"}
-ACTIONS = (*WANTED, "checkpoint", "scale")
+ACTIONS = (*WANTED, "pause", "unpause", "checkpoint", "scale")
 """What can be asked of a job."""
 
 
@@ -70,6 +74,7 @@ class Calls:
             by=self._by,
             nnodes_min=nodes[0] if action == "scale" else 0,
             nnodes_max=nodes[1] if action == "scale" else 0,
+            pause=action if action in ("pause", "unpause") else "",
         )
         reply = await self._run(lambda stub: stub.SetIntent(request, timeout=CALL_S))
         return int(reply.revision)
@@ -96,6 +101,18 @@ class Calls:
             "attempt": reply.attempt,
             "agent": reply.agent,
             "eof": reply.eof,
+        }
+
+    async def series(self, job: str) -> dict[str, Any]:
+        """Return what a job's first rank has reported, by name: (epoch seconds, step, value), in order."""
+        request = pb.JobSeriesRequest(job=job, points_max=POINTS_MAX)
+        reply = await self._run(lambda stub: stub.Series(request, timeout=CALL_S))
+        found: dict[str, list[tuple[float, int, float]]] = {}
+        for curve in reply.curves:
+            found.setdefault(curve.name, []).extend(zip(curve.at, curve.step, curve.value, strict=False))
+        return {
+            "series": {name: _drawn(points) for name, points in found.items()},
+            "note": "; ".join(reply.problems[:PROBLEMS_SHOWN]),
         }
 
     async def infos(self, replicas: dict[str, str]) -> dict[str, Any]:
@@ -150,6 +167,14 @@ class Calls:
             channel = grpc_tls.to_coordinator(address, self._tls, _OPTIONS)
             self._channels[address] = (generation, channel)
             return channel
+
+
+def _drawn(points: list[tuple[float, int, float]]) -> list[tuple[float, int, float]]:
+    """As many as a chart has room for, with as many digits as can be seen; the newest is one of them."""
+    points.sort()
+    width = max(1, -(-len(points) // DRAWN_MAX))
+    kept = points[::-width][::-1]
+    return [(round(at, 2), step, float(f"{value:.5g}")) for at, step, value in kept]
 
 
 def _info(stub: Any) -> dict[str, Any]:

@@ -115,14 +115,17 @@ def job_row(job: Job) -> Json:
         "latest": {"seq": latest.seq, "step": latest.step} if latest else None,
         "submitted_at": _submitted(job),
         "priority": spec.priority if spec else 0,
-        "goodput": _goodput(job),
+        "ledger": _ledger(job),
         "reason": _cut("; ".join(standing.sentences(job.status)), 300),
     }
 
 
-def _goodput(job: Job) -> Json:
-    ledger = getattr(job.status, "ledger", None)
-    return codec.to_json(ledger) if ledger is not None else None
+def _ledger(job: Job) -> Json:
+    """What a browser needs to tell the goodput at any time: what was spent, and what passes now counts as."""
+    ledger = job.status.ledger if job.status else None
+    if ledger is None:
+        return None
+    return {"spent": dict(ledger.spent), "doing": ledger.doing, "until_ms": ledger.until_ms}
 
 
 # One job.
@@ -168,6 +171,7 @@ def _head(job: Job) -> Json:
         "restore": {"seq": status.restore.seq, "step": status.restore.step}
         if status and status.restore
         else None,
+        "paused": bool(intent and spec and intent.uid == spec.uid and intent.paused),
         "wanted": intent.wanted.value if intent and spec and intent.uid == spec.uid else "run",
         "by": intent.by if intent and spec and intent.uid == spec.uid else "",
         "conditions": codec.to_json(status).get("conditions", []) if status else [],

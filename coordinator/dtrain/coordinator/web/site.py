@@ -57,6 +57,7 @@ class Site:
             Route("/api/stream", self._guarded(self._stream)),
             Route("/api/replicas", self._guarded(self._replicas)),
             Route("/api/jobs/{name}/log", self._guarded(self._log)),
+            Route("/api/jobs/{name}/series", self._guarded(self._series)),
             Route("/api/session", self._acting(self._session), methods=["POST"]),
             Route("/api/jobs/{name}/{action}", self._acting(self._act), methods=["POST"]),
             Route("/api/agents/{name}/{action}", self._acting(self._cordon), methods=["POST"]),
@@ -121,6 +122,9 @@ class Site:
             offset=_number(asked.get("offset", str(-LOG_TAIL_BYTES)), -(10**6), 2**62),
         )
         return JSONResponse(found)
+
+    async def _series(self, request: Request) -> Response:
+        return JSONResponse(await self._calls.series(request.path_params["name"]))
 
     # Changing.
 

@@ -14,8 +14,9 @@ export function nowMs() {
 
 export function span(seconds) {
   if (!Number.isFinite(seconds)) return "–";
+  if (seconds > 0 && seconds < 1) return `${number(1000 * seconds)} ms`;
   const whole = Math.max(0, Math.round(seconds));
-  if (seconds < 10 && seconds % 1 !== 0) return `${seconds.toFixed(seconds < 1 ? 2 : 1)}s`;
+  if (seconds < 10 && seconds % 1 !== 0) return `${seconds.toFixed(1)}s`;
   if (whole < 60) return `${whole}s`;
   if (whole < 3600) return `${Math.floor(whole / 60)}m${String(whole % 60).padStart(2, "0")}s`;
   if (whole < 172800) return `${Math.floor(whole / 3600)}h${String(Math.floor((whole % 3600) / 60)).padStart(2, "0")}m`;

@@ -1,26 +1,23 @@
-// Where a job's time has gone: the ledger, if this release keeps one.
+// Where a job's time has gone. What passes now belongs to the category in `doing`, as the ledger says.
 
 import { h, s } from "./dom.js";
-import { span } from "./format.js";
+import { nowMs, span } from "./format.js";
 
-const CATEGORIES = ["productive", "lost_work", "restart", "stall", "idle"];
+const HEADLINES = ["productive", "lost_work", "restart", "stall", "idle"];
+// Time in which nobody could have expected progress: goodput is a share of the rest.
+const NOT_WANTED = ["idle.queued", "idle.paused", "idle.suspended"];
 
-export function seconds(ledger) {
-  if (!ledger) return null;
-  const found = {};
-  for (const name of CATEGORIES) {
-    const value = ledger[name] ?? ledger[`${name}_s`] ?? 0;
-    found[name] = typeof value === "number" ? value : 0;
-  }
+function spentMs(ledger) {
+  const found = { ...ledger.spent };
+  if (ledger.doing) found[ledger.doing] = (found[ledger.doing] || 0) + Math.max(0, nowMs() - ledger.until_ms);
   return found;
 }
 
 export function ratio(ledger) {
   if (!ledger) return null;
-  if (typeof ledger.goodput === "number") return ledger.goodput;
-  const found = seconds(ledger);
-  const counted = found.productive + found.lost_work + found.restart + found.stall;
-  return counted > 0 ? found.productive / counted : null;
+  const found = spentMs(ledger);
+  const wanted = Object.entries(found).reduce((sum, [name, ms]) => sum + (NOT_WANTED.includes(name) ? 0 : ms), 0);
+  return wanted > 0 ? (found.productive || 0) / wanted : null;
 }
 
 export function percent(ledger) {
@@ -29,20 +26,21 @@ export function percent(ledger) {
 }
 
 export function bar(ledger) {
-  const found = seconds(ledger);
+  const found = Object.fromEntries(HEADLINES.map((name) => [name, 0]));
+  for (const [name, ms] of Object.entries(spentMs(ledger))) found[name.split(".")[0]] = (found[name.split(".")[0]] || 0) + ms / 1000;
   const whole = Object.values(found).reduce((sum, one) => sum + one, 0) || 1;
-  const text = CATEGORIES.map((name) => `${name.replace("_", " ")} ${span(found[name])}`).join(", ");
+  const words = (name) => `${name.replace("_", " ")} ${span(found[name])}`;
   let at = 0;
-  const pieces = CATEGORIES.map((name) => {
+  const pieces = HEADLINES.map((name) => {
     const width = (1000 * found[name]) / whole;
-    const piece = s("rect", { x: at, y: 0, width, height: 16, class: `part-${name}` }, s("title", {}, `${name} ${span(found[name])}`));
+    const piece = s("rect", { x: at, y: 0, width, height: 16, class: `part-${name}` }, s("title", {}, words(name)));
     at += width;
     return piece;
   });
   return h(
     "div",
     {},
-    s("svg", { viewBox: "0 0 1000 16", preserveAspectRatio: "none", class: "bar", role: "img", "aria-label": text }, pieces),
-    h("ul", { class: "legend" }, CATEGORIES.map((name) => h("li", {}, h("span", { class: `swatch part-${name}`, "aria-hidden": "true" }), ` ${name.replace("_", " ")} ${span(found[name])}`))),
+    s("svg", { viewBox: "0 0 1000 16", preserveAspectRatio: "none", class: "bar", role: "img", "aria-label": HEADLINES.map(words).join(", ") }, pieces),
+    h("ul", { class: "legend" }, HEADLINES.map((name) => h("li", {}, h("span", { class: `swatch part-${name}`, "aria-hidden": "true" }), ` ${words(name)}`))),
   );
 }

@@ -7,6 +7,7 @@ import { h, say } from "./dom.js";
 import { ago, number, span } from "./format.js";
 import { bar, percent } from "./goodput.js";
 import { logPanel } from "./logs.js";
+import { seriesPanel } from "./series.js";
 import { Pager, Table } from "./table.js";
 import { draw, story } from "./timeline.js";
 
@@ -41,6 +42,7 @@ class JobPage {
     this.timeline = h("div", { id: "timeline-box" });
     this.conditions = h("ul", {});
     this.spec = h("pre", { tabindex: "0", "aria-label": "Job file as stored" });
+    this.series = seriesPanel(name);
     this.log = logPanel(name);
     this.ranks = new Table("Ranks of the current attempt, those first that are behind", RANK_COLUMNS, { empty: "No rank runs." });
     this.members = new Table("Machines of the current attempt", MEMBER_COLUMNS, { empty: "No machine is assigned." });
@@ -55,6 +57,7 @@ class JobPage {
       this.facts,
       section("timeline-title", "Timeline", this.timeline),
       this.goodput,
+      this.series.element,
       section("ranks-title", "Ranks", this.ranks.element, this.pager.element),
       section("members-title", "Machines", this.members.element),
       section("checkpoints-title", "Checkpoints", this.checkpoints.element),
@@ -111,7 +114,7 @@ class JobPage {
       ["Newest checkpoint", head.latest ? `${head.latest.seq} (step ${head.latest.step})` : "none"],
       ["Restored from", head.restore ? `${head.restore.seq} (step ${head.restore.step})` : "the beginning"],
       ["Restarts", `${window} of ${head.restarts.max} in ${span(head.restarts.window_s)}`],
-      ["Goodput", percent(head.goodput)],
+      ["Goodput", percent(head.ledger)],
       ["Wanted", head.wanted === "run" ? "run" : `${head.wanted}${head.by ? ` (by ${head.by})` : ""}`],
       ["Size", `${head.nodes[0] === head.nodes[1] ? head.nodes[0] : `${head.nodes[0]} to ${head.nodes[1]}`} machines`],
       ["Program", head.program],
@@ -126,11 +129,7 @@ class JobPage {
       this.conditionsText = JSON.stringify(conditions);
       this.conditions.replaceChildren(...conditions.map((one) => h("li", {}, one)));
     }
-    this.goodput.hidden = !head.goodput;
-    if (head.goodput && JSON.stringify(head.goodput) !== this.goodputText) {
-      this.goodputText = JSON.stringify(head.goodput);
-      this.goodput.replaceChildren(h("h2", { id: "goodput-title" }, `Goodput ${percent(head.goodput)}`), bar(head.goodput));
-    }
+    this.goodput.hidden = !head.ledger;
     this.acting();
   }
 
@@ -153,7 +152,9 @@ class JobPage {
 
   drawTimeline() {
     if (!this.head) return;
+    if (this.head.ledger) this.goodput.replaceChildren(h("h2", { id: "goodput-title" }, `Goodput ${percent(this.head.ledger)}`), bar(this.head.ledger));
     const found = story(this.head, this.rows("event"), this.rows("checkpoint"));
+    this.series.marks(found);
     // While nothing moves there is nothing to draw again.
     const text = JSON.stringify([found.attempts.map((one) => [one.number, one.from, one.over]), found.marks, this.head.finished ? 0 : Math.round(found.to / DRAW_MS)]);
     if (text === this.timelineText) return;
@@ -164,7 +165,8 @@ class JobPage {
   acting() {
     const can = this.shell.canAct() && this.head && !this.head.finished;
     const suspended = this.head && ["SUSPENDED", "SUSPENDING"].includes(this.head.phase);
-    const text = `${can} ${suspended}`;
+    const paused = this.head?.paused;
+    const text = `${can} ${suspended} ${paused}`;
     if (text === this.toolsText) return;
     this.toolsText = text;
     this.tools.hidden = !can;
@@ -178,6 +180,7 @@ class JobPage {
     this.tools.replaceChildren(
       button("Checkpoint now", "checkpoint", `Take a checkpoint of ${this.name} now?`),
       suspended ? button("Resume", "resume", `Let ${this.name} go on?`) : button("Suspend", "suspend", `Suspend ${this.name} at a checkpoint, and free its machines?`),
+      paused ? button("Unpause", "unpause", `Let ${this.name} go on?`) : button("Pause", "pause", `Hold all ranks of ${this.name} at one step? They keep their machines.`),
       button("Scale", "scale", `How many machines for ${this.name}?`, [
         { name: "min", label: "At least", type: "number", value: nodes[0], required: true },
         { name: "max", label: "At most", type: "number", value: nodes[1], required: true },

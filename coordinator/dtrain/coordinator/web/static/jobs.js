@@ -25,7 +25,7 @@ export function mount(shell) {
       { title: "Attempt", sort: "attempt", number: true, cell: (row) => row.attempt },
       { title: "Ranks", number: true, cell: (row) => `${row.live}/${row.world}` },
       { title: "Last checkpoint", cell: (row) => (row.latest ? `${row.latest.seq} (step ${row.latest.step})` : "–") },
-      { title: "Goodput", number: true, cell: (row) => percent(row.goodput) },
+      { title: "Goodput", number: true, cell: (row) => percent(row.ledger) },
       { title: "Submitted", sort: "newest", cell: (row) => ago(row.submitted_at) },
       { title: "Reason", cell: (row) => h("span", { class: "reason", title: row.reason }, row.reason) },
     ],
