@@ -154,16 +154,17 @@ class Historian:
                 self._log("history not archived", job=job, problem=error.message, fix=error.fix)
 
     def _copy(self, job: JobName) -> None:
-        records = {kv.key: kv.value for kv in self._mirror.prefix(self._keys.job(job))}
-        raw = records.get(self._keys.status(job))
-        if raw is None:
-            return
-        status = codec.decode(JobStatus, raw)
-        if not status.store:
+        stored = self._mirror.get(self._keys.status(job))
+        status = None if stored is None else codec.decode(JobStatus, stored.value)
+        if status is None or not status.store:
             return
         ended = status.phase in TERMINAL_PHASES
-        events = self._events(records)
         cursor = self._cursor(status.store, job, status.uid)
+        # Asked at every change of every job: the records are read only if something is due.
+        if status.event_last - cursor.event_last < BATCH and (cursor.recorded or not ended):
+            return
+        records = {kv.key: kv.value for kv in self._mirror.prefix(self._keys.job(job))}
+        events = self._events(records)
         new = {seq: event for seq, event in events.items() if seq > cursor.event_last}
         if ended and not cursor.recorded:
             document = self._document(job, status, records, events)
@@ -187,6 +188,9 @@ class Historian:
             document = {"v": 1, "kind": "ArchivedEvents", "job": job, "uid": status.uid}
             self._put(status.store, key, document | {"events": [new[seq] for seq in sorted(new)]})
             cursor.event_last = last
+        elif new:
+            # Numbers go on where an earlier job of this name stopped, and what was dropped is gone.
+            cursor.event_last = max(cursor.event_last, min(new) - 1)
 
     def _cursor(self, store: str, job: JobName, uid: Uid) -> _Cursor:
         known = self._cursors.get(store)
