@@ -142,6 +142,10 @@ def test_the_reference_of_job_file_and_settings_matches_the_code():
     subprocess.run([sys.executable, "tools/gen_reference.py", "--check"], check=True, cwd=ROOT, timeout=60)
 
 
+def test_the_reference_of_the_command_line_matches_the_commands():
+    subprocess.run([sys.executable, "tools/gen_cli_doc.py", "--check"], check=True, cwd=ROOT, timeout=60)
+
+
 def test_every_stored_record_is_documented():
     text = (ROOT / "docs" / "protocol.md").read_text()
     for module in (cluster, snapshot, job, checkpoint, events):

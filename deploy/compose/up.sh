@@ -47,8 +47,8 @@ if [ ! -f "$here/.env" ]; then
   set_setting DTRAIN_STORE_SECRET_KEY "$(random 24)"
 fi
 # Containers read them as another user, whatever the umask of the checkout was.
-chmod a+r "$here/bucket.py" "$here/place.sh" "$here/monitoring"/*.yaml "$here/monitoring"/*/*
-chmod a+rx "$here/monitoring"/*/
+chmod a+r "$here/bucket.py" "$here/place.sh" "$here/monitoring"/*.yaml "$here/monitoring"/*/* "$here/../grafana"/*
+chmod a+rx "$here/monitoring"/*/ "$here/../grafana"
 
 project=$(setting COMPOSE_PROJECT_NAME dtrain)
 files=$(setting COMPOSE_FILE compose.yaml)

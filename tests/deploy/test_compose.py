@@ -287,7 +287,7 @@ class Scripts:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.compose = folder / "deploy" / "compose"
-        for part in ("compose", "etcd"):
+        for part in ("compose", "etcd", "grafana"):
             shutil.copytree(
                 ROOT / "deploy" / part,
                 folder / "deploy" / part,

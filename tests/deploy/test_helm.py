@@ -37,6 +37,8 @@ PRODUCTION = (
     "tls.enabled=true",
     "networkPolicy.enabled=true",
     "serviceMonitor.enabled=true",
+    "prometheusRule.enabled=true",
+    "grafanaDashboard.enabled=true",
     "store.default=s3://training/dtrain?region=eu-central-1",
 )
 SETS: dict[str, tuple[str, ...]] = {

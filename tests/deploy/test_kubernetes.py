@@ -90,6 +90,7 @@ def test_production_keeps_what_the_base_promises(production: list[Document], tmp
     claims.daemons_start(production, tmp_path)
     claims.network_is_closed(production)
     assert kinds(production, "ServiceMonitor")
+    assert kinds(production, "PrometheusRule")
 
 
 def test_a_pod_without_the_roles_has_no_user(base: list[Document], tmp_path: Path) -> None:

@@ -90,7 +90,9 @@ def test_an_operator_empties_a_machine_and_its_agent_stays(harness: Harness) -> 
     harness.await_steps(job, 30)
     before = harness.status(job)
     victim = before.members[1].agent
-    assert dtrain(harness, "drain", victim, "--reason", "new disk", "--wait") == f"{victim}: drained\n"
+    assert (
+        dtrain(harness, "drain", victim, "--reason", "new disk", "--wait", "--yes") == f"{victim}: drained\n"
+    )
     after = harness.await_training(job, after_attempt=before.attempt)
     assert victim not in [member.agent for member in after.members]
     (commit,) = harness.commits(job)

@@ -457,7 +457,7 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{ETCD}/mirror.py",
         (
             '            self._log.warning("mirror lists again", prefix=self._prefix, why=str(error))\n'
-            "            self._listed = False\n",
+            "            self._list_again(Relist.COMPACTED)\n",
             '            self._log.warning("mirror lists again", prefix=self._prefix, why=str(error))\n',
         ),
         f"{ON_ETCD}/test_mirror.py::"

@@ -49,7 +49,9 @@ def test_a_pause_repeats_no_step_and_starts_no_attempt(seed: int) -> None:
     rng = random.Random(f"pauses-{seed}")
     job = JobShape("train", 1.0, total_steps=150, nnodes_min=2, nnodes_max=2, nproc=rng.choice((1, 2)))
     strikes = tuple(
-        Strike(at + rng.uniform(0.0, 5.0), "pause", "train", rng.uniform(0.2, 12.0)) for at in (12.0, 40.0)
+        Strike(at + rng.uniform(0.0, 5.0), kind, target, rng.uniform(5.0, 12.0))
+        for at in (12.0, 40.0)
+        for kind, target in (("pause", "train"), ("coordinator crash", rng.choice(("c1", "c2"))))
     )
     shape = Shape((10, 10, 10), 10, 3, (job,), clock_drift=0.0)
     cluster, done = played(Schedule(seed, shape, (Storm(0.0, 80.0),), strikes=strikes))
@@ -57,6 +59,9 @@ def test_a_pause_repeats_no_step_and_starts_no_attempt(seed: int) -> None:
     status = next(iter(cluster.checks.jobs.values())).status
     assert status is not None
     assert (status.restarts, status.failure, status.attempt, status.held) == ((), None, 1, 0)
+    live = cluster.etcd.memory._live
+    told = [kv.value for key, kv in live.items() if "/events/" in key and b'"Paused"' in kv.value]
+    assert told, "it was never paused"
 
 
 @pytest.mark.parametrize("seed", range(1, 3))

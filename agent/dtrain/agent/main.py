@@ -158,6 +158,7 @@ class Agent:
                 *("--packages-bytes", str(settings.package_cache_bytes)),
             ),
             on_archived=lambda report: self._archiver.take(report),
+            on_use=self._measures.store_used,
         )
         self._archiver = Archiver(
             logs,
@@ -438,6 +439,7 @@ class Agent:
             ),
             loop_at=lambda: self._loop_at,
             measures=self._measures,
+            session=self._session,
             monotonic=self._clock.monotonic,
         )
         return StatusServer(listener, status.pages(), report=self.log)

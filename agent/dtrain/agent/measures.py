@@ -6,12 +6,14 @@ Read off the agent's states, before and after each event: the core knows nothing
 
 from collections.abc import Mapping
 
-from dtrain.agent import metrics
+from dtrain.agent import metrics, transfer_use
 from dtrain.agent.core.state import AgentState, JobState, LocalRank
+from dtrain.agent.transferring import StoreUse
 from dtrain.protocol.ids import AgentName, Attempt, JobName, Rank, Seq
 from dtrain.protocol.snapshot import FailureKind, WorkerPhase
 from dtrain.runtime.meters import Counter, Histogram, read
 from dtrain.runtime.metrics import Samples
+from dtrain.storage.blobs.metered import StoreMeter
 from dtrain.storage.checkpoints.metrics import STAGE_SECONDS
 from dtrain.storage.etcd.metered import EtcdMeter
 
@@ -30,6 +32,7 @@ class Measures:
     def __init__(self, agent: AgentName) -> None:
         self._agent = agent
         self.etcd = EtcdMeter()
+        self._store = StoreMeter()
         self._exits = Counter(metrics.EXITS)
         self._steps = Histogram(metrics.STEP_SECONDS)
         self._stages = Histogram(STAGE_SECONDS, (("snapshot",), ("upload",), ("restore",)))
@@ -57,6 +60,10 @@ class Measures:
             self._forget(name)
             self._gone_at[name] = now
 
+    def store_used(self, use: StoreUse) -> None:
+        """The transfer process has used stores."""
+        transfer_use.take(self._store, use)
+
     def samples(self, restored: Mapping[str, int], now: float) -> Samples:
         """Return everything counted so far; ``restored``: bytes supplied to ranks, by where they lay."""
         over = {name for name, at in list(self._gone_at.items()) if now - at > KEPT_S}
@@ -64,7 +71,17 @@ class Measures:
             for meter in (self._exits, self._steps, self._stall):
                 meter.drop(lambda labels: labels[0] in over)
         found = dict(
-            read((*self.etcd.meters, self._exits, self._steps, self._stages, self._bytes, self._stall))
+            read(
+                (
+                    *self.etcd.meters,
+                    *self._store.meters,
+                    self._exits,
+                    self._steps,
+                    self._stages,
+                    self._bytes,
+                    self._stall,
+                )
+            )
         )
         found[metrics.BYTES] = {**found[metrics.BYTES], ("restore",): float(sum(restored.values()))}
         return found

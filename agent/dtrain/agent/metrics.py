@@ -4,8 +4,9 @@
 """
 
 from dtrain.runtime.metrics import MINUTES, Metric
+from dtrain.storage.blobs import metered as metered_store
 from dtrain.storage.checkpoints.metrics import STAGE_SECONDS
-from dtrain.storage.etcd import metered
+from dtrain.storage.etcd import lease_metrics, metered
 
 REGISTERED = Metric(
     "dtrain_agent_registered", "gauge", "1 while this machine is registered in etcd under a lease that lives."
@@ -65,9 +66,10 @@ STALL = Metric(
 
 GROUPS: dict[str, tuple[Metric, ...]] = {
     "Machine": (REGISTERED, LINK, LOOP_AGE, SLOTS),
-    "etcd": metered.METRICS,
+    "etcd": (*metered.METRICS, *lease_metrics.METRICS),
     "Ranks": (RANKS, EXITS, STEP_SECONDS),
     "Checkpoints": (STAGE_SECONDS, BYTES, RESTORED, STALL),
+    "Store": metered_store.METRICS,
 }
 
 METRICS = tuple(metric for group in GROUPS.values() for metric in group)

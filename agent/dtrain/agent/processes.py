@@ -20,7 +20,14 @@ from dtrain.agent.launching import (
     ProcessId,
 )
 from dtrain.agent.transfer_client import TransferClient
-from dtrain.agent.transferring import Archived, TransferEnded, TransferOrder, TransferReport
+from dtrain.agent.transferring import (
+    Archived,
+    Aside,
+    StoreUse,
+    TransferEnded,
+    TransferOrder,
+    TransferReport,
+)
 from dtrain.protocol.ids import JobName, Uid
 
 Post = Callable[[Event], None]
@@ -81,7 +88,7 @@ class Transfers:
     """``driver.TransferPort`` on ``TransferClient``. Orders may come from any thread.
 
     ``on_archived`` hears of archive orders, on a thread of the client's; None: all that
-    are under way are lost.
+    are under way are lost. ``on_use`` hears what the process has asked of stores.
     """
 
     def __init__(
@@ -89,9 +96,11 @@ class Transfers:
         post: Post,
         arguments: Sequence[str] = (),
         on_archived: Callable[[Archived | None], None] = lambda _: None,
+        on_use: Callable[[StoreUse], None] = lambda _use: None,
     ) -> None:
         self._post = post
         self._on_archived = on_archived
+        self._on_use = on_use
         self._client = TransferClient(self._take, arguments)
         self._lock = threading.Lock()
         self._running = False
@@ -105,9 +114,12 @@ class Transfers:
                 self._client.start()
         self._client.send(order)
 
-    def _take(self, report: TransferReport | Archived) -> None:
+    def _take(self, report: TransferReport | Aside) -> None:
         if isinstance(report, Archived):
             self._on_archived(report)
+            return
+        if isinstance(report, StoreUse):
+            self._on_use(report)
             return
         if isinstance(report, TransferEnded):
             self._on_archived(None)

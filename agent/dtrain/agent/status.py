@@ -15,6 +15,8 @@ from dtrain.agent.core.state import AgentState, LinkState
 from dtrain.agent.measures import Measures
 from dtrain.runtime.metrics import Samples, exposition
 from dtrain.runtime.serving import Page, Pages, live, verdict
+from dtrain.storage.etcd import lease_metrics
+from dtrain.storage.etcd.session import Session
 
 
 class Status:
@@ -29,6 +31,7 @@ class Status:
         stopping: Callable[[], bool],
         loop_at: Callable[[], float],
         measures: Measures,
+        session: Session,
         monotonic: Callable[[], float],
     ) -> None:
         self._slots = slots
@@ -37,6 +40,7 @@ class Status:
         self._stopping = stopping
         self._loop_at = loop_at
         self._measures = measures
+        self._session = session
         self._monotonic = monotonic
 
     def pages(self) -> Pages:
@@ -82,6 +86,7 @@ class Status:
             metrics.LOOP_AGE: {(): max(0.0, self._monotonic() - self._loop_at())},
             metrics.SLOTS: {(): float(self._slots)},
             metrics.RANKS: ranks,
+            **lease_metrics.samples(self._session, self._monotonic()),
             **self._measures.samples(state.restored, self._monotonic()),
             metrics.RESTORED: {(name,): float(state.restored.get(name, 0)) for name, _ in transfers.TIERS},
         }

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,10 +24,12 @@ from dtrain.agent.transfer_cache import Cache
 from dtrain.agent.transfer_fetch import Fetcher
 from dtrain.agent.transfer_packages import Packages, delete, failed
 from dtrain.agent.transfer_upload import Uploader
+from dtrain.agent.transfer_use import TELL_EVERY_S, Teller
 from dtrain.agent.transferring import (
     ORDERS,
     Archive,
     Archived,
+    Aside,
     CancelUpload,
     Demand,
     DropTree,
@@ -34,6 +37,7 @@ from dtrain.agent.transferring import (
     FetchFailed,
     KeepManifest,
     ReleaseFetch,
+    StoreUse,
     TransferOrder,
     TransferReport,
     Unpack,
@@ -42,6 +46,8 @@ from dtrain.agent.transferring import (
 )
 from dtrain.protocol.errors import DtrainError
 from dtrain.runtime import log
+from dtrain.runtime.clock import SystemClock
+from dtrain.storage.blobs.metered import MeteredBlobs, StoreMeter
 from dtrain.storage.blobs.open import open_store
 from dtrain.storage.blobs.port import BlobStore
 
@@ -174,7 +180,8 @@ class Transfer:
 class Stores:
     """Opens each store once."""
 
-    def __init__(self) -> None:
+    def __init__(self, meter: StoreMeter) -> None:
+        self._meter = meter
         self._lock = threading.Lock()
         self._open: dict[str, BlobStore] = {}
 
@@ -182,7 +189,7 @@ class Stores:
         with self._lock:
             store = self._open.get(uri)
             if store is None:
-                store = self._open[uri] = open_store(uri)
+                store = self._open[uri] = MeteredBlobs(open_store(uri), self._meter, SystemClock())
             return store
 
 
@@ -212,7 +219,7 @@ def serve(
     """Work until ``orders`` ends."""
     lock = threading.Lock()
 
-    def emit(report: TransferReport | Archived) -> None:
+    def emit(report: TransferReport | Aside) -> None:
         with lock:
             try:
                 reports.write(lines.encode(report))
@@ -220,9 +227,18 @@ def serve(
             except OSError:
                 os._exit(0)  # nobody reads any more
 
-    transfer = Transfer(emit, Stores(), cache, packages, packages_bytes)
+    meter = StoreMeter()
+    transfer = Transfer(emit, Stores(meter), cache, packages, packages_bytes)
+    threading.Thread(target=_tell_use, args=(Teller(meter), emit), name="use", daemon=True).start()
     for line in orders:
         transfer.handle(lines.decode(ORDERS, line))
+
+
+def _tell_use(teller: Teller, emit: Callable[[StoreUse], None]) -> None:
+    while True:
+        time.sleep(TELL_EVERY_S)
+        if (use := teller.news()) is not None:
+            emit(use)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import IO
 
 from dtrain.agent import lines
-from dtrain.agent.transferring import REPORTS, Archived, TransferEnded, TransferOrder, TransferReport
+from dtrain.agent.transferring import REPORTS, Aside, TransferEnded, TransferOrder, TransferReport
 from dtrain.protocol.errors import Refused
 from dtrain.runtime import log
 
@@ -27,7 +27,7 @@ class TransferClient:
     """
 
     def __init__(
-        self, on_report: Callable[[TransferReport | Archived], None], arguments: Sequence[str] = ()
+        self, on_report: Callable[[TransferReport | Aside], None], arguments: Sequence[str] = ()
     ) -> None:
         self._on_report = on_report
         self._arguments = arguments
@@ -108,7 +108,7 @@ class TransferClient:
 
     def _take(self, line: bytes) -> None:
         try:
-            report: TransferReport | Archived = lines.decode(REPORTS, line)
+            report: TransferReport | Aside = lines.decode(REPORTS, line)
         except Refused as error:
             _log.error("transfer_report_unreadable", error=str(error))
             return

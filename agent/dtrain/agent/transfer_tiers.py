@@ -15,6 +15,7 @@ from pathlib import Path
 from dtrain.agent.transferring import KeptBlob
 from dtrain.protocol.checkpoint import BlobEntry
 from dtrain.storage.blobs.local import LocalBlobs
+from dtrain.storage.blobs.metered import MeteredBlobs
 from dtrain.storage.blobs.mounts import MOUNTS, file_system
 from dtrain.storage.blobs.port import BlobStore
 
@@ -87,6 +88,7 @@ def find(blob: BlobEntry, kept: Sequence[KeptBlob], cached: Path | None, store: 
     ]
     if cached is not None:
         found.append(_open(Tier.CACHE, cached, 0, blob.bytes))
+    store = store.inner if isinstance(store, MeteredBlobs) else store
     if isinstance(store, LocalBlobs):
         found.append(_open(Tier.STORE, store.file_of(blob.key), 0, blob.bytes))
     return [one for one in found if one is not None]

@@ -247,10 +247,25 @@ class TransferEnded:
     exit_code: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class StoreUse:
+    """What the process has asked of stores since the last one of these: for metrics alone.
+
+    By operation: how many by duration, and seconds; failures that deserve another try by operation and code.
+    """
+
+    counts: Mapping[str, tuple[int, ...]]
+    seconds: Mapping[str, float]
+    retries: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
 TransferReport = (
     Uploaded | UploadFailed | Fetched | Supplied | FetchFailed | Unpacked | UnpackFailed | TransferEnded
 )
 """What the core is told."""
+
+Aside = Archived | StoreUse
+"""What goes past the core."""
 
 ORDERS: Mapping[str, type] = {
     kind.__name__: kind
@@ -278,5 +293,6 @@ REPORTS: Mapping[str, type] = {
         UnpackFailed,
         TransferEnded,
         Archived,
+        StoreUse,
     )
 }

@@ -1,5 +1,6 @@
 """An error as users see it: one sentence, its cause, one next action, an exit code."""
 
+import errno
 import hashlib
 import json
 import traceback
@@ -9,6 +10,24 @@ import click
 
 from dtrain.cli import exits, terminal
 from dtrain.protocol.errors import DtrainError, ErrorCode
+
+_ROOM = "make room there, or have it written elsewhere"
+_RIGHTS = "give yourself the right to it, or name another place"
+_MACHINE = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: _ROOM,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: _RIGHTS,
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "check the path",
+    errno.EIO: "look into the machine's log: dmesg",
+    errno.EMFILE: "raise the limit of open files: ulimit -n",
+    errno.ENFILE: "end what has too many files open",
+}
+"""What is wrong with this machine rather than with dtrain, and what helps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +82,14 @@ def of(error: BaseException) -> Complaint:
         return Complaint(exits.USAGE, ErrorCode.USAGE, error.format_message(), fix=f"{path} --help")
     if isinstance(error, click.ClickException):
         return Complaint(exits.USAGE, ErrorCode.USAGE, error.format_message(), fix="dtrain --help")
+    if isinstance(error, OSError) and error.errno in _MACHINE:
+        what = error.filename or "the output"
+        return Complaint(
+            exits.USAGE,
+            ErrorCode.LOCAL_IO,
+            f"this machine cannot read or write {what}: {error.strerror}",
+            fix=_MACHINE[error.errno],
+        )
     # The same bug gets the same id, whoever meets it.
     frames = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
     identity = hashlib.sha256(f"{type(error).__name__} {frames}".encode()).hexdigest()[:8]

@@ -148,7 +148,7 @@ def addresses(settings: Settings) -> tuple[str, ...]:
         return _split(settings.coordinators)
     current, known = load()
     if settings.endpoints or os.environ.get("DTRAIN_ENDPOINTS_FILE"):
-        return _look_up(_split(settings.endpoints), settings.cluster or "default")
+        return _look_up(_split(settings.endpoints), settings.cluster or "default", settings.etcd_flags())
     name = settings.cluster or current
     if not name:
         return ()
@@ -231,13 +231,13 @@ def _split(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(parts))
 
 
-def _look_up(endpoints: tuple[str, ...], cluster: str) -> tuple[str, ...]:
+def _look_up(endpoints: tuple[str, ...], cluster: str, flags: Sequence[str]) -> tuple[str, ...]:
     from dtrain.runtime.config import ETCD, etcd_options, parse
     from dtrain.storage.etcd.open import open_etcd
     from dtrain.storage.etcd.port import prefix_end
 
     prefix = f"{Keys(ClusterName(parse_name(cluster, 'cluster'))).root}coordinators/"
-    options = etcd_options(parse("dtrain", "", ETCD, (), os.environ))
+    options = etcd_options(parse("dtrain", "", ETCD, flags, os.environ))
     if endpoints:
         options = replace(options, endpoints=endpoints, endpoints_file="")
     etcd = open_etcd(options)

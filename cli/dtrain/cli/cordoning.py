@@ -22,14 +22,14 @@ def put(client: "Client", agent: str, *, reason: str, for_s: float, drain: bool)
 
     if 0 < for_s < 1:
         raise Refused(ErrorCode.USAGE, "a cordon lasts at least a second", fix="such as --for 2h")
-    name = _name(client, agent)
-    return client.cordon(name, reason=reason, ttl_s=math.ceil(for_s), drain=drain, by=whoami())
+    found = name(client, agent)
+    return client.cordon(found, reason=reason, ttl_s=math.ceil(for_s), drain=drain, by=whoami())
 
 
 def lift(client: "Client", agent: str) -> tuple[str, bool]:
     """Lift the cordon of an agent; the name, and whether there was one."""
-    name = _name(client, agent)
-    return name, client.uncordon(name)
+    found = name(client, agent)
+    return found, client.uncordon(found)
 
 
 def await_empty(client: "Client", agent: str, *, timeout_s: float) -> None:
@@ -76,7 +76,8 @@ def document(record: Cordon, kind: str) -> dict[str, object]:
     }
 
 
-def _name(client: "Client", wanted: str) -> str:
+def name(client: "Client", wanted: str) -> str:
+    """The full name of an agent, given it or its unique beginning."""
     from dtrain.cli import naming, records
 
     cluster = records.group(client.read("agents/"), client.read("cordons/"))

@@ -61,6 +61,7 @@ _BY_CODE = {
     ErrorCode.CONFLICT: CONFLICT,
     ErrorCode.NOT_FOUND: NOT_FOUND,
     ErrorCode.BLOB_CORRUPT: CHECK_FAILED,
+    ErrorCode.LOCAL_IO: USAGE,
     ErrorCode.BUG: BUG,
 }
 _BY_CLASS: tuple[tuple[type[DtrainError], int], ...] = (

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,13 @@ class Verbs(click.Group):
             return super().resolve_command(ctx, args)
         raise click.UsageError(f"there is no verb {name!r}; {self._suggestion(ctx, name)}", ctx)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # click would leave with 1, which stands for a bug here.
+            return 0
+
     def _suggestion(self, ctx: click.Context, name: str) -> str:
         import difflib
 
@@ -100,7 +108,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show it."
 )
 @formatted()
-@connected
+@partial(connected, etcd=True)
 def cli() -> None:
     """Fault-tolerant distributed PyTorch training, with its state in etcd."""
 
@@ -149,7 +157,12 @@ def main() -> None:
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()
-    except OSError:
-        # `dtrain get jobs | head` closed the pipe: no reason to complain at exit.
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            code = _explain(error, Settings())
+        # `dtrain get jobs | head` closed the pipe: no reason to complain, now or at the interpreter's end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if "_DTRAIN_COMPLETE" in os.environ:
+        # A look-up that has been given up may still hang in a thread that the interpreter would wait for.
+        os._exit(code)
     sys.exit(code)

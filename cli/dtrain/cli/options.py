@@ -35,8 +35,36 @@ def _remember(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
     return value
 
 
-def connected(function: F) -> F:
-    """Add the options that say which cluster is meant."""
+ETCD_ACCESS = (
+    ("cacert", "FILE", "CA bundle that signs etcd's certificates"),
+    ("cert", "FILE", "Client certificate for etcd"),
+    ("key", "FILE", "Its key"),
+    ("user", "NAME[:PASSWORD]", "etcd user; one that may read is enough"),
+    ("password-file", "FILE", "File with its password"),
+)
+"""etcdctl's own words for how etcd is reached; ``runtime.config.ETCD`` reads DTRAIN_* and ETCDCTL_*."""
+
+
+def etcd_access(function: F, *, shown: bool = True) -> F:
+    """Add the options that say how to reach etcd itself; the environment works too."""
+    for name, value, text in reversed(ETCD_ACCESS):
+        function = click.option(
+            f"--{name}",
+            metavar=value,
+            help=f"{text} [ETCDCTL_{name.upper()}]." if name != "password-file" else f"{text}.",
+            hidden=not shown,
+            expose_value=False,
+            callback=_remember,
+        )(function)
+    return function
+
+
+def connected(function: F, *, etcd: bool = False) -> F:
+    """Add the options that say which cluster is meant; ``etcd``: help shows those for etcd, too.
+
+    They count everywhere: replicas may be looked up there.
+    """
+    function = etcd_access(function, shown=etcd)
     for option in reversed(
         (
             click.option(

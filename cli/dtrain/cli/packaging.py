@@ -51,11 +51,15 @@ def submit(client: Client, spec: JobSpec, pack: Pack, request_id: str) -> Submit
                 fix="name one in the job file (checkpoint: {store: URI}), or start coordinators with "
                 "--default-store",
             )
-        output.say(f"there is no store: {spec.working_dir} is not packed, and must exist on every machine")
-        return client.submit(codec.encode(spec), request_id)
+        return _as_a_path(client, spec, request_id, "there is no store")
     with _archived(spec) as archive, _opened(uri) as store:
         place = _Place(store, uri, ClusterName(info.cluster))
-        reply = _stored_and_submitted(client, spec, request_id, archive, place)
+        try:
+            reply = _stored_and_submitted(client, spec, request_id, archive, place)
+        except Conflict as error:
+            if error.code is not ErrorCode.OLDER_RELEASE or pack is Pack.ALWAYS:
+                raise
+            return _as_a_path(client, spec, request_id, error.message)
     if b'"package"' not in reply.spec:
         output.say(
             "warning: the coordinator is of a release that knows no packed working directories: "
@@ -102,6 +106,11 @@ def as_json(listing: Listing) -> dict[str, Any]:
             for entry in listing.entries
         ],
     }
+
+
+def _as_a_path(client: Client, spec: JobSpec, request_id: str, why: str) -> Submitted:
+    output.say(f"{why}: {spec.working_dir} is not packed, and must exist on every machine")
+    return client.submit(codec.encode(spec), request_id)
 
 
 # Steps --------------------------------------------------------------------------

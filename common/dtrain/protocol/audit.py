@@ -536,7 +536,11 @@ class _Job:
 
     def tell_breaches(self, name: JobName, bad: _Bad) -> None:
         """Check what must hold of the records of any one revision; each breach is told once."""
-        found = [*self._breaches_of_open(name), *self._breaches_of_latest(name)]
+        found = [
+            *self._breaches_of_open(name),
+            *self._breaches_of_latest(name),
+            *self._breaches_of_pause(name),
+        ]
         for invariant, message in found:
             if message not in self._told:
                 bad(invariant, message)
@@ -559,6 +563,16 @@ class _Job:
                 yield "I5", f"{what} although the job is {status.phase}"
         if len({record.attempt for record in mine}) > 1:
             yield "I5", f"several attempts of {name} can commit at once"
+
+    def _breaches_of_pause(self, name: JobName) -> Iterator[tuple[str, str]]:
+        status = self.status(name)
+        if status is None or not status.held:
+            return
+        record = self.records.get(Parsed("checkpoint", job=name, seq=status.held))
+        if not isinstance(record, CommitRecord) or record.attempt != status.attempt:
+            yield "I5", f"{name} is paused at checkpoint {status.held}, which attempt {status.attempt} lacks"
+        if status.phase is not JobPhase.RUNNING:
+            yield "I5", f"{name} is paused although it is {status.phase}"
 
     def _breaches_of_latest(self, name: JobName) -> Iterator[tuple[str, str]]:
         latest, status = self.latest(name), self.status(name)

@@ -34,6 +34,7 @@ class ErrorCode(StrEnum):
     USAGE = "DT-1005"
     NOT_A_TEST_CLUSTER = "DT-1006"
     CANNOT_PACK = "DT-1007"
+    LOCAL_IO = "DT-1008"
 
     STORE_UNAVAILABLE = "DT-2001"
     STORE_REFUSED = "DT-2002"

@@ -5,8 +5,6 @@ import os
 import sys
 from typing import Any
 
-import structlog
-
 Logger = Any
 """A structlog bound logger; structlog itself types it as Any."""
 
@@ -16,6 +14,8 @@ def configure(*, json_lines: bool | None = None, level: str = "INFO", component:
 
     ``json_lines`` None: JSON unless stderr is a terminal.
     """
+    import structlog
+
     as_json = not sys.stderr.isatty() if json_lines is None else json_lines
     processors: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -40,4 +40,7 @@ def configure(*, json_lines: bool | None = None, level: str = "INFO", component:
 
 def get(name: str) -> Logger:
     """Return a logger whose lines carry ``source=name``."""
+    # Here: a command that reads a record and ends writes no log, and waits 50 ms for structlog.
+    import structlog
+
     return structlog.get_logger(source=name)

@@ -60,11 +60,16 @@ class Histogram:
         value = max(0.0, value)
         at = bisect.bisect_left(self.metric.buckets, value)
         with self._lock:
-            key = _key(labels, self._counts, self.metric)
-            if key not in self._counts:
-                self._begin(key)
+            key = self._at(labels)
             self._counts[key][at] += times
             self._totals[key] += value * times
+
+    def merge(self, more: Distribution, *labels: str) -> None:
+        """Take in what another process has observed."""
+        with self._lock:
+            key = self._at(labels)
+            self._counts[key] = [n + m for n, m in zip(self._counts[key], more.counts, strict=True)]
+            self._totals[key] += more.total
 
     def drop(self, over: Callable[[tuple[str, ...]], bool]) -> None:
         """Forget the series whose labels are ``over``."""
@@ -79,6 +84,12 @@ class Histogram:
                 labels: Distribution(tuple(counts), self._totals[labels])
                 for labels, counts in self._counts.items()
             }
+
+    def _at(self, labels: tuple[str, ...]) -> tuple[str, ...]:
+        key = _key(labels, self._counts, self.metric)
+        if key not in self._counts:
+            self._begin(key)
+        return key
 
     def _begin(self, labels: tuple[str, ...]) -> None:
         self._counts[labels] = [0] * (len(self.metric.buckets) + 1)

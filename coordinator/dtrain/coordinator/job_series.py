@@ -10,7 +10,7 @@ of the time, however large the cluster is and however often somebody asks.
 
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 from dtrain.coordinator import metrics
@@ -22,6 +22,7 @@ from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.ids import JobName, Uid
 from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobSpec, JobStatus
 from dtrain.protocol.keys import Keys
+from dtrain.protocol.ledger import Ledger, counters, goodput
 from dtrain.protocol.snapshot import NodeRecord, WorkerSnapshot
 from dtrain.runtime.metrics import Metric, Samples
 from dtrain.storage.etcd.mirror import Mirror
@@ -53,7 +54,6 @@ class _Progress:
     of: Uid
     step: int
     at: float
-    seen: bool = field(default=True)
 
 
 class JobSeries:
@@ -80,6 +80,8 @@ class JobSeries:
         """By key: its revision and what it holds, so that only news is decoded."""
         self._former: dict[str, tuple[int, object]] = {}
         self._progress: dict[JobName, _Progress] = {}
+        self._shown_s: dict[tuple[JobName, Uid], dict[str, float]] = {}
+        """Seconds by category as they were shown last."""
 
     def samples(self, *, leads: bool) -> Samples:
         """Return the counts of all, and for a leader the series of each job."""
@@ -121,6 +123,7 @@ class JobSeries:
         counts[JobPhase.QUEUED.value,] += len(specs - statuses.keys() - unreadable)
         if not leads:
             self._progress.clear()
+            self._shown_s.clear()
             return
         shown = sorted(statuses, key=lambda job: _order(statuses[job]))[:JOBS_MAX]
         found[metrics.JOBS_UNSHOWN] = {(): float(len(statuses) - len(shown))}
@@ -128,6 +131,8 @@ class JobSeries:
             self._job(found, job, statuses[job])
         for gone in self._progress.keys() - statuses.keys():
             del self._progress[gone]
+        current = {(job, statuses[job].uid) for job in shown}
+        self._shown_s = {of: spent for of, spent in self._shown_s.items() if of in current}
 
     def _job(self, found: _Found, job: JobName, status: JobStatus) -> None:
         def show(metric: Metric, value: float | None, *labels: str) -> None:
@@ -140,6 +145,7 @@ class JobSeries:
         step = status.step if over or not steps else max(status.step, min(steps))
         tally = status.tally
         show(metrics.STEP, float(step))
+        show(metrics.PHASE_AT, parse_iso(status.since))
         for why, count in tally.attempts.items():
             show(metrics.ATTEMPTS, float(count), why)
         show(metrics.COMMITS, float(tally.commits))
@@ -147,6 +153,10 @@ class JobSeries:
         for why, count in tally.aborts.items():
             show(metrics.CHECKPOINT_FAILURES, float(count), why)
         self._checkpoint(show, job, status)
+        if status.ledger is not None:
+            show(metrics.GOODPUT, goodput(status.ledger, self._wall()).ratio)
+            for category, seconds in self._spent(job, status.uid, status.ledger).items():
+                show(metrics.TIME, seconds, category)
         if status.phase is not JobPhase.RUNNING or status.held:
             self._progress.pop(job, None)
             return
@@ -184,6 +194,13 @@ class JobSeries:
             # Lower after a restore: steps that are done again are progress, too.
             known.step, known.at = step, self._wall()
         return known.at
+
+    def _spent(self, job: JobName, uid: Uid, ledger: Ledger) -> dict[str, float]:
+        """The ledger's counters, kept from falling: Prometheus would take that for a start from nothing."""
+        former = self._shown_s.get((job, uid), {})
+        spent = {name: max(seconds, former.get(name, 0.0)) for name, seconds in counters(ledger).items()}
+        self._shown_s[job, uid] = spent
+        return spent
 
     def _interval_s(self, job: JobName, uid: Uid, usual_s: float | None) -> float | None:
         spec = self._read(JobSpec, self._keys.spec(job))

@@ -181,7 +181,7 @@ class Coordinator:
         self._dispatcher = Dispatcher(
             self._channels, self._on_command, on_timed=self._measures.command, clock=clock
         )
-        self._stores = Stores()
+        self._stores = Stores(self._measures.open_store)
         self._committer = Committer(
             etcd,
             settings.cluster,
@@ -363,6 +363,7 @@ class Coordinator:
         outcome = self._committer.commit(term, decision)
         self._measures.committed(decision, outcome, self._clock.monotonic() - began)
         if isinstance(outcome, Deposed) and not self._stopping.is_set():
+            self._session.count_fenced()
             self._log.error("deposed", job=job, term=term)
             self._end_process(EX_TEMPFAIL)
         self._tell(lambda now: self._driver.on_txn(job, outcome, now))
@@ -419,6 +420,7 @@ class Coordinator:
             db_bytes=lambda: self._etcd_health.db_bytes,
             lost=lambda: self._lost,
             measures=self._measures,
+            session=self._session,
             clock=self._clock,
         )
         return StatusServer(listener, status.pages(), report=self._log.warning)

@@ -8,12 +8,15 @@ from dtrain.coordinator import metrics
 from dtrain.coordinator.core.decisions import Decision, PutRecord, VerifyCheckpoint, Work, Write
 from dtrain.coordinator.core.views import FleetView, JobView, Moment
 from dtrain.coordinator.driver import Plan
-from dtrain.coordinator.persistence import Committed, Deposed, Outcome
+from dtrain.coordinator.persistence import Committed, Outcome
 from dtrain.protocol.checkpoint import CommitRecord
 from dtrain.protocol.commands import Command
 from dtrain.runtime.clock import Clock
 from dtrain.runtime.meters import Counter, Histogram, read
 from dtrain.runtime.metrics import Samples
+from dtrain.storage.blobs.metered import MeteredBlobs, StoreMeter
+from dtrain.storage.blobs.open import open_store
+from dtrain.storage.blobs.port import BlobStore
 from dtrain.storage.checkpoints.metrics import STAGE_SECONDS
 from dtrain.storage.etcd.metered import EtcdMeter
 from dtrain.storage.etcd.port import KeyValue
@@ -27,9 +30,9 @@ class Measures:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self.etcd = EtcdMeter()
+        self._store = StoreMeter()
         self._transitions = Counter(metrics.TRANSITIONS)
         self._takeovers = Histogram(metrics.TAKEOVER_SECONDS)
-        self._fenced = Counter(metrics.FENCED)
         self._plans = Histogram(metrics.PLAN_SECONDS)
         self._plan_failures = Counter(metrics.PLAN_FAILURES)
         self._commands = Histogram(metrics.COMMAND_SECONDS, COMMANDS)
@@ -39,6 +42,10 @@ class Measures:
         """Create-revision of the newest leader key seen."""
         self._fell_at: float | None = None
         self._in_office = False
+
+    def open_store(self, uri: str) -> BlobStore:
+        """Open a store whose use is measured."""
+        return MeteredBlobs(open_store(uri), self._store, self._clock)
 
     def planning(self, plan: Plan) -> Plan:
         """Return ``plan``, measured."""
@@ -78,8 +85,6 @@ class Measures:
 
     def committed(self, decision: Decision, outcome: Outcome, seconds: float) -> None:
         """A decision was committed, or not; only one that commits a checkpoint is a stage of it."""
-        if isinstance(outcome, Deposed):
-            self._fenced.add()
         if isinstance(outcome, Committed) and any(_is_commit(write) for write in decision.writes):
             self._stages.observe(seconds, "commit")
 
@@ -93,9 +98,9 @@ class Measures:
         return read(
             (
                 *self.etcd.meters,
+                *self._store.meters,
                 self._transitions,
                 self._takeovers,
-                self._fenced,
                 self._plans,
                 self._plan_failures,
                 self._commands,

@@ -5,8 +5,9 @@ puts both on the page.
 """
 
 from dtrain.runtime.metrics import MICROSECONDS, MILLISECONDS, Metric
+from dtrain.storage.blobs import metered as metered_store
 from dtrain.storage.checkpoints.metrics import STAGE_SECONDS
-from dtrain.storage.etcd import metered
+from dtrain.storage.etcd import lease_metrics, metered
 
 # Who leads.
 
@@ -129,10 +130,26 @@ PROGRESS_AT = Metric(
     "phases and while it is paused.",
     ("job",),
 )
+PHASE_AT = Metric(
+    "dtrain_job_phase_since_timestamp_seconds", "gauge", "When the job's present phase began.", ("job",)
+)
 STEP_USUAL = Metric(
     "dtrain_job_step_seconds",
     "gauge",
     "What a step of a running job takes lately, the median over ranks of each one's own median.",
+    ("job",),
+)
+TIME = Metric(
+    "dtrain_job_time_seconds_total",
+    "counter",
+    "Where a job's time went, by category (docs/goodput.md); steps count as productive once a "
+    "checkpoint holds them.",
+    ("job", "category"),
+)
+GOODPUT = Metric(
+    "dtrain_job_goodput_ratio",
+    "gauge",
+    "Productive time as a share of that in which progress was wanted, as `dtrain get jobs` shows it.",
     ("job",),
 )
 STRAGGLER = Metric(
@@ -187,10 +204,20 @@ AGENTS = Metric(
 )
 
 GROUPS: dict[str, tuple[Metric, ...]] = {
-    "Leadership": (IS_LEADER, TERM, TRANSITIONS, TAKEOVER_SECONDS, FENCED, BRAKE_ON, LOOP_AGE, PROBLEMS),
+    "Leadership": (
+        IS_LEADER,
+        TERM,
+        TRANSITIONS,
+        TAKEOVER_SECONDS,
+        *lease_metrics.METRICS,
+        FENCED,
+        BRAKE_ON,
+        LOOP_AGE,
+        PROBLEMS,
+    ),
     "etcd": (*metered.METRICS, MIRROR_AGE, MIRROR_REVISION, RELISTS, DB_SIZE, DB_QUOTA),
     "Reconciling": (PLAN_SECONDS, PLAN_FAILURES, COMMAND_SECONDS, COMMAND_FAILURES),
-    "Jobs": (JOBS, JOBS_UNSHOWN, ATTEMPTS, STEP, PROGRESS_AT, STEP_USUAL, STRAGGLER),
+    "Jobs": (JOBS, JOBS_UNSHOWN, ATTEMPTS, STEP, PROGRESS_AT, PHASE_AT, STEP_USUAL, TIME, GOODPUT, STRAGGLER),
     "Checkpoints": (
         STAGE_SECONDS,
         COMMITS,
@@ -201,6 +228,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         INTERVAL,
     ),
     "Agents": (AGENTS,),
+    "Store": metered_store.METRICS,
 }
 
 METRICS = tuple(metric for group in GROUPS.values() for metric in group)

@@ -24,8 +24,10 @@ from dtrain.protocol.keys import Keys
 from dtrain.runtime.clock import Clock
 from dtrain.runtime.metrics import Metric, Sample, Samples, exposition
 from dtrain.runtime.serving import Page, Pages, live, verdict
+from dtrain.storage.etcd import lease_metrics
 from dtrain.storage.etcd.mirror import Mirror
 from dtrain.storage.etcd.port import KeyValue
+from dtrain.storage.etcd.session import Session
 
 
 class Status:
@@ -45,6 +47,7 @@ class Status:
         db_bytes: Callable[[], tuple[int, int]],
         lost: Callable[[], int],
         measures: Measures,
+        session: Session,
         clock: Clock,
     ) -> None:
         self._replica = replica
@@ -57,6 +60,7 @@ class Status:
         self._brake_on = brake_on
         self._db_bytes = db_bytes
         self._measures = measures
+        self._session = session
         self._monotonic = clock.monotonic
         self._series = JobSeries(keys, mirror, lost=lost, monotonic=clock.monotonic, wall=clock.wall)
 
@@ -102,6 +106,8 @@ class Status:
             metrics.RELISTS: {(why.value,): float(times) for why, times in self._mirror.relists().items()},
             metrics.LOOP_AGE: {(): max(0.0, self._monotonic() - self._loop_at())},
             metrics.PROBLEMS: {(): float(len(self._problems()))},
+            metrics.FENCED: {(): float(self._session.counts().fenced)},
+            **lease_metrics.samples(self._session, self._monotonic()),
             **self._measures.samples(),
         }
         for metric, size_bytes in zip((metrics.DB_SIZE, metrics.DB_QUOTA), self._db_bytes(), strict=True):

@@ -214,6 +214,7 @@ class FakeReplica(coordinator_pb2_grpc.CoordinatorServicer):
     refuse: Callable[[], DtrainError | grpc.StatusCode | None] = lambda: None
     calls: list[str] = field(default_factory=list)
     submitted: dict[str, bytes] = field(default_factory=dict)
+    store: str = ""
     intents: list[pb.SetIntentRequest] = field(default_factory=list)
     cordons: list[pb.CordonRequest] = field(default_factory=list)
     logs: dict[tuple[int, int, str], bytes] = field(default_factory=dict)
@@ -312,7 +313,12 @@ class FakeReplica(coordinator_pb2_grpc.CoordinatorServicer):
     def Info(self, request: pb.InfoRequest, context: grpc.ServicerContext) -> pb.InfoReply:  # noqa: N802
         self._enter("Info", context)
         return pb.InfoReply(
-            cluster="local", replica="c1", version="0.1.0", mirror_age_s=0.2, problems=self.problems
+            cluster="local",
+            replica="c1",
+            version="0.1.0",
+            mirror_age_s=0.2,
+            problems=self.problems,
+            store=self.store,
         )
 
     def _enter(self, name: str, context: grpc.ServicerContext) -> None:

@@ -471,7 +471,7 @@ def test_uncordon_says_whether_there_was_anything_to_lift(
 
 def test_drain_waits_until_no_rank_runs_there(replica: FakeReplica, address: str, capsys: Out) -> None:
     replica.items = [*running_job(), *fleet()]
-    words = ["drain", "a2", "--wait", "--coordinators", address]
+    words = ["drain", "a2", "--yes", "--wait", "--coordinators", address]
     assert run([*words, "--timeout", "100ms"]) == 6
     assert "digits still has ranks on a2" in capsys.readouterr().err
     timer = threading.Timer(0.3, lambda: replica.update(fleet()))

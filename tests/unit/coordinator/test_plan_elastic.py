@@ -12,6 +12,7 @@ from dtrain.protocol.commands import AbortCheckpoint, ConfirmCheckpoint, Prepare
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import AgentName, Attempt, JobName, Uid
 from dtrain.protocol.job import Intent, JobPhase, Member, Wanted
+from dtrain.protocol.package import Package
 from dtrain.protocol.snapshot import FailureKind, WorkerPhase
 
 
@@ -519,13 +520,21 @@ def test_each_machine_gets_as_many_ranks_as_it_has_slots() -> None:
     ]
 
 
-def test_an_agent_that_would_start_no_rank_gets_none() -> None:
-    stage = Stage(make_spec(nodes=(1, 2), nproc=0)).join("a", "b", slots=2)
+@pytest.mark.parametrize(
+    ("changes", "lacking"),
+    [
+        ({"nproc_per_node": 0}, "nproc_per_node: auto"),
+        ({"package": Package("d" * 64, "a" * 16, "s3://b", 1, 1, 1)}, "packed working directories"),
+    ],
+)
+def test_an_agent_that_would_start_no_rank_gets_none(changes: dict[str, object], lacking: str) -> None:
+    spec = replace(make_spec(nodes=(1, 2)), **changes)  # type: ignore[arg-type]
+    stage = Stage(spec).join("a", "b", slots=2)
     for name, view in stage.agents.items():
         stage.agents[name] = replace(view, node=replace(view.node, version="0.1.0"))
     stage.until_quiet()
     assert stage.phase is JobPhase.QUEUED
-    assert "(2 of a release without nproc_per_node: auto)" in stage.status.reason
+    assert f"(2 of a release without {lacking})" in stage.status.reason
     stage.agents[AgentName("a")] = replace(
         stage.agents[AgentName("a")], node=replace(stage.agents[AgentName("a")].node, version="0.2.0")
     )

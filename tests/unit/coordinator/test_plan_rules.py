@@ -253,3 +253,11 @@ def test_marks_are_bounded() -> None:
         stage.after(60.0).run()
     assert len(stage.status.marks) == rules.MARKS_KEPT
     assert stage.status.restarts[-1] > EPOCH
+
+
+def test_what_no_machine_can_do_ends_the_job_whatever_its_rules_say_and_blames_nobody() -> None:
+    stage = started(FailureRule(RuleAction.RESTART_FREE))
+    fails(stage, "b", kind=FailureKind.PREPARE, hopeless=True)
+    assert stage.status.phase is JobPhase.FAILED
+    assert EventReason.PACKAGE_UNUSABLE in stage.reasons_of_events()
+    assert KEYS.suspicion(B) not in stage.cells

@@ -22,6 +22,7 @@ from dtrain.runtime.serving import LOOP_S_MAX
 from dtrain.storage.etcd.memory import MemoryEtcd
 from dtrain.storage.etcd.mirror import Mirror
 from dtrain.storage.etcd.port import Put, Txn
+from dtrain.storage.etcd.session import FixedSession
 
 KEYS = Keys(ClusterName("default"))
 
@@ -48,6 +49,7 @@ class Replica:
             db_bytes=lambda: (4096, 0),
             lost=lambda: self.lost,
             measures=Measures(self),
+            session=FixedSession(7),
             clock=self,
         )
 

@@ -435,6 +435,26 @@ BAD: dict[str, tuple[str, Callable[[History], object]]] = {
             .write(status=status(JobPhase.SUSPENDED))
         ),
     ),
+    "a job paused at what is not committed": (
+        "I5",
+        lambda h: h.committed().write(status=replace(status(seq_last=2), held=Seq(2))),
+    ),
+    "a job paused at a checkpoint of an attempt before": (
+        "I5",
+        lambda h: (
+            h.committed()
+            .write(status=status(JobPhase.STARTING, 2))
+            .write(status=replace(status(attempt=2), held=Seq(1)))
+        ),
+    ),
+    "a pause that outlives the ranks it holds": (
+        "I5",
+        lambda h: (
+            h.committed()
+            .write(status=replace(status(), held=Seq(1)))
+            .write(status=replace(status(JobPhase.SUSPENDING), held=Seq(1)))
+        ),
+    ),
     "a machine that is given more ranks than it has slots": (
         "slots",
         lambda h: h.write(status=replace(status(), members=(Member(AGENT, 0, Rank(0), 3),))),

@@ -1,8 +1,9 @@
 """``dtrain audit``: replays etcd's history and names every broken promise."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,23 +21,6 @@ CATCH_UP_S = 600.0
 """How long a history may take to be read once."""
 
 STEP_S = 1.0
-
-
-def _access(function: Any) -> Any:
-    """Add the options that say how to reach etcd itself; the environment works too."""
-    for name, text in reversed(
-        (
-            ("cacert", "CA bundle that signs etcd's certificates."),
-            ("cert", "Client certificate for etcd."),
-            ("key", "Its key."),
-            ("user", "etcd user; one that may read is enough."),
-            ("password-file", "File with its password."),
-        )
-    ):
-        function = click.option(f"--{name}", metavar="NAME" if name == "user" else "FILE", help=text)(
-            function
-        )
-    return function
 
 
 @click.command(
@@ -65,16 +49,14 @@ def _access(function: Any) -> Any:
     type=click.Choice(["latest", "all"]),
     help="Read checkpoints in the store, too: the newest of each job, or all that are kept.",
 )
-@_access
 @formatted("table", "json", "yaml")
-@connected
+@partial(connected, etcd=True)
 def command(
     *,
     follow: bool,
     record: Path | None,
     recorded: Path | None,
     verify_blobs: str | None,
-    **access: str | None,
 ) -> int:
     """Replay the records' history and check the invariants that docs/guarantees.md lists.
 
@@ -85,7 +67,7 @@ def command(
         raise click.UsageError("--from reads a file: --follow, --record and --verify-blobs need etcd")
     if recorded is not None:
         return _recorded(recorded)
-    return _live(access, follow=follow, record=record, verify_blobs=verify_blobs)
+    return _live(follow=follow, record=record, verify_blobs=verify_blobs)
 
 
 def _recorded(path: Path) -> int:
@@ -98,14 +80,12 @@ def _recorded(path: Path) -> int:
     return _tell(auditor, source.cluster, str(path), note="" if source.whole else "the recording was cut off")
 
 
-def _live(
-    access: dict[str, str | None], *, follow: bool, record: Path | None, verify_blobs: str | None
-) -> int:
+def _live(*, follow: bool, record: Path | None, verify_blobs: str | None) -> int:
     from dtrain.cli.auditblobs import BlobAudit
     from dtrain.cli.auditing import Recorder, Replay
     from dtrain.protocol.audit import Auditor
 
-    etcd, cluster = _etcd(access)
+    etcd, cluster = _etcd()
     auditor = Auditor(cluster)
     sinks: list[Sink] = [auditor]
     recorder = Recorder(record, cluster) if record is not None else None
@@ -175,7 +155,7 @@ def _follow(replay: "Replay", auditor: "Auditor", told_to_stop: "threading.Event
         told = len(auditor.violations)
 
 
-def _etcd(access: dict[str, str | None]) -> "tuple[Etcd, ClusterName]":
+def _etcd() -> "tuple[Etcd, ClusterName]":
     """Open the etcd of the cluster that is meant: flags, environment, then the context file."""
     import os
 
@@ -183,12 +163,9 @@ def _etcd(access: dict[str, str | None]) -> "tuple[Etcd, ClusterName]":
     from dtrain.runtime.config import ETCD, etcd_options, parse
     from dtrain.storage.etcd.open import open_etcd
 
-    argv = [
-        word for name, value in access.items() if value for word in (f"--{name.replace('_', '-')}", value)
-    ]
     cluster, options = meant.find(
         settings(),
-        etcd_options(parse("dtrain audit", "", ETCD, argv, os.environ)),
+        etcd_options(parse("dtrain audit", "", ETCD, settings().etcd_flags(), os.environ)),
         why="an audit reads etcd, and no etcd is configured",
         fix="give --endpoints URL,..., start a local cluster (dtrain up), or give --from FILE",
     )

@@ -2,6 +2,7 @@
 
 import click
 
+from dtrain.cli import confirming
 from dtrain.cli.options import SECONDS, complete_job, connected, examples, formatted, settings
 
 
@@ -10,25 +11,20 @@ from dtrain.cli.options import SECONDS, complete_job, connected, examples, forma
     epilog=examples("dtrain cancel digits", "dtrain cancel digits --yes --wait"),
 )
 @click.argument("job", shell_complete=complete_job)
-@click.option("-y", "--yes", is_flag=True, help="Do not ask; needed where there is no terminal.")
+@confirming.option
 @click.option("--wait", is_flag=True, help="Return only when it has ended.")
 @click.option("--timeout", type=SECONDS, default="10m", show_default=True, help="Longest --wait.")
 @formatted("table", "json", "name")
 @connected
 def command(job: str, yes: bool, wait: bool, timeout: float) -> int:
     """Cancel JOB: its ranks are stopped, its committed checkpoints stay."""
-    import sys
-
     from dtrain.cli import context, output, reading, waiting
     from dtrain.cli.client import closing
     from dtrain.cli.identity import whoami
 
     with closing(context.connect(settings())) as client:
         name = reading.name(client, job)
-        if not yes:
-            if not sys.stdin.isatty():
-                raise click.UsageError(f"cancelling {name} cannot be undone: confirm it with --yes")
-            click.confirm(f"Cancel {name}? Its ranks are stopped; its checkpoints stay", abort=True, err=True)
+        confirming.confirm(f"Cancel {name}? That cannot be undone; its checkpoints stay", yes=yes)
         revision = client.set_intent(name, wanted="cancel", by=whoami())
         if wait:
             waiting.until(client, name, lambda job: job.finished, what="its end", timeout_s=timeout)

@@ -1,6 +1,5 @@
 """``dtrain chaos``: breaks a test cluster at random and measures how it recovers."""
 
-import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -118,15 +117,11 @@ def command(
 
 
 def _mark(meant: "Meant", *, mark: bool, yes: bool) -> int:
-    from dtrain.cli import chaosing
+    from dtrain.cli import chaosing, confirming
 
     name = meant.keys.cluster
-    what = f"Mark cluster {name}: whoever reaches its etcd may then break it on purpose"
-    if not yes and mark:
-        if not sys.stdin.isatty():
-            raise click.UsageError(f"marking {name} lets its jobs be broken: confirm it with --yes")
-        click.confirm(what, abort=True, err=True)
     if mark:
+        confirming.confirm(f"Mark cluster {name}? Whoever reaches its etcd may then break it", yes=yes)
         chaosing.mark(meant)
         click.echo(f"{name}: marked as a test cluster")
     else:

@@ -2,6 +2,7 @@
 
 import click
 
+from dtrain.cli import confirming
 from dtrain.cli.options import SECONDS, complete_job, connected, examples, formatted, settings
 
 FORMATS = ("safetensors", "torch", "dcp")
@@ -353,7 +354,7 @@ def unpin(job: str, seq: int, holder: str, everybody: bool) -> int:
 )
 @click.argument("job", shell_complete=complete_job)
 @click.argument("seq", type=click.IntRange(1))
-@click.option("-y", "--yes", is_flag=True, help="Do not ask; needed where there is no terminal.")
+@confirming.option
 @click.option("--wait/--no-wait", default=True, help="Return when it is deleted, or when that is asked for.")
 @click.option("--timeout", type=SECONDS, default="1m", show_default=True, help="Longest --wait.")
 @formatted("table", "json", "name")
@@ -365,7 +366,7 @@ def delete(job: str, seq: int, yes: bool, wait: bool, timeout: float) -> int:
 
     with closing(context.connect(settings())) as client:
         name = reading.name(client, job)
-        _confirm(f"Delete checkpoint {seq} of {name}? It cannot be brought back", yes)
+        confirming.confirm(f"Delete checkpoint {seq} of {name}? It cannot be brought back", yes=yes)
         gone = checkpointing.delete(client, name, seq, timeout_s=timeout if wait else None)
     if settings().output == "json":
         output.document({"v": 1, "kind": "CheckpointDeleted", "job": name, "seq": seq, "done": gone}, "json")
@@ -381,7 +382,7 @@ def delete(job: str, seq: int, yes: bool, wait: bool, timeout: float) -> int:
 )
 @click.argument("job", shell_complete=complete_job)
 @click.option("--dry-run", is_flag=True, help="Only show what would be deleted, and why.")
-@click.option("-y", "--yes", is_flag=True, help="Do not ask; needed where there is no terminal.")
+@confirming.option
 @click.option(
     "--timeout", type=SECONDS, default="10m", show_default=True, help="Longest wait for the leader."
 )
@@ -413,7 +414,7 @@ def gc(job: str, dry_run: bool, yes: bool, timeout: float) -> int:
             if review.problem:
                 output.say(f"orphans would stay: {review.problem}")
             return 0
-        _confirm(f"Delete what nobody needs of {name}? --dry-run shows it", yes)
+        confirming.confirm(f"Delete what nobody needs of {name}? --dry-run shows it", yes=yes)
         told = checkpointing.collect(client, name, timeout)
     if wanted in ("json", "yaml"):
         at = int(time.time())
@@ -423,15 +424,3 @@ def gc(job: str, dry_run: bool, yes: bool, timeout: float) -> int:
     else:
         click.echo(f"{name}: {told}")
     return 0
-
-
-def _confirm(question: str, yes: bool) -> None:
-    import sys
-
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise click.UsageError(
-            f"{question.partition('?')[0].lower()}: this cannot be undone: confirm with --yes"
-        )
-    click.confirm(question, abort=True, err=True)

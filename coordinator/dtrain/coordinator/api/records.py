@@ -139,6 +139,7 @@ class Operators:
     def _package_guards(self, spec: JobSpec) -> tuple[Compare, ...]:
         if spec.package is None:
             return ()
+        self._need_all_to_know("a packed working directory can be used", ErrorCode.OLDER_RELEASE)
         return (
             packages.guard(self._etcd, self._keys.cluster, self._stores(spec.package.store), spec.package),
         )
@@ -168,7 +169,7 @@ class Operators:
         asked = _wanted(wanted)
         paused = _paused(pause)
         if asked is Wanted.SUSPEND or paused:
-            self._need_all_to_know()
+            self._need_all_to_know("jobs can be suspended and paused")
         if nnodes != (0, 0):
             validate.check_nodes(*nnodes)
         unknown: OutcomeUnknown | None = None
@@ -224,7 +225,7 @@ class Operators:
             raise unknown
         raise _contended(name)
 
-    def _need_all_to_know(self) -> None:
+    def _need_all_to_know(self, what: str, code: ErrorCode = ErrorCode.CONFLICT) -> None:
         """Refuse what a coordinator of a former release could not read, if it led next."""
         versions = {}
         replicas = f"{self._keys.root}coordinators/"
@@ -234,8 +235,8 @@ class Operators:
                 versions[ReplicaId(parsed.name)] = codec.decode(ReplicaRecord, kv.value).version
         if why := releases.withheld(versions):
             raise Conflict(
-                ErrorCode.CONFLICT,
-                f"jobs can be suspended and paused once all coordinators know how: {why}",
+                code,
+                f"{what} once all coordinators know how: {why}",
                 fix="upgrade it first; what is running goes on meanwhile",
             )
 

@@ -158,6 +158,8 @@ class _Child:
     """It was told not to wait for anything any more."""
     doubts: int = 0
     """How many of its doubts about the lease etcd has been asked about."""
+    killed: str = ""
+    """Why it was killed, one of ``KILLS``; "": it was not."""
 
 
 class _Guardian:
@@ -230,6 +232,7 @@ class _Guardian:
             clean = code == 0 and child.memory.has_flag(CLEAN_STOP)
             lived_s = boottime() - child.started_at
             self._keeper.share_with(None)
+            self._keeper.child_ended(child.memory.fenced(), child.killed)
             self._memory = None
             os.close(child.pidfd)
             child.memory.close()
@@ -321,7 +324,7 @@ class _Guardian:
             ticked_at = now
             self._speak_for(child, now, hang_s)
             self._forward_stop(child, now)
-            why = self._reason_to_kill(child, now, hang_s)
+            child.killed, why = self._reason_to_kill(child, now, hang_s)
             if why:
                 self._report("child killed", pid=child.process.pid, why=why)
                 child.process.kill()
@@ -334,21 +337,22 @@ class _Guardian:
                 self._keeper.drop()
                 self._keeper.acquire()
 
-    def _reason_to_kill(self, child: _Child, now: float, hang_s: float) -> str:
+    def _reason_to_kill(self, child: _Child, now: float, hang_s: float) -> tuple[str, str]:
+        """Return which of ``KILLS`` it is, and why in words; empty ones: there is none."""
         if not self._keeper.is_alive():
-            return "the lease thread has died"
+            return "lease", "the lease thread has died"
         if child.stop_by is not None and (now > child.stop_by or self._signals > self._patient_signals):
-            return "it did not stop in time"
+            return "stop", "it did not stop in time"
         if child.memory.has_flag(STARTED) and now - child.beat_at > hang_s:
-            return f"its heart stood still for {now - child.beat_at:.1f} s"
+            return "hang", f"its heart stood still for {now - child.beat_at:.1f} s"
         acting = child.memory.acting()
         if self._config.policy is Policy.COORDINATOR and acting:
             held = self._keeper.held()
             if held.lost or acting != held.generation:
-                return "it led under a lease that is lost"
+                return "lease", "it led under a lease that is lost"
             if now > held.kill_at:
-                return "it led and the lease was not renewed in time"
-        return ""
+                return "lease", "it led and the lease was not renewed in time"
+        return "", ""
 
     def _forward_stop(self, child: _Child, now: float) -> None:
         grace_s, drain_s = self._config.grace_s, self._config.drain_s

@@ -5,6 +5,7 @@ from before the request that renewed the lease was sent: etcd cannot have
 started to count later than it received that request.
 """
 
+import bisect
 import random
 import threading
 from collections.abc import Callable
@@ -20,7 +21,13 @@ from dtrain.storage.etcd.lease_client import (
     boottime,
     new_lease_id,
 )
-from dtrain.storage.etcd.session_memory import LeaseView, SessionMemory
+from dtrain.storage.etcd.session_memory import (
+    KILLS,
+    RENEWAL_BOUNDS_S,
+    GuardianCounts,
+    LeaseView,
+    SessionMemory,
+)
 
 DEMOTE_SHARE = 0.70
 KILL_SHARE = 0.85
@@ -80,6 +87,7 @@ class LeaseKeeper:
         self._due = 0.0
         self._orphans: list[int] = []
         self._memory: SessionMemory | None = None
+        self._counts = GuardianCounts()
         self._failures = 0
         self._complained_at = float("-inf")
         self._denied = False
@@ -110,12 +118,20 @@ class LeaseKeeper:
         with self._condition:
             self._memory = memory
             self._publish()
+            if memory is not None:
+                memory.publish_counts(self._counts)
 
     def acquire(self) -> None:
         """Grant a lease as soon as etcd answers; ``held`` tells when."""
         with self._condition:
             self._wanted = True
             self._condition.notify_all()
+
+    def child_ended(self, fenced: int, killed: str = "") -> None:
+        """Count what a child leaves: decisions of it that etcd refused, and why it was killed ("": not)."""
+        with self._condition:
+            kills = tuple(n + (why == killed) for why, n in zip(KILLS, self._counts.kills, strict=True))
+            self._counts = replace(self._counts, kills=kills, fenced=self._counts.fenced + fenced)
 
     def check(self) -> None:
         """Renew now: somebody has heard that the lease is gone."""
@@ -180,6 +196,8 @@ class LeaseKeeper:
                 self._gone(held)
             except NotAnswered as error:
                 self._failed(error)
+            if held.lease:
+                self._count(boottime() - sent_at)
 
     def _granted(self, lease: int, sent_at: float, ttl_s: float) -> None:
         self._candidate = 0
@@ -240,6 +258,16 @@ class LeaseKeeper:
             self._complained_at, self._denied = now, denied
             event = "etcd denies access" if denied else "etcd does not answer"
             self._report(event, endpoints=list(self._access.endpoints()[0]), error=str(error))
+
+    def _count(self, took_s: float) -> None:
+        at = bisect.bisect_left(RENEWAL_BOUNDS_S, took_s)
+        with self._condition:
+            known = self._counts
+            renewals = tuple(n + (number == at) for number, n in enumerate(known.renewals))
+            took_us = max(0, round(took_s * 1e6))
+            self._counts = replace(known, renewals=renewals, renewals_us=known.renewals_us + took_us)
+            if self._memory is not None:
+                self._memory.publish_counts(self._counts)
 
     def _publish(self) -> None:
         if self._memory is not None:

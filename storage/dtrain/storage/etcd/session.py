@@ -19,6 +19,7 @@ from dtrain.storage.etcd.session_memory import (
     REVISION_VARIABLE,
     STARTED,
     STOPPING_VARIABLE,
+    GuardianCounts,
     LeaseView,
     SessionMemory,
 )
@@ -77,6 +78,14 @@ class Session(Protocol):
 
     def doubt(self) -> None:
         """Say that etcd knows the lease no more: the guardian asks it at once, and gets a new one."""
+        ...
+
+    def count_fenced(self) -> None:
+        """Count a decision that etcd refused because its term was over: this process ends by it."""
+        ...
+
+    def counts(self) -> GuardianCounts:
+        """Return what was counted over all lives of this process."""
         ...
 
     def set_clean_stop(self) -> None:
@@ -139,6 +148,12 @@ class GuardedSession:
     def doubt(self) -> None:
         self._memory.doubt()
 
+    def count_fenced(self) -> None:
+        self._memory.count_fenced()
+
+    def counts(self) -> GuardianCounts:
+        return self._memory.counts()
+
     def set_clean_stop(self) -> None:
         self._memory.raise_flag(CLEAN_STOP)
 
@@ -156,6 +171,7 @@ class FixedSession:
         self.ready = False
         self.acting = 0
         self.doubts = 0
+        self.fenced = 0
         self.clean_stop = False
 
     def view(self) -> LeaseView:
@@ -186,6 +202,12 @@ class FixedSession:
 
     def doubt(self) -> None:
         self.doubts += 1
+
+    def count_fenced(self) -> None:
+        self.fenced += 1
+
+    def counts(self) -> GuardianCounts:
+        return GuardianCounts(fenced=self.fenced)
 
     def set_clean_stop(self) -> None:
         self.clean_stop = True

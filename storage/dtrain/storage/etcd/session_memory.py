@@ -30,7 +30,14 @@ _SIZE = 4096
 _MAGIC = 0x6474_7261_696E_0001
 _AT_MAGIC, _AT_SEQUENCE, _AT_LEASE = 0, 8, 16
 _LEASE = struct.Struct("=QQddd")
-_AT_BEAT, _AT_FLAGS, _AT_ACTING, _AT_DOUBTS = 64, 72, 80, 88
+_AT_BEAT, _AT_FLAGS, _AT_ACTING, _AT_DOUBTS, _AT_FENCED = 64, 72, 80, 88, 96
+_AT_COUNTS = 256
+
+RENEWAL_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+"""Upper bounds by which renewals are counted; none takes longer than a try may."""
+
+KILLS = ("hang", "lease", "stop")
+"""Why a guardian kills its child: its loop stands still, it leads without a lease, it does not stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,22 @@ class LeaseView:
     ttl_s: float = 0.0
     demote_at: float = 0.0
     kill_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GuardianCounts:
+    """What a guardian has counted over all its children; only for people."""
+
+    renewals: tuple[int, ...] = (0,) * (len(RENEWAL_BOUNDS_S) + 1)
+    """Tries to renew by how long they took, failed ones included; the last one without a bound."""
+    renewals_us: int = 0
+    """Their sum, microseconds."""
+    kills: tuple[int, ...] = (0,) * len(KILLS)
+    fenced: int = 0
+    """Decisions that etcd refused because their term was over."""
+
+
+_COUNTS = struct.Struct(f"={len(GuardianCounts().renewals)}QQ{len(KILLS)}QQ")
 
 
 class SessionMemory:
@@ -98,6 +121,17 @@ class SessionMemory:
             os.sched_yield()
         return LeaseView()
 
+    def publish_counts(self, counts: GuardianCounts) -> None:
+        _COUNTS.pack_into(
+            self._map, _AT_COUNTS, *counts.renewals, counts.renewals_us, *counts.kills, counts.fenced
+        )
+
+    def counts(self) -> GuardianCounts:
+        """Return what the guardian has counted; a sum may be a moment ahead of its parts."""
+        values = _COUNTS.unpack_from(self._map, _AT_COUNTS)
+        buckets = len(GuardianCounts().renewals)
+        return GuardianCounts(values[:buckets], values[buckets], values[buckets + 1 : -1], values[-1])
+
     # The child writes, the guardian reads.
 
     def beat(self) -> None:
@@ -125,3 +159,10 @@ class SessionMemory:
     def doubts(self) -> int:
         """Return how often etcd has told the child that it knows no such lease."""
         return self._words[_AT_DOUBTS // 8]
+
+    def count_fenced(self) -> None:
+        self._words[_AT_FENCED // 8] += 1
+
+    def fenced(self) -> int:
+        """Return how many of the child's decisions etcd refused because their term was over."""
+        return self._words[_AT_FENCED // 8]
