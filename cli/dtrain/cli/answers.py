@@ -38,6 +38,26 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
+class Changed:
+    """One record's step to ``value``, None: it was deleted; ``key`` is below the cluster's root."""
+
+    key: str
+    value: bytes | None
+    revision: int
+    create_revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """Changes up to ``revision``; ``lost``: no replica knows any more what came after the one asked for."""
+
+    changes: tuple[Changed, ...]
+    revision: int
+    age_s: float
+    lost: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Submitted:
     """What became of a submission."""
 

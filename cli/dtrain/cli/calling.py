@@ -138,6 +138,10 @@ class Caller:
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, _PAUSE_S_MAX)
 
+    def _pass_over(self) -> None:
+        """Ask another replica the next time."""
+        self._current = (self._current + 1) % len(self._stubs)
+
     def _unreachable(self, last: DtrainError) -> DtrainError:
         if last.code is not ErrorCode.COORDINATOR_UNAVAILABLE:
             return last

@@ -7,19 +7,21 @@ imported where one is decoded: most verbs need none of them.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from dtrain.cli.answers import (
     ArchivedJob,
+    Changed,
     GarbageItem,
     Importing,
     Item,
     JobStacks,
     LogChunk,
     LogPlace,
+    News,
     Pinned,
     RankStacks,
     Reading,
@@ -193,6 +195,30 @@ class Client(Caller):
             time.sleep(max(0.0, min(wait_s, PACE_S) - (time.monotonic() - begun)))
         self._seen_revision = max(self._seen_revision, found.revision)
         return found
+
+    def changes(self, prefixes: Sequence[str], *, after_revision: int, wait_s: float = 0.0) -> News:
+        """Return what has changed below ``prefixes`` since; with ``wait_s`` wait that long for something.
+
+        Raises:
+            Refused: OLDER_RELEASE; the replica is of a release that remembers no changes.
+            Unavailable: no replica could be reached.
+        """
+        request = pb.ChangesRequest(
+            prefixes=prefixes, after_revision=after_revision, wait_ms=int(1000 * wait_s)
+        )
+        for _ in self._addresses:
+            reply = self._call(
+                lambda stub, timeout: stub.Changes(request, timeout=timeout + wait_s), wait_s=wait_s
+            )
+            if not reply.lost:
+                break
+            # One that has begun only now knows less than those beside it.
+            self._pass_over()
+        changes = tuple(
+            Changed(one.key, None if one.deleted else one.value, one.revision, one.create_revision)
+            for one in reply.changes
+        )
+        return News(changes, reply.revision, reply.age_s, reply.lost)
 
     def _refuse_older(self, revision: int) -> None:
         if revision < self._seen_revision:

@@ -1,19 +1,13 @@
-"""Events: which are shown, and the new ones as they come."""
+"""Events: which are shown, and those that only the archive has left."""
 
-import json
-import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import click
-
-from dtrain.cli import archived, output, reading, records
+from dtrain.cli import archived, output, reading
 from dtrain.cli.client import Client
 from dtrain.cli.records import Cluster
 from dtrain.cli.render import lists
 from dtrain.cli.render.table import When, age_s
-from dtrain.cli.watching import changes
 from dtrain.protocol.events import EventRecord
 
 
@@ -60,43 +54,6 @@ def listing(client: Client, wanted: Wanted, *, iso: bool, form: str) -> None:
         revision=cluster.revision,
     )
     output.freshness(cluster.age_s)
-
-
-def follow(client: Client, wanted: Wanted, *, iso: bool, form: str) -> None:
-    """Print what has happened so far and then each event as it comes, once, until interrupted."""
-    for name, event, document in _new(client, wanted):
-        if form in ("json", "yaml") or not sys.stdout.isatty():
-            click.echo(json.dumps({"v": 1, "kind": "Event", "job": name, **document}, ensure_ascii=False))
-        else:
-            table = lists.events([(name, event)], When(time.time(), iso), wide=form == "wide")
-            click.echo("   ".join(table.rows[0]))
-        sys.stdout.flush()
-
-
-def _new(client: Client, wanted: Wanted) -> Iterator[tuple[str, EventRecord, dict[str, object]]]:
-    seen: dict[str, int] = {}
-    counts: dict[tuple[str, int], int] = {}
-    for cluster in changes(client, _reader(client, wanted), output.say):
-        now = time.time()
-        for name, job in cluster.jobs.items():
-            for seq, event in sorted(job.events.items()):
-                # A repeated event keeps its number and counts on.
-                if seq <= seen.get(name, 0) and event.count <= counts.get((name, seq), event.count):
-                    continue
-                seen[name] = max(seq, seen.get(name, 0))
-                counts[name, seq] = event.count
-                if wanted.fits(event, now):
-                    yield name, event, job.raw.get("events", {}).get(str(seq), {})
-            # Bounded by what etcd keeps.
-            for of in [of for of in counts if of[0] == name and of[1] not in job.events]:
-                del counts[of]
-
-
-def _reader(client: Client, wanted: Wanted) -> Callable[..., Cluster]:
-    if wanted.job is None:
-        return lambda **how: records.group(client.read("jobs/", **how))
-    exact = reading.name(client, wanted.job)
-    return lambda **how: records.group(client.read(f"jobs/{exact}/", **how))
 
 
 def _read(client: Client, wanted: Wanted) -> Cluster:

@@ -139,6 +139,16 @@ def selected(function: F) -> F:
     )(function)
 
 
+def watched(function: F) -> F:
+    """Add ``--watch``."""
+    return click.option(
+        "-w",
+        "--watch",
+        is_flag=True,
+        help="Stay and show changes: in place, or a JSON line each when piped.",
+    )(function)
+
+
 def timed(function: F) -> F:
     """Add ``--iso``."""
     return click.option("--iso", is_flag=True, help="Times in UTC instead of ages.")(function)

@@ -105,14 +105,15 @@ class Selection:
         chosen = set(known)
         if self.names:
             chosen = {found for name in self.names for found in _meant(known, name, what)}
-        return [row for row in rows if row.name in chosen and self._fits(row)]
+        return [row for row in rows if row.name in chosen and self.fits(row)]
 
     def may_be(self, name: str) -> bool:
         """Whether something of this name could be meant: for what is yet to come."""
         beginnings = [text.rpartition("/")[2].removesuffix("*") for text in self.names]
         return not beginnings or name.startswith(tuple(beginnings))
 
-    def _fits(self, row: JobRow | AgentRow) -> bool:
+    def fits(self, row: JobRow | AgentRow) -> bool:
+        """Whether its phase and labels are those that are meant."""
         phase = str(row.phase) if isinstance(row, JobRow) else row.status
         if self.phases and phase not in self.phases:
             return False

@@ -84,6 +84,7 @@ RULES: Mapping[str, Rule] = {
     f"{_COORDINATOR}SetIntent": _BY_DASHBOARDS,
     f"{_COORDINATOR}Read": _ALL,
     f"{_COORDINATOR}List": _ALL,
+    f"{_COORDINATOR}Changes": _ALL,
     f"{_COORDINATOR}ReadLog": _ALL,
     f"{_COORDINATOR}ListLogs": _ALL,
     f"{_COORDINATOR}ReadArchive": _ALL,

@@ -26,6 +26,7 @@ from typing import Any
 from dtrain.coordinator import config
 from dtrain.coordinator.api.checkpoints import CheckpointDesk
 from dtrain.coordinator.api.cordons import Cordons
+from dtrain.coordinator.api.history import History
 from dtrain.coordinator.api.records import Operators
 from dtrain.coordinator.api.server import Server, waiting_slots
 from dtrain.coordinator.api.servicers import CoordinatorServicer, Identity
@@ -131,6 +132,7 @@ class Coordinator:
         )
         self._server = Server(settings.listen, self._tls)
         self.address = settings.advertised(self._server.address)
+        self._history = History(self._keys.root)
         self._mirror = Mirror(
             etcd,
             self._keys.root,
@@ -233,6 +235,7 @@ class Coordinator:
             cordons=Cordons(etcd, settings.cluster, clock),
             term=self._acting_term,
             waiting=waiting_slots(),
+            history=self._history,
             default_store=settings.default_store,
             problems=self._problems,
             etcd_version=lambda: self._etcd_health.version,
@@ -376,6 +379,7 @@ class Coordinator:
 
     def _on_changes(self, changes: tuple[Change, ...], revision: int) -> None:
         self._historian.see(changes)
+        self._history.add(changes, revision)
         for change in changes:
             if change.key == self._keys.leader:
                 self._measures.leader_seen(change.after)

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -225,10 +225,27 @@ class FakeReplica(coordinator_pb2_grpc.CoordinatorServicer):
     """It is of the release before this one: it makes no rows."""
     knows_pauses: bool = True
 
+    history: list[pb.Changed] = field(default_factory=list)
+    known_from: int = 0
+
     def update(self, items: list[Item]) -> None:
+        """Become so in one transaction."""
         with self.changed:
-            self.items = items
+            before = {one.key: one.value for one in self.items}
             self.revision += 1
+            now = {one.key: one for one in items}
+            self.items = [
+                one if before.get(one.key) == one.value else replace(one, mod_revision=self.revision)
+                for one in items
+            ]
+            self.history += [
+                pb.Changed(key=key, revision=self.revision, value=one.value)
+                for key, one in now.items()
+                if before.get(key) != one.value
+            ]
+            self.history += [
+                pb.Changed(key=key, revision=self.revision, deleted=True) for key in before if key not in now
+            ]
             self.changed.notify_all()
 
     def Submit(self, request: pb.SubmitRequest, context: grpc.ServicerContext) -> pb.SubmitReply:  # noqa: N802
@@ -293,6 +310,25 @@ class FakeReplica(coordinator_pb2_grpc.CoordinatorServicer):
             if request.kind == "agents":
                 made = [agent.row for agent in cluster.agents.values()]
             return pb.ListReply(rows=[codec.encode(row) for row in made], revision=self.revision, age_s=0.1)
+
+    def Changes(self, request: pb.ChangesRequest, context: grpc.ServicerContext) -> pb.ChangesReply:  # noqa: N802
+        self._enter("Changes", context)
+        if self.former:
+            context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        with self.changed:
+            self.changed.wait_for(
+                lambda: self.revision > request.after_revision or not context.is_active(),
+                request.wait_ms / 1000,
+            )
+            return pb.ChangesReply(
+                changes=[
+                    one
+                    for one in self.history
+                    if one.revision > request.after_revision and one.key.startswith(tuple(request.prefixes))
+                ],
+                revision=max(self.revision, request.after_revision),
+                lost=request.after_revision < self.known_from,
+            )
 
     def ReadLog(self, request: pb.JobLogRequest, context: grpc.ServicerContext) -> pb.JobLogChunk:  # noqa: N802
         self._enter("ReadLog", context)

@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import pytest
 
-from dtrain.coordinator.api.history import History
+from dtrain.coordinator.api.past import PastJobs
 from dtrain.coordinator.historian import BATCH, PRUNE_S, RETRY_S_FIRST, Historian
 from dtrain.protocol import archive, codec
 from dtrain.protocol.errors import ErrorCode, NotFound, Unavailable
@@ -56,7 +56,7 @@ class Bench:
         self.revision = 0
         self.said: list[tuple[str, dict[str, Any]]] = []
         self.historian = self.new()
-        self.history = History(CLUSTER, cast("Mirror", self.state), lambda _: self.store, STORE)
+        self.history = PastJobs(CLUSTER, cast("Mirror", self.state), lambda _: self.store, STORE)
 
     def new(self) -> Historian:
         return Historian(

@@ -15,10 +15,11 @@ from dtrain.cli.options import (
     selected,
     settings,
     timed,
+    watched,
 )
 
 if TYPE_CHECKING:
-    from dtrain.cli.client import Client
+    pass
 
 
 @click.group(
@@ -40,7 +41,7 @@ def command() -> None:
 @click.argument("names", nargs=-1, shell_complete=complete_job)
 @click.option("--phase", "phases", multiple=True, metavar="PHASE,...", help="Also: active, finished.")
 @selected
-@click.option("-w", "--watch", is_flag=True, help="Go on showing changes; JSON lines when piped.")
+@watched
 @timed
 @formatted()
 @connected
@@ -59,7 +60,9 @@ def jobs(
     chosen = selecting.Selection(names, selecting.phases(phases), selecting.labels(labels))
     with closing(context.connect(settings())) as client:
         if watch:
-            _watch(client, names)
+            from dtrain.cli import staying
+
+            staying.jobs(client, chosen, settings().output)
             return
         found = listing.jobs(client)
         rows = chosen.choose(found.rows, "job")
@@ -82,58 +85,19 @@ def jobs(
     output.freshness(found.age_s)
 
 
-def _watch(client: "Client", names: tuple[str, ...]) -> None:
-    import json
-    import sys
-
-    from dtrain.cli import output, reading
-    from dtrain.cli.render import lists
-    from dtrain.cli.render.table import When
-    from dtrain.cli.watching import changes
-
-    wide = settings().output == "wide"
-    piped = not sys.stdout.isatty() or settings().output in ("json", "yaml", "name")
-    seen: dict[str, str] = {}
-    screen = None
-    for cluster in changes(client, lambda **how: reading.everything(client, **how), output.say):
-        if names:
-            cluster.jobs = {name: job for name, job in cluster.jobs.items() if name.startswith(names)}
-        if piped:
-            for name, job in cluster.jobs.items():
-                line = json.dumps(job.as_json(), ensure_ascii=False)
-                if seen.get(name) != line:
-                    seen[name] = line
-                    click.echo(
-                        json.dumps({**job.as_json(), "revision": cluster.revision}, ensure_ascii=False)
-                    )
-                    sys.stdout.flush()
-            for name in seen.keys() - cluster.jobs.keys():
-                del seen[name]
-                click.echo(
-                    json.dumps({"v": 1, "kind": "JobGone", "name": name, "revision": cluster.revision})
-                )
-            continue
-        from rich.live import Live
-        from rich.text import Text
-
-        rows = [job.row(time.time()) for job in cluster.jobs.values()]
-        text = Text("\n".join(lists.jobs(rows, When(time.time()), wide=wide).lines(output.width())))
-        if screen is None:
-            screen = Live(text, auto_refresh=False)
-            click.get_current_context().with_resource(screen)
-        screen.update(text, refresh=True)
-
-
 @command.command(
     "agents", epilog=examples("dtrain get agents", "dtrain get agents --status lost,blocked -o name")
 )
 @click.argument("names", nargs=-1, shell_complete=complete_agent)
 @click.option("--status", "states", multiple=True, metavar="STATUS,...", help="Such as ready or lost.")
 @selected
+@watched
 @timed
 @formatted()
 @connected
-def agents(*, names: tuple[str, ...], states: tuple[str, ...], labels: tuple[str, ...], iso: bool) -> None:
+def agents(
+    *, names: tuple[str, ...], states: tuple[str, ...], labels: tuple[str, ...], watch: bool, iso: bool
+) -> None:
     """List machines: whether they are ready, slots in use, their jobs."""
     from dtrain.cli import context, listing, output, selecting
     from dtrain.cli.client import closing
@@ -142,6 +106,11 @@ def agents(*, names: tuple[str, ...], states: tuple[str, ...], labels: tuple[str
 
     chosen = selecting.Selection(names, selecting.states(states), selecting.labels(labels))
     with closing(context.connect(settings())) as client:
+        if watch:
+            from dtrain.cli import staying
+
+            staying.agents(client, chosen, settings().output)
+            return
         found = listing.agents(client)
         rows = chosen.choose(found.rows, "agent")
         revision, items = found.revision, []
@@ -164,13 +133,12 @@ def agents(*, names: tuple[str, ...], states: tuple[str, ...], labels: tuple[str
     output.freshness(found.age_s)
 
 
-@command.command(
-    "coordinators", epilog=examples("dtrain get coordinators", "dtrain get coordinators -o json")
-)
+@command.command("coordinators", epilog=examples("dtrain get coordinators", "dtrain get coordinators -w"))
+@watched
 @timed
 @formatted()
 @connected
-def coordinators(*, iso: bool) -> None:
+def coordinators(*, watch: bool, iso: bool) -> None:
     """List replicas: which one leads, since when, how old their mirrors are, what is wrong."""
     from dtrain.cli import context, output, reading
     from dtrain.cli.answers import ReplicaInfo
@@ -179,6 +147,11 @@ def coordinators(*, iso: bool) -> None:
     from dtrain.cli.render.table import When
 
     with closing(context.connect(settings())) as client:
+        if watch:
+            from dtrain.cli import staying
+
+            staying.coordinators(client, settings().output)
+            return
         cluster = reading.coordinators(client)
     addresses = [replica.record.address for replica in cluster.replicas.values() if replica.record]
     ages_s: dict[str, float | None] = {}
@@ -215,15 +188,21 @@ def coordinators(*, iso: bool) -> None:
     "checkpoints", epilog=examples("dtrain get checkpoints digits", "dtrain get checkpoints digits -o json")
 )
 @click.argument("job", shell_complete=complete_job)
+@watched
 @timed
 @formatted()
 @connected
-def checkpoints(*, job: str, iso: bool) -> None:
+def checkpoints(*, job: str, watch: bool, iso: bool) -> None:
     """List a job's checkpoints: committed, open, bad, being deleted; * marks the newest."""
     from dtrain.cli import checkpointing, context
     from dtrain.cli.client import closing
 
     with closing(context.connect(settings())) as client:
+        if watch:
+            from dtrain.cli import reading, staying
+
+            staying.checkpoints(client, reading.name(client, job), settings().output)
+            return
         checkpointing.listing(client, job, settings().output, iso=iso)
 
 
@@ -239,7 +218,7 @@ def checkpoints(*, job: str, iso: bool) -> None:
 @click.option("--type", "types", multiple=True, metavar="TYPE,...", help="Normal, Warning, or reasons.")
 @click.option("--since", type=SECONDS, metavar="AGE", help="Only what is not older, such as 10m.")
 @click.option("--uid", default="", help="Of an earlier submission of JOB: see 'dtrain archive'.")
-@click.option("-w", "--watch", is_flag=True, help="Go on with what happens; JSON lines when piped.")
+@watched
 @timed
 @formatted()
 @connected
@@ -247,10 +226,15 @@ def events(
     *, job: str | None, types: tuple[str, ...], since: float | None, uid: str, watch: bool, iso: bool
 ) -> None:
     """List what happened, oldest first: to one job, or to all."""
-    from dtrain.cli import context, eventing
+    from dtrain.cli import context, eventing, reading
     from dtrain.cli.client import closing
 
     wanted = eventing.Wanted(job, types, since, uid)
     with closing(context.connect(settings())) as client:
-        show = eventing.follow if watch else eventing.listing
-        show(client, wanted, iso=iso, form=settings().output)
+        if watch:
+            from dtrain.cli import staying
+
+            name = reading.name(client, job) if job else ""
+            staying.events(client, name, settings().output, fits=wanted.fits)
+            return
+        eventing.listing(client, wanted, iso=iso, form=settings().output)

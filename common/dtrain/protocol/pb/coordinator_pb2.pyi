@@ -799,6 +799,84 @@ class ListReply(google.protobuf.message.Message):
 Global___ListReply: typing_extensions.TypeAlias = ListReply
 
 @typing.final
+class ChangesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PREFIXES_FIELD_NUMBER: builtins.int
+    AFTER_REVISION_FIELD_NUMBER: builtins.int
+    WAIT_MS_FIELD_NUMBER: builtins.int
+    after_revision: builtins.int
+    wait_ms: builtins.int
+    @property
+    def prefixes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """below the cluster's root; no snapshots of machines"""
+
+    def __init__(
+        self,
+        *,
+        prefixes: collections.abc.Iterable[builtins.str] | None = ...,
+        after_revision: builtins.int = ...,
+        wait_ms: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after_revision", b"after_revision", "prefixes", b"prefixes", "wait_ms", b"wait_ms"]) -> None: ...
+
+Global___ChangesRequest: typing_extensions.TypeAlias = ChangesRequest
+
+@typing.final
+class Changed(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    DELETED_FIELD_NUMBER: builtins.int
+    VALUE_FIELD_NUMBER: builtins.int
+    CREATE_REVISION_FIELD_NUMBER: builtins.int
+    key: builtins.str
+    revision: builtins.int
+    deleted: builtins.bool
+    value: builtins.bytes
+    create_revision: builtins.int
+    def __init__(
+        self,
+        *,
+        key: builtins.str = ...,
+        revision: builtins.int = ...,
+        deleted: builtins.bool = ...,
+        value: builtins.bytes = ...,
+        create_revision: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["create_revision", b"create_revision", "deleted", b"deleted", "key", b"key", "revision", b"revision", "value", b"value"]) -> None: ...
+
+Global___Changed: typing_extensions.TypeAlias = Changed
+
+@typing.final
+class ChangesReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CHANGES_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    AGE_S_FIELD_NUMBER: builtins.int
+    LOST_FIELD_NUMBER: builtins.int
+    revision: builtins.int
+    """all up to here are told: what to ask with next"""
+    age_s: builtins.float
+    lost: builtins.bool
+    """This replica does not know any more, or not yet, what came after after_revision."""
+    @property
+    def changes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Changed]: ...
+    def __init__(
+        self,
+        *,
+        changes: collections.abc.Iterable[Global___Changed] | None = ...,
+        revision: builtins.int = ...,
+        age_s: builtins.float = ...,
+        lost: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["age_s", b"age_s", "changes", b"changes", "lost", b"lost", "revision", b"revision"]) -> None: ...
+
+Global___ChangesReply: typing_extensions.TypeAlias = ChangesReply
+
+@typing.final
 class JobLogRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

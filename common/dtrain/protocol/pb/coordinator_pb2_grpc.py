@@ -56,6 +56,11 @@ class CoordinatorStub(object):
                 request_serializer=dtrain_dot_v1_dot_coordinator__pb2.ListRequest.SerializeToString,
                 response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ListReply.FromString,
                 _registered_method=True)
+        self.Changes = channel.unary_unary(
+                '/dtrain.v1.Coordinator/Changes',
+                request_serializer=dtrain_dot_v1_dot_coordinator__pb2.ChangesRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ChangesReply.FromString,
+                _registered_method=True)
         self.ReadLog = channel.unary_unary(
                 '/dtrain.v1.Coordinator/ReadLog',
                 request_serializer=dtrain_dot_v1_dot_coordinator__pb2.JobLogRequest.SerializeToString,
@@ -166,6 +171,14 @@ class CoordinatorServicer(object):
     def List(self, request, context):
         """One row for each job or agent, made from this replica's mirror: what lists show
         of thousands of records. With after_revision the call waits like Read.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Changes(self, request, context):
+        """What has changed below some prefixes after a revision, each change once and in
+        order; waits up to wait_ms for the first. Any replica goes on where another stopped.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -306,6 +319,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.List,
                     request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ListRequest.FromString,
                     response_serializer=dtrain_dot_v1_dot_coordinator__pb2.ListReply.SerializeToString,
+            ),
+            'Changes': grpc.unary_unary_rpc_method_handler(
+                    servicer.Changes,
+                    request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ChangesRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_coordinator__pb2.ChangesReply.SerializeToString,
             ),
             'ReadLog': grpc.unary_unary_rpc_method_handler(
                     servicer.ReadLog,
@@ -498,6 +516,33 @@ class Coordinator(object):
             '/dtrain.v1.Coordinator/List',
             dtrain_dot_v1_dot_coordinator__pb2.ListRequest.SerializeToString,
             dtrain_dot_v1_dot_coordinator__pb2.ListReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Changes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Coordinator/Changes',
+            dtrain_dot_v1_dot_coordinator__pb2.ChangesRequest.SerializeToString,
+            dtrain_dot_v1_dot_coordinator__pb2.ChangesReply.FromString,
             options,
             channel_credentials,
             insecure,

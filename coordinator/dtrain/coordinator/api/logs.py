@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import grpc
 
 from dtrain.coordinator.api.archived import Archived, ArchivedLogs
-from dtrain.coordinator.api.history import History, Past
+from dtrain.coordinator.api.past import Past, PastJobs
 from dtrain.coordinator.dispatch import Channels
 from dtrain.coordinator.work import Stores
 from dtrain.protocol import codec
@@ -53,7 +53,7 @@ class LogDesk:
         self._channels = channels
         self._waiting = waiting
         self._archived = ArchivedLogs(cluster, stores.get)
-        self._history = History(cluster, mirror, stores.get, default_store)
+        self._past_jobs = PastJobs(cluster, mirror, stores.get, default_store)
         self._places_lock = threading.Lock()
         self._places: OrderedDict[tuple[str, int, int], AgentName] = OrderedDict()
         """(uid, attempt, rank) to the agent that had its log."""
@@ -119,18 +119,18 @@ class LogDesk:
         if request.job:
             parse_name(request.job, "job")
         if request.list or not request.job:
-            names, problem = self._history.submissions(request.job)
+            names, problem = self._past_jobs.submissions(request.job)
             jobs = [pb.ArchivedJob(job=one.job, uid=one.uid, finished=one.finished) for _, one in names]
             return pb.ReadArchiveReply(jobs=jobs, problem=problem)
         if request.events_before:
             job, uid, status = self._job(request.job, request.uid)
             if status is None or not status.store:
                 return pb.ReadArchiveReply()
-            events = self._history.earlier_events(job, uid, status.store, request.events_before)
+            events = self._past_jobs.earlier_events(job, uid, status.store, request.events_before)
             return pb.ReadArchiveReply(
                 items=[_item(f"jobs/{job}/events/{one['seq']:020d}", one) for one in events]
             )
-        past = self._history.find(request.job, request.uid)
+        past = self._past_jobs.find(request.job, request.uid)
         return pb.ReadArchiveReply(
             jobs=[pb.ArchivedJob(job=past.job, uid=past.uid, finished=past.finished)],
             items=[_item(key, value) for key, value in sorted(past.documents.items())],
@@ -283,7 +283,7 @@ class LogDesk:
         if uid and not _UID.fullmatch(uid):
             raise Refused(ErrorCode.BAD_NAME, f"{uid[:80]!r} is no uid of a job")
         try:
-            return self._history.find(job, uid)
+            return self._past_jobs.find(job, uid)
         except (NotFound, Unavailable) as error:
             if uid:
                 raise

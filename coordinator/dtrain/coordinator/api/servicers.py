@@ -13,6 +13,7 @@ import grpc
 from dtrain.coordinator.api.checkpoints import CheckpointDesk
 from dtrain.coordinator.api.cordons import Cordons
 from dtrain.coordinator.api.errors import translated
+from dtrain.coordinator.api.history import History
 from dtrain.coordinator.api.listing import Listing
 from dtrain.coordinator.api.logs import LogDesk
 from dtrain.coordinator.api.records import Operators
@@ -88,6 +89,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         cordons: Cordons,
         term: Callable[[], Term | None],
         waiting: threading.BoundedSemaphore,
+        history: History | None = None,
         default_store: str = "",
         problems: Callable[[], Iterable[str]] = tuple,
         etcd_version: Callable[[], str] = str,
@@ -107,6 +109,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self._keys = Keys(identity.cluster)
         self._curves = Curves(channels, self._addresses)
         self._listing = Listing(mirror, identity.cluster)
+        self._history = history or History(self._keys.root)
         self._logs = LogDesk(
             identity.cluster, mirror, channels, stores, waiting=waiting, default_store=default_store
         )
@@ -203,6 +206,41 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         revision, age_s = self._mirror.revision, self._mirror.age_s()
         rows = [codec.encode(row) for row in lists[request.kind]()]
         return pb.ListReply(rows=rows, revision=revision, age_s=age_s)
+
+    @translated
+    def Changes(  # noqa: N802
+        self, request: pb.ChangesRequest, context: grpc.ServicerContext
+    ) -> pb.ChangesReply:
+        if any(len(prefix) > PREFIX_CHARACTERS_MAX for prefix in request.prefixes):
+            raise Refused(ErrorCode.USAGE, "a prefix is short", fix='use one such as "jobs/"')
+        self._wait_for_first_list()
+        found = self._history.since(request.prefixes, request.after_revision)
+        if not found.changes and not found.lost and request.wait_ms and self._waiting.acquire(blocking=False):
+            try:
+                timeout_s = min(request.wait_ms / 1000, WAIT_S_MAX)
+                found = self._history.wait(
+                    request.prefixes, request.after_revision, timeout_s, context.is_active
+                )
+            finally:
+                self._waiting.release()
+        root, peer = len(self._keys.root), grpc_tls.caller(context)
+        sees_all = peer is None or peer.role in _SEE_ALL
+        return pb.ChangesReply(
+            changes=[
+                pb.Changed(
+                    key=change.key[root:],
+                    revision=change.revision,
+                    deleted=kv is None,
+                    value=b"" if kv is None else kv.value if sees_all else _without_secrets(kv.key, kv.value),
+                    create_revision=0 if kv is None else kv.create_revision,
+                )
+                for change in found.changes
+                for kv in (change.after,)
+            ],
+            revision=found.revision,
+            age_s=self._mirror.age_s(),
+            lost=found.lost,
+        )
 
     @translated
     def Info(  # noqa: N802

@@ -48,11 +48,15 @@ class Relist(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One key's step from one value to the next; None: absent."""
+    """One key's step from one value to the next; None: absent.
+
+    ``revision``: of the change itself; 0: it was found by a list, and there may have been others before it.
+    """
 
     key: str
     before: KeyValue | None
     after: KeyValue | None
+    revision: int = 0
 
 
 class MirrorState:
@@ -91,12 +95,12 @@ class MirrorState:
                 if before is not None:
                     del self._items[kv.key]
                     del self._sorted[bisect.bisect_left(self._sorted, kv.key)]
-                    changes.append(Change(kv.key, before, None))
+                    changes.append(Change(kv.key, before, None, kv.mod_revision))
                 continue
             if before is None:
                 bisect.insort(self._sorted, kv.key)
             self._items[kv.key] = kv
-            changes.append(Change(kv.key, before, kv))
+            changes.append(Change(kv.key, before, kv, kv.mod_revision))
         self.revision = max(self.revision, batch.revision)
         return tuple(changes)
 
