@@ -2,7 +2,7 @@
 
 import argparse
 
-from benchmarks import elastic, failover, hangs, overhead, recovery, report
+from benchmarks import dashboard, elastic, failover, hangs, overhead, recovery, report
 from benchmarks.checkpoint import suite
 from benchmarks.listing import suite as listing
 from benchmarks.store import client_cpu
@@ -14,6 +14,7 @@ MEASURES = {
     "hangs": hangs.measure,
     "overhead": overhead.measure,
     "listing": listing.measure,
+    "dashboard": dashboard.measure,
     "store": client_cpu.measure,
     "checkpoint": suite.measure,
 }

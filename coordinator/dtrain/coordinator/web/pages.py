@@ -79,7 +79,7 @@ def _jobs(cluster: Cluster, query: Query) -> Parts:
     keys: dict[str, Callable[[Job], Any]] = {
         "name": lambda job: job.name,
         "phase": lambda job: (list(JobPhase).index(job.phase), job.name),
-        "step": lambda job: (-job.step, job.name),
+        "step": lambda job: (-job.progress()[0], job.name),
         "attempt": lambda job: (-job.attempt, job.name),
     }
     if query.sort in keys:
@@ -103,12 +103,12 @@ def _submitted(job: Job) -> str:
 
 def job_row(job: Job) -> Json:
     """One job in a list."""
-    live = sum(state.exit_code is None for worker in job.workers.values() for state in worker.ranks)
+    step, live = job.progress()
     latest, spec = job.latest, job.spec
     return {
         "name": job.name,
         "phase": job.phase.value,
-        "step": job.step,
+        "step": step,
         "attempt": job.attempt,
         "live": live,
         "world": job.world_size,
@@ -355,13 +355,13 @@ def _agent_status(agent: Agent) -> str:
 def agent_row(cluster: Cluster, agent: Agent) -> Json:
     """One machine in a list."""
     node, cordon = agent.node, agent.cordon
-    snapshots = [cluster.decoder.decode(WorkerSnapshot, kv) for kv in agent.workers.values()]
+    found = [cluster.decoder.facts(kv) for kv in agent.workers.values()]
     draining = node.draining if node else None
     reason = f"{draining.reason}: it waits for its jobs to move" if draining else ""
     return {
         "name": agent.name,
         "status": _agent_status(agent),
-        "busy": sum(state.exit_code is None for one in snapshots if one for state in one.ranks),
+        "busy": sum(one.live for one in found if one),
         "slots": node.slots if node else 0,
         "gpus": node.gpus if node else 0,
         "jobs": sorted(agent.workers),

@@ -5,6 +5,7 @@ a key once: a cluster of many ranks writes far more than anybody looks at. What
 is of a newer version, or no record at all, counts as absent.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -23,6 +24,17 @@ from dtrain.storage.etcd.port import KeyValue
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a list needs of one machine's snapshot of a job."""
+
+    uid: str
+    attempt: int
+    step: int | None
+    """The lowest of its ranks; None: it has none."""
+    live: int
+
+
 class Decoder:
     """Decodes each revision of a key once. ``forget`` what is gone, or it grows with all that ever was."""
 
@@ -30,6 +42,7 @@ class Decoder:
         self._keys = keys
         self._parsed: dict[str, Parsed | None] = {}
         self._values: dict[str, tuple[int, Any]] = {}
+        self._facts: dict[str, tuple[int, Facts | None]] = {}
 
     def parse(self, key: str) -> Parsed | None:
         """Take a key apart."""
@@ -52,11 +65,22 @@ class Decoder:
         self._values[kv.key] = (kv.mod_revision, value)
         return value
 
+    def facts(self, kv: KeyValue) -> Facts | None:
+        """Return what a list needs of a snapshot.
+
+        Not all of it is decoded: behind a list of a hundred jobs stand a hundred thousand ranks with news.
+        """
+        known = self._facts.get(kv.key)
+        if known is None or known[0] != kv.mod_revision:
+            known = self._facts[kv.key] = (kv.mod_revision, _facts(kv.value))
+        return known[1]
+
     def forget(self, present: Mapping[str, KeyValue]) -> None:
         """Drop what is not among ``present`` once that is most of what is kept."""
         if len(self._parsed) > 2 * len(present) + 1000:
             self._parsed = {key: value for key, value in self._parsed.items() if key in present}
             self._values = {key: value for key, value in self._values.items() if key in present}
+            self._facts = {key: value for key, value in self._facts.items() if key in present}
 
 
 @dataclass(slots=True)
@@ -162,16 +186,15 @@ class Job:
         }
         return dict(sorted(found.items()))
 
-    @property
-    def step(self) -> int:
-        """Newest step that every reporting rank has completed."""
+    def progress(self) -> tuple[int, int]:
+        """Return the newest step that every reporting rank has completed, and how many ranks run."""
         status = self.status
-        stored = status.step if status else 0
-        if self.finished:
-            return stored
-        return reported_step(
-            stored, (state.step for snapshot in self.workers.values() for state in snapshot.ranks)
-        )
+        if status is None:
+            return 0, 0
+        found = [self.decoder.facts(kv) for kv in self.worker_records.values()]
+        mine = [one for one in found if one and (one.uid, one.attempt) == (status.uid, status.attempt)]
+        lowest = () if self.finished else [one.step for one in mine if one.step is not None]
+        return reported_step(status.step, lowest), sum(one.live for one in mine)
 
     @property
     def world_size(self) -> int:
@@ -254,6 +277,19 @@ def _place(cluster: Cluster, parsed: Parsed, kv: KeyValue) -> None:
             _job(cluster, parsed).many.setdefault(parsed.kind, {})[int(parsed.seq)] = kv
         case _:
             return
+
+
+def _facts(value: bytes) -> Facts | None:
+    try:
+        document = json.loads(value)
+        if document.get("v", codec.VERSION) != codec.VERSION:
+            return None
+        ranks = document.get("ranks", ())
+        steps = [int(rank.get("step", 0)) for rank in ranks]
+        live = sum(rank.get("exit_code") is None for rank in ranks)
+        return Facts(document["uid"], document["attempt"], min(steps, default=None), live)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _agent(cluster: Cluster, parsed: Parsed) -> Agent:
