@@ -10,7 +10,7 @@ MINUTES ?= 60
 CASES ?= 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast sim sim-nightly corruption crashpoints mutants lint format bench chaos soak proto check clean up-docker down-docker images images-local test-containers dist sbom test-install
+.PHONY: help setup demo test test-fast docs sim sim-nightly corruption crashpoints mutants lint format bench chaos soak proto check clean up-docker down-docker images images-local test-containers dist sbom test-install
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -26,6 +26,9 @@ test: setup ## run every test, with real etcd, S3, gloo and kills (about 20 minu
 
 test-fast: setup ## unit, scenario and simulation tests only
 	@$(BIN)/python -m pytest -q -n 2 tests/unit tests/scenarios tests/sim tests/security tests/mutants tests/test_architecture.py
+
+docs: setup ## run every command of README.md and docs/ on a cluster, and compare what they print
+	@$(BIN)/python -m pytest -q -p no:randomly tests/docs
 
 sim: setup ## run the simulation: SEED=n replays one, SEEDS=n runs that many
 	@$(BIN)/python -m tests.sim $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))

@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 bin=${VENV:-.venv}/bin
 export PATH="$PWD/$bin:$PATH"
 "$bin/python" -m pytest -q -n 2 --dist loadfile tests/unit tests/scenarios tests/sim tests/contract tests/security tests/mutants tests/corruption tests/crashpoints tests/deploy tests/test_architecture.py "$@"
-"$bin/python" -m pytest -q -n 2 --dist loadfile -p no:randomly tests/e2e tests/skew "$@"
+"$bin/python" -m pytest -q -n 2 --dist loadfile -p no:randomly tests/e2e tests/skew tests/docs "$@"

@@ -55,8 +55,9 @@ def test_an_error_of_the_script_ends_the_job_once_another_machine_has_shown_it(h
     assert "no-such-column" in status.reason
     assert harness.events(job, EventReason.USER_ERROR)
     told = describe(harness, job)
-    assert told[0].startswith(f"{job} is FAILED: rank 1 on a")
-    assert told[1].startswith("First failure of attempt 3   rank 1 on a")
+    assert told[0].startswith(f"{job}  FAILED  attempt 3")
+    assert told[1].startswith("  rank 1 on a")
+    assert told[2].startswith("Root cause of attempt 3   rank 1 on a")
     assert any("| " in line and "no-such-column" in line for line in told)
     harness.assert_released(job)
 

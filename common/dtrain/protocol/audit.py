@@ -21,10 +21,11 @@ Checked (numbers as in ``docs/guarantees.md``):
 * I7  one command id, one effect;
 * I9  nothing is declared lost, or placed, by a decision that saw the brake on.
 
-Four more names occur: ``phase`` (a job went where the phase diagram does not
+Five more names occur: ``phase`` (a job went where the phase diagram does not
 lead, or has members although it waits), ``slots`` (a machine is given more ranks
 than it has slots), ``ledger`` (a job's time does not add up, or changed after its
-end) and ``readable`` (a record that does not parse). I8 and I10 to I12 are not
+end), ``tally`` (a count of a job fell, or rose without what it counts) and
+``readable`` (a record that does not parse). I8 and I10 to I12 are not
 in a history; the simulation and the chaos tests check them.
 
 An etcd that was restored from a backup with its revisions raised far above all
@@ -47,7 +48,7 @@ from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord
 from dtrain.protocol.errors import Refused
 from dtrain.protocol.events import EventReason, EventRecord
 from dtrain.protocol.ids import RESTORE_BUMP_LEAST, AgentName, ClusterName, JobName
-from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobStatus
+from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobStatus, Tally
 from dtrain.protocol.keys import Keys, Parsed
 from dtrain.protocol.ledger import faults, faults_between
 from dtrain.protocol.snapshot import FailureKind, NodeRecord, WorkerSnapshot
@@ -345,6 +346,7 @@ class Auditor:
         if record.members and record.phase not in PLACED_PHASES | TERMINAL_PHASES:
             self._bad("phase", f"{place.job} is {record.phase} and has {len(record.members)} members")
         self._check_ledger(place.job, before, record)
+        self._check_tally(place.job, before, record)
         self._note_ranks(place.job, record)
         if record.attempt > last and not self._is_proven(place.job, record):
             self._check_slots(place.job)
@@ -389,6 +391,26 @@ class Auditor:
             found += faults_between(before.ledger, record.ledger, over=over)
         for text in found:
             self._bad("ledger", f"the ledger of {job}: {text}")
+
+    def _check_tally(self, job: JobName, before: JobStatus | None, record: JobStatus) -> None:
+        if before is None or before.uid != record.uid or record.tally == Tally():
+            # Written by a release that keeps none, perhaps.
+            return
+        former, tally = before.tally, record.tally
+        for what, was, now in (
+            *(
+                (f"attempts {why}", times, tally.attempts.get(why, 0))
+                for why, times in former.attempts.items()
+            ),
+            *((f"aborts {why}", times, tally.aborts.get(why, 0)) for why, times in former.aborts.items()),
+            ("commits", former.commits, tally.commits),
+            ("committed bytes", former.committed_bytes, tally.committed_bytes),
+        ):
+            if now < was:
+                self._bad("tally", f"{job} has counted {now} {what} after {was}")
+        begun = sum(tally.attempts.values()) - sum(former.attempts.values())
+        if begun > max(0, record.attempt - before.attempt):
+            self._bad("tally", f"{job} has counted {begun} attempts more at attempt {record.attempt}")
 
     def _is_proven(self, job: JobName, record: JobStatus) -> bool:
         """Tell whether agents have shown the attempt, which a restored etcd has forgotten."""

@@ -20,7 +20,7 @@ from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import CommitRecord, Latest
 from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.ids import JobName, Uid
-from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobSpec, JobStatus
+from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobSpec, JobStatus, Member
 from dtrain.protocol.keys import Keys
 from dtrain.protocol.ledger import Ledger, counters, goodput
 from dtrain.protocol.snapshot import NodeRecord, WorkerSnapshot
@@ -41,6 +41,12 @@ JOBS_MAX = 1000
 
 MEMBERS_MAX = 64
 """Machines of a job whose snapshots are read: ranks of a synchronous job are at the same step."""
+
+SNAPSHOTS_MAX = 1000
+"""Over all jobs. One of 8 ranks takes a quarter of a millisecond, and probes wait meanwhile."""
+
+STRAGGLERS_MAX = 8
+"""Machines of named stragglers that are read beyond that, of each job."""
 
 AGENT_STATES = ("ready", "cordoned", "draining", "blocked", "lost")
 
@@ -76,6 +82,7 @@ class JobSeries:
         self._again_at = float("-inf")
         self._found: Samples = {}
         self._led = False
+        self._members = MEMBERS_MAX
         self._decoded: dict[str, tuple[int, object]] = {}
         """By key: its revision and what it holds, so that only news is decoded."""
         self._former: dict[str, tuple[int, object]] = {}
@@ -127,6 +134,8 @@ class JobSeries:
             return
         shown = sorted(statuses, key=lambda job: _order(statuses[job]))[:JOBS_MAX]
         found[metrics.JOBS_UNSHOWN] = {(): float(len(statuses) - len(shown))}
+        placed = sum(statuses[job].phase in PLACED_PHASES for job in shown)
+        self._members = max(1, min(MEMBERS_MAX, SNAPSHOTS_MAX // max(1, placed)))
         for job in shown:
             self._job(found, job, statuses[job])
         for gone in self._progress.keys() - statuses.keys():
@@ -181,10 +190,20 @@ class JobSeries:
             return []
         found = (
             self._read(WorkerSnapshot, self._keys.worker(member.agent, job))
-            for member in status.members[:MEMBERS_MAX]
+            for member in self._sample(status)
         )
         current = (status.uid, status.attempt)
         return [one for one in found if one is not None and (one.uid, one.attempt) == current]
+
+    def _sample(self, status: JobStatus) -> tuple[Member, ...]:
+        first = status.members[: self._members]
+        slow = set(status.stragglers)
+        hosts = [
+            member
+            for member in (status.members[self._members :] if slow else ())
+            if not slow.isdisjoint(range(member.first_rank, member.first_rank + member.nproc))
+        ]
+        return (*first, *hosts[:STRAGGLERS_MAX])
 
     def _progressed(self, job: JobName, uid: Uid, step: int) -> float:
         known = self._progress.get(job)

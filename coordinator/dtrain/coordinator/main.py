@@ -306,6 +306,8 @@ class Coordinator:
         (self._scrubs if slow else self._works).submit(self._guarded, lambda: self._work(job, work))
 
     def log(self, event: str, **fields: Any) -> None:
+        if (term := self.leadership.term) is not None:
+            fields.setdefault("term", term)
         (self._log.warning if event in _WARNINGS else self._log.info)(event, **fields)
 
     def moment(self, now: float) -> Moment:

@@ -22,13 +22,23 @@ from tests.unit.cli.fakes import (
 
 from dtrain.cli import records
 from dtrain.cli.records import Cluster
-from dtrain.cli.render import checkpoints, describe, failures, lists, sentences
+from dtrain.cli.render import checkpoints, describe, failures, lists
 from dtrain.cli.render.table import Table, When
 from dtrain.protocol import codec
 from dtrain.protocol.cluster import Blame, Suspicion
 from dtrain.protocol.ids import AgentName, Attempt, JobName, Rank, Uid
 from dtrain.protocol.job import Condition, Intent, JobPhase, RestorePoint, Wanted
-from dtrain.protocol.snapshot import Draining, FailureKind, NodeRecord, Stack, StackKind, Stall, Timing
+from dtrain.protocol.ledger import Ledger
+from dtrain.protocol.snapshot import (
+    Draining,
+    FailureKind,
+    NodeRecord,
+    Stack,
+    StackKind,
+    Stall,
+    Timing,
+    WorkerSnapshot,
+)
 
 
 def job_table(cluster: Cluster, *, wide: bool = False) -> Table:
@@ -135,24 +145,47 @@ def test_describe_job_opens_with_the_answer() -> None:
     cause = failure(step=Step(431), also=also)
     job = records.group(reading(*running_job(failure=cause, conditions=(condition,)))).jobs["digits"]
     lines = describe.job(job, NOW)
-    assert lines[:9] == [
-        "digits is RUNNING: all 4 ranks train; attempt 2 had ended because of rank 3 on a2, pid 4711: "
-        "SIGKILL, out of memory",
-        "First failure of attempt 2   rank 3 on a2, pid 4711: SIGKILL, out of memory (at step 431)",
+    assert lines[:10] == [
+        f"digits  RUNNING  attempt 3  restarts 1/10 in 1h  since {at(65)} (1m5s)",
+        "  all 4 ranks train",
+        "Root cause of attempt 2   rank 3 on a2, pid 4711: SIGKILL, out of memory (at step 431)",
         "    | step 431 loss=0.213",
         "    | Killed",
         "    + 2 more failed with it: rank 0 on a1: connection closed by peer; ...",
+        "  dtrain: attempt 3 begins",
         "",
-        "State         RUNNING  attempt 3  restarts 1/10 in 1h  since 1m5s",
         "Checkpoints   latest 4 (step 40, 41s old, 1.2 GB), 5 open (step 50), 3 bad",
         "Step          45",
     ]
+    assert describe.job(job, NOW, whole=True)[5:7] == [f"    + {line}" for line in also]
     start = lines.index("Ranks")
     assert lines[start + 1 : start + 3] == [
         "  RANK   AGENT   PID   STATE      STEP   STEP/OWN/DATA   EXIT   METRICS",
         "  0      a1      100   TRAINING   46     –                      loss=0.25",
     ]
     assert "  Placed   True     Members   " + at(60) + "   on a1, a2" in lines
+
+
+def test_describe_job_says_how_far_it_is_and_where_its_time_went() -> None:
+    ledger = Ledger(
+        round((NOW - 100) * 1000),
+        round((NOW - 5) * 1000),
+        "productive",
+        {"productive": 85_000, "restart": 10_000},
+    )
+    items = running_job(ledger=ledger)
+    for place, one in enumerate(items):
+        if "/workers/" in one.key:
+            found = codec.decode(WorkerSnapshot, one.value)
+            ranks = tuple(
+                replace(rank, steps_total=Step(200), timing=Timing(0.5, 0.1, 0.1)) for rank in found.ranks
+            )
+            items[place] = replace(one, value=codec.encode(replace(found, ranks=ranks)))
+    job = records.group(reading(*items)).jobs["digits"]
+    lines = describe.job(job, NOW)
+    assert "Step          45 of 200 (22%), 1m17s left at its recent pace" in lines
+    assert "Goodput       90.0%   productive 1m30s  lost 0s  restart 10s  stall 0s  idle 0s" in lines
+    assert job_table(records.group(reading(*items))).rows[0][3:6] == ("22%", "1m17s", "90.0%")
 
 
 def test_slow_ranks_and_numbers_that_are_not_finite_are_said_first_and_shown_with_their_rank() -> None:
@@ -178,7 +211,7 @@ def test_a_job_whose_steps_stand_still_does_not_look_as_if_it_trained() -> None:
     assert job_table(cluster).rows[0][-1] == words
     works = Stack(Rank(3), StackKind.CODE, "look (train.py:9)", "d", moving=True)
     job.workers["a2"] = replace(job.workers["a2"], stacks=(works,))
-    assert sentences.headline(job) == f"digits is RUNNING: {words}; rank 3 is at work in look (train.py:9)"
+    assert job.reason == f"{words}; rank 3 is at work in look (train.py:9)"
     # Of a job that restarts what its former ranks did says nothing.
     ended = records.group(reading(*running_job(phase=JobPhase.RECOVERING))).jobs["digits"]
     ended.workers["a1"] = replace(ended.workers["a1"], stalls=stalls)

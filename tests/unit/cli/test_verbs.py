@@ -118,7 +118,7 @@ def test_submit_follow_shows_logs_and_returns_the_jobs_code(
     captured = capfd.readouterr()
     assert captured.out == "job digits submitted\nstep 1\nstep 2\n"
     assert "a warning\n" in captured.err
-    assert "First failure of attempt 3   rank 3 on a2, pid 4711: SIGKILL, out of memory" in captured.err
+    assert "Root cause of attempt 3   rank 3 on a2, pid 4711: SIGKILL, out of memory" in captured.err
 
 
 @pytest.mark.parametrize(

@@ -234,3 +234,19 @@ def test_reading_takes_no_more_than_its_share_of_the_time(
         assert shown.of(metrics.COMMITS) == {("job",): 1.0}
     shown.now += 20.0
     assert shown.of(metrics.COMMITS) == {("job",): 2.0}
+
+
+def test_snapshots_are_read_within_a_budget_and_those_of_stragglers_beyond_it(
+    shown: Shown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_series, "SNAPSHOTS_MAX", 1)
+    slow = Timing(3.0, 0.0, 3.0)
+    shown.put(
+        status=status(),
+        worker_a=snapshot("a", 0, step=9, timing=Timing(3.0, 0.0, 1.0)),
+        worker_b=snapshot("b", 1, step=4, timing=slow),
+    )
+    assert shown.of(metrics.STEP) == {("job",): 9.0}
+    shown.put(status=status(stragglers=(Rank(1),)))
+    assert shown.of(metrics.STEP) == {("job",): 4.0}
+    assert shown.of(metrics.STRAGGLER) == {("job", "b"): 3.0}

@@ -30,6 +30,7 @@ from dtrain.protocol.job import (
     JobStatus,
     Member,
     RestorePoint,
+    Tally,
 )
 from dtrain.protocol.keys import Keys
 from dtrain.protocol.snapshot import (
@@ -619,3 +620,38 @@ def test_slots_are_free_again_when_a_job_is_suspended_and_not_before() -> None:
 
     assert beside(JobPhase.SUSPENDED) == set()
     assert beside(JobPhase.SUSPENDING) == {"slots"}
+
+
+def counted(tally: Tally, attempt: int = 1, phase: JobPhase = JobPhase.RUNNING) -> JobStatus:
+    return replace(status(phase, attempt), tally=tally)
+
+
+def test_counts_that_rise_with_what_they_count_are_a_good_history() -> None:
+    history = History().write(status=status(JobPhase.QUEUED, 0, 0))
+    history.write(status=counted(Tally({"first": 1}), phase=JobPhase.STARTING))
+    history.write(status=counted(Tally({"first": 1}, 1, 64, {"late": 1})))
+    history.write(status=counted(Tally({"first": 1}, 1, 64, {"late": 1}), phase=JobPhase.RECOVERING))
+    again = Tally({"first": 1, "signal": 1}, 2, 128, {"late": 1})
+    history.write(status=counted(again, 2, JobPhase.STARTING))
+    # A release that keeps no counts takes over, and gives it back.
+    history.write(status=status(attempt=2)).write(status=counted(Tally(commits=1), 2))
+    assert not history.auditor.violations
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        Tally({"first": 1}, 1, 64),
+        Tally({"signal": 1}, 2, 64),
+        Tally({"first": 1}, 2, 63),
+        Tally({"first": 1}, 2, 64, {"rank": 1}),
+        Tally({"first": 1, "signal": 1}, 2, 64, {"late": 1}),
+    ],
+    ids=["commits", "attempts", "bytes", "aborts", "an attempt that was not"],
+)
+def test_a_count_that_falls_or_rises_on_its_own_is_found(later: Tally) -> None:
+    before = Tally({"first": 1}, 2, 64, {"late": 1})
+    history = History().write(status=status(JobPhase.QUEUED, 0, 0))
+    history.write(status=counted(before, phase=JobPhase.STARTING)).write(status=counted(before))
+    assert not history.auditor.violations
+    assert history.write(status=counted(later)).broken() == {"tally"}

@@ -3,35 +3,40 @@
 from dtrain.cli.durations import show_bytes, show_s
 from dtrain.cli.records import Agent, Job
 from dtrain.cli.render.failures import failure_card, show_exit
-from dtrain.cli.render.lists import events, restarts
-from dtrain.cli.render.sentences import headline
+from dtrain.cli.render.lists import events, progress, restarts
 from dtrain.cli.render.table import UNKNOWN, Table, When, ago
 from dtrain.protocol.cluster import Suspicion
+from dtrain.protocol.events import EventReason
 from dtrain.protocol.job import JobSpec
+from dtrain.protocol.ledger import Ledger, goodput
+from dtrain.protocol.rows import JobRow
 from dtrain.protocol.snapshot import FailureKind, Timing, WorkerPhase
 
 BLAMES_SHOWN = 8
+EVENTS_SHOWN = 20
 
 
-def job(job: Job, now: float) -> list[str]:
-    """``describe job``: the answer first, then what it rests on."""
-    status, spec = job.status, job.spec
-    lines = [headline(job)]
-    if status and status.failure:
-        lines += failure_card(status.failure)
-        if status.failure.kind is FailureKind.HANG:
-            lines.append(f"    stacks of all ranks: {_stacks_command(job, status.failure.attempt)}")
-    if job.intent and job.intent.wanted.value != "run" and not job.finished:
-        lines.append(f"  wanted: {job.intent.wanted}" + (f" (by {job.intent.by})" if job.intent.by else ""))
-    state = [str(job.phase)]
+def job(job: Job, now: float, *, whole: bool = False) -> list[str]:
+    """``describe job``; ``whole``: everything that is folded or cut otherwise, too."""
+    status, spec, row = job.status, job.spec, job.row(now)
+    state = [job.name, str(job.phase)]
     if job.attempt:
         state.append(f"attempt {job.attempt}")
     if spec:
-        state.append(f"restarts {restarts(job.row(now), now)} in {show_s(spec.restarts.window_s)}")
+        state.append(f"restarts {restarts(row, now)} in {show_s(spec.restarts.window_s)}")
     if status and status.since:
-        state.append(f"since {ago(status.since, now)}")
-    lines += ["", f"State         {'  '.join(state)}"]
-    lines += [_checkpoint_summary(job, now), f"Step          {job.step}"]
+        state.append(f"since {status.since} ({ago(status.since, now)})")
+    lines = ["  ".join(state), f"  {job.reason}"]
+    if job.intent and job.intent.wanted.value != "run" and not job.finished:
+        lines.append(f"  wanted: {job.intent.wanted}" + (f" (by {job.intent.by})" if job.intent.by else ""))
+    if status and status.failure:
+        lines += failure_card(status.failure, whole=whole)
+        if status.failure.kind is FailureKind.HANG:
+            lines.append(f"    stacks of all ranks: {_stacks_command(job, status.failure.attempt)}")
+        lines += _consequence(job, status.failure.attempt)
+    lines += ["", _checkpoint_summary(job, now), f"Step          {_progress(row)}"]
+    if status and status.ledger:
+        lines.append(f"Goodput       {_goodput(status.ledger, now)}")
     if spec:
         lines += [
             f"Program       {spec.entry.kind} {' '.join((spec.entry.target, *spec.entry.args))}",
@@ -56,9 +61,34 @@ def job(job: Job, now: float) -> list[str]:
         table = Table(("TYPE", "STATUS", "REASON", "SINCE", "MESSAGE"), rows)
         lines += ["", "Conditions", *(f"  {line}" for line in table.lines())]
     if job.events:
-        newest = [(job.name, job.events[seq]) for seq in sorted(job.events)[-20:]]
-        lines += ["", "Events", *(f"  {line}" for line in events(newest, When(now)).lines())]
+        shown = sorted(job.events)[0 if whole else -EVENTS_SHOWN :]
+        left = f" (the last {EVENTS_SHOWN}; --all shows more)" if len(shown) < len(job.events) else ""
+        table = events([(job.name, job.events[seq]) for seq in shown], When(now, iso=True))
+        lines += ["", f"Events{left}", *(f"  {line}" for line in table.lines())]
     return lines
+
+
+def _consequence(job: Job, failed: int) -> list[str]:
+    """What was done about it."""
+    later = [event for _, event in sorted(job.events.items()) if event.attempt > failed]
+    begun = next((event for event in later if event.reason is EventReason.ATTEMPT_STARTED), None)
+    return [f"  dtrain: {begun.message}"] if begun is not None else []
+
+
+def _progress(row: JobRow) -> str:
+    if not row.steps_total:
+        return str(row.step)
+    left = "" if row.eta_s is None else f", {show_s(row.eta_s)} left at its recent pace"
+    return f"{row.step} of {row.steps_total} ({progress(row)}){left}"
+
+
+def _goodput(ledger: Ledger, now: float) -> str:
+    """The share of its time that counted, and where the rest went."""
+    found = goodput(ledger, now)
+    ratio = UNKNOWN if found.ratio is None else f"{100 * found.ratio:.1f}%"
+    words = {"lost_work": "lost"}
+    parts = [f"{words.get(name, name)} {show_s(seconds)}" for name, seconds in found.headlines.items()]
+    return f"{ratio}   {'  '.join(parts)}"
 
 
 def agent(agent: Agent, now: float) -> list[str]:

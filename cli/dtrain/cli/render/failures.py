@@ -23,17 +23,20 @@ def failure_title(failure: Failure) -> str:
     return ": ".join(part for part in (who, how or str(failure.kind)) if part)
 
 
-def failure_card(failure: Failure, *, lines_max: int = 50) -> list[str]:
-    """Who failed first and the end of its log, indented; what failed because of it, folded."""
+def failure_card(failure: Failure, *, lines_max: int = 50, whole: bool = False) -> list[str]:
+    """Who failed first and the end of its log, indented; what failed because of it, folded or ``whole``."""
     at = f" (at step {failure.step})" if failure.step else ""
-    card = [f"First failure of attempt {failure.attempt}   {failure_title(failure)}{at}"]
+    card = [f"Root cause of attempt {failure.attempt}   {failure_title(failure)}{at}"]
     tail = failure.log_tail.rstrip("\n").splitlines()[-lines_max:] if failure.log_tail else []
     card += [f"    | {line}" for line in tail]
     if failure.also:
         # The leader names some of them, and counts the rest in a last entry of its own.
         uncounted = re.fullmatch(r"(\d+) more", failure.also[-1])
         count = len(failure.also) + (int(uncounted[1]) - 1 if uncounted else 0)
-        card.append(f"    + {count} more failed with it: {failure.also[0]}" + ("; ..." if count > 1 else ""))
+        told = [f"    + {also}" for also in failure.also]
+        if not whole:
+            told = [f"    + {count} more failed with it: {failure.also[0]}" + ("; ..." if count > 1 else "")]
+        card += told
     return card
 
 

@@ -4,19 +4,6 @@ from dtrain.cli.records import Job
 from dtrain.cli.render.failures import failure_title
 
 
-def headline(job: Job) -> str:
-    """One sentence: how the job is, and why."""
-    sentence = f"{job.name} is {job.phase}: {job.reason}"
-    failure = job.status.failure if job.status else None
-    if failure is None:
-        return sentence
-    cause = failure_title(failure)
-    # The leader's own sentence mostly has it already.
-    if job.finished or " ".join(failure.message.split()) in sentence:
-        return sentence
-    return f"{sentence}; attempt {failure.attempt} had ended because of {cause}"
-
-
 def job_change(job: Job) -> str:
     """One line for someone who follows a job."""
     parts = [job.name, str(job.phase)]

@@ -10,10 +10,11 @@ from dtrain.cli.options import complete_job, connected, examples, formatted, set
     epilog=examples("dtrain describe job digits", "dtrain describe agent gpu-02"),
 )
 @click.argument("what", nargs=-1, required=True, metavar="[job|agent] NAME", shell_complete=complete_job)
+@click.option("--all", "whole", is_flag=True, help="All that failed with a rank, and all events.")
 @click.option("--uid", default="", help="An earlier submission of a job's name: see 'dtrain archive'.")
 @formatted("table", "json", "yaml")
 @connected
-def command(what: tuple[str, ...], uid: str) -> None:
+def command(*, what: tuple[str, ...], whole: bool, uid: str) -> None:
     """Describe one job or agent: state, root cause, checkpoints, ranks, conditions, events.
 
     NAME alone means a job; job/NAME and unique beginnings are fine, too.
@@ -41,7 +42,9 @@ def command(what: tuple[str, ...], uid: str) -> None:
         output.document({**found.as_json(), "revision": cluster.revision}, wanted)
     else:
         now = time.time()
-        lines = describe.job(found, now) if isinstance(found, Job) else describe.agent(found, now)
+        lines = (
+            describe.agent(found, now) if isinstance(found, Agent) else describe.job(found, now, whole=whole)
+        )
         for line in output.coloured(lines):
             click.echo(line)
     for line in lists.problem_lines(problems):

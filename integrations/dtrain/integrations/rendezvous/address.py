@@ -3,39 +3,24 @@
 import socket
 from collections.abc import Sequence
 
-from dtrain.storage.etcd.access import split_endpoint
+from dtrain.runtime.addresses import towards
 
 
 def own_address(endpoints: Sequence[str]) -> str:
-    """Return the address of the interface that leads to etcd.
+    """Return this machine's address on the route to etcd.
 
-    Other agents are where etcd is, more often than they can resolve this host's
-    name. An etcd on this machine says nothing: then it is the name, if there is
-    one that resolves, and the loopback address otherwise.
+    An etcd on this machine says nothing of the way that others take: then it is
+    the machine's name, if it can be resolved.
+
+    Raises:
+        Refused: BAD_SETTING; no endpoint has an address and a route.
     """
-    found = {address for endpoint in endpoints if (address := _towards(endpoint))}
-    outward = sorted(address for address in found if not _is_loopback(address))
-    if outward:
-        return outward[0]
+    address = towards(endpoints, "--local-addr")
+    if not address.startswith("127.") and address != "::1":
+        return address
     name = socket.getfqdn()
     try:
         socket.getaddrinfo(name, None)
     except OSError:
-        return next(iter(sorted(found)), "127.0.0.1")
+        return address
     return name
-
-
-def _towards(endpoint: str) -> str:
-    try:
-        _, host, port = split_endpoint(endpoint)
-        family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            # Of a datagram socket this only asks the routing table; nothing is sent.
-            probe.connect(target)
-            return str(probe.getsockname()[0])
-    except (OSError, ValueError):
-        return ""
-
-
-def _is_loopback(address: str) -> bool:
-    return address.startswith("127.") or address == "::1"

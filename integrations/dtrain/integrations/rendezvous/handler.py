@@ -43,6 +43,7 @@ from dtrain.integrations.rendezvous.records import keys_of
 from dtrain.integrations.rendezvous.settings import Settings, parse
 from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Unavailable
 from dtrain.runtime import log
+from dtrain.runtime.addresses import bracketed
 from dtrain.storage.etcd.open import open_etcd
 from dtrain.storage.etcd.transport import GatewayEtcd
 
@@ -322,18 +323,18 @@ class EtcdRendezvousHandler(RendezvousHandler):
         if self._server is None or self._server[0] != round_number:
             server = TCPStore(self._addr, 0, is_master=True, multi_tenant=True, timeout=self._store_timeout())
             self._server = round_number, server
-        return _join(self._addr, self._server[1].port)
+        return f"{bracketed(self._addr)}:{self._server[1].port}"
 
     def _reach(self, host: str, port: int, *, expired: bool) -> TCPStore | None:
         try:
             store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=CONNECT_STORE_S))
         except (DistError, RuntimeError) as error:
             if not expired:
-                self._log.warning("rank 0's store cannot be reached yet", store=_join(host, port))
+                self._log.warning("rank 0's store cannot be reached yet", store=f"{bracketed(host)}:{port}")
                 return None
             raise RendezvousConnectionError(
-                f"the agent with rank 0 cannot be reached at {_join(host, port)}: give each agent an address "
-                "that the others can reach, with --local-addr"
+                f"the agent with rank 0 cannot be reached at {bracketed(host)}:{port}: "
+                "give each agent an address that the others can reach, with --local-addr"
             ) from error
         store.set_timeout(self._store_timeout())
         return store
@@ -383,10 +384,6 @@ def _leave(handler: "weakref.ref[EtcdRendezvousHandler]") -> None:
 def _is_torchrun() -> bool:
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return getattr(spec, "name", "") == "torch.distributed.run" or Path(sys.argv[0]).name == "torchrun"
-
-
-def _join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 @contextlib.contextmanager
