@@ -52,7 +52,7 @@ class LogDesk:
         self._mirror = mirror
         self._channels = channels
         self._waiting = waiting
-        self._archived = ArchivedLogs(cluster, stores.get)
+        self.archived = ArchivedLogs(cluster, stores.get)
         self._past_jobs = PastJobs(cluster, mirror, stores.get, default_store)
         self._places_lock = threading.Lock()
         self._places: OrderedDict[tuple[str, int, int], AgentName] = OrderedDict()
@@ -98,7 +98,7 @@ class LogDesk:
         problem = ""
         if status.store:
             try:
-                bundles = self._archived.bundles(status.store, job, uid)
+                bundles = self.archived.bundles(status.store, job, uid)
             except DtrainError as error:
                 bundles, problem = (), error.message
             seen = {(one.attempt, one.agent, one.first, one.last) for one in bundles}
@@ -253,7 +253,7 @@ class LogDesk:
         if not store:
             return None, "the job has no store that its logs could have been copied to"
         try:
-            found = self._archived.read(
+            found = self.archived.read(
                 store,
                 job,
                 uid,

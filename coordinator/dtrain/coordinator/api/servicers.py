@@ -107,12 +107,12 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self._problems = problems
         self._etcd_version = etcd_version
         self._keys = Keys(identity.cluster)
-        self._curves = Curves(channels, self._addresses)
         self._listing = Listing(mirror, identity.cluster)
         self._history = history or History(self._keys.root)
         self._logs = LogDesk(
             identity.cluster, mirror, channels, stores, waiting=waiting, default_store=default_store
         )
+        self._curves = Curves(channels, self._addresses, self._logs.archived)
         self._log = log.get("api")
 
     # Operators' records.
