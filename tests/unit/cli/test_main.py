@@ -55,7 +55,7 @@ def test_the_verbs_are_those_of_the_folder() -> None:
         *("checkpoint", "cancel"),
         *("checkpoints", "cordon", "uncordon", "drain"),
         *("suspend", "resume", "pause", "unpause"),
-        *("coordinator", "agent", "version", "completion", "chaos", "audit", "scale"),
+        *("coordinator", "agent", "archive", "version", "completion", "chaos", "audit", "scale"),
     }
 
 
@@ -91,7 +91,7 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
         ("leader", "dtrain get coordinators'"),
         ("describ", "dtrain describe'"),
         ("sumbit", "dtrain submit'"),
-        ("xyzzy", "the verbs are agent, audit, cancel, chaos,"),
+        ("xyzzy", "the verbs are agent, archive, audit, cancel, chaos,"),
     ],
 )
 def test_an_unknown_verb_gets_a_suggestion(word: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
