@@ -6,7 +6,7 @@
 
 # ruff: noqa: E501 - code is quoted as it stands
 
-from tests.mutants import causes, elasticity, goodput, queueing
+from tests.mutants import causes, counting, elasticity, goodput, queueing
 from tests.mutants.mutant import (
     AGENT,
     COORDINATOR,
@@ -1364,5 +1364,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *elasticity.MUTANTS,
     *goodput.MUTANTS,
     *causes.MUTANTS,
+    *counting.MUTANTS,
     *queueing.MUTANTS,
 )
