@@ -6,7 +6,7 @@
 
 # ruff: noqa: E501 - code is quoted as it stands
 
-from tests.mutants import causes, counting, elasticity, goodput, queueing
+from tests.mutants import causes, counting, elasticity, goodput, meeting, queueing
 from tests.mutants.mutant import (
     AGENT,
     COORDINATOR,
@@ -1366,4 +1366,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *causes.MUTANTS,
     *counting.MUTANTS,
     *queueing.MUTANTS,
+    # torchrun's agents ---------------------------------------------------------------------
+    *meeting.MUTANTS,
 )

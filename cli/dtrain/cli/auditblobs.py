@@ -5,7 +5,7 @@ import hashlib
 import io
 from collections.abc import Iterator
 
-from dtrain.cli.stores import open_here
+from dtrain.cli.localstore import open_here
 from dtrain.protocol import codec
 from dtrain.protocol.audit import Violation
 from dtrain.protocol.checkpoint import BlobEntry, CommitRecord, Latest, Manifest

@@ -9,11 +9,11 @@ from typing import Any
 from dtrain.cli import output, pinning, reading, waiting
 from dtrain.cli.client import Client
 from dtrain.cli.identity import new_id, whoami
+from dtrain.cli.localstore import open_here
 from dtrain.cli.progress import Progress
 from dtrain.cli.records import Job
 from dtrain.cli.render import checkpoints
 from dtrain.cli.render.table import When
-from dtrain.cli.stores import open_here
 from dtrain.protocol.checkpoint import CommitRecord, Manifest
 from dtrain.protocol.errors import Conflict, ErrorCode, NotFound, Refused
 from dtrain.storage.blobs.port import BlobStore

@@ -14,8 +14,8 @@ from dtrain.cli.answers import Submitted
 from dtrain.cli.client import Client
 from dtrain.cli.durations import show_bytes
 from dtrain.cli.jobfile import Pack
+from dtrain.cli.localstore import open_here
 from dtrain.cli.progress import Progress
-from dtrain.cli.stores import open_here
 from dtrain.protocol import codec
 from dtrain.protocol.errors import Conflict, ErrorCode, Refused
 from dtrain.protocol.ids import ClusterName

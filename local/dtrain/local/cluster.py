@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from dtrain.local import marks, ports, reaper, store_file, sweeping
+from dtrain.local import marks, ports, reaper, sweeping
 from dtrain.local.breaker import LocalBreaker
 from dtrain.local.breaking import Breakable
 from dtrain.local.daemons import Daemon, Keeper
@@ -272,7 +272,6 @@ class LocalCluster(Breakable):
         for index in range(agent_count):
             self._add_agent(f"a{index + 1}", self._ports[count + index], keeper)
         store_ready()
-        store_file.write(self.folder, self.store_uri, self.store_env)
         progress(f"store {self.store_uri}")
         for index in range(count):
             self._add_coordinator(f"c{index + 1}", self._ports[index], keeper)

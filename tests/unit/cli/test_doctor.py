@@ -1,7 +1,6 @@
 """What the doctor says: each judgement with what makes it fail, the runner, and the report."""
 
 import json
-import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,8 +14,6 @@ from dtrain.cli.doctor import job, judging, machine, reporting, running, store
 from dtrain.cli.doctor.findings import Check, Finding, Level, Verdict, passed
 from dtrain.cli.globals import Settings
 from dtrain.cli.main import run
-from dtrain.cli.stores import open_here
-from dtrain.local import store_file
 from dtrain.protocol.errors import ErrorCode, Unavailable
 from dtrain.storage.blobs import digest
 from dtrain.storage.blobs.flow import Flow
@@ -203,20 +200,6 @@ def test_a_store_that_cannot_be_used_is_told_of_once(monkeypatch: pytest.MonkeyP
     found = looked(MemoryBlobs("away", fault=refuse), monkeypatch)
     assert found.pop("access").fix == "start it"
     assert {one.level for one in found.values()} == {Level.SKIPPED}
-
-
-def test_the_store_of_a_local_cluster_is_opened_with_the_keys_that_it_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of something else")
-    uri = "s3://dtrain/?endpoint=http://127.0.0.1:5000"
-    context.remember(known_here("here", ("127.0.0.1:1",), (), tmp_path))
-    store_file.write(tmp_path, uri, {"AWS_ACCESS_KEY_ID": "dtrain-local", "AWS_SECRET_ACCESS_KEY": "x"})
-    assert (tmp_path / store_file.NAME).stat().st_mode & 0o777 == 0o600
-    open_here("s3://other/?endpoint=http://127.0.0.1:5000").close()
-    assert os.environ["AWS_ACCESS_KEY_ID"] == "of something else"
-    open_here(uri).close()
-    assert os.environ["AWS_ACCESS_KEY_ID"] == "dtrain-local"
 
 
 # This machine, and a job ------------------------------------------------------------------

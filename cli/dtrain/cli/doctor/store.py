@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from dtrain.cli.doctor import judging
 from dtrain.cli.doctor.findings import Check, Verdict, fail, passed, skipped, warn
-from dtrain.cli.stores import open_here
+from dtrain.cli.localstore import open_here
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused
 from dtrain.storage.blobs import digest
 from dtrain.storage.blobs.port import PART_BYTES, BlobStore
