@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,9 +11,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from selenium.webdriver.common.keys import Keys
 from tests.support.browser import Page, chromium
 from tests.support.harness import Harness
 
@@ -23,6 +26,11 @@ from dtrain.protocol.job import JobPhase, JobStatus
 from dtrain.protocol.snapshot import WorkerSnapshot
 from dtrain.protocol.standing import reported_step
 
+ACCESS = (Path(__file__).parents[1] / "support" / "access.js").read_text()
+
+READ_LATER_MAX = 12
+"""Revisions that may come while the CLI reads."""
+
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 
@@ -30,7 +38,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
     """Two replicas with a dashboard and metrics each, two agents."""
     folder = tmp_path_factory.mktemp("d")
-    with Harness(folder, coordinators=2, agents=2, dashboards=True) as made:
+    flags = ("--health-listen", "127.0.0.1:0", "--log-json", "true")
+    with Harness(folder, coordinators=2, agents=2, dashboards=True, coordinator_flags=flags) as made:
         made.await_ready()
         yield made
         made.assert_clean()
@@ -114,13 +123,75 @@ def test_the_browser_refused_nothing_and_found_no_error(harness: Harness, page: 
     assert page.complaints() == []
 
 
-def test_dashboard_cli_metrics_and_etcd_say_the_same_at_a_revision(harness: Harness, job: JobName) -> None:
-    """Whatever one of them says with a revision is what etcd held at that revision."""
-    told = []
+def test_pages_can_be_read_and_used_without_good_eyes_or_a_mouse(
+    harness: Harness, page: Page, job: JobName
+) -> None:
+    for path in ("/", "/agents", "/replicas", "/checkpoints", f"/jobs/{job}"):
+        page.open(url(harness) + path)
+        page.until("rows", lambda: page.run("return document.querySelectorAll('tbody tr').length"))
+        for theme in ("light", "dark"):
+            page.run("document.documentElement.dataset.theme = arguments[0]", theme)
+            time.sleep(0.3)  # colours fade
+            assert page.run(ACCESS) == [], (path, theme)
+        nameless = [
+            role
+            for role, name in page.nodes()
+            if not name and role in ("button", "link", "textbox", "searchbox", "combobox", "table", "image")
+        ]
+        assert nameless == [], path
+
+    page.open(url(harness))
+    page.until_text(job)
+    walked = []
+    for _ in range(30):
+        page.press(Keys.TAB)
+        focus = page.run(
+            "const e = document.activeElement, s = getComputedStyle(e);"
+            "const control = ['INPUT', 'SELECT'].includes(e.tagName);"
+            "return [control ? e.id : e.innerText, s.outlineStyle !== 'none']"
+        )
+        walked.append(focus[0])
+        assert focus[1], f"nothing shows that {focus[0]!r} has the focus"
+        if focus[0] == job:
+            break
+    assert walked[0] == "Skip to the content"
+    for stop in ("Agents", "Theme: auto", "filter", "search", "Name", job):
+        assert stop in walked, f"{stop} cannot be reached: {walked}"
+    page.press(Keys.ENTER)
+    page.until_text("Timeline")
+    page.open(url(harness))
+    page.until_text(job)
+    page.press("/")
+    assert page.run("return document.activeElement.id") == "search"
+    page.press("no such job")
+    page.until_text("No job fits")
+
+
+def test_an_unknown_name_of_the_machine_and_odd_requests_are_turned_away(harness: Harness) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        fetch(f"{url(harness)}/api/view", Host="rebound.example.org")
+    assert refused.value.code == 421
+    for path in ("/api/view?page=nothing", "/api/view?limit=100000", "/api/view?offset=x"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            fetch(url(harness) + path)
+        assert refused.value.code == 400
+    with urllib.request.urlopen(url(harness), timeout=10) as answer:
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert url(harness, "c2") in policy
+        assert "<script>" not in answer.read().decode()
+
+
+def test_dashboard_cli_and_etcd_say_the_same_at_a_revision(harness: Harness, job: JobName) -> None:
+    """What the dashboard says with a revision is what etcd held at it; the CLI's may be of a newer one."""
+    steps = set()
     for index in range(4):
         view = fetch(f"{url(harness, 'c1' if index % 2 else 'c2')}/api/view?page=job&name={job}")
         head = view["parts"]["head"]
-        told.append((view["revision"], head["step"], head["attempt"], head["latest"]))
+        told = (head["step"], head["attempt"], head["latest"])
+        assert told == _in_etcd(harness, job, view["revision"]), view["revision"]
+        steps.add(head["step"])
         document = json.loads(
             subprocess.run(
                 [*(sys.executable, "-m", "dtrain.cli"), "get", "jobs", job, "-o", "json"],
@@ -130,19 +201,15 @@ def test_dashboard_cli_metrics_and_etcd_say_the_same_at_a_revision(harness: Harn
                 timeout=60,
             ).stdout
         )
-        latest = document["latest"]
+        latest = {name: document["latest"][name] for name in ("seq", "step")}
         step = _step(document["status"], document.get("workers", {}).values())
-        told.append(
-            (
-                document["revision"],
-                step,
-                document["status"]["attempt"],
-                {"seq": latest["seq"], "step": latest["step"]},
-            )
-        )
-    for revision, step, attempt, latest in told:
-        assert (step, attempt, latest) == _in_etcd(harness, job, revision), revision
-    assert len({step for _, step, _, _ in told}) > 1, "nothing moved meanwhile: this showed nothing"
+        # It reads in several calls, none of which is older than it says.
+        newest = fetch(f"{url(harness)}/api/view")["revision"]
+        later = range(document["revision"], 1 + min(newest, document["revision"] + READ_LATER_MAX))
+        held = [_in_etcd(harness, job, revision) for revision in later]
+        assert step in {one[0] for one in held}, (step, held)
+        assert (document["status"]["attempt"], latest) in [one[1:] for one in held], (document, held)
+    assert len(steps) > 1, "nothing moved meanwhile: this showed nothing"
 
 
 def _step(status: dict[str, Any], workers: Any) -> int:
@@ -175,6 +242,12 @@ def _in_etcd(harness: Harness, job: JobName, revision: int) -> tuple[int, int, d
     return reported_step(status.step, steps), status.attempt, {"seq": latest.seq, "step": latest.step}
 
 
+def _metrics(harness: Harness, replica: str) -> str:
+    found = re.findall(r'"event": "status port".*?"address": "([\d.:]+)"', harness.log(replica))
+    with urllib.request.urlopen(f"http://{found[-1]}/metrics", timeout=5) as answer:
+        return str(answer.read().decode())
+
+
 def test_without_the_token_nothing_can_be_changed_and_with_it_a_job_is_checkpointed(
     harness: Harness, page: Page, job: JobName
 ) -> None:
@@ -203,6 +276,15 @@ def test_without_the_token_nothing_can_be_changed_and_with_it_a_job_is_checkpoin
     page.until_text("SUSPENDED", "h1")
     assert harness.status(job).phase is JobPhase.SUSPENDED
     assert harness.commits(job)[-1].seq > before
+    # Nothing moves now, so that metrics, which have no revision, can be held against the others.
+    step, attempt, latest = _in_etcd(harness, job, 0)
+    page.until("the page shows etcd's step", lambda: page.text("#fact-step") == str(step))
+    assert page.text("#fact-attempt") == str(attempt)
+    assert page.text("#fact-newest-checkpoint") == f"{latest['seq']} (step {latest['step']})"
+    leader = page.text("#leader").split()[1].rstrip(",")
+    shown = {f'dtrain_job_step{{job="{job}"}} {float(step)}'}
+    shown.add(f'dtrain_checkpoint_last_committed_step{{job="{job}"}} {float(latest["step"])}')
+    harness.until("metrics say so", lambda: shown <= set(_metrics(harness, leader).splitlines()), 30.0)
     assert "dashboard of c1" in page.text("#fact-wanted")
     page.click("Resume")
     page.click("Yes")
@@ -256,3 +338,19 @@ def _serves(address: str) -> bool:
     except (OSError, ValueError):
         time.sleep(0.1)
         return False
+
+
+def test_charts_outlive_the_agents_that_remember_them(harness: Harness, job: JobName) -> None:
+    attempt = harness.status(job).attempt
+    harness.client.set_intent(job, wanted="cancel", by="test")
+    harness.await_end(job, JobPhase.CANCELLED)
+    for name in ("a1", "a2"):
+        pid = harness.cluster.daemon(name).process_pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+    harness.await_ready()
+    asked = f"{url(harness, 'c2')}/api/jobs/{job}/series"
+    found = harness.until("the archive has them", lambda: fetch(asked)["series"].get("loss"))
+    assert attempt >= 2
+    assert found[-1][1] > 50
+    assert [at for at, _, _ in found] == sorted(at for at, _, _ in found)

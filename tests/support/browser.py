@@ -16,6 +16,7 @@ import pytest
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
 
 T = TypeVar("T")
 
@@ -72,6 +73,19 @@ class Page:
             "if (found.length !== 1) throw new Error(`${found.length} of ${arguments[0]}`); found[0].click()",
             text,
         )
+
+    def press(self, key: str) -> None:
+        """Press a key, wherever the focus is."""
+        ActionChains(self.driver).send_keys(key).perform()
+
+    def nodes(self) -> list[tuple[str, str]]:
+        """Role and name of everything that a screen reader is told of."""
+        tree = self.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})  # type: ignore[no-untyped-call]
+        return [
+            (node.get("role", {}).get("value", ""), str(node.get("name", {}).get("value", "")).strip())
+            for node in tree["nodes"]
+            if not node.get("ignored")
+        ]
 
     def complaints(self) -> list[str]:
         """What the browser has written to its console since it was asked last: refused scripts, errors."""

@@ -25,7 +25,7 @@ from typing import Any
 
 from dtrain.agent import log_times
 from dtrain.agent.core.archiving import Range, increment, whole
-from dtrain.agent.logs import STREAMS, AttemptLogs, RankLogs
+from dtrain.agent.logs import KEPT, STREAMS, AttemptLogs, RankLogs
 from dtrain.agent.transferring import Archive, Archived, FilePart
 from dtrain.protocol.archive import BUNDLE_BYTES_MAX, bundle_key, logs_prefix
 from dtrain.protocol.ids import AgentName, Attempt, ClusterName, JobName, Rank, Uid
@@ -47,8 +47,6 @@ ANSWER_S_MAX = 180.0
 RETRY_S_FIRST, RETRY_S_MAX = 2.0, 60.0
 RESUMED_DAYS_MAX = 7
 """Attempts that ended longer ago, and could never be copied, are left alone by a restarted agent."""
-
-KEPT = "kept"
 
 Ended = Callable[[str, str, Attempt, int], bool]
 

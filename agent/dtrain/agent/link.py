@@ -11,10 +11,10 @@ import grpc
 from dtrain.agent import log_times
 from dtrain.agent.core.decisions import Answer
 from dtrain.agent.logs import LogPart, LogPlace, RankLogs, read_part
-from dtrain.agent.series import Curve
 from dtrain.protocol import wire
 from dtrain.protocol.archive import Mark
 from dtrain.protocol.commands import Command
+from dtrain.protocol.curves import Curve
 from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, Refused, Unavailable
 from dtrain.protocol.ids import Attempt, Term
 from dtrain.protocol.pb import agent_pb2 as pb

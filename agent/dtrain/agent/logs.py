@@ -19,6 +19,9 @@ STREAMS = ("stdout", "stderr", "stacks")
 BYTES_MAX = 1024 * 1024
 """Of one answer."""
 
+KEPT = "kept"
+"""Folder of an attempt in which everything is copied to the store with its logs."""
+
 _UID = re.compile(r"[A-Za-z0-9][-A-Za-z0-9_]{0,63}")
 _ATTEMPT = re.compile(r"attempt_(\d{1,9})")
 
@@ -74,6 +77,13 @@ class RankLogs:
         about = {"first_rank": first_rank, "ranks": ranks, "store": store, "job": job, "uid": uid}
         (folder / "ranks.json").write_text(json.dumps(about))
         return AttemptLogs(folder, job, uid, attempt, first_rank, ranks, store)
+
+    def keep(self, job: JobName, uid: Uid, attempt: Attempt, name: str, line: bytes) -> None:
+        """Append to a file that outlives the machine with the attempt's logs; raises OSError."""
+        folder = self._job(job, uid) / f"attempt_{attempt}" / KEPT
+        folder.mkdir(exist_ok=True)
+        with (folder / name).open("ab") as file:
+            file.write(line)
 
     def all(self) -> Iterator[AttemptLogs]:
         """Every attempt of which there are logs here, and of which enough is known."""

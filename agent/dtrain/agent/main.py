@@ -118,7 +118,6 @@ class Agent:
     ) -> None:
         self._settings = settings
         self._measures = Measures(settings.name)
-        self._series = Series(clock.wall)
         etcd = MeteredEtcd(etcd, self._measures.etcd, clock)
         self._etcd = etcd
         self._session = session
@@ -139,6 +138,7 @@ class Agent:
         if self._journal.problem:
             self.log("journal moved aside", problem=self._journal.problem)
         logs = RankLogs(data_dir / "logs")
+        self._series = Series(clock.wall, logs.keep)
         self._rank_watch = RankWatch(logs, self._post)
         self._ranks = RankServer(
             run_dir / "ranks.sock",

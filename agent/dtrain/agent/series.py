@@ -6,6 +6,7 @@ event, so that the core knows nothing of it. ``see`` is called by the thread
 that supervises, ``read`` by those that answer.
 """
 
+import contextlib
 import math
 import threading
 from collections import OrderedDict
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field
 
 from dtrain.agent.core.ring import Ring
 from dtrain.agent.core.state import AgentState, JobState, LocalRank
+from dtrain.protocol import curves
+from dtrain.protocol.curves import Curve
 from dtrain.protocol.ids import Attempt, JobName, Rank, Seq, Uid
 from dtrain.protocol.snapshot import WorkerPhase
 
@@ -26,21 +29,15 @@ JOBS_MAX = 64
 EVERY_S = 0.5
 """A number is taken no more often than this."""
 
+KEEP_S, KEEP_SHARE = 60.0, 0.25
+"""What is known is written down for the archive after a minute, and whenever the attempt has grown by a
+quarter: a lost machine takes a fifth with it, and the lines of days take little room."""
+
 STEP_TIME, THROUGHPUT, STALL, UPLOAD = "step_s", "throughput", "stall_s", "upload_s"
 """Ours; a rank's own numbers have the names that its script gave them."""
 
 STALL_METRIC = "checkpoint_stall_s"
 """Under this name a rank reports how long it stood still for its newest snapshot."""
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """One number of one attempt: (epoch seconds, step, value), in order of time."""
-
-    name: str
-    attempt: Attempt
-    rank: Rank
-    points: tuple[tuple[float, int, float], ...]
 
 
 @dataclass(slots=True)
@@ -51,6 +48,9 @@ class _Attempt:
     step: int = 0
     step_at: float = 0.0
     sealed_at: dict[Seq, float] = field(default_factory=dict)
+    began_at: float = 0.0
+    kept_at: float = 0.0
+    over: bool = False
 
     def add(self, name: str, at: float, step: int, value: float) -> None:
         ring = self.rings.get(name)
@@ -64,11 +64,15 @@ class _Attempt:
 _Job = tuple[JobName, Uid]
 
 
-class Series:
-    """Curves of the jobs that ran here lately."""
+Keep = Callable[[JobName, Uid, Attempt, str, bytes], None]
 
-    def __init__(self, wall: Callable[[], float]) -> None:
+
+class Series:
+    """Curves of the jobs that ran here lately. ``keep`` appends to the archive, or raises OSError."""
+
+    def __init__(self, wall: Callable[[], float], keep: Keep = lambda *_: None) -> None:
         self._wall = wall
+        self._keep = keep
         self._lock = threading.Lock()
         self._jobs: OrderedDict[_Job, OrderedDict[Attempt, _Attempt]] = OrderedDict()
 
@@ -87,18 +91,14 @@ class Series:
         """Return what is kept of a submission, the oldest attempt first; [] if that is nothing."""
         with self._lock:
             attempts = self._jobs.get((JobName(job), Uid(uid)), OrderedDict())
-            return [
-                Curve(name, attempt, found.rank, tuple(ring.points(points_max)))
-                for attempt, found in attempts.items()
-                for name, ring in found.rings.items()
-            ]
+            return [one for attempt, found in attempts.items() for one in _curves(attempt, found, points_max)]
 
     def _see_job(self, old: JobState | None, job: JobState, now: float) -> None:
         rank = min(job.ranks, key=lambda one: one.rank)
         was = old.rank(rank.rank) if old is not None else None
         if was is rank and old is not None and old.durable is job.durable:
             return
-        kept = self._attempt(job, rank)
+        kept = self._attempt(job, rank, now)
         at = self._wall()
         if rank.sealed is not None and (
             was is None or was.sealed is None or was.sealed.seq != rank.sealed.seq
@@ -114,6 +114,20 @@ class Series:
             kept.add(STALL, at, rank.step, stall_s)
         if rank.phase is WorkerPhase.TRAINING and rank.connection and now - kept.taken_at >= EVERY_S:
             self._take(kept, rank, at, now)
+        if rank.rank == 0 and kept.rings:
+            self._archive(job, kept, now)
+
+    def _archive(self, job: JobState, kept: _Attempt, now: float) -> None:
+        over = all(rank.exit_code is not None for rank in job.ranks)
+        since_s = now - kept.kept_at
+        due = since_s >= max(KEEP_S, KEEP_SHARE * (kept.kept_at - kept.began_at))
+        if kept.over or not (over or due):
+            return
+        kept.kept_at, kept.over = now, over
+        line = curves.encode(_curves(job.attempt, kept, POINTS))
+        # Without a place for logs there is none for these; ranks have trouble enough then.
+        with contextlib.suppress(OSError):
+            self._keep(job.name, job.uid, job.attempt, curves.ARCHIVED_NAME, line)
 
     def _take(self, kept: _Attempt, rank: LocalRank, at: float, now: float) -> None:
         if rank.step <= kept.step and kept.step_at:
@@ -127,13 +141,19 @@ class Series:
             if name != STALL_METRIC and math.isfinite(value):
                 kept.add(name, at, rank.step, value)
 
-    def _attempt(self, job: JobState, rank: LocalRank) -> _Attempt:
+    def _attempt(self, job: JobState, rank: LocalRank, now: float) -> _Attempt:
         attempts = self._jobs.setdefault((job.name, job.uid), OrderedDict())
         self._jobs.move_to_end((job.name, job.uid))
         while len(self._jobs) > JOBS_MAX:
             self._jobs.popitem(last=False)
         if job.attempt not in attempts:
-            attempts[job.attempt] = _Attempt(rank.rank)
+            attempts[job.attempt] = _Attempt(rank.rank, began_at=now, kept_at=now)
             while len(attempts) > ATTEMPTS_MAX:
                 attempts.popitem(last=False)
         return attempts[job.attempt]
+
+
+def _curves(attempt: Attempt, found: _Attempt, points_max: int) -> list[Curve]:
+    return [
+        Curve(name, attempt, found.rank, tuple(ring.points(points_max))) for name, ring in found.rings.items()
+    ]

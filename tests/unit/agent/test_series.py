@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from dtrain.agent.core.ring import Ring
 from dtrain.agent.core.state import AgentState, JobState, LocalRank, Machine
 from dtrain.agent.series import ATTEMPTS_MAX, JOBS_MAX, NAMES_MAX, POINTS, Series
+from dtrain.protocol import curves
 from dtrain.protocol.ids import (
     AgentName,
     Attempt,
@@ -52,7 +53,8 @@ class Bench:
 
     def __init__(self) -> None:
         self.now = 1000.0
-        self.series = Series(lambda: 1e9 + self.now)
+        self.kept: list[bytes] = []
+        self.series = Series(lambda: 1e9 + self.now, lambda *asked: self.kept.append(asked[-1]))
         machine = Machine(
             cluster=ClusterName("c"), agent=AgentName("a"), host="h", rank_socket="", run_dir="", log_dir="",
             env={}, working_dir="/", life="l", orphan_grace_s=1.0,
@@ -142,6 +144,60 @@ def test_a_rank_that_restores_an_older_step_draws_no_throughput_backwards() -> N
     bench.report(step=Step(60), metrics={"loss": 0.5})
     assert all(point[2] > 0 for point in bench.curve("throughput"))
     assert [point[2] for point in bench.curve("loss")] == [1.0, 0.5]
+
+
+def test_what_is_known_is_written_down_at_the_end_of_an_attempt_and_before() -> None:
+    bench = Bench()
+    for step in range(1, 301):
+        bench.report(step=Step(step), metrics={"loss": 1.0 / step})
+    before = len(bench.kept)
+    assert 4 <= before <= 10
+    bench.report(step=Step(301), exit_code=0)
+    bench.report(step=Step(301), metrics={"loss": 0.1})
+    assert len(bench.kept) == before + 1
+    found = {curve.name: curve for curve in curves.newest(b"".join(bench.kept))}
+    assert found["loss"].points == tuple(
+        (at, step, pytest.approx(value, rel=1e-5)) for at, step, value in bench.curve("loss")
+    )
+
+
+def test_only_the_machine_of_rank_0_writes_down() -> None:
+    bench = Bench()
+    for step in range(1, 200):
+        bench.report(step=Step(step), metrics={"loss": 1.0}, rank=Rank(4))
+    assert bench.curve("loss")
+    assert bench.kept == []
+
+
+def test_a_full_disk_ends_nothing() -> None:
+    bench = Bench()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    bench.series = Series(lambda: 1e9, full)
+    for step in range(1, 200):
+        bench.report(step=Step(step), metrics={"loss": 1.0})
+    assert bench.curve("loss")
+
+
+def test_a_line_that_was_cut_or_is_of_a_newer_version_is_passed_over() -> None:
+    whole = curves.encode([curves.Curve("loss", Attempt(1), Rank(0), ((1.0, 2, 3.0),))])
+    good = curves.newest(whole)
+    assert good[0].points == ((1.0, 2, 3.0),)
+    assert curves.newest(whole + whole[:20]) == good
+    assert curves.newest(whole[-30:] + whole) == good
+    assert curves.newest(whole + b'{"v":2}\n') == good
+    assert curves.newest(whole + b'{"v":1,"curves":[{"name":"x"}]}\n') == good
+    assert curves.newest(b"") == []
+    assert curves.newest(whole[:-1]) == []
+
+
+def test_the_largest_line_can_be_read_again() -> None:
+    points = tuple((1.7e9 + index + 0.123, 10**9 + index, -1.23456e-300) for index in range(POINTS))
+    line = curves.encode([curves.Curve("n" * 64, Attempt(9**9), Rank(0), points)] * NAMES_MAX)
+    assert len(line) <= curves.LINE_BYTES_MAX
+    assert len(curves.newest(line)) == NAMES_MAX
 
 
 def test_a_submission_does_not_see_the_curves_of_a_former_one_of_its_name() -> None:

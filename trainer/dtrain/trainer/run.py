@@ -141,6 +141,18 @@ class Run:
             self._complete(step + 1)
         self.finish()
 
+    def starts_at(self) -> int:
+        """Return the steps completed in the checkpoint that this attempt starts from, 0 without one.
+
+        Before anything is restored: for frameworks that must know where they go on before they have
+        made what is tracked. Waits until the agent knows.
+        """
+        if self._session is None or self._restored:
+            return self._step
+        plan = self._session.await_plan()
+        self._leave_if_stopped()
+        return 0 if plan is None or plan.seq is None else int(plan.step)
+
     def restore(self) -> int:
         """Load the checkpoint this attempt starts from, once; return the steps completed in it.
 

@@ -2,18 +2,24 @@
 
 The first rank of the present attempt is on one machine, those of earlier
 attempts may have been on others. All agents are asked once; later only those
-that had something, and the machine of rank 0.
+that had something, and the machine of rank 0. Attempts that no agent remembers
+are read from the archive.
 """
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
 
+from dtrain.coordinator.api.archived import ArchivedLogs
 from dtrain.coordinator.dispatch import Channels
-from dtrain.protocol.ids import AgentName
+from dtrain.protocol import curves
+from dtrain.protocol.curves import Curve
+from dtrain.protocol.errors import DtrainError
+from dtrain.protocol.ids import AgentName, Attempt
 from dtrain.protocol.job import JobSpec, JobStatus
 from dtrain.protocol.pb import agent_pb2 as agent_pb
 from dtrain.protocol.pb import agent_pb2_grpc
@@ -25,17 +31,31 @@ PLACES_MAX = 16
 """Machines of one job that are asked each time."""
 
 JOBS_KEPT = 1024
+ATTEMPTS_MAX = 8
+"""Newest ones that are looked for in the archive."""
+ARCHIVE_AGAIN_S = 30.0
+ARCHIVED_KEPT = 256
+"""Attempts whose archived curves are remembered."""
 POINTS_MAX = 1000
 
 
 class Curves:
     """Asks agents. Safe for several threads. ``nodes`` returns the addresses of the agents that live."""
 
-    def __init__(self, channels: Channels, nodes: Callable[[], Mapping[AgentName, str]]) -> None:
+    def __init__(
+        self,
+        channels: Channels,
+        nodes: Callable[[], Mapping[AgentName, str]],
+        archive: ArchivedLogs,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._channels = channels
+        self._archive = archive
+        self._monotonic = monotonic
         self._nodes = nodes
         self._lock = threading.Lock()
         self._known: OrderedDict[str, OrderedDict[AgentName, None]] = OrderedDict()
+        self._archived: OrderedDict[tuple[str, int], tuple[float, Sequence[Curve]]] = OrderedDict()
 
     def read(
         self, spec: JobSpec, status: JobStatus, points_max: int, context: grpc.ServicerContext
@@ -66,21 +86,55 @@ class Curves:
                 known = best.get((curve.attempt, curve.name))
                 if known is None or curve.rank < known[1].rank:
                     best[curve.attempt, curve.name] = (agent, curve)
-        return pb.JobSeriesReply(
-            curves=[
-                pb.JobSeriesReply.Curve(
-                    name=curve.name,
-                    attempt=curve.attempt,
-                    rank=curve.rank,
-                    agent=agent,
-                    at=curve.at,
-                    step=curve.step,
-                    value=curve.value,
-                )
-                for _, (agent, curve) in sorted(best.items())
-            ],
-            problems=problems,
+        heard = {attempt for attempt, _ in best}
+        newest = range(max(1, status.attempt - ATTEMPTS_MAX + 1), status.attempt + 1)
+        try:
+            archived = [
+                one for n in newest if n not in heard for one in self._from_archive(spec, status, Attempt(n))
+            ]
+        except DtrainError as error:
+            archived = []
+            problems.append(f"the archive could not be read: {error.message}")
+        live = [
+            pb.JobSeriesReply.Curve(
+                name=curve.name,
+                attempt=curve.attempt,
+                rank=curve.rank,
+                agent=agent,
+                at=curve.at,
+                step=curve.step,
+                value=curve.value,
+            )
+            for _, (agent, curve) in sorted(best.items())
+        ]
+        old = [_from_archived(curve, asked.points_max) for curve in archived]
+        return pb.JobSeriesReply(curves=[*old, *live], problems=problems)
+
+    def _from_archive(self, spec: JobSpec, status: JobStatus, attempt: Attempt) -> Sequence[Curve]:
+        """What the machine of rank 0 wrote down in an attempt; the answer holds for a while."""
+        if not status.store:
+            return ()
+        now, key = self._monotonic(), (str(spec.uid), int(attempt))
+        with self._lock:
+            at, known = self._archived.get(key, (float("-inf"), ()))
+        if now - at < ARCHIVE_AGAIN_S:
+            return known
+        part = self._archive.read(
+            status.store,
+            spec.name,
+            spec.uid,
+            attempt=attempt,
+            name=f"kept/{curves.ARCHIVED_NAME}",
+            offset=-2 * curves.LINE_BYTES_MAX,
+            bytes_max=2 * curves.LINE_BYTES_MAX,
         )
+        found = () if part is None else tuple(curves.newest(part.data))
+        with self._lock:
+            self._archived[key] = (now, found)
+            self._archived.move_to_end(key)
+            while len(self._archived) > ARCHIVED_KEPT:
+                self._archived.popitem(last=False)
+        return found
 
     def _whom(self, spec: JobSpec, status: JobStatus, nodes: Mapping[AgentName, str]) -> Sequence[AgentName]:
         with self._lock:
@@ -101,6 +155,19 @@ class Curves:
                 places.popitem(last=False)
             while len(self._known) > JOBS_KEPT:
                 self._known.popitem(last=False)
+
+
+def _from_archived(curve: Curve, points_max: int) -> pb.JobSeriesReply.Curve:
+    # Every so many, counted from the newest: a chart has no room for more.
+    points = curve.points[:: -max(1, -(-len(curve.points) // points_max))][::-1]
+    return pb.JobSeriesReply.Curve(
+        name=curve.name,
+        attempt=curve.attempt,
+        rank=curve.rank,
+        at=[at for at, _, _ in points],
+        step=[step for _, step, _ in points],
+        value=[value for _, _, value in points],
+    )
 
 
 def _cancel(calls: Sequence[tuple[AgentName, Any]]) -> None:
