@@ -6,7 +6,7 @@
 
 # ruff: noqa: E501 - code is quoted as it stands
 
-from tests.mutants import causes, elasticity, goodput, queueing
+from tests.mutants import causes, elasticity, goodput, meeting, queueing
 from tests.mutants.mutant import (
     AGENT,
     COORDINATOR,
@@ -1365,4 +1365,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *goodput.MUTANTS,
     *causes.MUTANTS,
     *queueing.MUTANTS,
+    # torchrun's agents ---------------------------------------------------------------------
+    *meeting.MUTANTS,
 )
