@@ -6,7 +6,7 @@
 
 # ruff: noqa: E501 - code is quoted as it stands
 
-from tests.mutants import causes, elasticity, goodput, meeting, queueing
+from tests.mutants import causes, counting, elasticity, goodput, meeting, queueing
 from tests.mutants.mutant import (
     AGENT,
     COORDINATOR,
@@ -1364,6 +1364,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *elasticity.MUTANTS,
     *goodput.MUTANTS,
     *causes.MUTANTS,
+    *counting.MUTANTS,
     *queueing.MUTANTS,
     # torchrun's agents ---------------------------------------------------------------------
     *meeting.MUTANTS,

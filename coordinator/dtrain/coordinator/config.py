@@ -41,6 +41,12 @@ SETTINGS = (
         CORDON_S,
         float,
     ),
+    Setting(
+        "archive-keep",
+        "days that records and logs of jobs that have ended are kept in the store; 0: for ever",
+        90.0,
+        float,
+    ),
     Setting("log-json", "one JSON object per line (default: unless stderr is a terminal)", None, switch),
     *DASHBOARD,
     *WEBHOOKS,
@@ -74,6 +80,7 @@ class Config:
     cordon_s: float = 0.0
     dashboard: DashboardSettings | None = None
     webhooks: tuple[Webhook, ...] = ()
+    archive_keep_days: float = 90.0
 
     def __post_init__(self) -> None:
         least = TTL_S_MIN_SHORT if self.allow_short_ttl else TTL_S_MIN
@@ -100,6 +107,7 @@ class Config:
             ("scrub-interval", self.scrub_interval_s),
             ("scrub-mb-s", self.scrub_mb_s),
             ("cordon-for", self.cordon_s),
+            ("archive-keep", self.archive_keep_days),
         ):
             if not 0 <= number < 1e9:
                 raise Refused(ErrorCode.BAD_SETTING, f"--{setting} cannot be {number}", fix="use 0 or more")
@@ -147,6 +155,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         values["cordon-for"],
         dashboard_settings(values, secured=tls is not None),
         load_webhooks(values["webhook-file"]),
+        values["archive-keep"],
     )
 
 

@@ -38,6 +38,7 @@ from dtrain.coordinator.core.views import Moment
 from dtrain.coordinator.dispatch import Channels, Dispatcher
 from dtrain.coordinator.driver import Driver, Plan
 from dtrain.coordinator.health import EtcdHealth, Health, judge_rejection, judge_unknown
+from dtrain.coordinator.historian import Historian
 from dtrain.coordinator.leadership.lease import Leadership
 from dtrain.coordinator.measures import Measures
 from dtrain.coordinator.persistence import Committer, Deposed
@@ -77,7 +78,9 @@ COMMIT_THREADS = 2
 WORK_THREADS = 2
 API_GRACE_S = 0.05
 
-_WARNINGS = frozenset({"commit failed", "command failed", "work failed", "record unusable", "brake"})
+_WARNINGS = frozenset(
+    {"commit failed", "command failed", "work failed", "record unusable", "brake", "history not archived"}
+)
 
 BATCHES_AT_ONCE = 256
 
@@ -209,6 +212,18 @@ class Coordinator:
             scrub_interval_s=settings.scrub_interval_s,
             cordon_s=settings.cordon_s,
         )
+        self._historian = Historian(
+            settings.cluster,
+            self._mirror,
+            self._stores.get,
+            term=self._acting_term,
+            clock=clock,
+            keep_s=settings.archive_keep_days * 86_400.0,
+            log=self.log,
+        )
+        self._history_thread = threading.Thread(
+            target=self._guarded, args=(self._historian.run,), name="history", daemon=True
+        )
         self._driver = Driver(world, self._measures.planning(decide), self)
         self._lost = 0
         self._servicer = CoordinatorServicer(
@@ -248,6 +263,7 @@ class Coordinator:
         self._mirror.start()
         self._lease.start()
         self._health_thread.start()
+        self._history_thread.start()
         self._server.start(self._servicer)
         self._webhooks.start(self._guarded)
         self._serves = True
@@ -276,7 +292,9 @@ class Coordinator:
         self._stopping.set()
         self._webhooks.stop()
         self._etcd_health.stop()
+        self._historian.close()
         self._health_thread.join(5.0)
+        self._history_thread.join(5.0)
         self._loop.join(5.0)
         self._lease.join(5.0)
         self._mirror.close()
@@ -304,6 +322,8 @@ class Coordinator:
         (self._scrubs if slow else self._works).submit(self._guarded, lambda: self._work(job, work))
 
     def log(self, event: str, **fields: Any) -> None:
+        if (term := self.leadership.term) is not None:
+            fields.setdefault("term", term)
         (self._log.warning if event in _WARNINGS else self._log.info)(event, **fields)
 
     def moment(self, now: float) -> Moment:
@@ -376,6 +396,7 @@ class Coordinator:
         self._tell(lambda now: self._driver.on_work(job, result, now))
 
     def _on_changes(self, changes: tuple[Change, ...], revision: int) -> None:
+        self._historian.see(changes)
         self._history.add(changes, revision)
         self._webhooks.note(changes)
         for change in changes:
