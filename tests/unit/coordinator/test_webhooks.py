@@ -21,7 +21,7 @@ from dtrain.coordinator.webhooks.sender import Sender
 from dtrain.coordinator.webhooks.settings import Webhook, load_webhooks
 from dtrain.protocol import codec
 from dtrain.protocol.cluster import LeaderRecord, WebhookCursor
-from dtrain.protocol.errors import DtrainError
+from dtrain.protocol.errors import DtrainError, ErrorCode, Refused
 from dtrain.protocol.events import EventReason, EventRecord, EventType
 from dtrain.protocol.ids import ClusterName, JobName, ReplicaId, Term
 from dtrain.protocol.keys import Keys
@@ -282,6 +282,43 @@ def test_a_deposed_leader_cannot_move_the_cursor(world: World, receiver: Receive
     until(lambda: len(receiver.calls) >= 1)
     time.sleep(0.2)
     assert world.cursor() == before
+
+
+def test_an_etcd_that_takes_no_cursor_makes_nobody_hear_twice(world: World, receiver: Receiver) -> None:
+    world.lead(hook(receiver))
+    until(lambda: world.cursor() > 0)
+    before, real = world.cursor(), world.etcd.txn
+
+    def full(txn: Txn, **more: Any) -> Any:
+        if any(isinstance(one, Put) and one.key == KEYS.webhook("ops") for one in txn.success):
+            raise Refused(ErrorCode.ETCD_NO_SPACE, "etcd is full")
+        return real(txn, **more)
+
+    world.etcd.txn = full  # type: ignore[method-assign]
+    told = [world.happen(), world.happen()]
+    until(lambda: receiver.ids() == told)
+    time.sleep(0.3)
+    assert receiver.ids() == told
+    assert world.cursor() == before
+    assert [event for event, _ in world.lines] == ["webhook waits for etcd"], "told once"
+    world.etcd.txn = real  # type: ignore[method-assign]
+    until(lambda: world.cursor() > before)
+    assert receiver.ids() == told
+
+
+def test_what_waits_for_a_dead_receiver_is_bounded(
+    world: World, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "DUE_MAX", 3)
+    made = world.lead(hook(receiver))
+    until(lambda: world.cursor() > 0)
+    receiver.silent.set()
+    told = [world.happen()]
+    until(lambda: len(receiver.calls) == 1)
+    told += [world.happen() for _ in range(20)]
+    receiver.silent.clear()
+    until(lambda: receiver.ids() == told)
+    assert not made._due
 
 
 def test_a_dead_receiver_delays_nothing(world: World, receiver: Receiver) -> None:

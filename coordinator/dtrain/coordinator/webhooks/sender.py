@@ -37,8 +37,10 @@ REFUSED_TIMES_MAX = 5
 """An event that a receiver refuses by a status that means 'not this one' is passed over after that."""
 
 CURSOR_EVERY_S = 2.0
+CURSOR_IDLE_S = 300.0
+"""While nothing is sent: what nobody wanted is then not looked at again after a change of leader."""
 LOOK_S = 0.5
-WAITING_MAX = 10_000
+WAITING_MAX = DUE_MAX = 10_000
 """Changes of events that are not looked at yet; beyond that they are read from the mirror anew."""
 
 TROUBLE_AFTER_S = 60.0
@@ -99,6 +101,12 @@ class Sender:
         self._stored = 0
         self._done = 0
         """Everything up to this revision is delivered, or not wanted."""
+        self._done_in: Term | None = None
+        self._sent = False
+        """Something was delivered that the cursor does not tell yet."""
+        self._looked = 0
+        """The newest revision of an event that was looked at."""
+        self._said = ""
         self._written_at = 0.0
         self._due: deque[_Due] = deque()
         self._tries = 0
@@ -136,9 +144,12 @@ class Sender:
             wait_s = LOOK_S
             try:
                 wait_s = self.work()
+                self._said = ""
             except DtrainError as error:
-                self._led = None
-                self._log("webhook waits for etcd", webhook=self._hook.name, problem=error.message)
+                # Told once. What was delivered is remembered: it is not sent again because of it.
+                if error.message != self._said:
+                    self._log("webhook waits for etcd", webhook=self._hook.name, problem=error.message)
+                self._said = error.message
             with self._lock:
                 if not self._stopping and not self._fresh:
                     self._lock.wait(wait_s)
@@ -164,12 +175,15 @@ class Sender:
                 self._retry_at = self._clock.monotonic() + wait_s
                 continue
             self._due.popleft()
+            self._sent = True
             # Of several events of one revision the last one moves the cursor.
             if not self._due or self._due[0].revision > due.revision:
                 self._done = due.revision
             if self._clock.monotonic() - self._written_at >= CURSOR_EVERY_S:
                 self._write_cursor(term)
             self._collect()
+        if not self._due:
+            self._done = max(self._done, self._looked)
         self._write_cursor(term)
         return LOOK_S
 
@@ -181,7 +195,11 @@ class Sender:
         found = self._etcd.range(self._keys.webhook(self._hook.name)).items
         self._cursor_mod = found[0].mod_revision if found else 0
         cursor = codec.decode(WebhookCursor, found[0].value) if found else None
-        self._stored = self._done = 0 if cursor is None else cursor.revision
+        self._stored = 0 if cursor is None else cursor.revision
+        # Of this very term it may know more than it could write.
+        self._done = max(self._stored, self._done if self._done_in == term else 0)
+        self._done_in = term
+        self._looked = self._done
         with self._lock:
             self._fresh.clear()
             self._missed = True
@@ -190,11 +208,18 @@ class Sender:
         self._led = term
         if cursor is None:
             # Named for the first time: what happened before is no news.
-            self._done = self._mirror.revision
+            self._done = self._looked = max(self._done, self._mirror.revision)
+            self._sent = True
             self._write_cursor(term)
         return self._led == term
 
     def _collect(self) -> None:
+        if len(self._due) >= DUE_MAX:
+            with self._lock:
+                # Looked for again, in what is left of the rings, once these are delivered.
+                self._fresh.clear()
+                self._missed = True
+            return
         with self._lock:
             fresh, missed = list(self._fresh), self._missed
             self._fresh.clear()
@@ -207,6 +232,7 @@ class Sender:
             known = self._done
         once = {kv.key: kv for kv in fresh if kv.mod_revision > known}
         for kv in sorted(once.values(), key=lambda kv: (kv.mod_revision, kv.key)):
+            self._looked = max(self._looked, kv.mod_revision)
             place = self._keys.parse(kv.key)
             if place is None or place.kind != "event":
                 continue
@@ -226,6 +252,8 @@ class Sender:
     def _write_cursor(self, term: Term) -> None:
         if self._done <= self._stored and self._cursor_mod:
             return
+        if not self._sent and self._clock.monotonic() - self._written_at < CURSOR_IDLE_S:
+            return
         key = self._keys.webhook(self._hook.name)
         fence = Compare(self._keys.leader, Target.CREATE, term)
         mine = Compare(key, Target.MOD, self._cursor_mod)
@@ -234,7 +262,7 @@ class Sender:
         if not result.succeeded:
             self._led = None
             return
-        self._cursor_mod, self._stored = result.revision, self._done
+        self._cursor_mod, self._stored, self._sent = result.revision, self._done, False
         self._written_at = self._clock.monotonic()
 
     # One event -----------------------------------------------------------------------
