@@ -1,11 +1,11 @@
 """``dtrain get``: lists."""
 
 import time
-from typing import TYPE_CHECKING
 
 import click
 
 from dtrain.cli.options import (
+    SECONDS,
     complete_agent,
     complete_job,
     connected,
@@ -17,11 +17,39 @@ from dtrain.cli.options import (
     watched,
 )
 
-if TYPE_CHECKING:
-    pass
+MEANT = {
+    "nodes": "agents",
+    "machines": "agents",
+    "workers": "agents",
+    "leader": "coordinators",
+    "replicas": "coordinators",
+    "snapshots": "checkpoints",
+    "history": "events",
+}
+"""Words of other tools, and the list they mean here."""
+
+
+class Lists(click.Group):
+    """Knows its lists by their singular, too, and what else people call them."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, known = args[0], self.list_commands(ctx)
+        if f"{name}s" in known:
+            args = [f"{name}s", *args[1:]]
+        elif name not in known and not name.startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(name, [*known, *MEANT], n=1, cutoff=0.6)
+            meant = MEANT.get(name) or (MEANT.get(near[0], near[0]) if near else "")
+            told = f"did you mean 'dtrain get {meant}'?" if meant else f"there are {', '.join(known)}"
+            raise click.UsageError(f"there is no list of {name!r}; {told}", ctx)
+        return super().resolve_command(ctx, args)
 
 
 @click.group(
+    cls=Lists,
     short_help="List jobs, agents, coordinators, checkpoints or events.",
     epilog=examples("dtrain get jobs --watch", "dtrain get checkpoints digits -o json"),
 )
@@ -57,6 +85,7 @@ def jobs(
     from dtrain.cli.render.table import When
 
     chosen = selecting.Selection(names, selecting.phases(phases), selecting.labels(labels))
+    now = time.time()
     with closing(context.connect(settings())) as client:
         if watch:
             from dtrain.cli import staying
@@ -70,11 +99,12 @@ def jobs(
             from dtrain.cli import reading
 
             cluster = reading.some(client, [row.name for row in rows])
-            revision, items = cluster.revision, [job.as_json() for job in cluster.jobs.values()]
+            revision = cluster.revision
+            items = [job.as_json(now) for job in cluster.jobs.values()]
     output.listing(
         "Job",
         items,
-        lists.jobs(rows, When(time.time(), iso), wide=settings().output == "wide"),
+        lists.jobs(rows, When(now, iso), wide=settings().output == "wide"),
         [row.name for row in rows],
         output=settings().output,
         revision=revision,
@@ -205,42 +235,35 @@ def checkpoints(*, job: str, watch: bool, iso: bool) -> None:
         checkpointing.listing(client, job, settings().output, iso=iso)
 
 
-@command.command("events", epilog=examples("dtrain get events digits", "dtrain get events -w -o json"))
+@command.command(
+    "events",
+    epilog=examples(
+        "dtrain get events digits",
+        "dtrain get events digits --since 1h --type Warning",
+        "dtrain get events -w",
+    ),
+)
 @click.argument("job", required=False, shell_complete=complete_job)
+@click.option("--type", "types", multiple=True, metavar="TYPE,...", help="Normal, Warning, or reasons.")
+@click.option("--since", type=SECONDS, metavar="AGE", help="Only what is not older, such as 10m.")
+@click.option("--uid", default="", help="Of an earlier submission of JOB: see 'dtrain archive'.")
 @watched
 @timed
 @formatted()
 @connected
-def events(*, job: str | None, watch: bool, iso: bool) -> None:
+def events(
+    *, job: str | None, types: tuple[str, ...], since: float | None, uid: str, watch: bool, iso: bool
+) -> None:
     """List what happened, oldest first: to one job, or to all."""
-    from dtrain.cli import context, output, reading, records
+    from dtrain.cli import context, eventing, reading
     from dtrain.cli.client import closing
-    from dtrain.cli.render import lists
-    from dtrain.cli.render.table import When
 
+    wanted = eventing.Wanted(job, types, since, uid)
     with closing(context.connect(settings())) as client:
-        name = reading.name(client, job) if job else ""
         if watch:
             from dtrain.cli import staying
 
-            staying.events(client, name, settings().output)
+            name = reading.name(client, job) if job else ""
+            staying.events(client, name, settings().output, fits=wanted.fits)
             return
-        cluster = records.group(client.read(f"jobs/{name}/" if name else "jobs/"))
-    chosen = list(cluster.jobs)
-    found = [(name, event) for name in chosen for event in cluster.jobs[name].events.values()]
-    wanted = settings().output
-    output.listing(
-        "Event",
-        [
-            {"v": 1, "kind": "Event", "job": name, **document}
-            for name in chosen
-            for _, document in sorted(
-                cluster.jobs[name].raw.get("events", {}).items(), key=lambda pair: int(pair[0])
-            )
-        ],
-        lists.events(found, When(time.time(), iso), wide=wanted == "wide"),
-        [f"{name}/{event.seq}" for name, event in found],
-        output=wanted,
-        revision=cluster.revision,
-    )
-    output.freshness(cluster.age_s)
+        eventing.listing(client, wanted, iso=iso, form=settings().output)
