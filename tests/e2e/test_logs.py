@@ -152,7 +152,8 @@ def test_a_job_whose_name_was_used_again_can_still_be_read(harness: Harness, job
     harness.await_end(job)
     described = json.loads(dtrain(harness, "describe", "job", job, "--uid", first.uid, "-o", "json").stdout)
     assert (described["status"]["uid"], described["status"]["phase"]) == (first.uid, "SUCCEEDED")
-    events = dtrain(
+    kinds = "JobSucceeded,AttemptStarted"
+    events = dtrain(harness, "get", "events", job, "--uid", first.uid, "--type", kinds)
         harness, "get", "events", job, "--uid", first.uid, "--type", "JobSucceeded,AttemptStarted"
     )
     assert events.stdout.count("AttemptStarted") >= 2
