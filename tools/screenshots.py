@@ -17,7 +17,7 @@ from dtrain.protocol.ids import JobName, Rank
 
 ROOT = Path(__file__).parent.parent
 BYTES_MAX = 150_000
-SIZES = {"jobs": (1280, 420), "job": (1280, 1240)}
+SIZES = {"jobs": (1280, 520), "job": (1280, 1240)}
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
         for theme in ("light", "dark"):
             for what, path in (("jobs", "/"), ("job", f"/jobs/{job}")):
                 _take(page, url + path, theme, SIZES[what], folder / f"dashboard-{what}-{theme}.png")
-        for other in ("digits", "sweep-7", "warmup"):
+        for other in ("digits", "sweep-7", "finetune"):
             harness.client.set_intent(other, wanted="cancel", by="tools/screenshots.py")
 
 

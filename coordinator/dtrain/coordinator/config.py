@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dtrain.coordinator.api.validate import holds_credentials
 from dtrain.coordinator.web.settings import DASHBOARD, DashboardSettings, dashboard_settings
+from dtrain.coordinator.webhooks.settings import WEBHOOKS, Webhook, load_webhooks
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.ids import ClusterName, ReplicaId, parse_name
 from dtrain.runtime.addresses import bracketed, is_wildcard, towards
@@ -48,6 +49,7 @@ SETTINGS = (
     ),
     Setting("log-json", "one JSON object per line (default: unless stderr is a terminal)", None, switch),
     *DASHBOARD,
+    *WEBHOOKS,
     *TLS,
     *ETCD,
 )
@@ -77,6 +79,7 @@ class Config:
     """What to advertise before the port where ``listen`` means every address; "": what ``listen`` says."""
     cordon_s: float = 0.0
     dashboard: DashboardSettings | None = None
+    webhooks: tuple[Webhook, ...] = ()
     archive_keep_days: float = 90.0
 
     def __post_init__(self) -> None:
@@ -151,6 +154,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         else "",
         values["cordon-for"],
         dashboard_settings(values, secured=tls is not None),
+        load_webhooks(values["webhook-file"]),
         values["archive-keep"],
     )
 

@@ -44,6 +44,7 @@ from dtrain.coordinator.measures import Measures
 from dtrain.coordinator.persistence import Committer, Deposed
 from dtrain.coordinator.skew import Releases
 from dtrain.coordinator.status import Status
+from dtrain.coordinator.webhooks.sender import Sender, Senders
 from dtrain.coordinator.work import Merge, Stores, Worker
 from dtrain.coordinator.world import World
 from dtrain.protocol.cluster import ReplicaRecord
@@ -240,6 +241,18 @@ class Coordinator:
             problems=self._problems,
             etcd_version=lambda: self._etcd_health.version,
         )
+        self._webhooks = Senders(
+            Sender(
+                hook,
+                settings.cluster,
+                etcd,
+                self._mirror,
+                clock,
+                term=self._acting_term,
+                log=self._log.warning,
+            )
+            for hook in settings.webhooks
+        )
         self._loop_at = clock.monotonic()
         self._serves = False
         self._status = None if health is None else self._status_server(health)
@@ -252,6 +265,7 @@ class Coordinator:
         self._health_thread.start()
         self._history_thread.start()
         self._server.start(self._servicer)
+        self._webhooks.start(self._guarded)
         self._serves = True
         # Before its own status port answers: the guardian's falls silent by this.
         self._session.set_started()
@@ -266,6 +280,7 @@ class Coordinator:
         self._serves = False
         self.leadership.stop()
         self._stopping.set()
+        self._webhooks.stop()
         self._etcd_health.stop()
         self._session.set_clean_stop()
         self._dispatcher.close()
@@ -275,6 +290,7 @@ class Coordinator:
     def close(self) -> None:
         """Free everything, at leisure: for tests that go on living."""
         self._stopping.set()
+        self._webhooks.stop()
         self._etcd_health.stop()
         self._historian.close()
         self._health_thread.join(5.0)
@@ -382,6 +398,7 @@ class Coordinator:
     def _on_changes(self, changes: tuple[Change, ...], revision: int) -> None:
         self._historian.see(changes)
         self._history.add(changes, revision)
+        self._webhooks.note(changes)
         for change in changes:
             if change.key == self._keys.leader:
                 self._measures.leader_seen(change.after)
@@ -411,7 +428,11 @@ class Coordinator:
 
     def _problems(self) -> list[str]:
         """Sentences for people on what is wrong with this replica now."""
-        return [*self._health.sentences(), *(self._tls.problems() if self._tls is not None else ())]
+        return [
+            *self._health.sentences(),
+            *self._webhooks.problems(),
+            *(self._tls.problems() if self._tls is not None else ()),
+        ]
 
     def _status_server(self, listener: socket.socket) -> StatusServer:
         status = Status(

@@ -168,9 +168,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self._wait_for_first_list()
         if request.after_revision and request.wait_ms:
             self._wait_for_change(root + request.prefix, request.after_revision, request.wait_ms, context)
-        # The revision first: items may be newer than it says, never older.
-        revision = self._mirror.revision
-        items = self._mirror.prefix(root + request.prefix)
+        revision, items = self._mirror.snapshot(root + request.prefix)
         _check_size(items, request.prefix)
         return pb.ReadReply(
             items=[

@@ -35,7 +35,6 @@ ALIVE_S = 5.0
 CATCH_UP_S = 10.0
 """How long a page that has seen more than this replica is kept waiting."""
 
-SNAPSHOT_TRIES = 3
 PAGES_KEPT = 64
 
 
@@ -136,12 +135,7 @@ class Feed:
         known = self._cluster
         if known is not None and known.revision == self._mirror.revision:
             return known
-        for _ in range(SNAPSHOT_TRIES):
-            revision = self._mirror.revision
-            items = self._mirror.prefix(self._keys.root)
-            # What was read is exactly that revision if it still is the newest one.
-            if self._mirror.revision == revision:
-                break
+        revision, items = self._mirror.snapshot(self._keys.root)
         self._decoder.forget({kv.key: kv for kv in items})
         self._cluster = group(items, revision, self._decoder)
         self._pages = {}

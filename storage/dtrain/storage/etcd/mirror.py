@@ -218,6 +218,11 @@ class Mirror:
         with self._changed:
             return self._state.get(key)
 
+    def snapshot(self, prefix: str) -> tuple[int, list[KeyValue]]:
+        """Return the revision of the copy and what stands under ``prefix`` at exactly that revision."""
+        with self._changed:
+            return self._state.revision, self._state.prefix(prefix)
+
     def prefix(self, prefix: str) -> list[KeyValue]:
         """Return what stands under ``prefix``, in key order, all of one revision."""
         with self._changed:

@@ -5,7 +5,7 @@ import { number, nowMs, span } from "./format.js";
 
 const WIDTH = 400;
 const HEIGHT = 110;
-const LEFT = 44;
+const LEFT = 56;
 const BOTTOM = 16;
 
 // points: [[epoch seconds, step, value], …] in order of time; marks as in timeline.js.
