@@ -6,7 +6,7 @@
 
 # ruff: noqa: E501 - code is quoted as it stands
 
-from tests.mutants import causes, elasticity, queueing
+from tests.mutants import causes, elasticity, meeting, queueing
 from tests.mutants.mutant import (
     AGENT,
     COORDINATOR,
@@ -1364,4 +1364,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *elasticity.MUTANTS,
     *causes.MUTANTS,
     *queueing.MUTANTS,
+    # torchrun's agents ---------------------------------------------------------------------
+    *meeting.MUTANTS,
 )

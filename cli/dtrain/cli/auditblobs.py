@@ -5,6 +5,7 @@ import hashlib
 import io
 from collections.abc import Iterator
 
+from dtrain.cli.localstore import open_here
 from dtrain.protocol import codec
 from dtrain.protocol.audit import Violation
 from dtrain.protocol.checkpoint import BlobEntry, CommitRecord, Latest, Manifest
@@ -14,7 +15,6 @@ from dtrain.protocol.job import JobStatus
 from dtrain.protocol.keys import Keys, Parsed
 from dtrain.runtime import retry
 from dtrain.storage.blobs.digest import crc32c, to_hex
-from dtrain.storage.blobs.open import open_store
 from dtrain.storage.blobs.port import BlobStore
 from dtrain.storage.etcd.port import Etcd, prefix_end
 
@@ -45,7 +45,7 @@ class BlobAudit:
             status = self._read(self._keys.status(place.job), JobStatus)
             if status is None or not status.store:
                 continue
-            store = open_store(status.store)
+            store = open_here(status.store)
             try:
                 problem = self._problem(store, commit)
             finally:

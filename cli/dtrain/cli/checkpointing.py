@@ -9,13 +9,13 @@ from typing import Any
 from dtrain.cli import output, pinning, reading, waiting
 from dtrain.cli.client import Client
 from dtrain.cli.identity import new_id, whoami
+from dtrain.cli.localstore import open_here
 from dtrain.cli.progress import Progress
 from dtrain.cli.records import Job
 from dtrain.cli.render import checkpoints
 from dtrain.cli.render.table import When
 from dtrain.protocol.checkpoint import CommitRecord, Manifest
 from dtrain.protocol.errors import Conflict, ErrorCode, NotFound, Refused
-from dtrain.storage.blobs.open import open_store
 from dtrain.storage.blobs.port import BlobStore
 from dtrain.storage.checkpoints import reading as stored
 from dtrain.storage.checkpoints import verifying
@@ -72,7 +72,7 @@ def opened(uri: str) -> Iterator[BlobStore]:
     if not uri:
         raise NotFound(ErrorCode.NOT_FOUND, "the job has no store, so it has no checkpoints")
     try:
-        store = open_store(uri)
+        store = open_here(uri)
     except Refused as error:
         raise Refused(
             error.code,

@@ -23,7 +23,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "restarts": RestartsSection,
     "failure_rules": RuleSection,
 }
-_AS_TYPED = ("args", "env", "command")
+_AS_TYPED = ("args", "env", "command", "labels")
 """Numbers in here are meant as they were typed: ``1e-3`` stays ``1e-3``."""
 
 

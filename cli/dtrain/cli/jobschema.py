@@ -166,6 +166,11 @@ class JobModel(_Strict):
     env: Annotated[dict[str, str], form.ENV, _says("Environment variables of the ranks; values are text")] = (
         Field(default_factory=dict)
     )
+    labels: Annotated[
+        dict[str, str],
+        form.LABELS,
+        _says("For people, to find jobs by: `dtrain get jobs -l team=vision`"),
+    ] = Field(default_factory=dict)
     working_dir: Annotated[
         str,
         form.FILLED,
@@ -240,6 +245,7 @@ def to_spec(model: JobModel, folder: Path) -> JobSpec:
         spares=model.spares,
         working_dir=str((folder / Path(model.working_dir).expanduser()).resolve()),
         env=model.env,
+        labels=model.labels,
         preload=model.preload,
         checkpoint=CheckpointPolicy(
             store=model.checkpoint.store,

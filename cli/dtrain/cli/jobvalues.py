@@ -14,7 +14,7 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from dtrain.cli.durations import parse_s
-from dtrain.protocol import patterns
+from dtrain.protocol import labels, patterns
 from dtrain.protocol.errors import Refused
 from dtrain.protocol.ids import parse_name
 from dtrain.protocol.job import RULE_REASONS, NonFiniteAction, RuleAction
@@ -154,6 +154,14 @@ def _env(value: Any) -> dict[str, str]:
             raise ValueError(f'{name} is {_show(item)}, not text; for an empty value write ""')
         if "\0" in item:
             raise ValueError(f"{name} contains a NUL character")
+    return value
+
+
+def _labels(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise ValueError(f"{_show(value)} is not a list of NAME: value")
+    if why := labels.problem(value):
+        raise ValueError(why)
     return value
 
 
@@ -319,6 +327,7 @@ MODULES = Form(_modules, {**_WORDS, "examples": [["sklearn.datasets"]]})
 COMMAND = Form(_command, _WORDS)
 WORDS = Form(_words, {**_WORDS, "examples": ["--steps 2000", ["--steps", "2000"]]})
 ENV = Form(_env, {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}})
+LABELS = Form(_labels, {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}})
 STORE = Form(_store, {"type": "string", "examples": ["s3://bucket/prefix", "file:///shared/checkpoints"]})
 MEGABYTES = Form(_megabytes, {"type": "number", "minimum": 0, "maximum": BANDWIDTH_MB_S_MAX})
 YES_OR_NO = Form(_yes_or_no, {"type": "boolean"})

@@ -14,13 +14,13 @@ from dtrain.cli.answers import Submitted
 from dtrain.cli.client import Client
 from dtrain.cli.durations import show_bytes
 from dtrain.cli.jobfile import Pack
+from dtrain.cli.localstore import open_here
 from dtrain.cli.progress import Progress
 from dtrain.protocol import codec
 from dtrain.protocol.errors import Conflict, ErrorCode, Refused
 from dtrain.protocol.ids import ClusterName
 from dtrain.protocol.job import EntryKind, JobSpec
 from dtrain.protocol.package import Package
-from dtrain.storage.blobs.open import open_store
 from dtrain.storage.blobs.port import BlobStore
 from dtrain.storage.packages import depot, packing
 from dtrain.storage.packages.packing import Archive, CannotPackError, Kind, Listing
@@ -143,7 +143,7 @@ def _archived(spec: JobSpec) -> Iterator[Archive]:
 @contextlib.contextmanager
 def _opened(uri: str) -> Iterator[BlobStore]:
     try:
-        store = open_store(uri)
+        store = open_here(uri)
     except Refused as error:
         raise Refused(
             error.code,

@@ -132,9 +132,10 @@ class Job:
         """Exit code of its end; it must have ended."""
         return exits.of_phase(self.phase, budget_spent=self.budget_spent)
 
-    def as_json(self) -> Json:
-        """The records, with the fields that they are stored with."""
-        return {"v": 1, "kind": "Job", "name": self.name, **self.raw} | redacted(self.raw)
+    def as_json(self, now: float | None = None) -> Json:
+        """The records, with the fields that they are stored with; with ``now`` the numbers of a list, too."""
+        found = {"v": 1, "kind": "Job", "name": self.name, **self.raw} | redacted(self.raw)
+        return found if now is None else found | {"summary": codec.to_json(self.row(now))}
 
 
 def redacted(raw: Json) -> Json:

@@ -27,8 +27,10 @@ from dtrain.cli.watching import RETRY_S, Moment
 from dtrain.protocol import codec
 from dtrain.protocol.errors import DtrainError, OutcomeUnknown, Unavailable
 from dtrain.protocol.events import EventRecord
+from dtrain.protocol.rows import AgentRow, JobRow
 
 T = TypeVar("T")
+R = TypeVar("R", JobRow, AgentRow)
 Json = dict[str, Any]
 
 REDRAW_S = 1.0
@@ -46,12 +48,13 @@ def jobs(client: Client, chosen: Selection, wanted: str) -> None:
         wide = wanted == "wide"
         _redraw(
             lambda **how: listing.jobs(client, **how),
-            lambda found: lists.jobs(_fitting(chosen, found.rows, "job"), When(time.time()), wide=wide),
+            lambda found: lists.jobs(_fitting(chosen, found.rows), When(time.time()), wide=wide),
         )
+    told: set[str] = set()
     for moment in watching.moments(client, ["jobs/"], output.say):
-        for name in _touched(moment, "jobs/"):
+        for name in filter(chosen.may_be, _touched(moment, "jobs/")):
             job = _cluster(moment, f"jobs/{name}/").jobs.get(name)
-            if chosen.may_be(name) and (job is None or chosen.fits(job.row(time.time()))):
+            if _concerns(told, name, fits=job is not None and chosen.fits(job.row(time.time()))):
                 _write(None if job is None else job.as_json(), "Job", name, moment, wanted)
 
 
@@ -61,12 +64,13 @@ def agents(client: Client, chosen: Selection, wanted: str) -> None:
         wide = wanted == "wide"
         _redraw(
             lambda **how: listing.agents(client, **how),
-            lambda found: lists.agents(_fitting(chosen, found.rows, "agent"), When(time.time()), wide=wide),
+            lambda found: lists.agents(_fitting(chosen, found.rows), When(time.time()), wide=wide),
         )
+    told: set[str] = set()
     for moment in watching.moments(client, ["agents/", "cordons/"], output.say):
-        for name in _touched(moment, "agents/", "cordons/"):
+        for name in filter(chosen.may_be, _touched(moment, "agents/", "cordons/")):
             agent = _cluster(moment, f"agents/{name}/node", f"cordons/{name}").agents.get(name)
-            if chosen.may_be(name) and (agent is None or chosen.fits(agent.row)):
+            if _concerns(told, name, fits=agent is not None and chosen.fits(agent.row)):
                 _write(None if agent is None else agent.as_json(), "Agent", name, moment, wanted)
 
 
@@ -151,10 +155,16 @@ def _redraw(read: Callable[..., listing.Listed[T]], show: Callable[[listing.List
         screen.show(show(found))
 
 
-def _fitting(chosen: Selection, rows: Iterable[T], what: str) -> list[T]:
+def _fitting(chosen: Selection, rows: Iterable[R]) -> list[R]:
     """Those that are meant; a name that means none yet may come to mean one."""
-    del what
-    return [row for row in rows if chosen.may_be(row.name) and chosen.fits(row)]  # type: ignore[attr-defined,arg-type]
+    return [row for row in rows if chosen.may_be(row.name) and chosen.fits(row)]
+
+
+def _concerns(told: set[str], name: str, *, fits: bool) -> bool:
+    """Whether a change is to be told: of what is selected, and once of what is so no more."""
+    known = name in told
+    (told.add if fits else told.discard)(name)
+    return fits or known
 
 
 def _touched(moment: Moment, *prefixes: str) -> list[str]:

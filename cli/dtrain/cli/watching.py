@@ -54,7 +54,7 @@ def moments(
     while True:
         try:
             found = client.changes(prefixes, after_revision=revision, wait_s=WAIT_S)
-            behind = found.lost
+            behind, exact = found.lost, True
             changes, reached = found.changes, found.revision
         except (Unavailable, OutcomeUnknown) as error:
             lost = _say_once(error, say, said=lost)
@@ -64,7 +64,7 @@ def moments(
             if error.code is not ErrorCode.OLDER_RELEASE:
                 raise
             time.sleep(POLL_S)
-            behind = True
+            behind, exact = True, False
         if lost:
             lost = False
             say(f"connected again, one of {', '.join(client.addresses)}")
@@ -74,6 +74,8 @@ def moments(
             continue
         try:
             now, revision, age_s = _read(client, prefixes)
+            if exact:
+                say(f"what came between is not known any more: the newest state, of revision {revision}")
         except (Unavailable, OutcomeUnknown) as error:
             lost = _say_once(error, say, said=lost)
             continue

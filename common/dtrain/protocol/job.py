@@ -200,6 +200,8 @@ class JobSpec:
     """Chosen by the client: submitting again with the same one changes nothing."""
     package: Package | None = None
     """What the ranks start in instead of ``working_dir``: each machine unpacks it for itself."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """For people, to find jobs by: nothing is decided by them."""
 
 
 class Wanted(StrEnum):

@@ -121,6 +121,7 @@ def job_row(
         finished_at=status.finished_at if status else "",
         priority=spec.priority if spec else 0,
         members=tuple(member.agent for member in status.members) if status else (),
+        labels=spec.labels if spec else {},
         restarts=status.restarts if status else (),
         restarts_window_s=spec.restarts.window_s if spec else 0.0,
         restarts_max=spec.restarts.max_restarts if spec else 0,

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -294,6 +295,22 @@ def test_a_damaged_state_is_an_error_of_its_own(world: World) -> None:
     await_true(lambda: one._board._mirror.get(world.keys.state))
     with pytest.raises(RendezvousStateError, match="damaged"):
         one.next_rendezvous()
+
+
+def test_of_two_who_saw_the_same_one_writes(world: World) -> None:
+    first, second = world.agent(2, 2), world.agent(2, 2)
+    seen = [first._board.look(), second._board.look()]
+    assert first._board.replace(seen[0], replace(seen[0].state, round=7))
+    assert not second._board.replace(seen[1], replace(seen[1].state, round=8))
+    assert second._board.look().state.round == 7
+
+
+def test_who_was_taken_for_dead_writes_nothing(world: World) -> None:
+    one = world.agent()
+    world.meet(one)
+    view, node, lease = one._board.look(), one._me.node, one._me.lease
+    world.etcd.revoke(lease)
+    assert not one._board.replace(view, replace(view.state, round=7), node, lease)
 
 
 def test_many_at_once_agree(world: World) -> None:

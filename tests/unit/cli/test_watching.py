@@ -1,10 +1,17 @@
 """Watches over real gRPC: nothing left out, nothing twice, on whichever replica."""
 
 import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import grpc
 import pytest
@@ -79,7 +86,8 @@ def test_a_replica_that_knows_less_is_passed_over(two: Two) -> None:
 
 def test_where_nobody_knows_what_came_between_the_newest_state_is_told_as_such(two: Two) -> None:
     first, second, client = two
-    seen = watching.moments(client, ["jobs/"], lambda _: None)
+    said: list[str] = []
+    seen = watching.moments(client, ["jobs/"], said.append)
     next(seen)
     both(two, job(step=41))
     both(two, job(step=42))
@@ -87,6 +95,7 @@ def test_where_nobody_knows_what_came_between_the_newest_state_is_told_as_such(t
     first.history.clear()
     moment = next(seen)
     assert (moment.revision, step_of(moment), moment.listed) == (11, 42, True)
+    assert said == ["what came between is not known any more: the newest state, of revision 11"]
     both(two, job(step=43))
     later = next(seen)
     assert (later.revision, later.listed) == (12, False)
@@ -191,3 +200,64 @@ def test_only_what_is_selected_is_told(replica: FakeReplica, address: str, capsy
         for words in (["--phase", "failed"], ["oth*"]):
             assert run(["get", "jobs", *words, "-w", "-o", "name", "--coordinators", address]) == 130
             assert capsys.readouterr().out == "job/other\n"
+
+
+def test_what_is_selected_no_more_is_told_once(replica: FakeReplica, address: str, capsys: Out) -> None:
+    replica.items = job()
+    states = [job(JobPhase.FAILED), job(JobPhase.FAILED, step=41), job(step=42)]
+    ask = Client.changes
+
+    def next_state(self: Client, *args: Any, **how: Any) -> Any:
+        if not states:
+            raise KeyboardInterrupt
+        replica.update(states.pop(0))
+        return ask(self, *args, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Client, "changes", next_state)
+        assert (
+            run(["get", "jobs", "--phase", "running", "-w", "-o", "json", "--coordinators", address]) == 130
+        )
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(one["revision"], one["status"]["phase"]) for one in found] == [
+        (9, "RUNNING"),
+        (10, "FAILED"),
+        (12, "RUNNING"),
+    ]
+
+
+def test_on_a_terminal_a_list_changes_in_place(replica: FakeReplica, address: str) -> None:
+    replica.items = job()
+    ours, theirs = pty.openpty()
+    env = {name: value for name, value in os.environ.items() if not name.startswith("DTRAIN_")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dtrain.cli", "get", "jobs", "-w", "--coordinators", address],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=env | {"TERM": "xterm", "COLUMNS": "160", "LINES": "40"},
+        start_new_session=True,
+    )
+    os.close(theirs)
+    seen = b""
+
+    def until(text: bytes) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 60
+        while text not in seen:
+            assert time.monotonic() < deadline, seen
+            if select.select([ours], [], [], 0.2)[0]:
+                seen += os.read(ours, 65536)
+
+    try:
+        until(b"all 4 ranks train")
+        replica.update(job(JobPhase.FAILED))
+        until(b"FAILED")
+        # The cursor went up over the lines of before.
+        assert b"\x1b[1A" in seen
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)

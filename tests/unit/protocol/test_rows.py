@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from dtrain.protocol import codec, summaries
+from dtrain.protocol import codec, labels, summaries
 from dtrain.protocol.checkpoint import Latest
 from dtrain.protocol.cluster import Cordon
 from dtrain.protocol.ids import AgentName, Attempt, Incarnation, JobName, Rank, Seq, Step, Term, Uid
@@ -155,6 +155,17 @@ def test_a_machine_says_why_it_is_not_simply_ready() -> None:
     told = replace(node, draining=Draining("SIGTERM", grace_s=60.0))
     assert standing(told) == ("Draining", "SIGTERM: it waits for at most 60 s for its jobs to move")
     assert summaries.agent_row("a1", node, None, {"digits": part}).busy == 3
+
+
+def test_a_row_has_the_labels_of_its_job() -> None:
+    assert row(spec=replace(SPEC, labels={"team": "vision"})).labels == {"team": "vision"}
+
+
+def test_labels_are_what_a_selector_can_name() -> None:
+    assert not labels.problem({"team": "vision", "org/cost-center": "17.b", "flag": ""})
+    for wrong in ({"": "x"}, {"a b": "x"}, {"a": "x=y"}, {"a": "x" * 64}, {"-a": "x"}):
+        assert labels.problem(wrong)
+    assert labels.problem({f"l{number}": "" for number in range(labels.LABELS_MAX + 1)})
 
 
 def test_rows_survive_the_wire() -> None:

@@ -36,11 +36,11 @@ def command(*, what: tuple[str, ...], whole: bool) -> None:
         with contextlib.suppress(DtrainError):
             info = client.info()
             problems[info.replica] = info.problems
-    wanted = settings().output
+    wanted, now = settings().output, time.time()
     if wanted in ("json", "yaml"):
-        output.document({**found.as_json(), "revision": cluster.revision}, wanted)
+        document = found.as_json() if isinstance(found, Agent) else found.as_json(now)
+        output.document({**document, "revision": cluster.revision}, wanted)
     else:
-        now = time.time()
         lines = (
             describe.agent(found, now) if isinstance(found, Agent) else describe.job(found, now, whole=whole)
         )

@@ -1,7 +1,6 @@
 """``dtrain get``: lists."""
 
 import time
-from typing import TYPE_CHECKING
 
 import click
 
@@ -17,11 +16,39 @@ from dtrain.cli.options import (
     watched,
 )
 
-if TYPE_CHECKING:
-    pass
+MEANT = {
+    "nodes": "agents",
+    "machines": "agents",
+    "workers": "agents",
+    "leader": "coordinators",
+    "replicas": "coordinators",
+    "snapshots": "checkpoints",
+    "history": "events",
+}
+"""Words of other tools, and the list they mean here."""
+
+
+class Lists(click.Group):
+    """Knows its lists by their singular, too, and what else people call them."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, known = args[0], self.list_commands(ctx)
+        if f"{name}s" in known:
+            args = [f"{name}s", *args[1:]]
+        elif name not in known and not name.startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(name, [*known, *MEANT], n=1, cutoff=0.6)
+            meant = MEANT.get(name) or (MEANT.get(near[0], near[0]) if near else "")
+            told = f"did you mean 'dtrain get {meant}'?" if meant else f"there are {', '.join(known)}"
+            raise click.UsageError(f"there is no list of {name!r}; {told}", ctx)
+        return super().resolve_command(ctx, args)
 
 
 @click.group(
+    cls=Lists,
     short_help="List jobs, agents, coordinators, checkpoints or events.",
     epilog=examples("dtrain get jobs --watch", "dtrain get checkpoints digits -o json"),
 )
@@ -57,6 +84,7 @@ def jobs(
     from dtrain.cli.render.table import When
 
     chosen = selecting.Selection(names, selecting.phases(phases), selecting.labels(labels))
+    now = time.time()
     with closing(context.connect(settings())) as client:
         if watch:
             from dtrain.cli import staying
@@ -70,11 +98,12 @@ def jobs(
             from dtrain.cli import reading
 
             cluster = reading.some(client, [row.name for row in rows])
-            revision, items = cluster.revision, [job.as_json() for job in cluster.jobs.values()]
+            revision = cluster.revision
+            items = [job.as_json(now) for job in cluster.jobs.values()]
     output.listing(
         "Job",
         items,
-        lists.jobs(rows, When(time.time(), iso), wide=settings().output == "wide"),
+        lists.jobs(rows, When(now, iso), wide=settings().output == "wide"),
         [row.name for row in rows],
         output=settings().output,
         revision=revision,

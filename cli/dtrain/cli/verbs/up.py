@@ -62,7 +62,7 @@ def command(
 
     Ctrl-C stops all of it; a second one at once. Data stay in the folder.
     """
-    from dtrain.cli import context, output
+    from dtrain.cli import context, localstore, output
     from dtrain.cli.foreground import Foreground
     from dtrain.local.cluster import LocalCluster
 
@@ -88,6 +88,7 @@ def command(
         try:
             cluster.start(lambda part: output.say(f"  {part}"))
             known = context.known_here(cluster.name, cluster.addresses, cluster.endpoints, cluster.folder)
+            localstore.write_down(cluster.folder, cluster.store_uri, cluster.store_env)
             context.remember(known)
             _explain(cluster, test=test)
             foreground.wait()

@@ -46,8 +46,6 @@ def command(job: str, after: int | None) -> int:
         try:
             for moment in watching.moments(client, [f"jobs/{name}/"], output.say, after=revision):
                 revision = moment.revision
-                if moment.listed and moment.changes:
-                    output.say(f"what came between is not known any more: newest state at {revision}")
                 if lines:
                     for document in changes.documents(name, moment):
                         click.echo(json.dumps(document, ensure_ascii=False))

@@ -2,7 +2,7 @@
 
 import math
 
-from dtrain.protocol import patterns
+from dtrain.protocol import labels, patterns
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.ids import parse_name
 from dtrain.protocol.job import RULE_REASONS, JobSpec, NonFiniteAction
@@ -60,6 +60,8 @@ def check(spec: JobSpec) -> None:
     size = sum(len(name) + len(value) for name, value in spec.env.items())
     if size > ENV_BYTES_MAX:
         raise _bad("env", f"takes {size} bytes", f"use at most {ENV_BYTES_MAX}")
+    if why := labels.problem(spec.labels):
+        raise _bad("labels", f"cannot be used: {why}", "write them as NAME: value")
     if len(spec.preload) > PRELOAD_MAX:
         raise _bad("preload", f"has {len(spec.preload)} modules", f"use at most {PRELOAD_MAX}")
     for module in spec.preload:

@@ -182,9 +182,7 @@ def _completed(state: RunState, limits: Limits) -> RunState:
     former = [node for node in state.world if node in state.participants]
     new = [node for node in state.participants if node not in state.world]
     ranks = (*former, *new)
-    return replace(
-        state, complete=True, participants=ranks, world=ranks, waiting=waiting, standby=standby, store=""
-    )
+    return replace(state, complete=True, participants=ranks, world=ranks, waiting=waiting, standby=standby)
 
 
 def _among_waiting(state: RunState, me: str) -> RunState:

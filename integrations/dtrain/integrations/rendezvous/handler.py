@@ -143,6 +143,7 @@ class EtcdRendezvousHandler(RendezvousHandler):
         return os.environ.get(PRIVATE_STORE, "0") != "1"
 
     def next_rendezvous(self) -> RendezvousInfo:
+        self._turned_away = False
         try:
             with _torch_errors():
                 return self._meet()
@@ -168,8 +169,8 @@ class EtcdRendezvousHandler(RendezvousHandler):
     def shutdown(self) -> bool:
         """Close the run and leave it; False: etcd could not be told, and the lease ends by itself.
 
-        A node that never got into a round leaves without closing: those who
-        train have no reason to hear of it.
+        A node that could not get into a round leaves without closing: those who
+        train, if any do, have no reason to hear of it.
         """
         if self._closed:
             return True
