@@ -12,7 +12,10 @@ PROTOCOL = ROOT / "common/dtrain/protocol"
 DOC = ROOT / "docs/protocol.md"
 MARK = "<!-- Below this line: generated from common/dtrain/protocol by tools/gen_protocol_doc.py. -->"
 PLAN: dict[str, tuple[str, list[str]]] = {
-    "Cluster": ("cluster.py", ["LeaderRecord", "ReplicaRecord", "Cordon", "Suspicion", "Blame", "TestMark"]),
+    "Cluster": (
+        "cluster.py",
+        ["LeaderRecord", "ReplicaRecord", "WebhookCursor", "Cordon", "Suspicion", "Blame", "TestMark"],
+    ),
     "Agents": (
         "snapshot.py",
         [
@@ -157,6 +160,8 @@ MEANINGS = {
     "Intent.nnodes_min": "replaces the job file's; 0: it does not",
     "Intent.paused": "its ranks are to be held at a step",
     "Intent.nnodes_max": "replaces the job file's; 0: it does not",
+    "WebhookCursor.name": "of the webhook",
+    "WebhookCursor.revision": "revision of etcd",
     "Mark.ms": "productive milliseconds until then",
     "BadBlob.message": "what went wrong, in one sentence",
     "BlobEntry.bytes": "size",

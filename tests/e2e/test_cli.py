@@ -54,6 +54,48 @@ def as_json(harness: Harness, *args: str) -> Any:
     return json.loads(dtrain(harness, *args, "-o", "json"))
 
 
+def test_the_doctor_finds_a_sound_cluster_sound_and_names_a_replica_that_is_gone(harness: Harness) -> None:
+    cluster = harness.cluster
+    env = clean_env(
+        XDG_CONFIG_HOME=str(harness.folder / "config"),
+        DTRAIN_COORDINATORS=",".join(cluster.addresses),
+        ETCDCTL_ENDPOINTS=",".join(cluster.endpoints),
+        **cluster.store_env,
+    )
+
+    def findings(*words: str, code: int) -> list[dict[str, str]]:
+        done = subprocess.run(
+            [*COMMAND, "doctor", "--cluster", cluster.name, *words, "-o", "json"],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
+        )
+        found: list[dict[str, str]] = json.loads(done.stdout)["findings"]
+        assert done.returncode == code, [one for one in found if one["level"] == "fail"]
+        return found
+
+    # A disk beside other tests may be slow, which is not what this is about.
+    found = findings("--skip", "machine", "--ttl", "600", code=0)
+    assert {one["scope"] for one in found if one["level"] == "pass"} == {
+        "etcd",
+        "store",
+        "coordinators",
+        "agents",
+    }
+    victim = cluster.coordinators["c3"]
+    victim.terminate()
+    assert victim.wait(20.0)
+    try:
+        said = [
+            one["measured"] for one in findings("--only", "coordinators", code=0) if one["level"] == "warn"
+        ]
+        assert any("does not answer" in one for one in said), said
+    finally:
+        victim.start()
+
+
 def test_digits_is_submitted_followed_and_inspected(harness: Harness) -> None:
     job = JobName("digits")
     changes = ("--set", "args=--steps 120 --pause-ms 10", "--set", "checkpoint.every_steps=40")

@@ -36,14 +36,19 @@ def job(harness: Harness) -> JobName:
 
 
 def logs(harness: Harness, job: JobName, *args: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        _command(harness, job, *args), capture_output=True, text=True, timeout=60, check=True
-    )
+    return dtrain(harness, "logs", job, *args)
 
 
-def _command(harness: Harness, job: JobName, *args: str) -> list[str]:
-    replicas = ",".join(harness.cluster.addresses)
-    return [sys.executable, "-m", "dtrain.cli", "logs", job, "--coordinators", replicas, *args]
+def dtrain(harness: Harness, *args: str) -> "subprocess.CompletedProcess[str]":
+    command = _command(harness, *args)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def _command(harness: Harness, *args: str) -> list[str]:
+    env = ["env", f"DTRAIN_COORDINATORS={','.join(harness.cluster.addresses)}"]
+    return [*env, sys.executable, "-m", "dtrain.cli", *args]
 
 
 def written(harness: Harness, job: JobName, member: Member, attempt: int, rank: int, stream: str) -> str:
@@ -112,7 +117,9 @@ def test_following_goes_on_through_the_loss_of_the_leader_byte_for_byte(
     path = tmp_path / "followed"
     with path.open("wb") as file:
         follower = subprocess.Popen(
-            _command(harness, job, "-f", "--rank", "1", "--stdout"), stdout=file, stderr=subprocess.PIPE
+            _command(harness, "logs", job, "-f", "--rank", "1", "--stdout"),
+            stdout=file,
+            stderr=subprocess.DEVNULL,
         )
     try:
         for _ in range(2):
@@ -135,6 +142,22 @@ def test_following_goes_on_through_the_loss_of_the_leader_byte_for_byte(
         for line in written(harness, job, member, attempt, 1, "stdout").splitlines()
     )
     assert path.read_text() in (expected, expected.replace(f"{member.agent}/1 | ", ""))
+
+
+def test_a_job_whose_name_was_used_again_can_still_be_read(harness: Harness, job: JobName) -> None:
+    first = harness.status(job)
+    harness.until("its record is archived", lambda: harness.client.archived_jobs(job)[0])
+    harness.submit(job, f"--stop-file {harness.stop_file(job)}", script="chatty.py", marks=False)
+    harness.until("the name has another uid", lambda: harness.status(job).uid != first.uid)
+    harness.await_end(job)
+    described = json.loads(dtrain(harness, "describe", "job", job, "--uid", first.uid, "-o", "json").stdout)
+    assert (described["status"]["uid"], described["status"]["phase"]) == (first.uid, "SUCCEEDED")
+    events = dtrain(harness, "get", "events", job, "--uid", first.uid, "--type", "JobSucceeded,AgentLost")
+    assert events.stdout.count("AgentLost") >= 1
+    assert events.stdout.count("JobSucceeded") == 1
+    shown = logs(harness, job, "--uid", first.uid, "--rank", "1", "--stdout", "--tail", "1").stdout
+    assert shown.startswith(f"attempt {first.attempt} rank 1 step ")
+    assert first.uid in dtrain(harness, "archive", job).stdout
 
 
 def test_logs_are_in_the_store_whole_once_the_job_is_over(harness: Harness, job: JobName) -> None:

@@ -1,15 +1,22 @@
 """What Prometheus would see of a cluster while a rank and the leader are killed under a job."""
 
+import json
 import os
 import re
+import shutil
 import signal
+import socket
+import subprocess
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from tests.support.harness import Harness
 from tests.support.promtool import promtool
@@ -20,6 +27,8 @@ from dtrain.protocol.ids import JobName, Rank
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+GRAFANA = Path(__file__).resolve().parents[2] / "deploy/grafana"
+ALERTS, DASHBOARD = GRAFANA / "alerts.yaml", GRAFANA / "dtrain.json"
 HEALTH = ("--health-listen", "127.0.0.1:0")
 
 
@@ -49,12 +58,15 @@ class Scraper(threading.Thread):
         self.fell: list[str] = []
         self.scrapes = 0
 
-    def page(self, name: str) -> str:
-        """The page of one daemon; "" while no process is there to be asked."""
+    def address(self, name: str) -> str:
         found = re.search(r'"event": "status port".*?"address": "([\d.:]+)"', self._harness.log(name))
         assert found
+        return found[1]
+
+    def page(self, name: str) -> str:
+        """The page of one daemon; "" while no process is there to be asked."""
         try:
-            with urllib.request.urlopen(f"http://{found[1]}/metrics", timeout=5.0) as answer:
+            with urllib.request.urlopen(f"http://{self.address(name)}/metrics", timeout=5.0) as answer:
                 text: str = answer.read().decode()
                 return text
         except (urllib.error.HTTPError, OSError):
@@ -219,3 +231,124 @@ def _frozen(harness: Harness, scraper: Scraper, job: JobName, leader: str) -> No
     series = scraper.series(leader)
     assert series["dtrain_job_step", (("job", job),)] == harness.status(job).step
     assert ("dtrain_job_last_progress_timestamp_seconds", (("job", job),)) not in series
+
+
+class Prometheus:
+    """A real one, that scrapes the cluster every second and evaluates the rules that ship."""
+
+    def __init__(self, harness: Harness, scraper: Scraper, folder: Path) -> None:
+        binary = shutil.which("prometheus")
+        assert binary, "no prometheus: install Debian's package of that name"
+        targets = {
+            kind: [scraper.address(name) for name in names]
+            for kind, names in (
+                ("coordinator", harness.cluster.coordinators),
+                ("agent", harness.cluster.agents),
+            )
+        }
+        config = {
+            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+            "rule_files": ["alerts.yaml"],
+            "scrape_configs": [
+                {"job_name": kind, "honor_labels": True, "static_configs": [{"targets": found}]}
+                for kind, found in targets.items()
+            ],
+        }
+        (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
+        (folder / "alerts.yaml").write_text(re.sub(r"interval: \d+s", "interval: 1s", ALERTS.read_text()))
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.address = f"127.0.0.1:{listener.getsockname()[1]}"
+        self._log = (folder / "prometheus.log").open("w")
+        self._process = subprocess.Popen(
+            [
+                binary,
+                f"--config.file={folder}/prometheus.yaml",
+                f"--storage.tsdb.path={folder}/data",
+                f"--web.listen-address={self.address}",
+            ],
+            stdout=self._log,
+            stderr=self._log,
+        )
+
+    def ask(self, path: str, **query: str) -> Any:
+        url = f"http://{self.address}/api/v1/{path}?{urllib.parse.urlencode(query)}"
+        try:
+            with urllib.request.urlopen(url, timeout=10.0) as answer:
+                return json.loads(answer.read())["data"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{query}: {error.read().decode()}") from error
+
+    def query(self, expr: str) -> list[Any]:
+        found: list[Any] = self.ask("query", query=expr)["result"]
+        return found
+
+    def ready(self) -> bool:
+        try:
+            return len(self.query("up == 1")) == 5
+        except OSError:
+            return False
+
+    def __enter__(self) -> "Prometheus":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait(20.0)
+        self._log.close()
+
+
+NOTHING_WRONG = {
+    "Slow machines",
+    "Errors",
+    "What failed",
+    "Not committed",
+    "Machines cut off from etcd",
+    "To be tried again",
+}
+"""Panels that may be empty while all is well."""
+
+
+def test_every_panel_shows_something_and_no_alert_comes_while_all_is_well(
+    harness: Harness, tmp_path: Path
+) -> None:
+    scraper = Scraper(harness)
+    stop = harness.stop_file("drawn")
+    with Prometheus(harness, scraper, tmp_path) as prometheus:
+        job = harness.start("drawn", f"--steps 100000 --pause-ms 20 --stop-file {stop}", every_steps=15)
+        harness.until("prometheus scrapes all", prometheus.ready)
+        attempt = harness.status(job).attempt
+        os.kill(harness.pids(job)[Rank(0)], signal.SIGKILL)
+        harness.await_training(job, after_attempt=attempt)
+        harness.await_commit(job, after=harness.commits(job)[-1].seq if harness.commits(job) else None)
+        panels = [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"]
+        empty: list[str] = []
+
+        def drawn() -> bool:
+            empty.clear()
+            for panel in panels:
+                queries = [
+                    target["expr"].replace("$__rate_interval", "30s").replace("$job", ".*")
+                    for target in panel["targets"]
+                ]
+                if not any(prometheus.query(query) for query in queries):
+                    empty.append(panel["title"])
+            return not set(empty) - NOTHING_WRONG
+
+        try:
+            harness.until("every panel shows something", drawn, limit_s=60.0)
+        except AssertionError:
+            raise AssertionError(f"empty: {set(empty) - NOTHING_WRONG}") from None
+        # dtrain's own label, not the name of the scrape.
+        assert {one["metric"]["job"] for one in prometheus.query("dtrain_job_step")} >= {"drawn"}
+
+        def evaluated() -> bool:
+            groups = prometheus.ask("rules")["groups"]
+            health = {rule["name"]: rule["health"] for group in groups for rule in group["rules"]}
+            assert "err" not in health.values(), health
+            return set(health.values()) == {"ok"}
+
+        harness.until("all rules are evaluated", evaluated)
+        firing = {one["labels"]["alertname"] for one in prometheus.ask("alerts")["alerts"]}
+        assert not firing, firing
+        stop.touch()
+        harness.await_end(job)

@@ -6,7 +6,7 @@
 
 # ruff: noqa: E501 - code is quoted as it stands
 
-from tests.mutants import causes, elasticity, meeting, queueing
+from tests.mutants import causes, counting, elasticity, goodput, meeting, queueing
 from tests.mutants.mutant import (
     AGENT,
     COORDINATOR,
@@ -1362,7 +1362,9 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     # Who gets ranks, why attempts end, who waits: a module each ----------------------------
     *elasticity.MUTANTS,
+    *goodput.MUTANTS,
     *causes.MUTANTS,
+    *counting.MUTANTS,
     *queueing.MUTANTS,
     # torchrun's agents ---------------------------------------------------------------------
     *meeting.MUTANTS,

@@ -241,4 +241,43 @@ MUTANTS: tuple[Mutant, ...] = (
         ("    if not found or draft.fleet.withheld:", "    if not found:"),
         f"{ON_COORDINATOR}/test_plan_nonfinite.py::test_nothing_is_rolled_back_while_a_coordinator_could_not_read_why",
     ),
+    # Pausing -------------------------------------------------------------------------------
+    mutant(
+        "outcome-told-while-paused",
+        "Ranks of a paused job hear that their checkpoint is committed, and go on.",
+        f"{CORE}/checkpoints.py",
+        (
+            "            if seq not in undecided and seq != draft.status.held:",
+            "            if seq not in undecided:",
+        ),
+        f"{ON_COORDINATOR}/test_plan_pausing.py::test_after_the_commit_nobody_is_told_how_it_ended",
+    ),
+    mutant(
+        "pause-outlives-its-attempt",
+        "A status says that ranks are held which are gone.",
+        f"{CORE}/draft.py",
+        ('        over = {"held": Seq(0), **changes}', "        over = {**changes}"),
+        f"{ON_COORDINATOR}/test_plan_pausing.py::test_a_lost_machine_ends_the_attempt_and_the_next_one_is_paused_again",
+    ),
+    mutant(
+        "pause-never-ends",
+        "An operator's word that a job may go on changes nothing.",
+        f"{CORE}/pausing.py",
+        ("    if not is_wanted(draft):\n        draft.event(", "    if False:\n        draft.event("),
+        f"{ON_COORDINATOR}/test_plan_pausing.py::test_unpaused_all_are_told_and_go_on",
+    ),
+    mutant(
+        "held-for-a-moment-only",
+        "Ranks of a paused job go on as soon as a checkpoint may take.",
+        f"{CORE}/pausing.py",
+        ("hold_s=HOLD_S_MAX)", "hold_s=draft.spec.checkpoint.timeout_s)"),
+        f"{ON_COORDINATOR}/test_plan_pausing.py::test_all_ranks_are_held_at_one_step_that_is_saved",
+    ),
+    mutant(
+        "hour-of-pause-counted-as-steps",
+        "The first checkpoint after a pause is opened as far ahead as the pause was long.",
+        f"{CORE}/checkpoints.py",
+        ("(0.0 if _is_held(draft, seat) else rate", "(0.0 if False else rate"),
+        f"{ON_COORDINATOR}/test_plan_pausing.py::test_what_was_paused_for_an_hour_is_not_an_hour_ahead_when_it_is_let_go",
+    ),
 )

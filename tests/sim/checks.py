@@ -21,11 +21,12 @@ from dtrain.protocol.checkpoint import CommitRecord, Latest, Manifest, Quarantin
 from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.events import EventReason, EventRecord
 from dtrain.protocol.ids import Attempt, JobName, Seq
-from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobStatus
+from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobSpec, JobStatus
 from dtrain.protocol.snapshot import Failure, FailureKind, NodeRecord, StackKind
 from dtrain.storage.etcd.memory import MemoryEtcd
 from dtrain.storage.etcd.mirror import Mirror
 from dtrain.storage.etcd.port import Event, prefix_end
+from tests.sim.timekeeping import Timekeeper
 from tests.sim.training import SimRank, weights_at
 from tests.sim.transfer import HEAD_BYTES, TENSOR
 
@@ -88,6 +89,7 @@ class Checks:
         self._began: dict[str, float] = {}
         self._left: dict[str, tuple[int, int]] = {}
         """The attempt that each submission has left as planned, and the step that it goes on from."""
+        self.time = Timekeeper(cluster, self.bad)
         self._mirror_changes = 0
         self._audited = 0
         self._terms: dict[str, int] = {}
@@ -166,6 +168,8 @@ class Checks:
                 case "status" if change.value is not None:
                     assert place is not None
                     self._status(place.job, codec.decode(JobStatus, change.value))
+                case "spec" if change.value is not None:
+                    self.time.submitted(codec.decode(JobSpec, change.value).uid)
                 case "latest":
                     assert place is not None
                     latest = 0 if change.value is None else codec.decode(Latest, change.value).seq
@@ -359,6 +363,8 @@ class Checks:
             if not isinstance(write, PutRecord) or not isinstance(write.value, JobStatus):
                 continue
             new, old = write.value, view.status.value
+            if not (self._raised or self.went_back or old.phase in TERMINAL_PHASES):
+                self.time.told(job, new)
             hang = new.failure is not None and new.failure.kind is FailureKind.HANG
             if hang and new.failure != old.failure and new.failure is not None:
                 self._hang_is_planted(job, new.failure)
@@ -470,6 +476,7 @@ class Checks:
 
     def stepped(self, rank: SimRank, step: int) -> None:
         uid, attempt = rank.launcher.uid, int(rank.attempt)
+        self.time.stepped(uid, attempt, step)
         before = self._done.get(uid, (0, 0))
         self._done[uid] = max(before, (attempt, step))
         if attempt > before[0]:
@@ -487,6 +494,10 @@ class Checks:
     def finished(self, rank: SimRank) -> None:
         if rank.session.stop_reason is None and rank.state != weights_at(rank.total_steps):
             self.bad(f"G9: rank {rank.rank} of attempt {rank.attempt} ends with other weights")
+
+    def began(self, rank: SimRank, step: int) -> None:
+        """The rank's attempt has its state of ``step``."""
+        self.time.began(rank.launcher.uid, int(rank.attempt), step)
 
     # The end.
 

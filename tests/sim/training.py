@@ -332,6 +332,7 @@ class SimRank:
         """All ranks of the attempt have their state."""
         self.session.restored(self.step)
         self.began_at = self.step
+        self.machine.cluster.checks.began(self, self.step)
         if self.step >= self.total_steps:
             self._end()
 

@@ -7,6 +7,7 @@ are printed unless the time is the promise.
 """
 
 import contextlib
+import datetime
 import gzip
 import hashlib
 import os
@@ -51,6 +52,9 @@ SCRIPTS = Path(__file__).parents[1] / "e2e" / "scripts"
 LIMIT_S = 90.0
 """Longest wait for any one thing: far more than it takes on a loaded machine."""
 
+LATE_S = 2.0
+"""From submitting a job to its record, on a loaded machine."""
+
 _BUSY = (WorkerPhase.TRAINING, WorkerPhase.CHECKPOINTING, WorkerPhase.DONE)
 
 
@@ -84,6 +88,7 @@ class Harness:
         self.folder = folder
         self.client: Client
         self._specs: dict[JobName, JobSpec] = {}
+        self._submitted_at: dict[JobName, float] = {}
         self._env_before: dict[str, str | None] = {}
         self._auditing: Following | None = None
 
@@ -179,6 +184,7 @@ class Harness:
             priority=priority,
             grow_cooldown_s=grow_cooldown_s,
         )
+        self._submitted_at[job] = time.time()
         self.client.submit(codec.encode(self._specs[job]), uuid.uuid4().hex)
         return job
 
@@ -361,7 +367,18 @@ class Harness:
         )
         assert status is not None
         assert status.phase == wanted, f"{job} ended {status.phase}: {status.reason}\n{self._story()}"
+        self._assert_time(job, status)
         return status
+
+    def _assert_time(self, job: JobName, status: JobStatus) -> None:
+        """The ledger of a job that is over has all time from its submission to its end."""
+        ledger, ended_at = status.ledger, datetime.datetime.fromisoformat(status.finished_at).timestamp()
+        if ledger is None or ledger.doing:
+            return  # a leader of a former release wrote that it is over
+        # Who submitted it otherwise knows when.
+        took_s = ended_at - self._submitted_at.get(job, ledger.began_ms / 1000)
+        told_s = sum(ledger.spent.values()) / 1000
+        assert abs(told_s - took_s) <= 0.01 * took_s + LATE_S, f"{told_s:.1f} s of {took_s:.1f} s are told"
 
     def await_ready(self) -> None:
         """Wait until a leader leads and every agent and replica is registered."""

@@ -8,8 +8,9 @@ daemon confirms them on the thread that received them (see ``link``).
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, assert_never
+from typing import Protocol, assert_never
 
+from dtrain.agent import telling
 from dtrain.agent.core import isolation
 from dtrain.agent.core.adoption import adopt
 from dtrain.agent.core.decisions import (
@@ -279,7 +280,8 @@ class AgentDriver:
         self._state = state
         self._wake_at = decision.wake_at
         self._see(before, state, self._clock.monotonic())
-        self._tell_changes(before, state)
+        for name, fields in telling.changes(before, state, self._clock.monotonic()):
+            self._log(name, **fields)
         self._carry_out(decision.actions)
         return decision.answer
 
@@ -363,25 +365,3 @@ class AgentDriver:
             return
         self._log("launcher started", job=job, pid=process.pid)
         self._events.append(LauncherStarted(job, uid, process))
-
-    def _tell_changes(self, before: AgentState, after: AgentState) -> None:
-        told = isolation.sentence(before, after, self._clock.monotonic())
-        if told:
-            self._log("etcd link", state=after.link.state.value, reason=told)
-        if after.drain is not None and after.drain.over and after.drain != before.drain:
-            self._log("drained", reason=after.drain.over)
-        for name, job in after.jobs.items():
-            old = before.jobs.get(name)
-            if old is job:
-                continue
-            if old is None or (old.phase, old.attempt) != (job.phase, job.attempt):
-                fields: dict[str, Any] = {"job": name, "attempt": job.attempt, "phase": job.phase.value}
-                if job.failure is not None:
-                    fields |= {"failure": job.failure.kind.value, "reason": job.failure.message}
-                self._log("phase", **fields)
-            if job.note and (old is None or old.note != job.note):
-                self._log("job note", job=name, attempt=job.attempt, reason=job.note)
-            if job.launcher.warning and (old is None or old.launcher.warning != job.launcher.warning):
-                self._log("launcher warning", job=name, warning=job.launcher.warning)
-        for name in before.jobs.keys() - after.jobs.keys():
-            self._log("job released", job=name)

@@ -104,6 +104,15 @@ class LogChunk:
 
 
 @dataclass(frozen=True, slots=True)
+class ArchivedJob:
+    """A submission whose records are in the store; ``finished`` such as 20260501T120000Z."""
+
+    job: str
+    uid: str
+    finished: str
+
+
+@dataclass(frozen=True, slots=True)
 class LogPlace:
     """Logs of some ranks of one attempt, on a machine or ``archived`` in the store."""
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from dtrain.cli.answers import (
+    ArchivedJob,
     Changed,
     GarbageItem,
     Importing,
@@ -233,6 +234,7 @@ class Client(Caller):
         offset: int = 0,
         bytes_max: int = 256 * 1024,
         wait_s: float = 0.0,
+        uid: str = "",
     ) -> LogChunk:
         """Return log bytes from ``offset`` on; with ``wait_s`` wait that long for some.
 
@@ -248,6 +250,7 @@ class Client(Caller):
             offset=offset,
             bytes_max=bytes_max,
             wait_ms=int(wait_s * 1000),
+            uid=uid,
         )
         # Whoever does not wait for new bytes waits for the store instead, if the machine is lost.
         patience_s = wait_s or ARCHIVE_S
@@ -265,7 +268,36 @@ class Client(Caller):
             reply.note,
         )
 
-    def log_places(self, job: str, attempt: int = 0) -> tuple[tuple[LogPlace, ...], str]:
+    def archived_jobs(self, job: str = "") -> tuple[tuple[ArchivedJob, ...], str]:
+        """Which submissions the archive holds, newest first, of one name or of all; and what was not read.
+
+        Raises:
+            Refused: OLDER_RELEASE; the replica knows of no archive.
+        """
+        reply = self._archive(pb.ReadArchiveRequest(job=job, list=True))
+        return tuple(ArchivedJob(one.job, one.uid, one.finished) for one in reply.jobs), reply.problem
+
+    def read_archive(self, job: str, uid: str = "", *, events_before: int = 0) -> Reading:
+        """Records of a submission that has ended, as ``read`` would have answered; "": the newest one.
+
+        With ``events_before`` only events below that number, of a job that etcd still knows.
+
+        Raises:
+            NotFound: it was not archived.
+            Unavailable: the store does not answer.
+            Refused: OLDER_RELEASE; the replica knows of no archive.
+        """
+        reply = self._archive(pb.ReadArchiveRequest(job=job, uid=uid, events_before=events_before))
+        items = tuple(Item(one.key, one.value, 0, 0) for one in reply.items)
+        return Reading(items, 0, 0.0, "archive")
+
+    def _archive(self, request: pb.ReadArchiveRequest) -> pb.ReadArchiveReply:
+        reply: pb.ReadArchiveReply = self._call(
+            lambda stub, timeout: stub.ReadArchive(request, timeout=timeout + ARCHIVE_S), wait_s=ARCHIVE_S
+        )
+        return reply
+
+    def log_places(self, job: str, attempt: int = 0, uid: str = "") -> tuple[tuple[LogPlace, ...], str]:
         """Which logs of a job there are, of which attempts, and why the store could not be asked, if so.
 
         Nothing from a replica of an earlier release.
@@ -274,7 +306,7 @@ class Client(Caller):
             NotFound: no such job.
             Unavailable: no replica could be reached.
         """
-        request = pb.ListLogsRequest(job=job, attempt=attempt)
+        request = pb.ListLogsRequest(job=job, attempt=attempt, uid=uid)
         try:
             reply = self._call(
                 lambda stub, timeout: stub.ListLogs(request, timeout=timeout + ARCHIVE_S), wait_s=ARCHIVE_S

@@ -26,6 +26,8 @@ class Log:
     attempt: int
     rank: int
     stream: str
+    uid: str = ""
+    """Of an earlier submission."""
     offset: int = 0
     """Where the next reader goes on: behind the last whole line."""
     goes_on: bool = False
@@ -40,7 +42,12 @@ class Log:
         while True:
             try:
                 chunk = self.client.read_log(
-                    self.job, self.rank, self.stream, attempt=self.attempt, offset=position
+                    self.job,
+                    self.rank,
+                    self.stream,
+                    attempt=self.attempt,
+                    offset=position,
+                    uid=self.uid,
                 )
             except DtrainError as error:
                 # Not written yet, or its machine or our replica is away for a moment.

@@ -108,10 +108,17 @@ def checkpoints(client: Client, name: str, wanted: str) -> None:
         _tell(told, found, "Checkpoint", moment, wanted)
 
 
-def events(client: Client, name: str, wanted: str) -> None:
-    """``get events --watch``; ``name`` "": of all jobs. On a terminal they follow each other."""
+def events(
+    client: Client, name: str, wanted: str, *, fits: Callable[[EventRecord, float], bool] | None = None
+) -> None:
+    """``get events --watch``; ``name`` "": of all jobs. On a terminal they follow each other.
+
+    ``fits``: which of them, given the time.
+    """
     for moment in watching.moments(client, [f"jobs/{name}/events/" if name else "jobs/"], output.say):
         for job, event, document in _events(moment):
+            if fits is not None and not fits(event, time.time()):
+                continue
             if piped(wanted):
                 whole = {"v": 1, "kind": "Event", "job": job, **document}
                 _write(whole, "Event", f"{job}/{event.seq}", moment, wanted)

@@ -5,6 +5,8 @@ attempt ends. A *bundle* is one gzipped object: a line of JSON that names its pa
 then their bytes. A part is a range of one file; files only grow, so parts of several
 bundles that overlap agree, and a reader takes the union of what it finds.
 
+The leader adds the records of jobs that have ended, and the events that etcd has no room for.
+
 Everything lies under ``<cluster>/_archive/``: no job can have this name, and the
 collector of checkpoints looks only below jobs'.
 """
@@ -12,8 +14,9 @@ collector of checkpoints looks only below jobs'.
 import gzip
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dtrain.protocol import codec
 from dtrain.protocol.errors import ErrorCode, Refused
@@ -25,7 +28,13 @@ BUNDLE_BYTES_MAX = 48 * 1024 * 1024
 MARKS_MAX = 4096
 """Times kept with one part; every other one goes until they fit."""
 
+DOCUMENT_BYTES_MAX = 32 * 1024 * 1024
+"""Of an archived record or a batch of events, unpacked."""
+
 _HEADER_BYTES_MAX = 8 * 1024 * 1024
+_RECORD = re.compile(
+    r"([^/]+)/([^/]+)/(?:record-(\d{8}T\d{6}Z)-(\d{20})|events-(\d{20})-(\d{20}))-[0-9a-f]+\.json\.gz"
+)
 _BUNDLE = re.compile(r"(\d{6})/([^/]+)/(\d{5,})-(\d{5,})-(\d{6,})-([0-9a-f]+)\.gz")
 
 
@@ -79,6 +88,77 @@ def bundle_key(
 ) -> str:
     """Name of one bundle under ``logs_prefix``; the nonce keeps two lives of an agent apart."""
     return f"{prefix}{attempt:06d}/{agent}/{first:05d}-{last:05d}-{number:06d}-{nonce}.gz"
+
+
+def jobs_prefix(cluster: ClusterName, job: str = "", uid: str = "") -> str:
+    """Folder of archived records: of the cluster, of one job name, or of one submission."""
+    return "/".join([f"{archive_root(cluster)}jobs", *(part for part in (job, uid) if part)]) + "/"
+
+
+@dataclass(frozen=True, slots=True)
+class RecordName:
+    """What the key of an archived record or of a batch of events says."""
+
+    job: JobName
+    uid: Uid
+    kind: str
+    """``record`` or ``events``."""
+    finished: str
+    """Of a record: when the job ended, as ``20260501T120000Z``."""
+    first: int
+    last: int
+    key: str
+
+
+def record_key(
+    cluster: ClusterName, job: JobName, uid: Uid, *, finished_at: str, event_last: int, nonce: str
+) -> str:
+    """Name of the record of a submission that has ended at ``finished_at`` (UTC)."""
+    return f"{jobs_prefix(cluster, job, uid)}record-{compact(finished_at)}-{event_last:020d}-{nonce}.json.gz"
+
+
+def events_key(cluster: ClusterName, job: JobName, uid: Uid, *, first: int, last: int, nonce: str) -> str:
+    """Name of a batch of a submission's events, ``first`` to ``last``."""
+    return f"{jobs_prefix(cluster, job, uid)}events-{first:020d}-{last:020d}-{nonce}.json.gz"
+
+
+def parse_record_key(cluster: ClusterName, key: str) -> RecordName | None:
+    """Take a key under ``jobs_prefix`` apart; None for one that is neither kind's."""
+    prefix = jobs_prefix(cluster)
+    found = _RECORD.fullmatch(key.removeprefix(prefix)) if key.startswith(prefix) else None
+    if found is None:
+        return None
+    job, uid, finished, at, first, last = found.groups()
+    if finished is not None:
+        return RecordName(JobName(job), Uid(uid), "record", finished, 0, int(at), key)
+    return RecordName(JobName(job), Uid(uid), "events", "", int(first), int(last), key)
+
+
+def compact(stamp: str) -> str:
+    """A UTC time as it is in keys: ``2026-05-01T12:00:00.123Z`` as ``20260501T120000Z``."""
+    return re.sub(r"[-:]|\.\d+", "", stamp)
+
+
+def pack_document(document: Mapping[str, Any]) -> bytes:
+    """A record or a batch of events as it is stored."""
+    return gzip.compress(codec.dumps(document), mtime=0)
+
+
+def unpack_document(data: bytes) -> dict[str, Any]:
+    """A stored record or batch of events.
+
+    Raises:
+        Refused: BAD_RECORD; it is damaged, or of a newer kind.
+    """
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            text = file.read(DOCUMENT_BYTES_MAX + 1)
+    except (OSError, EOFError) as error:
+        raise Refused(ErrorCode.BAD_RECORD, f"an archived record cannot be read: {error}") from error
+    document = codec.loads(text, bytes_max=DOCUMENT_BYTES_MAX)
+    if not isinstance(document, dict) or document.get("v") != 1:
+        raise Refused(ErrorCode.BAD_RECORD, "an archived record is of an unknown version")
+    return document
 
 
 def parse_bundle_key(prefix: str, key: str) -> BundleName | None:

@@ -385,10 +385,9 @@ class Auditor:
     def _check_ledger(self, job: JobName, before: JobStatus | None, record: JobStatus) -> None:
         if record.ledger is None:
             return
-        found = faults(record.ledger, over=record.phase in TERMINAL_PHASES)
+        found = faults(record.ledger)
         if before is not None and before.uid == record.uid and before.ledger is not None:
-            over = before.phase in TERMINAL_PHASES
-            found += faults_between(before.ledger, record.ledger, over=over)
+            found += faults_between(before.ledger, record.ledger)
         for text in found:
             self._bad("ledger", f"the ledger of {job}: {text}")
 

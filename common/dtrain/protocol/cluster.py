@@ -33,6 +33,15 @@ class ReplicaRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class WebhookCursor:
+    """How far one webhook has got: all events that are wanted, up to ``revision`` of etcd, were delivered."""
+
+    term: Term
+    name: str
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
 class Cordon:
     """An agent that gets no new ranks. One with an end is written under a lease, and goes by itself.
 

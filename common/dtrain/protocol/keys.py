@@ -52,6 +52,10 @@ class Keys:
         """Which packages are being deleted; ``parse`` passes it over."""
         return f"{self.root}packages"
 
+    def webhook(self, name: str) -> str:
+        """How far a webhook has got; ``parse`` passes it over."""
+        return f"{self.root}webhooks/{name}"
+
     def coordinator(self, replica: ReplicaId) -> str:
         return f"{self.root}coordinators/{replica}"
 

@@ -141,15 +141,13 @@ def counters(ledger: Ledger) -> dict[str, float]:
     return seconds
 
 
-def faults(ledger: Ledger, *, over: bool) -> list[str]:
-    """Say in a sentence each what is wrong with the ledger of a job that is over, or not."""
+def faults(ledger: Ledger) -> list[str]:
+    """Say in a sentence each what is wrong with a ledger."""
     found = []
     total = sum(ledger.spent.values())
     if total != ledger.until_ms - ledger.began_ms:
         found.append(f"{total} ms are spent of {ledger.until_ms - ledger.began_ms} ms")
     found += [f"{name} has {ms} ms" for name, ms in ledger.spent.items() if ms < 0]
-    if over != (not ledger.doing):
-        found.append(f"time counts as {ledger.doing!r}")
     productive = ledger.spent.get(PRODUCTIVE, 0)
     if not 0 <= ledger.saved_ms <= productive:
         found.append(f"{ledger.saved_ms} of {productive} productive ms are saved")
@@ -160,9 +158,9 @@ def faults(ledger: Ledger, *, over: bool) -> list[str]:
     return found
 
 
-def faults_between(before: Ledger, after: Ledger, *, over: bool) -> list[str]:
-    """Say what is wrong with ``after`` replacing ``before``; ``over``: of a job that was over then."""
-    if over:
+def faults_between(before: Ledger, after: Ledger) -> list[str]:
+    """Say what is wrong with ``after`` replacing ``before``, of the same submission."""
+    if not before.doing:
         return [] if before == after else ["it changed after the end of the job"]
     if after.began_ms != before.began_ms:
         return [f"its beginning went from {before.began_ms} to {after.began_ms}"]

@@ -87,6 +87,7 @@ RULES: Mapping[str, Rule] = {
     f"{_COORDINATOR}Changes": _ALL,
     f"{_COORDINATOR}ReadLog": _ALL,
     f"{_COORDINATOR}ListLogs": _ALL,
+    f"{_COORDINATOR}ReadArchive": _ALL,
     f"{_COORDINATOR}Info": _ALL,
     f"{_COORDINATOR}PinCheckpoint": _OPERATORS,
     f"{_COORDINATOR}UnpinCheckpoint": _OPERATORS,

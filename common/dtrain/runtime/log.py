@@ -3,7 +3,10 @@
 import logging
 import os
 import sys
+from collections.abc import MutableMapping
 from typing import Any
+
+from dtrain.runtime import redact
 
 Logger = Any
 """A structlog bound logger; structlog itself types it as Any."""
@@ -22,6 +25,7 @@ def configure(*, json_lines: bool | None = None, level: str = "INFO", component:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
+        _without_secrets,
     ]
     renderer: Any = (
         structlog.processors.JSONRenderer()
@@ -36,6 +40,14 @@ def configure(*, json_lines: bool | None = None, level: str = "INFO", component:
     )
     if component:
         structlog.contextvars.bind_contextvars(component=component)
+
+
+def _without_secrets(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Hide what must not be in a log, whoever has put it there: values by their names, URLs' users."""
+    for name, value in line.items():
+        if isinstance(value, str):
+            line[name] = redact.HIDDEN if value and redact.is_secret(name) else redact.url(value)
+    return line
 
 
 def get(name: str) -> Logger:

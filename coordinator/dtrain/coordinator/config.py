@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dtrain.coordinator.api.validate import holds_credentials
 from dtrain.coordinator.web.settings import DASHBOARD, DashboardSettings, dashboard_settings
+from dtrain.coordinator.webhooks.settings import WEBHOOKS, Webhook, load_webhooks
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.ids import ClusterName, ReplicaId, parse_name
 from dtrain.runtime.addresses import bracketed, is_wildcard, towards
@@ -40,8 +41,15 @@ SETTINGS = (
         CORDON_S,
         float,
     ),
+    Setting(
+        "archive-keep",
+        "days that records and logs of jobs that have ended are kept in the store; 0: for ever",
+        90.0,
+        float,
+    ),
     Setting("log-json", "one JSON object per line (default: unless stderr is a terminal)", None, switch),
     *DASHBOARD,
+    *WEBHOOKS,
     *TLS,
     *ETCD,
 )
@@ -71,6 +79,8 @@ class Config:
     """What to advertise before the port where ``listen`` means every address; "": what ``listen`` says."""
     cordon_s: float = 0.0
     dashboard: DashboardSettings | None = None
+    webhooks: tuple[Webhook, ...] = ()
+    archive_keep_days: float = 90.0
 
     def __post_init__(self) -> None:
         least = TTL_S_MIN_SHORT if self.allow_short_ttl else TTL_S_MIN
@@ -97,6 +107,7 @@ class Config:
             ("scrub-interval", self.scrub_interval_s),
             ("scrub-mb-s", self.scrub_mb_s),
             ("cordon-for", self.cordon_s),
+            ("archive-keep", self.archive_keep_days),
         ):
             if not 0 <= number < 1e9:
                 raise Refused(ErrorCode.BAD_SETTING, f"--{setting} cannot be {number}", fix="use 0 or more")
@@ -143,6 +154,8 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         else "",
         values["cordon-for"],
         dashboard_settings(values, secured=tls is not None),
+        load_webhooks(values["webhook-file"]),
+        values["archive-keep"],
     )
 
 

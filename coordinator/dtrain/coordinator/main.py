@@ -38,11 +38,13 @@ from dtrain.coordinator.core.views import Moment
 from dtrain.coordinator.dispatch import Channels, Dispatcher
 from dtrain.coordinator.driver import Driver, Plan
 from dtrain.coordinator.health import EtcdHealth, Health, judge_rejection, judge_unknown
+from dtrain.coordinator.historian import Historian
 from dtrain.coordinator.leadership.lease import Leadership
 from dtrain.coordinator.measures import Measures
 from dtrain.coordinator.persistence import Committer, Deposed
 from dtrain.coordinator.skew import Releases
 from dtrain.coordinator.status import Status
+from dtrain.coordinator.webhooks.sender import Sender, Senders
 from dtrain.coordinator.work import Merge, Stores, Worker
 from dtrain.coordinator.world import World
 from dtrain.protocol.cluster import ReplicaRecord
@@ -76,7 +78,9 @@ COMMIT_THREADS = 2
 WORK_THREADS = 2
 API_GRACE_S = 0.05
 
-_WARNINGS = frozenset({"commit failed", "command failed", "work failed", "record unusable", "brake"})
+_WARNINGS = frozenset(
+    {"commit failed", "command failed", "work failed", "record unusable", "brake", "history not archived"}
+)
 
 BATCHES_AT_ONCE = 256
 
@@ -208,6 +212,18 @@ class Coordinator:
             scrub_interval_s=settings.scrub_interval_s,
             cordon_s=settings.cordon_s,
         )
+        self._historian = Historian(
+            settings.cluster,
+            self._mirror,
+            self._stores.get,
+            term=self._acting_term,
+            clock=clock,
+            keep_s=settings.archive_keep_days * 86_400.0,
+            log=self.log,
+        )
+        self._history_thread = threading.Thread(
+            target=self._guarded, args=(self._historian.run,), name="history", daemon=True
+        )
         self._driver = Driver(world, self._measures.planning(decide), self)
         self._lost = 0
         self._servicer = CoordinatorServicer(
@@ -225,6 +241,18 @@ class Coordinator:
             problems=self._problems,
             etcd_version=lambda: self._etcd_health.version,
         )
+        self._webhooks = Senders(
+            Sender(
+                hook,
+                settings.cluster,
+                etcd,
+                self._mirror,
+                clock,
+                term=self._acting_term,
+                log=self._log.warning,
+            )
+            for hook in settings.webhooks
+        )
         self._loop_at = clock.monotonic()
         self._serves = False
         self._status = None if health is None else self._status_server(health)
@@ -235,7 +263,9 @@ class Coordinator:
         self._mirror.start()
         self._lease.start()
         self._health_thread.start()
+        self._history_thread.start()
         self._server.start(self._servicer)
+        self._webhooks.start(self._guarded)
         self._serves = True
         # Before its own status port answers: the guardian's falls silent by this.
         self._session.set_started()
@@ -250,6 +280,7 @@ class Coordinator:
         self._serves = False
         self.leadership.stop()
         self._stopping.set()
+        self._webhooks.stop()
         self._etcd_health.stop()
         self._session.set_clean_stop()
         self._dispatcher.close()
@@ -259,8 +290,11 @@ class Coordinator:
     def close(self) -> None:
         """Free everything, at leisure: for tests that go on living."""
         self._stopping.set()
+        self._webhooks.stop()
         self._etcd_health.stop()
+        self._historian.close()
         self._health_thread.join(5.0)
+        self._history_thread.join(5.0)
         self._loop.join(5.0)
         self._lease.join(5.0)
         self._mirror.close()
@@ -288,6 +322,8 @@ class Coordinator:
         (self._scrubs if slow else self._works).submit(self._guarded, lambda: self._work(job, work))
 
     def log(self, event: str, **fields: Any) -> None:
+        if (term := self.leadership.term) is not None:
+            fields.setdefault("term", term)
         (self._log.warning if event in _WARNINGS else self._log.info)(event, **fields)
 
     def moment(self, now: float) -> Moment:
@@ -360,7 +396,9 @@ class Coordinator:
         self._tell(lambda now: self._driver.on_work(job, result, now))
 
     def _on_changes(self, changes: tuple[Change, ...], revision: int) -> None:
+        self._historian.see(changes)
         self._history.add(changes, revision)
+        self._webhooks.note(changes)
         for change in changes:
             if change.key == self._keys.leader:
                 self._measures.leader_seen(change.after)
@@ -390,7 +428,11 @@ class Coordinator:
 
     def _problems(self) -> list[str]:
         """Sentences for people on what is wrong with this replica now."""
-        return [*self._health.sentences(), *(self._tls.problems() if self._tls is not None else ())]
+        return [
+            *self._health.sentences(),
+            *self._webhooks.problems(),
+            *(self._tls.problems() if self._tls is not None else ()),
+        ]
 
     def _status_server(self, listener: socket.socket) -> StatusServer:
         status = Status(

@@ -80,6 +80,13 @@ class Batches:
                 self.randomness = None
             yield next(source)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the callback keeps the position. It is there to tell Lightning that it need not warn."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing, as well: see ``go_to``."""
+
     def go_to(self, batches: int) -> None:
         """Go on behind so many batches of each rank."""
         state = self.sampler.state_dict()

@@ -51,11 +51,11 @@ def nothing_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_verbs_are_those_of_the_folder() -> None:
     assert set(verbs()) == {
-        *("up", "run", "submit", "get", "describe", "watch", "logs", "stacks", "wait"),
+        *("doctor", "up", "run", "submit", "get", "describe", "watch", "logs", "stacks", "wait"),
         *("checkpoint", "cancel"),
         *("checkpoints", "cordon", "uncordon", "drain"),
         *("suspend", "resume", "pause", "unpause"),
-        *("coordinator", "agent", "version", "completion", "chaos", "audit", "scale"),
+        *("coordinator", "agent", "archive", "version", "completion", "chaos", "audit", "scale"),
     }
 
 
@@ -91,7 +91,7 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
         ("leader", "dtrain get coordinators'"),
         ("describ", "dtrain describe'"),
         ("sumbit", "dtrain submit'"),
-        ("xyzzy", "the verbs are agent, audit, cancel, chaos,"),
+        ("xyzzy", "the verbs are agent, archive, audit, cancel, chaos,"),
     ],
 )
 def test_an_unknown_verb_gets_a_suggestion(word: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:

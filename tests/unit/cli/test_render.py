@@ -188,6 +188,27 @@ def test_describe_job_says_how_far_it_is_and_where_its_time_went() -> None:
     assert job_table(records.group(reading(*items))).rows[0][3:6] == ("22%", "1m17s", "90.0%")
 
 
+def test_describe_job_says_what_the_headlines_are_made_of() -> None:
+    spent = {
+        "idle.queued": 100_000,
+        "restart.prepare": 8_000,
+        "restart.restore": 2_000,
+        "productive": 600_000,
+        "lost_work": 30_000,
+        "idle.of_a_newer_release": 20_000,
+    }
+    until_ms = round(1000 * NOW) - 240_000
+    ledger = Ledger(until_ms - 760_000, until_ms, "productive", spent, saved_ms=600_000)
+    job = records.group(reading(*running_job(ledger=ledger))).jobs["digits"]
+    lines = describe.job(job, NOW)
+    start = next(place for place, line in enumerate(lines) if line.startswith("Goodput"))
+    assert lines[start : start + 3] == [
+        "Goodput       93.3%   productive 14m  lost 30s  restart 10s  stall 0s  idle 2m",
+        "              restart: prepare 8s, restore 2s; idle: queued 1m40s, of-a-newer-release 20s",
+        "              4m of it in no checkpoint yet",
+    ]
+
+
 def test_slow_ranks_and_numbers_that_are_not_finite_are_said_first_and_shown_with_their_rank() -> None:
     told = (
         Condition("NonFinite", "False", "Finite", "all numbers have been finite since step 9", at(60)),

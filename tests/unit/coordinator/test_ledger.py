@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from tests.support.builders import EPOCH, JOB, KEYS, Stage, make_spec
 
+from dtrain.coordinator.core.ledger import Turn, advance
 from dtrain.coordinator.core.stamps import iso
 from dtrain.protocol.ids import AgentName, Step
 from dtrain.protocol.job import Intent, JobPhase, Wanted
@@ -145,16 +146,17 @@ def test_without_a_checkpoint_all_is_lost() -> None:
 def test_a_checkpoint_that_is_given_up_takes_back_what_it_had_saved() -> None:
     stage = training(every_steps=10)
     steps(stage.after(1), 1)
-    for _ in range(2):
+    for step_s in (1, 3):
         while not stage.of("open"):
-            steps(stage.after(1), stage.pace.step + 1)
-        target = stage.opened.step
-        steps(stage.after(target - stage.pace.step), target)
+            steps(stage.after(step_s), stage.pace.step + 1, step_s=step_s)
+        while stage.pace.step < stage.opened.step:
+            steps(stage.after(step_s), stage.pace.step + 1, step_s=step_s)
         stage.checkpoint()
     older, newer = stage.commits
     stage.fail("a")
     stage.decide()
-    assert spent(stage)["productive"] == pytest.approx(newer.step, abs=0.01)
+    took = older.step + 3.0 * (newer.step - older.step)
+    assert spent(stage)["productive"] == pytest.approx(took, abs=0.01)
     stage.everyone(WorkerPhase.READY)
     stage.decide()
     stage.find_damage("a", newer.seq)
@@ -162,7 +164,7 @@ def test_a_checkpoint_that_is_given_up_takes_back_what_it_had_saved() -> None:
     assert stage.status.restore is not None
     assert stage.status.restore.step == older.step
     assert spent(stage)["productive"] == pytest.approx(older.step, abs=0.01)
-    assert spent(stage)["lost_work"] == pytest.approx(newer.step - older.step, abs=0.01)
+    assert spent(stage)["lost_work"] == pytest.approx(took - older.step, abs=0.01)
 
 
 def test_the_time_until_an_agent_is_called_lost_is_detection() -> None:
@@ -256,6 +258,8 @@ def test_the_value_freezes_at_the_terminal_write() -> None:
     stage.until_quiet()
     assert ledger_of(stage) == before
     assert goodput(before, EPOCH + stage.now) == goodput(before, EPOCH)
+    swept = replace(stage.status, swept=True)
+    assert advance(stage.status, swept, Turn(stage.now, EPOCH + stage.now)) == before
 
 
 def test_a_cancelled_job_keeps_what_its_newest_checkpoint_has() -> None:
@@ -371,6 +375,30 @@ def test_a_leader_whose_clock_is_behind_counts_on_with_its_monotonic_one() -> No
     assert ledger_of(stage).until_ms == before + 50_000
 
 
+def test_a_ledger_that_a_former_release_left_open_at_the_end_is_closed() -> None:
+    stage = training(store="")
+    stage.after(5).exit_all()
+    stage.decide()
+    left = replace(stage.status, ledger=replace(ledger_of(stage), doing="productive"))
+    closed = advance(left, replace(left, swept=True), Turn(stage.now, EPOCH + stage.now))
+    assert closed == ledger_of(stage)
+
+
+@pytest.mark.parametrize("set_by_s", [-7200.0, -90.0, 90.0, 7200.0])
+def test_a_clock_that_is_set_while_its_leader_leads_changes_nothing(set_by_s: float) -> None:
+    stage = training(every_steps=10)
+    stage.after(100)
+    while not stage.of("open"):
+        steps(stage.after(1), stage.pace.step + 1)
+    stage.wall_offset_s = set_by_s
+    steps(stage.after(stage.opened.step - stage.pace.step), int(stage.opened.step))
+    stage.checkpoint()
+    stage.fail("a")
+    stage.decide()
+    ledger = ledger_of(stage)
+    assert (ledger.until_ms - ledger.began_ms) / 1000 == pytest.approx(stage.now - BEGAN + AHEAD_S)
+
+
 def test_a_job_of_an_older_release_is_counted_from_first_sight() -> None:
     stage = training(store="")
     old = replace(stage.status, ledger=None)
@@ -393,8 +421,16 @@ def test_counters_only_rise_while_steps_come_and_go() -> None:
             if stage.of("open") and stage.pace.step >= stage.opened.step:
                 stage.checkpoint()
         if turn % 2:
+            write(stage)
+            unsaved, shown = (
+                goodput(ledger_of(stage), EPOCH + stage.now).unsaved_s,
+                counters(ledger_of(stage)),
+            )
             stage.fail("a")
             stage.decide()
+            lost = counters(ledger_of(stage))
+            assert lost["lost_work"] - shown["lost_work"] == pytest.approx(unsaved)
+            assert all(lost[name] >= seconds for name, seconds in shown.items())
             stage.everyone(WorkerPhase.READY)
             stage.decide()
             restored = stage.status.restore.step if stage.status.restore else 0

@@ -87,6 +87,27 @@ def test_unpaused_all_are_told_and_go_on() -> None:
     assert not stage.of("open")
 
 
+def test_what_was_paused_for_an_hour_is_not_an_hour_ahead_when_it_is_let_go() -> None:
+    stage = Stage(make_spec(store="s3://b", nodes=(2, 2), every_steps=20)).join("a", "b").run(step=40)
+    want(stage)
+    stage.decide()
+    if stage.opened.hold_s < HOLD_S_MAX:
+        stage.checkpoint()
+        stage.decide()
+    record = stage.opened
+    stage.accept()
+    stage.durable()
+    stage.step(record.step)
+    stage.decide()
+    stage.verify()
+    stage.decide()
+    stage.step_rate = 25.0
+    stage.after(50.0)
+    want(stage, paused=False)
+    stage.decide()
+    assert all(one.value.step < record.step + 100 for one in stage.of("open").values())
+
+
 def test_a_new_leader_holds_on_and_can_end_it() -> None:
     stage = held()
     stage.change_leader()

@@ -1,9 +1,9 @@
 """What is counted in a job's status rises with what it counts, whoever leads."""
 
-from tests.support.builders import Stage, make_spec
+from tests.support.builders import JOB, KEYS, Stage, make_spec
 
 from dtrain.coordinator.core.tally import Cause
-from dtrain.protocol.job import JobPhase
+from dtrain.protocol.job import TERMINAL_PHASES, Intent, JobPhase
 from dtrain.protocol.snapshot import FailureKind
 
 
@@ -82,3 +82,20 @@ def test_a_checkpoint_that_fails_is_counted_by_its_cause() -> None:
     timeout.accept()
     timeout.after(timeout.opened.timeout_s + 1.0)
     assert cause(timeout) == {Cause.TIMEOUT: 1}
+
+
+def test_a_name_used_again_begins_to_count_anew_with_a_first_attempt() -> None:
+    stage = running()
+    stage.exit_all()
+    for _ in range(10):
+        stage.decide()
+        stage.after(10.0)
+    assert stage.phase in TERMINAL_PHASES, stage.said
+    former = stage.status.attempt
+    stage.spec = make_spec(uid="u2", store="s3://b", every_steps=10)
+    stage.write(KEYS.spec(JOB), stage.spec)
+    stage.write(KEYS.intent(JOB), Intent(stage.spec.uid))
+    stage.workers.clear()
+    again(stage)
+    assert stage.status.attempt == former + 1
+    assert stage.status.tally.attempts == {"first": 1}

@@ -33,6 +33,7 @@ from dtrain.protocol.job import (
     Tally,
 )
 from dtrain.protocol.keys import Keys
+from dtrain.protocol.ledger import Ledger
 from dtrain.protocol.snapshot import (
     CommandOutcome,
     DurablePart,
@@ -460,6 +461,26 @@ BAD: dict[str, tuple[str, Callable[[History], object]]] = {
         "slots",
         lambda h: h.write(status=replace(status(), members=(Member(AGENT, 0, Rank(0), 3),))),
     ),
+    "time that does not add up": (
+        "ledger",
+        lambda h: h.running().write(status=replace(status(), ledger=Ledger(0, 10, "productive", {"x": 9}))),
+    ),
+    "time that goes back": (
+        "ledger",
+        lambda h: (
+            h.running()
+            .write(status=replace(status(), ledger=Ledger(0, 10, "productive", {"x": 10})))
+            .write(status=replace(status(), ledger=Ledger(0, 9, "productive", {"x": 9})))
+        ),
+    ),
+    "time that passes after the end of a job": (
+        "ledger",
+        lambda h: (
+            h.running()
+            .write(status=replace(status(JobPhase.FAILED), ledger=Ledger(0, 10, "", {"x": 10})))
+            .write(status=replace(status(JobPhase.FAILED), ledger=Ledger(0, 11, "", {"x": 11})))
+        ),
+    ),
     "a job replaced while it runs": ("phase", lambda h: h.running().write(status=status(uid=Uid("u2")))),
     "a status that is deleted": ("phase", lambda h: h.running().write(status=None)),
     "a record that is no JSON": ("readable", lambda h: h.write(latest=b"nonsense")),
@@ -490,6 +511,7 @@ def test_every_rule_has_a_bad_history() -> None:
         *(f"I{number}" for number in (1, 2, 3, 4, 5, 6, 7, 9)),
         "phase",
         "slots",
+        "ledger",
         "readable",
     }
 

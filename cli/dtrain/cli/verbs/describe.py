@@ -11,9 +11,10 @@ from dtrain.cli.options import complete_job, connected, examples, formatted, set
 )
 @click.argument("what", nargs=-1, required=True, metavar="[job|agent] NAME", shell_complete=complete_job)
 @click.option("--all", "whole", is_flag=True, help="All that failed with a rank, and all events.")
+@click.option("--uid", default="", help="An earlier submission of a job's name: see 'dtrain archive'.")
 @formatted("table", "json", "yaml")
 @connected
-def command(*, what: tuple[str, ...], whole: bool) -> None:
+def command(*, what: tuple[str, ...], whole: bool, uid: str) -> None:
     """Describe one job or agent: state, root cause, checkpoints, ranks, conditions, events.
 
     NAME alone means a job; job/NAME and unique beginnings are fine, too.
@@ -21,7 +22,7 @@ def command(*, what: tuple[str, ...], whole: bool) -> None:
     import contextlib
     import time
 
-    from dtrain.cli import context, output, reading
+    from dtrain.cli import archived, context, output, reading
     from dtrain.cli.client import closing
     from dtrain.cli.records import Agent, Job
     from dtrain.cli.render import describe, lists
@@ -30,7 +31,7 @@ def command(*, what: tuple[str, ...], whole: bool) -> None:
     kind, name = _target(what)
     found: Job | Agent
     with closing(context.connect(settings())) as client:
-        found, cluster = reading.job(client, name) if kind == "job" else reading.agent(client, name)
+        found, cluster = archived.job(client, name, uid) if kind == "job" else reading.agent(client, name)
         problems: dict[str, tuple[str, ...]] = {}
         # What was asked for is known; that a replica does not say how it is must not hide it.
         with contextlib.suppress(DtrainError):

@@ -5,6 +5,7 @@ import time
 import click
 
 from dtrain.cli.options import (
+    SECONDS,
     complete_agent,
     complete_job,
     connected,
@@ -234,42 +235,35 @@ def checkpoints(*, job: str, watch: bool, iso: bool) -> None:
         checkpointing.listing(client, job, settings().output, iso=iso)
 
 
-@command.command("events", epilog=examples("dtrain get events digits", "dtrain get events -w -o json"))
+@command.command(
+    "events",
+    epilog=examples(
+        "dtrain get events digits",
+        "dtrain get events digits --since 1h --type Warning",
+        "dtrain get events -w",
+    ),
+)
 @click.argument("job", required=False, shell_complete=complete_job)
+@click.option("--type", "types", multiple=True, metavar="TYPE,...", help="Normal, Warning, or reasons.")
+@click.option("--since", type=SECONDS, metavar="AGE", help="Only what is not older, such as 10m.")
+@click.option("--uid", default="", help="Of an earlier submission of JOB: see 'dtrain archive'.")
 @watched
 @timed
 @formatted()
 @connected
-def events(*, job: str | None, watch: bool, iso: bool) -> None:
+def events(
+    *, job: str | None, types: tuple[str, ...], since: float | None, uid: str, watch: bool, iso: bool
+) -> None:
     """List what happened, oldest first: to one job, or to all."""
-    from dtrain.cli import context, output, reading, records
+    from dtrain.cli import context, eventing, reading
     from dtrain.cli.client import closing
-    from dtrain.cli.render import lists
-    from dtrain.cli.render.table import When
 
+    wanted = eventing.Wanted(job, types, since, uid)
     with closing(context.connect(settings())) as client:
-        name = reading.name(client, job) if job else ""
         if watch:
             from dtrain.cli import staying
 
-            staying.events(client, name, settings().output)
+            name = reading.name(client, job) if job else ""
+            staying.events(client, name, settings().output, fits=wanted.fits)
             return
-        cluster = records.group(client.read(f"jobs/{name}/" if name else "jobs/"))
-    chosen = list(cluster.jobs)
-    found = [(name, event) for name in chosen for event in cluster.jobs[name].events.values()]
-    wanted = settings().output
-    output.listing(
-        "Event",
-        [
-            {"v": 1, "kind": "Event", "job": name, **document}
-            for name in chosen
-            for _, document in sorted(
-                cluster.jobs[name].raw.get("events", {}).items(), key=lambda pair: int(pair[0])
-            )
-        ],
-        lists.events(found, When(time.time(), iso), wide=wanted == "wide"),
-        [f"{name}/{event.seq}" for name, event in found],
-        output=wanted,
-        revision=cluster.revision,
-    )
-    output.freshness(cluster.age_s)
+        eventing.listing(client, wanted, iso=iso, form=settings().output)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--agent", shell_complete=complete_agent, help="Only the ranks that ran on this machine.")
 @click.option("--attempt", type=click.IntRange(1), help="Default: the current one.")
 @click.option("-p", "--previous", is_flag=True, help="The attempt before the current one that had ranks.")
+@click.option("--uid", default="", help="Of an earlier submission of this name: see 'dtrain archive'.")
 @click.option("--since", metavar="TIME", help="Only lines from then on: 10m, 2h, or 2026-05-01T12:00:00Z.")
 @click.option("--tail", type=click.IntRange(0), help="Only the last N lines of each.")
 @click.option("--grep", metavar="REGEX", help="Only lines that this is found in.")
@@ -49,6 +50,7 @@ def command(
     agent: str | None,
     attempt: int | None,
     previous: bool,
+    uid: str,
     since: str | None,
     tail: int | None,
     grep: str | None,
@@ -60,7 +62,8 @@ def command(
     They come from the machines that wrote them. What a machine that is lost wrote comes from the
     store, where agents copy it: what is missing then is said on stderr.
     """
-    from dtrain.cli import context, following, output, reading
+    from dtrain.cli import context, following, output
+    from dtrain.cli.archived import past_or_present
     from dtrain.cli.client import closing
     from dtrain.cli.logreading import Wanted
 
@@ -71,7 +74,9 @@ def command(
     keep = _filter(since, grep)
     streams = (stream,) if stream else following.STREAMS
     with closing(context.connect(settings())) as client:
-        found, _ = reading.job(client, job)
+        found, past = past_or_present(client, job, uid)
+        if past and follow:
+            raise click.UsageError(f"{found.name} is over: leave -f away")
         if not found.attempt:
             output.say(
                 f"{found.name} has not started: {found.status.reason if found.status else 'no leader yet'}"
@@ -79,7 +84,9 @@ def command(
             if not follow:
                 return 0
         wanted = Wanted(ranks or ("all" if stream == "stacks" else None), agent)
-        show = _Show(client, found, wanted, streams=streams, keep=keep, tail=tail, timestamps=timestamps)
+        show = _Show(
+            client, found, wanted, streams=streams, keep=keep, tail=tail, timestamps=timestamps, uid=past
+        )
         if follow:
             return show.follow()
         if previous:
@@ -106,7 +113,9 @@ class _Show:
         keep: "Filter",
         tail: int | None,
         timestamps: bool,
+        uid: str = "",
     ) -> None:
+        self._uid = uid
         self.client, self.job, self.wanted, self.streams = client, job, wanted, streams
         self.keep, self.tail = keep, tail
         self._as_json = settings().output == "json"
@@ -118,7 +127,7 @@ class _Show:
         from dtrain.cli import output
 
         if self._places is None:
-            self._places, problem = self.client.log_places(self.job.name)
+            self._places, problem = self.client.log_places(self.job.name, uid=self._uid)
             if problem:
                 output.say(f"former machines are not known: {problem}")
         return self._places
@@ -137,7 +146,7 @@ class _Show:
 
         ranks = self.wanted.of(self.job, attempt, self.places)
         logs = [
-            logreading.Log(self.client, self.job.name, attempt, rank, stream, goes_on=goes_on)
+            logreading.Log(self.client, self.job.name, attempt, rank, stream, goes_on=goes_on, uid=self._uid)
             for rank in ranks
             for stream in self.streams
         ]

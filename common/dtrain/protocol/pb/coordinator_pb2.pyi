@@ -1030,6 +1030,82 @@ class LogSource(google.protobuf.message.Message):
 Global___LogSource: typing_extensions.TypeAlias = LogSource
 
 @typing.final
+class ReadArchiveRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    UID_FIELD_NUMBER: builtins.int
+    LIST_FIELD_NUMBER: builtins.int
+    EVENTS_BEFORE_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    """"": which there are, of all names"""
+    uid: builtins.str
+    """"": the newest"""
+    list: builtins.bool
+    """only which there are"""
+    events_before: builtins.int
+    """above 0: only events below this number, of a job that etcd knows"""
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+        uid: builtins.str = ...,
+        list: builtins.bool = ...,
+        events_before: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["events_before", b"events_before", "job", b"job", "list", b"list", "uid", b"uid"]) -> None: ...
+
+Global___ReadArchiveRequest: typing_extensions.TypeAlias = ReadArchiveRequest
+
+@typing.final
+class ArchivedJob(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    UID_FIELD_NUMBER: builtins.int
+    FINISHED_FIELD_NUMBER: builtins.int
+    job: builtins.str
+    uid: builtins.str
+    finished: builtins.str
+    """such as 20260501T120000Z"""
+    def __init__(
+        self,
+        *,
+        job: builtins.str = ...,
+        uid: builtins.str = ...,
+        finished: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["finished", b"finished", "job", b"job", "uid", b"uid"]) -> None: ...
+
+Global___ArchivedJob: typing_extensions.TypeAlias = ArchivedJob
+
+@typing.final
+class ReadArchiveReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOBS_FIELD_NUMBER: builtins.int
+    ITEMS_FIELD_NUMBER: builtins.int
+    PROBLEM_FIELD_NUMBER: builtins.int
+    problem: builtins.str
+    """what could not be asked"""
+    @property
+    def jobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ArchivedJob]: ...
+    @property
+    def items(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Item]:
+        """as Read would have answered"""
+
+    def __init__(
+        self,
+        *,
+        jobs: collections.abc.Iterable[Global___ArchivedJob] | None = ...,
+        items: collections.abc.Iterable[Global___Item] | None = ...,
+        problem: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["items", b"items", "jobs", b"jobs", "problem", b"problem"]) -> None: ...
+
+Global___ReadArchiveReply: typing_extensions.TypeAlias = ReadArchiveReply
+
+@typing.final
 class ListLogsReply(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -71,6 +71,11 @@ class CoordinatorStub(object):
                 request_serializer=dtrain_dot_v1_dot_coordinator__pb2.ListLogsRequest.SerializeToString,
                 response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ListLogsReply.FromString,
                 _registered_method=True)
+        self.ReadArchive = channel.unary_unary(
+                '/dtrain.v1.Coordinator/ReadArchive',
+                request_serializer=dtrain_dot_v1_dot_coordinator__pb2.ReadArchiveRequest.SerializeToString,
+                response_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ReadArchiveReply.FromString,
+                _registered_method=True)
         self.Info = channel.unary_unary(
                 '/dtrain.v1.Coordinator/Info',
                 request_serializer=dtrain_dot_v1_dot_coordinator__pb2.InfoRequest.SerializeToString,
@@ -188,6 +193,13 @@ class CoordinatorServicer(object):
 
     def ListLogs(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadArchive(self, request, context):
+        """What the archive holds of jobs that have ended: which there are, or the records of one.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -322,6 +334,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.ListLogs,
                     request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ListLogsRequest.FromString,
                     response_serializer=dtrain_dot_v1_dot_coordinator__pb2.ListLogsReply.SerializeToString,
+            ),
+            'ReadArchive': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadArchive,
+                    request_deserializer=dtrain_dot_v1_dot_coordinator__pb2.ReadArchiveRequest.FromString,
+                    response_serializer=dtrain_dot_v1_dot_coordinator__pb2.ReadArchiveReply.SerializeToString,
             ),
             'Info': grpc.unary_unary_rpc_method_handler(
                     servicer.Info,
@@ -580,6 +597,33 @@ class Coordinator(object):
             '/dtrain.v1.Coordinator/ListLogs',
             dtrain_dot_v1_dot_coordinator__pb2.ListLogsRequest.SerializeToString,
             dtrain_dot_v1_dot_coordinator__pb2.ListLogsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadArchive(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Coordinator/ReadArchive',
+            dtrain_dot_v1_dot_coordinator__pb2.ReadArchiveRequest.SerializeToString,
+            dtrain_dot_v1_dot_coordinator__pb2.ReadArchiveReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,5 +1,7 @@
 """Where logs are read: from the machines that wrote them, and from the store where those are lost."""
 
+import dataclasses
+import re
 import threading
 from collections import OrderedDict
 from typing import Any, TypeVar
@@ -7,10 +9,11 @@ from typing import Any, TypeVar
 import grpc
 
 from dtrain.coordinator.api.archived import Archived, ArchivedLogs
+from dtrain.coordinator.api.past import Past, PastJobs
 from dtrain.coordinator.dispatch import Channels
 from dtrain.coordinator.work import Stores
 from dtrain.protocol import codec
-from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, Unavailable
+from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, Refused, Unavailable
 from dtrain.protocol.ids import AgentName, ClusterName, JobName, Uid, parse_name
 from dtrain.protocol.job import JobSpec, JobStatus
 from dtrain.protocol.keys import Keys
@@ -22,6 +25,8 @@ from dtrain.runtime.clock import iso
 from dtrain.storage.etcd.mirror import Mirror
 
 T = TypeVar("T")
+
+_UID = re.compile(r"[A-Za-z0-9][-A-Za-z0-9_]{0,63}")
 
 LOG_BYTES_MAX = 1024 * 1024
 WAIT_S_MAX = 30.0
@@ -39,13 +44,16 @@ class LogDesk:
         mirror: Mirror,
         channels: Channels,
         stores: Stores,
+        *,
         waiting: threading.BoundedSemaphore,
+        default_store: str = "",
     ) -> None:
         self._keys = Keys(cluster)
         self._mirror = mirror
         self._channels = channels
         self._waiting = waiting
         self.archived = ArchivedLogs(cluster, stores.get)
+        self._past_jobs = PastJobs(cluster, mirror, stores.get, default_store)
         self._places_lock = threading.Lock()
         self._places: OrderedDict[tuple[str, int, int], AgentName] = OrderedDict()
         """(uid, attempt, rank) to the agent that had its log."""
@@ -100,6 +108,33 @@ class LogDesk:
                 if request.attempt in (0, attempt)
             ]
         return pb.ListLogsReply(sources=found, problem=problem)
+
+    def archive(self, request: pb.ReadArchiveRequest) -> pb.ReadArchiveReply:
+        """What the archive holds of one job, or which there are.
+
+        Raises:
+            NotFound: no such job was archived.
+            Unavailable: the store does not answer.
+        """
+        if request.job:
+            parse_name(request.job, "job")
+        if request.list or not request.job:
+            names, problem = self._past_jobs.submissions(request.job)
+            jobs = [pb.ArchivedJob(job=one.job, uid=one.uid, finished=one.finished) for _, one in names]
+            return pb.ReadArchiveReply(jobs=jobs, problem=problem)
+        if request.events_before:
+            job, uid, status = self._job(request.job, request.uid)
+            if status is None or not status.store:
+                return pb.ReadArchiveReply()
+            events = self._past_jobs.earlier_events(job, uid, status.store, request.events_before)
+            return pb.ReadArchiveReply(
+                items=[_item(f"jobs/{job}/events/{one['seq']:020d}", one) for one in events]
+            )
+        past = self._past_jobs.find(request.job, request.uid)
+        return pb.ReadArchiveReply(
+            jobs=[pb.ArchivedJob(job=past.job, uid=past.uid, finished=past.finished)],
+            items=[_item(key, value) for key, value in sorted(past.documents.items())],
+        )
 
     # From the machines.
 
@@ -237,12 +272,26 @@ class LogDesk:
         """The job as this replica's mirror has it; status None: it has not been looked at yet."""
         job = JobName(parse_name(name, "job"))
         spec = self._record(self._keys.spec(job), JobSpec)
-        if spec is None:
-            raise NotFound(ErrorCode.NOT_FOUND, f"there is no job {job}", fix="list jobs: dtrain get jobs")
-        if asked_uid not in ("", spec.uid):
-            raise NotFound(ErrorCode.NOT_FOUND, f"job {job} has another uid by now: {spec.uid}")
+        if spec is None or asked_uid not in ("", spec.uid):
+            past = self._past(job, asked_uid)
+            return job, past.uid, dataclasses.replace(past.status, members=(), store=past.store)
         status = self._record(self._keys.status(job), JobStatus)
         return job, spec.uid, status if status is not None and status.uid == spec.uid else None
+
+    def _past(self, job: JobName, uid: str) -> Past:
+        """An earlier submission of a name, or the one that etcd has no record of any more."""
+        if uid and not _UID.fullmatch(uid):
+            raise Refused(ErrorCode.BAD_NAME, f"{uid[:80]!r} is no uid of a job")
+        try:
+            return self._past_jobs.find(job, uid)
+        except (NotFound, Unavailable) as error:
+            if uid:
+                raise
+            # A name that was mistyped is nobody's reason to wait for a store that is away.
+            also = "" if isinstance(error, NotFound) else f"; {error.message}"
+            raise NotFound(
+                ErrorCode.NOT_FOUND, f"there is no job {job}{also}", fix="list jobs: dtrain get jobs"
+            ) from error
 
     def _record(self, key: str, kind: type[T]) -> T | None:
         kv = self._mirror.get(key)
@@ -254,6 +303,10 @@ class LogDesk:
 
 class _NoSession(Unavailable):
     """No agent that may have the log is registered: asking again soon does not help."""
+
+
+def _item(key: str, document: Any) -> pb.Item:
+    return pb.Item(key=key, value=codec.dumps(document))
 
 
 def _archived(found: Archived, attempt: int, rank: int, why: DtrainError, over: bool) -> pb.JobLogChunk:

@@ -109,7 +109,9 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self._keys = Keys(identity.cluster)
         self._listing = Listing(mirror, identity.cluster)
         self._history = history or History(self._keys.root)
-        self._logs = LogDesk(identity.cluster, mirror, channels, stores, waiting)
+        self._logs = LogDesk(
+            identity.cluster, mirror, channels, stores, waiting=waiting, default_store=default_store
+        )
         self._curves = Curves(channels, self._addresses, self._logs.archived)
         self._log = log.get("api")
 
@@ -172,7 +174,9 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             items=[
                 pb.Item(
                     key=kv.key[len(root) :],
-                    value=kv.value if peer is None or peer.role in _SEE_ALL else _without_secrets(kv),
+                    value=kv.value
+                    if peer is None or peer.role in _SEE_ALL
+                    else _without_secrets(kv.key, kv.value),
                     create_revision=kv.create_revision,
                     mod_revision=kv.mod_revision,
                 )
@@ -225,7 +229,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
                     key=change.key[root:],
                     revision=change.revision,
                     deleted=kv is None,
-                    value=b"" if kv is None else kv.value if sees_all else _without_secrets(kv),
+                    value=b"" if kv is None else kv.value if sees_all else _without_secrets(kv.key, kv.value),
                     create_revision=0 if kv is None else kv.create_revision,
                 )
                 for change in found.changes
@@ -437,6 +441,20 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self._wait_for_first_list()
         return self._logs.sources(request)
 
+    @translated
+    def ReadArchive(  # noqa: N802
+        self,
+        request: pb.ReadArchiveRequest,
+        context: grpc.ServicerContext,
+    ) -> pb.ReadArchiveReply:
+        self._wait_for_first_list()
+        peer = grpc_tls.caller(context)
+        reply = self._logs.archive(request)
+        if peer is not None and peer.role not in _SEE_ALL:
+            for item in reply.items:
+                item.value = _without_secrets(item.key, item.value)
+        return reply
+
     # Stacks.
 
     @translated
@@ -583,14 +601,14 @@ def _who(said: str, context: grpc.ServicerContext) -> str:
 _SEE_ALL = frozenset({Role.OPERATOR, Role.COORDINATOR})
 
 
-def _without_secrets(kv: KeyValue) -> bytes:
+def _without_secrets(key: str, value: bytes) -> bytes:
     """A record as those may see it who only look: a job's environment often holds secrets."""
-    if not kv.key.endswith("/spec"):
-        return kv.value
+    if not key.endswith("/spec"):
+        return value
     try:
-        document = codec.loads(kv.value)
+        document = codec.loads(value)
         env = document.get("env", {})
-        return codec.dumps({**document, "env": dict.fromkeys(env, redact.HIDDEN)}) if env else kv.value
+        return codec.dumps({**document, "env": dict.fromkeys(env, redact.HIDDEN)}) if env else value
     except (DtrainError, AttributeError, TypeError):
         return b"{}"
 

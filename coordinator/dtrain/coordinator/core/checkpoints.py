@@ -607,9 +607,21 @@ def _estimated_step(draft: Draft, members: Sequence[Seat], rate: float) -> float
     """Step of the foremost rank by now: what it reported, and what it has done since."""
     return max(
         max((rank.step for rank in seat.ranks), default=0)
-        + rate * min(REPORT_AGE_S_MAX, max(0.0, draft.now - seat.seen_at))
+        + (0.0 if _is_held(draft, seat) else rate * min(REPORT_AGE_S_MAX, max(0.0, draft.now - seat.seen_at)))
         for seat in members
     )
+
+
+def _is_held(draft: Draft, seat: Seat) -> bool:
+    """Whether its ranks stand at a committed step, perhaps, whose outcome they have not heard.
+
+    What has been paused for an hour is not an hour ahead when it is let go.
+    """
+    if seat.snapshot is None:
+        return False
+    step = max((rank.step for rank in seat.ranks), default=0)
+    unheard = set(seat.snapshot.saving)
+    return any(c.value.seq in unheard and c.value.step == step for c in draft.commits())
 
 
 def _base_step(draft: Draft) -> int:

@@ -277,6 +277,7 @@ class Draft:
             Step(0) if newest is None else newest.step,
             any(one.value.final and one.value.attempt == self._attempt_before for one in self.commits()),
             self.lacks_machines,
+            self.stored is not None and self.stored.term == self.fleet.term,
         )
 
     @property

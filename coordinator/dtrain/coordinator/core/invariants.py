@@ -20,8 +20,9 @@ def check(job: JobView) -> list[str]:
     broken += _checkpoints(job, status)
     broken += _conditions(status)
     if status.ledger is not None:
-        over = status.phase in TERMINAL_PHASES
-        broken += [f"ledger: {text}" for text in faults(status.ledger, over=over)]
+        broken += [f"ledger: {text}" for text in faults(status.ledger)]
+        if (status.phase in TERMINAL_PHASES) != (not status.ledger.doing):
+            broken.append(f"{status.phase} and its time counts as {status.ledger.doing!r}")
     return broken
 
 

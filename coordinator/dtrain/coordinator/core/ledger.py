@@ -7,13 +7,13 @@ estimate: to within a report of the ranks' progress, and coarser where no leader
 Productive time is kept as a function of the step: ``marks`` has some of its points. An attempt that
 begins from step R takes back what was productive beyond it, whenever that was and whoever led.
 
-Clocks: the ledger's own time never goes back. A leader whose wall clock is behind it counts on from the
-ledger with its monotonic clock. So clocks that differ shift the ledger's time by their greatest
-difference, once; changing leaders does not add it up.
+Clocks: the ledger's own time never goes back. A leader whose wall clock is behind it, or was set while it
+led, counts on from the ledger with its monotonic clock. So clocks that differ shift the ledger's time by
+their greatest difference, once; changing leaders does not add it up.
 """
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dtrain.coordinator.core.stamps import parse_iso
 from dtrain.coordinator.core.views import Pace
@@ -43,6 +43,9 @@ from dtrain.protocol.snapshot import Failure, FailureKind
 MARKS_MAX = 12
 """Beyond that the second oldest goes: between two marks, steps count as equally long."""
 
+SET_MS = 60_000
+"""A wall clock that differs by more from the monotonic one was set, whatever delays a write may have had."""
+
 _NO_PACE = Pace()
 
 _MISSED = frozenset({FailureKind.AGENT_LOST, FailureKind.ISOLATED, FailureKind.UNREACHABLE})
@@ -67,6 +70,8 @@ class Turn:
     """The attempt's last checkpoint was committed before this write."""
     lacks_machines: bool = False
     """The next attempt waits for nothing but machines."""
+    own: bool = False
+    """The status that is replaced is of this very leader's term."""
 
 
 def advance(before: JobStatus | None, after: JobStatus, turn: Turn) -> Ledger | None:
@@ -74,7 +79,8 @@ def advance(before: JobStatus | None, after: JobStatus, turn: Turn) -> Ledger | 
     if before is not None and before.uid != after.uid:
         before = None
     if before is not None and before.phase in TERMINAL_PHASES:
-        return before.ledger
+        # A leader of a release without ledgers, which ended the job, has left it open.
+        return None if before.ledger is None else replace(before.ledger, doing="")
     book = _Book(before, turn)
     if before is not None and before.ledger is not None:
         if turn.pace.of != (before.uid, before.attempt):
@@ -98,6 +104,7 @@ class _Book:
         wall_ms = round(turn.wall * 1000)
         old = None if before is None else before.ledger
         if old is None:
+            # Of a job that an older release began nothing is known before now.
             submitted = parse_iso(turn.submitted_at) if before is None else None
             began_ms = wall_ms if submitted is None else min(wall_ms, round(submitted * 1000))
             old = Ledger(began_ms, began_ms)
@@ -107,9 +114,11 @@ class _Book:
         if before is None:
             self.until_ms = wall_ms
         else:
-            self.until_ms = max(wall_ms, old.until_ms + max(0, round((turn.now - turn.seen_at) * 1000)))
-            if before.ledger is None:
-                self.until_ms = old.until_ms
+            ahead_ms = wall_ms - old.until_ms
+            elapsed_ms = max(0, round((turn.now - turn.seen_at) * 1000))
+            # What this leader itself has written, it knows the age of: then its clock was set.
+            is_set = turn.own and abs(ahead_ms - elapsed_ms) > SET_MS
+            self.until_ms = old.until_ms + (elapsed_ms if ahead_ms < 0 or is_set else ahead_ms)
         self.passed_ms = self.until_ms - old.until_ms
         self.spent = dict(old.spent)
         self.saved_ms = old.saved_ms

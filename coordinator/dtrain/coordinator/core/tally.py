@@ -34,10 +34,11 @@ def attempt_begun(status: JobStatus) -> Tally:
     """Count the attempt after the one in ``status``."""
     failure = status.failure
     why = PLANNED
-    if status.attempt == 0:
-        why = FIRST
-    elif failure is not None and failure.attempt == status.attempt:
+    if failure is not None and failure.attempt == status.attempt:
         why = failure.kind.value
+    elif not status.tally.attempts:
+        # Not by its number: those of a name that is used again go on.
+        why = FIRST
     return replace(status.tally, attempts=_more(status.tally.attempts, why))
 
 

@@ -242,11 +242,18 @@ def split_endpoint(endpoint: str) -> tuple[bool, str, int]:
     return url.scheme == "https", url.hostname, url.port or 2379
 
 
+def certificate_ends(path: str) -> float | None:
+    """Return when the first certificate in a file ends, s since the epoch; None if none can be read."""
+    try:
+        return not_after(ssl.PEM_cert_to_DER_cert(_first_certificate(path)))
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def expiry_problem(cert_path: str, wall_s: float, *, warning_s: float = EXPIRY_WARNING_S) -> str:
     """Say so if the certificate in that file ends soon or has ended; "" if all is well."""
-    try:
-        ends_at = not_after(ssl.PEM_cert_to_DER_cert(_first_certificate(cert_path)))
-    except (OSError, ValueError, IndexError):
+    ends_at = certificate_ends(cert_path)
+    if ends_at is None:
         return ""
     left_s = ends_at - wall_s
     if left_s <= 0:
