@@ -36,9 +36,10 @@ def test_commands_of_a_page_do_what_it_says(page: Path, request: pytest.FixtureR
     try:
         for block in blocks:
             assert block.declared
-            names = places[block.declared.needs].names | dict(block.declared.substitutes)
+            here = places[block.declared.needs].names
             for first in block.declared.first:
-                run(typist, block, Command(first), names)
+                run(typist, block, Command(first), here)
+            names = here | dict(block.declared.substitutes)
             for command in block.commands():
                 run(typist, block, command, names)
     finally:

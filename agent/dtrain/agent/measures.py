@@ -70,6 +70,8 @@ class Measures:
         if over:
             for meter in (self._exits, self._steps, self._stall):
                 meter.drop(lambda labels: labels[0] in over)
+            for name in over:
+                self._gone_at.pop(name, None)
         found = dict(
             read(
                 (

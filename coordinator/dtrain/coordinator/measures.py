@@ -41,6 +41,9 @@ class Measures:
         self._leader = 0
         """Create-revision of the newest leader key seen."""
         self._fell_at: float | None = None
+        """When the leader's key was seen to go, and no other one has come yet."""
+        self._leaderless_since: float | None = None
+        """That of the leader there is now; None: it came without a fall that was seen here."""
         self._in_office = False
 
     def open_store(self, uri: str) -> BlobStore:
@@ -70,11 +73,12 @@ class Measures:
             if self._leader:
                 self._transitions.add()
             self._leader = kv.create_revision
+            self._leaderless_since, self._fell_at = self._fell_at, None
 
     def office(self, leads: bool) -> None:
         """This replica decides about jobs now, or not; said at every turn of its loop."""
-        if leads and not self._in_office and self._fell_at is not None:
-            self._takeovers.observe(self._clock.monotonic() - self._fell_at)
+        if leads and not self._in_office and self._leaderless_since is not None:
+            self._takeovers.observe(self._clock.monotonic() - self._leaderless_since)
         self._in_office = leads
 
     def command(self, kind: str, seconds: float, code: str) -> None:

@@ -444,7 +444,7 @@ class World:
 
     def lost_count(self) -> int:
         """Return how many agents vanished within the last hour without a word, and are not back."""
-        return len(self._lost_at.keys() - self._left - self._agents.keys())
+        return len(self._lost_at.keys() - self._left)
 
     def losses_settle_at(self, now: float) -> float:
         """Return when it will be seen whether more agents follow those that just vanished; 0.0: no need to.

@@ -71,6 +71,20 @@ def test_a_takeover_lasts_from_the_fall_that_was_seen_to_the_first_decision(
     assert of(measures, metrics.TRANSITIONS) == {(): 1.0}
 
 
+def test_a_takeover_whose_beginning_was_missed_is_not_timed_from_an_earlier_one(
+    measures: Measures, clock: Clock
+) -> None:
+    measures.leader_seen(leader(5))
+    measures.leader_seen(None)
+    measures.leader_seen(leader(9))
+    clock.now += 3600.0
+    # The copy was read anew: the former leader's key went unseen.
+    measures.leader_seen(leader(20))
+    measures.office(True)
+    assert count(of(measures, metrics.TAKEOVER_SECONDS)[()]) == 0
+    assert of(measures, metrics.TRANSITIONS) == {(): 2.0}
+
+
 def test_the_first_leader_and_a_rewritten_record_are_no_change(measures: Measures) -> None:
     measures.leader_seen(leader(5))
     measures.leader_seen(KeyValue(KEYS.leader, b"{}", 5, 8, 2))

@@ -8,7 +8,7 @@ import pytest
 from dtrain.coordinator.core.decisions import InspectCheckpoint
 from dtrain.coordinator.core.queue import Queue
 from dtrain.coordinator.core.views import FleetView, Inspection, Verdict
-from dtrain.coordinator.world import BRAKE_WINDOW_S, MIRROR_AGE_S_MAX, World
+from dtrain.coordinator.world import BRAKE_WINDOW_S, LOST_KEPT_S, MIRROR_AGE_S_MAX, World
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import CommitRecord, OpenRecord, Order, OrderKind, Verification
 from dtrain.protocol.cluster import Blame, Cordon, ReplicaRecord, Suspicion
@@ -135,6 +135,22 @@ def test_a_lost_agent_is_remembered_until_it_comes_back() -> None:
     etcd.put(KEYS.node(A1), node(life="i2"), now=9)
     assert not etcd.fleet(9).lost_at
     assert etcd.fleet(9).agents[A1].seen_at == 9
+
+
+def test_the_lost_are_those_that_went_without_a_word_and_are_not_back() -> None:
+    etcd = Etcd()
+    for name in ("a1", "a2", "a3"):
+        etcd.put(KEYS.node(AgentName(name)), node(AgentName(name)))
+    leaving = replace(node(AgentName("a3")), draining=Draining("SIGTERM"))
+    etcd.put(KEYS.node(AgentName("a3")), leaving)
+    assert etcd.world.lost_count() == 0
+    for name in ("a1", "a2", "a3"):
+        etcd.delete(KEYS.node(AgentName(name)), now=1.0)
+    assert etcd.world.lost_count() == 2
+    etcd.put(KEYS.node(A1), node(), now=2.0)
+    assert etcd.world.lost_count() == 1
+    etcd.world.tidy(LOST_KEPT_S + 10.0)
+    assert etcd.world.lost_count() == 0
 
 
 def test_of_a_lost_agent_it_is_remembered_whether_it_drained() -> None:
