@@ -95,8 +95,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "The machines that train are ordered to import beside their ranks.",
         f"{CORE}/spares.py",
         (
-            "    free = [name for name in placement.candidates(draft) if name not in taken]\n",
-            "    free = list(placement.candidates(draft))\n",
+            "        name for name in placement.candidates(draft) if name not in taken and not _was_released(draft, name)\n",
+            "        name for name in placement.candidates(draft) if not _was_released(draft, name)\n",
         ),
         f"{ON_COORDINATOR}/test_plan_spares.py::test_as_many_as_asked_for_are_warmed_once_the_job_trains",
     ),
@@ -111,7 +111,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "released-spare-comes-back",
         "A late order brings back a spare that was released.",
         f"{CORE}/spares.py",
-        ("    if stored is None and _was_released(draft, name):", "    if False:"),
+        ("    if _was_released(draft, name):\n        return", "    if False:\n        return"),
         f"{ON_COORDINATOR}/test_plan_spares.py::test_one_that_was_released_is_warmed_again_in_the_next_attempt_only",
     ),
     mutant(
