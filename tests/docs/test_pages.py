@@ -39,7 +39,7 @@ def test_commands_of_a_page_do_what_it_says(page: Path, request: pytest.FixtureR
             here = places[block.declared.needs].names
             for first in block.declared.first:
                 run(typist, block, Command(first), here)
-            names = here | dict(block.declared.substitutes)
+            names = dict(block.declared.substitutes) | here
             for command in block.commands():
                 run(typist, block, command, names)
     finally:

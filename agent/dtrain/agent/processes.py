@@ -101,7 +101,7 @@ class Transfers:
         self._post = post
         self._on_archived = on_archived
         self._on_use = on_use
-        self._client = TransferClient(self._take, arguments)
+        self._client = TransferClient(self._take, arguments, self._take_aside)
         self._lock = threading.Lock()
         self._running = False
 
@@ -114,16 +114,17 @@ class Transfers:
                 self._client.start()
         self._client.send(order)
 
-    def _take(self, report: TransferReport | Aside) -> None:
-        if isinstance(report, Archived):
-            self._on_archived(report)
-            return
-        if isinstance(report, StoreUse):
-            self._on_use(report)
-            return
+    def _take(self, report: TransferReport) -> None:
         if isinstance(report, TransferEnded):
             self._on_archived(None)
         self._post(TransferReported(report))
+
+    def _take_aside(self, report: Aside) -> None:
+        match report:
+            case Archived():
+                self._on_archived(report)
+            case StoreUse():
+                self._on_use(report)
 
     def ended(self) -> None:
         with self._lock:

@@ -9,7 +9,15 @@ from collections.abc import Callable, Sequence
 from typing import IO
 
 from dtrain.agent import lines
-from dtrain.agent.transferring import REPORTS, Aside, TransferEnded, TransferOrder, TransferReport
+from dtrain.agent.transferring import (
+    REPORTS,
+    Archived,
+    Aside,
+    StoreUse,
+    TransferEnded,
+    TransferOrder,
+    TransferReport,
+)
 from dtrain.protocol.errors import Refused
 from dtrain.runtime import log
 
@@ -21,15 +29,19 @@ _log = log.get("transfer.client")
 class TransferClient:
     """Starts the process, sends it orders, and hands its reports to ``on_report``.
 
-    ``on_report`` is called on a thread of the client's, one report at a time; the
-    last one of each process is ``TransferEnded``. After that, orders are dropped
-    until ``start`` is called again.
+    What is not the core's concern goes to ``on_aside`` instead. Both are called on a thread of
+    the client's, one report at a time; the last one of each process is ``TransferEnded``. After
+    that, orders are dropped until ``start`` is called again.
     """
 
     def __init__(
-        self, on_report: Callable[[TransferReport | Aside], None], arguments: Sequence[str] = ()
+        self,
+        on_report: Callable[[TransferReport], None],
+        arguments: Sequence[str] = (),
+        on_aside: Callable[[Aside], None] = lambda _: None,
     ) -> None:
         self._on_report = on_report
+        self._on_aside = on_aside
         self._arguments = arguments
         self._lock = threading.Lock()
         self._orders: queue.SimpleQueue[bytes | None] | None = None
@@ -113,7 +125,10 @@ class TransferClient:
             _log.error("transfer_report_unreadable", error=str(error))
             return
         try:
-            self._on_report(report)
+            if isinstance(report, Archived | StoreUse):
+                self._on_aside(report)
+            else:
+                self._on_report(report)
         except Exception:  # noqa: BLE001 - the thread must live on for the next report
             _log.exception("transfer_report_failed", report=type(report).__name__)
 

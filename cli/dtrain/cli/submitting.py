@@ -144,7 +144,7 @@ def watch(
 
     ``check`` is called every few seconds at least; what it raises ends the watch.
     """
-    changes = sentences.Changes()
+    changes = sentences.Turns()
 
     def changed(job: Job) -> None:
         for line in changes.lines(job):

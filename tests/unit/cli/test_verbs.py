@@ -418,7 +418,7 @@ def test_a_restart_is_told_with_its_cause_once() -> None:
 
     from dtrain.cli.render import sentences
 
-    changes = sentences.Changes()
+    changes = sentences.Turns()
     job = records.group(reading(*running_job(failure=failure()))).jobs["digits"]
     assert changes.lines(job) == [
         "digits  attempt 2 failed: rank 3 on a2, pid 4711: SIGKILL, out of memory",

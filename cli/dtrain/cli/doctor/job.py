@@ -1,5 +1,6 @@
 """Looks at a job file: that it is valid, that what it names is there, and whether the fleet can take it."""
 
+import ast
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def _program(spec: JobSpec) -> Verdict:
             "if those that train lack it too, no rank will start",
         )
     try:
-        compile(script.read_bytes(), str(script), "exec")
+        ast.parse(script.read_bytes(), str(script))
     except (SyntaxError, ValueError) as error:
         return fail(f"{script} is no Python: {error}", "correct it: every rank would end with this")
     return passed(f"{script} is there, and is Python")

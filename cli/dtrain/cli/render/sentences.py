@@ -12,7 +12,7 @@ def job_change(job: Job) -> str:
     return "  ".join([*parts, job.reason])
 
 
-class Changes:
+class Turns:
     """What to tell someone who follows a job: each change once, a failed attempt with its cause."""
 
     def __init__(self) -> None:

@@ -161,7 +161,7 @@ class _Show:
         from dtrain.cli import following, output
         from dtrain.cli.render import failures, sentences
 
-        changes = sentences.Changes()
+        changes = sentences.Turns()
 
         def changed(now: "Job") -> None:
             for line in changes.lines(now):
