@@ -157,6 +157,19 @@ class Calm:
         ranks = [rank for machine in self._cluster.machines.values() for rank in machine.ranks()]
         return any(rank.ending for rank in ranks if rank.launcher.job == name)
 
+    def _let_go(self, name: JobName, status: JobStatus) -> set[str]:
+        """Machines that have let go of the job in this attempt, and are no spares before the next one."""
+        holder = self._cluster.leader_name()
+        leader = None if holder is None else self._cluster.replicas[holder].coordinator
+        if leader is None:
+            return set()
+        view = leader.driver.world.job_view(name)
+        return {
+            agent
+            for agent, last in view.departed.items()
+            if (last.uid, last.attempt) == (status.uid, status.attempt) and agent not in view.workers
+        }
+
     def _job_unfinished(self, name: JobName, status: JobStatus) -> list[str]:
         cluster, spec, wrong = self._cluster, self._cluster.spec_now(name), list[str]()
         members = {member.agent for member in status.members}
@@ -174,8 +187,9 @@ class Calm:
             if launcher.job == name and not launcher.stray
         ]
         warm = {launcher.machine.name for launcher in launchers if launcher.ready} - members
-        if len(warm) < min(spec.spares, len(beside)) and not others_wait:
-            wrong.append(f"has {len(warm)} of {spec.spares} spares, and {', '.join(sorted(beside))} is free")
+        fit = beside - self._let_go(name, status)
+        if len(warm) < min(spec.spares, len(fit)) and not others_wait:
+            wrong.append(f"has {len(warm)} of {spec.spares} spares, and {', '.join(sorted(fit))} is free")
         if len(warm) > spec.spares + len(status.joining):
             wrong.append(f"has launchers on {', '.join(sorted(warm))}, and {spec.spares} spares")
         for launcher in launchers:

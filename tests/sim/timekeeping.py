@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from dtrain.protocol.job import JobPhase, JobStatus
-from dtrain.protocol.ledger import CHECKPOINT, DETECTION, HANG, PRODUCTIVE, WARM_UP
+from dtrain.protocol.ledger import CHECKPOINT, DETECTION, HANG, PAUSED, PRODUCTIVE, WARM_UP
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
@@ -77,7 +77,7 @@ class Timekeeper:
         now = self._cluster.scheduler.now
         # From its last step to its end a script may have work left: nobody else knows.
         tail_s = now - max((at for (of, _), (_, at) in self._at.items() if of == uid), default=now)
-        within = [CHECKPOINT, HANG, DETECTION, WARM_UP]
+        within = [CHECKPOINT, HANG, DETECTION, WARM_UP, PAUSED]
         aside_s = sum(spent.get(name, 0) for name in within) / 1000
         productive_s = spent.get(PRODUCTIVE, 0) / 1000
         slack_s = REPORT_S * attempts + (EQUAL + self._cluster.schedule.shape.clock_drift) * kept_s

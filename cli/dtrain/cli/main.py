@@ -42,6 +42,8 @@ MEANT = {
     "export": "checkpoints export",
     "pin": "checkpoints pin",
     "gc": "checkpoints gc",
+    "htop": "top",
+    "monitor": "top",
     "tail": "logs -f",
     "log": "logs",
 }

@@ -26,6 +26,8 @@ class JobRow:
     """As many steps as the training has, where its script says so."""
     eta_s: float | None = None
     """Until its last step, if steps go on to take what they took lately."""
+    step_s: float | None = None
+    """What a step took lately, while it runs."""
     goodput: float | None = None
     """Share of its time, without queue and pauses, in which steps were done that were kept."""
     ranks: int = 0

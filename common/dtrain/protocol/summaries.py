@@ -111,6 +111,7 @@ def job_row(
         step,
         total,
         eta_s(step, total, current) if phase is JobPhase.RUNNING else None,
+        step_s=step_s(current) if phase is JobPhase.RUNNING else None,
         goodput=goodput(status.ledger, now).ratio if status and status.ledger else None,
         ranks=sum(one.live for one in current),
         world_size=world_size(spec, intent, status),
@@ -178,15 +179,21 @@ def nodes(spec: JobSpec | None, intent: Intent | None) -> tuple[int, int]:
 
 
 def eta_s(step: int, total: int, parts: Iterable[Part]) -> float | None:
-    """Seconds to the last step; None: nobody knows how many there are, or how long one takes.
+    """Seconds to the last step; None: nobody knows how many there are, or how long one takes."""
+    took = step_s(parts)
+    if not total or took is None:
+        return None
+    return max(0, total - step) * took
+
+
+def step_s(parts: Iterable[Part]) -> float | None:
+    """Seconds that a step took lately; None: no rank says so.
 
     Each rank reports the median of its recent steps, which one slow step does not move;
     ranks keep step with each other, so that the median of them is not moved by one odd rank.
     """
     took = [seconds for one in parts for seconds in one.step_s]
-    if not total or not took:
-        return None
-    return max(0, total - step) * statistics.median(took)
+    return statistics.median(took) if took else None
 
 
 def reason(status: JobStatus | None, parts: Iterable[Part]) -> str:

@@ -51,7 +51,7 @@ def nothing_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_verbs_are_those_of_the_folder() -> None:
     assert set(verbs()) == {
-        *("doctor", "up", "run", "submit", "get", "describe", "watch", "logs", "stacks", "wait"),
+        *("doctor", "up", "run", "submit", "get", "describe", "watch", "top", "logs", "stacks", "wait"),
         *("checkpoint", "cancel"),
         *("checkpoints", "cordon", "uncordon", "drain"),
         *("suspend", "resume", "pause", "unpause"),

@@ -305,6 +305,8 @@ BUDGETS: dict[tuple[str, ...], set[str]] = {
     ("version", "--client"): set(),
     ("completion", "fish"): set(),
     ("submit", "--help"): set(),
+    ("top", "--once"): READS,
+    ("top", "--help"): set(),
 }
 _HEAVY = """
 import sys

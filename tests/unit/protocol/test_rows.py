@@ -72,7 +72,8 @@ def test_a_row_tells_the_step_that_all_have_completed_and_who_still_runs() -> No
 
 
 def test_the_time_left_follows_the_usual_rank_not_the_odd_one() -> None:
-    assert row(STATUS, SNAPSHOT).eta_s == (100 - 45) * 0.2
+    found = row(STATUS, SNAPSHOT)
+    assert (found.eta_s, found.step_s) == ((100 - 45) * 0.2, 0.2)
 
 
 def test_the_time_left_is_not_known_without_an_end_without_times_or_while_nothing_trains() -> None:
@@ -81,6 +82,7 @@ def test_the_time_left_is_not_known_without_an_end_without_times_or_while_nothin
     restarting = replace(STATUS, phase=JobPhase.RECOVERING)
     found = (row(STATUS, silent), row(STATUS, untimed), row(restarting, SNAPSHOT))
     assert [one.eta_s for one in found] == [None, None, None]
+    assert [one.step_s for one in found] == [0.2, None, None]
 
 
 def test_snapshots_of_other_attempts_and_submissions_do_not_count() -> None:
