@@ -15,7 +15,7 @@ from typing import Self
 
 import pyte
 
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 
 
 class Terminal:

@@ -395,7 +395,7 @@ def test_a_closed_window_ends_it(env: dict[str, str]) -> None:
     with Terminal(COMMAND, env=env) as terminal:
         terminal.shows("digits   RUNNING")
         terminal.hang_up()
-        assert terminal.process.wait(30) in (0, -signal.SIGHUP)
+        assert terminal.process.wait(60) in (0, -signal.SIGHUP)
 
 
 def test_no_colours_where_they_are_not_wanted(env: dict[str, str]) -> None:
@@ -451,7 +451,7 @@ def test_a_replica_of_the_former_release_is_enough(env: dict[str, str], replica:
 
 def test_a_thousand_jobs_are_drawn_within_a_frame() -> None:
     known = seen(jobs(1000))
-    begun = time.monotonic()
+    begun = time.process_time()
     for _ in range(5):
         drawn(Look(), known)
-    assert time.monotonic() - begun < 5.0
+    assert time.process_time() - begun < 5.0
