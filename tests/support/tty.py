@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import os
-import pty
 import select
 import signal
 import struct
@@ -11,11 +10,12 @@ import subprocess
 import termios
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Self
 
 import pyte
 
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 
 
 class Terminal:
@@ -26,18 +26,19 @@ class Terminal:
     ) -> None:
         self.screen = pyte.Screen(columns, lines)
         self._stream = pyte.ByteStream(self.screen)
-        self._master, self._slave = pty.openpty()
+        self._master, self._slave = os.openpty()
         self._resize(columns, lines)
         self.before = termios.tcgetattr(self._slave)
         self.written = b""
-        """Since ``forget``."""
+        """All that the command wrote, escape sequences and all."""
         self.process = subprocess.Popen(
             command,
             env={"TERM": "xterm-256color", **env},
             stdin=self._slave,
             stdout=self._slave,
             stderr=self._slave,
-            start_new_session=True,
+            # A group whose parent is in its session can be stopped, as by a shell.
+            process_group=0,
         )
 
     def __enter__(self) -> Self:
@@ -94,16 +95,29 @@ class Terminal:
         # The kernel tells only the foreground group of a controlling terminal.
         os.kill(self.process.pid, signal.SIGWINCH)
 
+    @property
+    def stopped(self) -> bool:
+        """The process stands still, as after Ctrl-Z."""
+        stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+        return stat.rpartition(")")[2].split()[0] == "T"
+
+    @property
+    def restored(self) -> bool:
+        """The terminal is as it was before the command."""
+        return termios.tcgetattr(self._slave) == self.before and self.written.rstrip().endswith(
+            b"\x1b[?1049l"
+        )
+
     def ended(self) -> int:
         """Wait for its end; the exit code. The terminal is as it was before."""
         self.until("the command ends", lambda: self.process.poll() is not None)
         self.draw()
-        assert termios.tcgetattr(self._slave) == self.before
-        assert self.written.rstrip().endswith(b"\x1b[?1049l"), self.written[-200:]
+        assert self.restored, self.written[-200:]
         return self.process.returncode
 
     def hang_up(self) -> None:
         """Close the window."""
+        os.close(self._slave)
         os.close(self._master)
 
     def _resize(self, columns: int, lines: int) -> None:

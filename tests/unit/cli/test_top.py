@@ -32,6 +32,8 @@ from dtrain.cli.top.screen import Keys
 from dtrain.cli.top.seen import Seen, moved
 from dtrain.cli.top.text import cells, cut
 from dtrain.cli.top.view import Look, Page, Sort, View
+from dtrain.protocol import errors
+from dtrain.protocol.errors import ErrorCode
 from dtrain.protocol.events import EventReason, EventType
 from dtrain.protocol.ids import Rank, Step
 from dtrain.protocol.phases import JobPhase
@@ -273,7 +275,7 @@ def env(address: str, replica: FakeReplica) -> dict[str, str]:
 
 def test_a_job_is_looked_at_on_a_terminal_of_80_by_24(env: dict[str, str], replica: FakeReplica) -> None:
     with Terminal(COMMAND, env=env) as terminal:
-        terminal.shows("digits   RUNNING   45", "Recent events", "RankSignaled: SIGKILL", "q quit")
+        terminal.shows("digits   RUNNING   45", "Recent events", "RankSignaled: SIGKILL", "s active")
         assert terminal.lines[0].startswith("dtrain top")
         assert terminal.screen.cursor.hidden
         row = next(place for place, line in enumerate(terminal.lines) if line.startswith("digits"))
@@ -310,7 +312,7 @@ def test_a_resized_terminal_is_drawn_anew_and_only_changes_are_written(env: dict
         terminal.resize(130, 40)
         terminal.until("the last line has moved down", lambda: "[jobs]" in terminal.lines[39])
         assert sum("[jobs]" in line for line in terminal.lines) == 1
-        terminal.shows("Enter open  / filter  s active")
+        terminal.shows("Enter  / filter  s active")
         terminal.written = b""
         clock = terminal.lines[0][-12:]
         terminal.until("a second has passed", lambda: terminal.lines[0][-12:] != clock)
@@ -359,24 +361,41 @@ def test_a_signal_leaves_the_terminal_as_it_was(env: dict[str, str], number: int
         assert "Traceback" not in terminal.text
 
 
-def test_ctrl_z_gives_the_terminal_back_and_fg_goes_on(env: dict[str, str]) -> None:
+def test_ctrl_z_gives_the_terminal_back_and_fg_takes_it_again(env: dict[str, str]) -> None:
     with Terminal(COMMAND, env=env) as terminal:
         terminal.shows("digits   RUNNING")
-        terminal.written = b""
         terminal.process.send_signal(signal.SIGTSTP)
-        terminal.until("the terminal is given back", lambda: b"\x1b[?1049l" in terminal.written)
-        # Its group is orphaned here, and the kernel stops no member of such a one: it goes on at once.
-        terminal.until("it goes on", lambda: terminal.written.rpartition(b"\x1b[?1049h")[2].count(b"digits"))
+        terminal.until("it is stopped", lambda: terminal.stopped)
+        terminal.draw(0.2)
+        assert terminal.restored
+        terminal.written = b""
+        terminal.process.send_signal(signal.SIGCONT)
+        terminal.until("all is drawn anew", lambda: b"digits   RUNNING" in terminal.written)
+        assert b"\x1b[?1049h" in terminal.written
+        assert not terminal.restored
         terminal.press("q")
         assert terminal.ended() == 0
+
+
+def test_what_makes_it_no_use_to_go_on_is_told_on_the_terminal_as_it_was(
+    env: dict[str, str], replica: FakeReplica
+) -> None:
+    with Terminal(COMMAND, env=env) as terminal:
+        terminal.shows("digits   RUNNING")
+        replica.refuse = lambda: errors.Refused(ErrorCode.NOT_PERMITTED, "you may not look any more")
+        terminal.until("it ends", lambda: terminal.process.poll() is not None)
+        terminal.draw(0.2)
+        assert terminal.process.returncode == exits.NOT_ALLOWED
+        assert "you may not look any more" in terminal.text
+        assert "Traceback" not in terminal.text
+        assert b"you may not" in terminal.written.rpartition(b"\x1b[?1049l")[2]
 
 
 def test_a_closed_window_ends_it(env: dict[str, str]) -> None:
     with Terminal(COMMAND, env=env) as terminal:
         terminal.shows("digits   RUNNING")
-        os.close(terminal._slave)
         terminal.hang_up()
-        assert terminal.process.wait(30) in (0, -signal.SIGHUP)
+        assert terminal.process.wait(60) in (0, -signal.SIGHUP)
 
 
 def test_no_colours_where_they_are_not_wanted(env: dict[str, str]) -> None:
@@ -432,7 +451,7 @@ def test_a_replica_of_the_former_release_is_enough(env: dict[str, str], replica:
 
 def test_a_thousand_jobs_are_drawn_within_a_frame() -> None:
     known = seen(jobs(1000))
-    begun = time.monotonic()
+    begun = time.process_time()
     for _ in range(5):
         drawn(Look(), known)
-    assert time.monotonic() - begun < 5.0
+    assert time.process_time() - begun < 5.0

@@ -200,7 +200,7 @@ def _keys(look: Look) -> Line:
     filtered = f"/ {look.filter!r}" if look.filter else "/ filter"
     sort = f"  s {look.sort}{' (r)' if look.backwards else ''}" if look.view is View.JOBS else ""
     # In order of what is missed most where the terminal is narrow.
-    return Line(f"{shown}  q quit  ? help  Enter open  {filtered}{sort}", "dim")
+    return Line(f"{shown}  q quit  ? help  Enter  {filtered}{sort}", "dim")
 
 
 # Lists ------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ ESCAPE_S = 0.05
 READ_BYTES = 1024
 
 _ENTER = "\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[2J"
-_LEAVE = "\x1b[0m\x1b[?7h\x1b[?25h\x1b[?1049l"
+# Below the picture first, for terminals that have no other screen to go back to.
+_LEAVE = "\x1b[0m\x1b[?7h\x1b[?25h\x1b[999;1H\r\n\x1b[?1049l"
 # Terminals that know it show what is between at once; others pass over it.
 _BEGIN, _END = "\x1b[?2026h", "\x1b[?2026l"
 _CODES = {"bold": "1", "dim": "2", "selected": "7", "red": "31", "green": "32", "yellow": "33"}
