@@ -144,23 +144,6 @@ def test_following_goes_on_through_the_loss_of_the_leader_byte_for_byte(
     assert path.read_text() in (expected, expected.replace(f"{member.agent}/1 | ", ""))
 
 
-def test_a_job_whose_name_was_used_again_can_still_be_read(harness: Harness, job: JobName) -> None:
-    first = harness.status(job)
-    harness.until("its record is archived", lambda: harness.client.archived_jobs(job)[0])
-    harness.submit(job, f"--stop-file {harness.stop_file(job)}", script="chatty.py", marks=False)
-    harness.until("the name has another uid", lambda: harness.status(job).uid != first.uid)
-    harness.await_end(job)
-    described = json.loads(dtrain(harness, "describe", "job", job, "--uid", first.uid, "-o", "json").stdout)
-    assert (described["status"]["uid"], described["status"]["phase"]) == (first.uid, "SUCCEEDED")
-    kinds = "JobSucceeded,AttemptStarted"
-    events = dtrain(harness, "get", "events", job, "--uid", first.uid, "--type", kinds)
-    assert events.stdout.count("AttemptStarted") >= 2
-    assert events.stdout.count("JobSucceeded") == 1
-    shown = logs(harness, job, "--uid", first.uid, "--rank", "1", "--stdout", "--tail", "1").stdout
-    assert shown.startswith(f"attempt {first.attempt} rank 1 step ")
-    assert first.uid in dtrain(harness, "archive", job).stdout
-
-
 def test_logs_are_in_the_store_whole_once_the_job_is_over(harness: Harness, job: JobName) -> None:
     status = harness.status(job)
     harness.until(
@@ -183,6 +166,23 @@ def test_logs_are_in_the_store_whole_once_the_job_is_over(harness: Harness, job:
     for daemon in list(harness.cluster.agents):
         harness.cluster.start_daemon(daemon)
     harness.await_ready()
+
+
+def test_a_job_whose_name_was_used_again_can_still_be_read(harness: Harness, job: JobName) -> None:
+    first = harness.status(job)
+    harness.until("its record is archived", lambda: harness.client.archived_jobs(job)[0])
+    harness.submit(job, f"--stop-file {harness.stop_file(job)}", script="chatty.py", marks=False)
+    harness.until("the name has another uid", lambda: harness.status(job).uid != first.uid)
+    harness.await_end(job)
+    described = json.loads(dtrain(harness, "describe", "job", job, "--uid", first.uid, "-o", "json").stdout)
+    assert (described["status"]["uid"], described["status"]["phase"]) == (first.uid, "SUCCEEDED")
+    kinds = "JobSucceeded,AttemptStarted"
+    events = dtrain(harness, "get", "events", job, "--uid", first.uid, "--type", kinds)
+    assert events.stdout.count("AttemptStarted") >= 2
+    assert events.stdout.count("JobSucceeded") == 1
+    shown = logs(harness, job, "--uid", first.uid, "--rank", "1", "--stdout", "--tail", "1").stdout
+    assert shown.startswith(f"attempt {first.attempt} rank 1 step ")
+    assert first.uid in dtrain(harness, "archive", job).stdout
 
 
 def _archived(harness: Harness, job: JobName) -> str:
