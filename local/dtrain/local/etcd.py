@@ -25,10 +25,10 @@ from dtrain.protocol.errors import DtrainError, ErrorCode, Refused, Unavailable
 from dtrain.storage.etcd.endpoints import Tls
 from dtrain.storage.etcd.port import Delete, Txn
 from dtrain.storage.etcd.transport import GatewayEtcd
+from dtrain.storage.etcd.versions import FLOOR
 
 Version = tuple[int, ...]
 
-FLOOR: Version = (3, 5, 13)
 """Older ones may lose or mix up data when members are killed, which is our daily business."""
 
 BINARY_VARIABLE = "DTRAIN_ETCD_BIN"

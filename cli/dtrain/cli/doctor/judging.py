@@ -7,14 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from dtrain.cli.doctor.findings import Verdict, fail, passed, skipped, warn
 from dtrain.cli.durations import show_bytes, show_s
+from dtrain.storage.etcd.versions import FLOOR, SAFE_WITH_USERS
 
 Version = tuple[int, int, int]
-
-ETCD_FLOOR: Version = (3, 5, 13)
-"""Older ones lose data by faults of their own."""
-
-ETCD_SECURE: Mapping[tuple[int, int], int] = {(3, 5): 33, (3, 6): 14, (3, 7): 1}
-"""By minor release, the patch that closes the known ways around its users' permissions."""
 
 QUOTA_WARN, QUOTA_FAIL = 0.5, 0.8
 UNCOMPACTED_MAX = 1_000_000
@@ -44,11 +39,11 @@ def etcd_version(text: str, *, for_test: bool, users: bool) -> Verdict:
     version = version_of(text)
     if version is None:
         return skipped(f"it does not say which release it is ({text or 'nothing'})")
-    if version < ETCD_FLOOR:
+    if version < FLOOR:
         fix = "upgrade etcd to 3.5.13 or newer, one member at a time: docs/etcd.md"
         said = f"{text} can lose what it has confirmed"
         return warn(f"{said}; this is a test cluster", fix) if for_test else fail(said, fix)
-    floor = ETCD_SECURE.get(version[:2])
+    floor = SAFE_WITH_USERS.get(version[:2])
     if users and floor is not None and version[2] < floor:
         return warn(
             f"{text} has known ways around the permissions of its users",

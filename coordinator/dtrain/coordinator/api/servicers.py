@@ -462,12 +462,9 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self, request: pb.JobStacksRequest, context: grpc.ServicerContext
     ) -> pb.JobStacksReply:
         self._wait_for_first_list()
-        job = JobName(parse_name(request.job, "job"))
-        spec = self._record(self._keys.spec(job), JobSpec)
-        if spec is None:
-            raise NotFound(ErrorCode.NOT_FOUND, f"there is no job {job}", fix="list jobs: dtrain get jobs")
-        status = self._record(self._keys.status(job), JobStatus)
-        if status is None or status.uid != spec.uid or not status.members:
+        spec, status = self._job(request.job)
+        job = spec.name
+        if status is None or not status.members:
             raise NotFound(ErrorCode.NOT_FOUND, f"no rank of job {job} runs now")
         asked = agent_pb.StacksRequest(job=job, uid=spec.uid)
         calls, problems = [], []
@@ -500,16 +497,21 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self, request: pb.JobSeriesRequest, context: grpc.ServicerContext
     ) -> pb.JobSeriesReply:
         self._wait_for_first_list()
-        job = JobName(parse_name(request.job, "job"))
-        spec = self._record(self._keys.spec(job), JobSpec)
-        if spec is None:
-            raise NotFound(ErrorCode.NOT_FOUND, f"there is no job {job}", fix="list jobs: dtrain get jobs")
-        status = self._record(self._keys.status(job), JobStatus)
-        if status is None or status.uid != spec.uid or not status.attempt:
+        spec, status = self._job(request.job)
+        if status is None or not status.attempt:
             return pb.JobSeriesReply()
         return self._curves.read(spec, status, request.points_max, context)
 
     # Leaves.
+
+    def _job(self, name: str) -> tuple[JobSpec, JobStatus | None]:
+        """A job as this replica's mirror has it; None: no leader has looked at this submission yet."""
+        job = JobName(parse_name(name, "job"))
+        spec = self._record(self._keys.spec(job), JobSpec)
+        if spec is None:
+            raise NotFound(ErrorCode.NOT_FOUND, f"there is no job {job}", fix="list jobs: dtrain get jobs")
+        status = self._record(self._keys.status(job), JobStatus)
+        return spec, status if status is not None and status.uid == spec.uid else None
 
     def _addresses(self) -> dict[AgentName, str]:
         found = {}

@@ -8,7 +8,10 @@ from typing import Any
 from dtrain.protocol.errors import DtrainError
 from dtrain.storage.etcd.port import Etcd
 
-_SAFE_WITH_USERS = {(3, 5): 33, (3, 6): 14, (3, 7): 1}
+FLOOR = (3, 5, 13)
+"""Older ones can lose what they have confirmed: good for trying things out."""
+
+SAFE_WITH_USERS = {(3, 5): 33, (3, 6): 14, (3, 7): 1}
 """The first patch of each line without the known holes in users and roles."""
 
 _ASK_AGAIN_S = 5.0
@@ -32,7 +35,7 @@ def version_warnings(version: str, auth: bool) -> tuple[str, ...]:
             f"etcd {version} may lose or mix up data when a member is killed, and forget to end leases:"
             " use 3.5.33 or newer"
         )
-    safe_patch = _SAFE_WITH_USERS.get(line)
+    safe_patch = SAFE_WITH_USERS.get(line)
     if auth and (line < (3, 5) or (safe_patch is not None and patch < safe_patch)):
         warnings.append(
             f"etcd {version} does not hold users to their roles (CVE-2026-33413: leases without a login,"
