@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from dtrain.coordinator.api import asking
 from dtrain.coordinator.api.archived import Archived, ArchivedLogs
 from dtrain.coordinator.api.past import Past, PastJobs
 from dtrain.coordinator.dispatch import Channels
@@ -226,7 +227,7 @@ class LogDesk:
             stub = agent_pb2_grpc.AgentStub(self._channels.get(agent, address))  # type: ignore[no-untyped-call]
             calls.append((agent, stub.ReadLog.future(asked, timeout=deadline_s)))
         # A client that hangs up must not leave a waiting call behind at the agent.
-        context.add_callback(lambda: _cancel(calls))
+        context.add_callback(lambda: asking.cancel(calls))
         problems: list[tuple[AgentName, grpc.RpcError]] = []
         for agent, call in calls:
             try:
@@ -327,8 +328,3 @@ def _archived(found: Archived, attempt: int, rank: int, why: DtrainError, over: 
 def _both(error: DtrainError, problem: str) -> DtrainError:
     """The error of the machines with what the archive had to say."""
     return type(error)(error.code, f"{error.message}; {problem}", fix=error.fix)
-
-
-def _cancel(calls: list[tuple[AgentName, Any]]) -> None:
-    for _, call in calls:
-        call.cancel()

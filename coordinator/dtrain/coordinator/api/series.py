@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 
+from dtrain.coordinator.api import asking
 from dtrain.coordinator.api.archived import ArchivedLogs
 from dtrain.coordinator.dispatch import Channels
 from dtrain.protocol import curves
@@ -69,7 +70,7 @@ class Curves:
         for agent in self._whom(spec, status, nodes):
             stub = agent_pb2_grpc.AgentStub(self._channels.get(agent, nodes[agent]))  # type: ignore[no-untyped-call]
             calls.append((agent, stub.Series.future(asked, timeout=DEADLINE_S)))
-        context.add_callback(lambda: _cancel(calls))
+        context.add_callback(lambda: asking.cancel(calls))
         best: dict[tuple[int, str], tuple[AgentName, agent_pb.SeriesReply.Curve]] = {}
         problems = []
         for agent, call in calls:
@@ -168,11 +169,6 @@ def _from_archived(curve: Curve, points_max: int) -> pb.JobSeriesReply.Curve:
         step=[step for _, step, _ in points],
         value=[value for _, _, value in points],
     )
-
-
-def _cancel(calls: Sequence[tuple[AgentName, Any]]) -> None:
-    for _, call in calls:
-        call.cancel()
 
 
 def _problem(agent: AgentName, error: grpc.RpcError) -> str:

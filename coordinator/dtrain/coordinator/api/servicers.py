@@ -6,10 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grpc
 
+from dtrain.coordinator.api import asking
 from dtrain.coordinator.api.checkpoints import CheckpointDesk
 from dtrain.coordinator.api.cordons import Cordons
 from dtrain.coordinator.api.errors import translated
@@ -477,7 +478,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             calls.append((member.agent, stub.Stacks.future(asked, timeout=STACKS_DEADLINE_S)))
         if (left := len(status.members) - AGENTS_ASKED_MAX) > 0:
             problems.append(f"{left} more agents were not asked")
-        context.add_callback(lambda: _cancel(calls))
+        context.add_callback(lambda: asking.cancel(calls))
         found = []
         room = STACKS_BYTES_MAX // max(1, status.world_size)
         for agent, call in calls:
@@ -635,8 +636,3 @@ def _rank_stacks(
     return pb.JobStacksReply.RankStacks(
         rank=one.rank, agent=agent, kind=one.kind, where=one.where, text=one.text[:room]
     )
-
-
-def _cancel(calls: list[tuple[AgentName, Any]]) -> None:
-    for _, call in calls:
-        call.cancel()

@@ -196,7 +196,6 @@ _STATUSES: dict[grpc.StatusCode, tuple[type[DtrainError], ErrorCode]] = {
     grpc.StatusCode.NOT_FOUND: (NotFound, ErrorCode.NOT_FOUND),
     grpc.StatusCode.INVALID_ARGUMENT: (Refused, ErrorCode.USAGE),
     grpc.StatusCode.PERMISSION_DENIED: (Refused, ErrorCode.NOT_PERMITTED),
-    grpc.StatusCode.UNIMPLEMENTED: (Refused, ErrorCode.USAGE),
 }
 
 
