@@ -85,17 +85,24 @@ class PackageCollector:
     def collect(self, cluster: ClusterName, store: BlobStore) -> int:
         """Delete what is garbage in ``store``, unless that was looked for a moment ago; return how much.
 
+        While another thread is at it nothing is done: there is a next time, and a store that hangs
+        must not hold the sweeps of all others.
+
         Raises:
             Unavailable, OutcomeUnknown, Refused: of etcd or the store; nothing is half done that
                 the next look does not end.
         """
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            return 0
+        try:
             now = self._clock.monotonic()
             before = self._looked_at.get(store.uri)
             if before is not None and now < before + EVERY_S:
                 return 0
             self._looked_at[store.uri] = now
             return self._collect(cluster, store, now)
+        finally:
+            self._lock.release()
 
     def _collect(self, cluster: ClusterName, store: BlobStore, now: float) -> int:
         prefix, keys = packages_prefix(cluster), Keys(cluster)

@@ -343,6 +343,29 @@ def test_what_passed_while_nobody_led_is_found_by_the_steps() -> None:
     assert spent(stage) == START | {"productive": 3601.0}
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_failure_while_nobody_led_is_detection_from_when_its_agent_saw_it(apart: bool) -> None:
+    stage = training(every_steps=10)
+    steps(stage.after(1), 1)
+    steps(stage.after(7), 8)
+    target = stage.opened.step
+    steps(stage.after(target - 8), target)
+    stage.checkpoint()
+    failed_at = EPOCH + stage.now + 4
+    stage.change_leader()
+    stage.after(604)
+    # The step is seen with the failure, or a write before it.
+    stage.everyone(WorkerPhase.TRAINING, pace(target + 4))  # type: ignore[arg-type]
+    if apart:
+        write(stage)
+    stage.fail("b", at=failed_at)
+    stage.decide()
+    found = spent(stage)
+    assert found["productive"] == pytest.approx(target, abs=0.01)
+    assert found["lost_work"] == pytest.approx(4.0, abs=0.01)
+    assert found["restart.detection"] == pytest.approx(600.0, abs=0.01)
+
+
 @pytest.mark.parametrize("ahead_s", [-3600.0, -5.0, 5.0, 3600.0])
 def test_a_leader_whose_clock_differs_makes_no_time_negative(ahead_s: float) -> None:
     stage = training(store="")

@@ -1,5 +1,6 @@
 """Packages: no job is accepted without its own, and none that a job names is ever deleted."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -297,6 +298,24 @@ def test_two_collectors_at_once_hurt_nobody(site: Site) -> None:
     assert site.key(surplus) not in site.stored
     site.collect()
     assert site.record == {}
+
+
+def test_a_store_that_hangs_does_not_hold_the_sweeps_of_others(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.put(1)
+    other = MemoryBlobs("other")
+    meanwhile: list[int] = []
+
+    def hangs(prefix: str) -> list[str]:
+        thread = threading.Thread(target=lambda: meanwhile.append(site.collector.collect(CLUSTER, other)))
+        thread.start()
+        thread.join(10)
+        return []
+
+    monkeypatch.setattr(site.store, "list_unfinished", hangs)
+    site.collect()
+    assert meanwhile == [0]
 
 
 def test_a_record_that_cannot_be_read_stops_it(site: Site) -> None:

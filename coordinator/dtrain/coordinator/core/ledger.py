@@ -205,18 +205,36 @@ class _Book:
         if failure.kind is FailureKind.HANG:
             return HANG, since_ms
         if failure.kind not in _MISSED:
-            return DETECTION, min(since_ms, self._noticed(failure))
+            age_ms = self._age(failure)
+            if age_ms > since_ms:
+                since_ms += self._seen_late(age_ms - since_ms)
+            return DETECTION, min(since_ms, age_ms)
         # Nobody saw it happen; ranks were at work on one more step at most.
         step_ms = self.pace.step_ms or (self.newest.ms - self._at(Step(begins_at))) / (
             self.newest.step - begins_at
         )
         return DETECTION, max(0, since_ms - round(step_ms))
 
+    def _seen_late(self, most_ms: int) -> int:
+        """Date the newest step back, as it was completed before a failure that is older; return by how much.
+
+        So it is when nobody led while the attempt failed: who came back saw the step and the failure at once.
+        """
+        way = next((mark for mark in reversed(self.ways) if mark.step < self.newest.step), Mark(Step(0), 0))
+        step_ms = self.pace.step_ms or way.ms / max(1, way.step)
+        # The clock of the machine that failed may be wrong: steps took what steps take.
+        least_ms = max(self.saved_ms, way.ms + round((self.newest.step - way.step) * step_ms))
+        late_ms = max(0, min(most_ms, self.newest.ms - least_ms))
+        self.newest = Mark(self.newest.step, self.newest.ms - late_ms)
+        return late_ms
+
     def _noticed(self, failure: Failure | None) -> int:
-        """How long ago an agent saw the failure, by its clock and ours; at most since the last write."""
-        if failure is None or not failure.at:
-            return 0
-        return max(0, min(self.passed_ms, round((self.turn.wall - failure.at) * 1000)))
+        """How long ago an agent saw the failure; at most since the last write."""
+        return 0 if failure is None else min(self.passed_ms, self._age(failure))
+
+    def _age(self, failure: Failure) -> int:
+        """How long ago an agent saw the failure, by its clock and ours; 0: no agent did."""
+        return max(0, round((self.turn.wall - failure.at) * 1000)) if failure.at else 0
 
     def _ago(self, at: float | None, unknown_ms: int) -> int:
         if at is None:
