@@ -21,6 +21,7 @@ from dtrain.protocol.moving import Share
 from dtrain.protocol.rows import AgentRow, JobRow, Movement
 from dtrain.protocol.snapshot import NodeRecord
 from dtrain.protocol.standing import agent_status, reported_step, sentences
+from dtrain.protocol.wording import some
 
 RANKS_NAMED = 4
 QUEUE_AGING_S = 600.0
@@ -228,9 +229,7 @@ def _of_steps(status: JobStatus | None, parts: Sequence[Part]) -> list[str]:
 
 
 def _names(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:RANKS_NAMED]))
-    more = f" and {len(ranks) - RANKS_NAMED} more" if len(ranks) > RANKS_NAMED else ""
-    return f"rank{'' if len(ranks) == 1 else 's'} {shown}{more}"
+    return f"rank{'' if len(ranks) == 1 else 's'} {some(ranks, RANKS_NAMED)}"
 
 
 def _why(node: NodeRecord | None, cordon: Cordon | None) -> str:
