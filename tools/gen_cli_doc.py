@@ -19,10 +19,11 @@ agents may be cut to what is unique, and jobs may be called `job/NAME`. Duration
 as `500ms`, `90s`, `10m`, `1h30m`. What cannot be undone asks first, and wants `--yes` where nobody can
 be asked.
 
-Colours appear on terminals only, and not with `NO_COLOR`. Progress of long work is one line in place on
-a terminal, a plain line every few seconds elsewhere. An error is one sentence with a code, its cause
-and what to do ([troubleshooting.md](troubleshooting.md)); with `-o json` it is one JSON object.
-`--debug` adds the traceback, which is never shown without.
+Colours appear on terminals only, and not with `NO_COLOR=1` or `TERM=dumb`; `FORCE_COLOR=1` keeps them in
+pipes and files. Progress of long work is one line in place on a terminal, a plain line every few seconds
+elsewhere. An error is one sentence with a code, its cause and what to do
+([troubleshooting.md](troubleshooting.md)); with `-o json` it is one JSON object. `--debug` adds the
+traceback, which is never shown without.
 """
 
 CLUSTER = """## Which cluster

@@ -11,7 +11,6 @@ import grpc
 import pytest
 
 from dtrain.cli.client import Client, closing
-from dtrain.coordinator.api.errors import ERROR_KEY
 from dtrain.coordinator.core.decisions import Directed
 from dtrain.coordinator.dispatch import REFUSED, Channels, Dispatcher
 from dtrain.protocol import codec
@@ -20,6 +19,7 @@ from dtrain.protocol.ids import AgentName, JobName
 from dtrain.protocol.job import Intent
 from dtrain.protocol.pb import agent_pb2, coordinator_pb2
 from dtrain.runtime import grpc_tls
+from dtrain.runtime.grpc_errors import ERROR_KEY
 from dtrain.runtime.tls import Role, parse_peer
 from tests.security.services import KEYS, SPEC, STOP, Machine, Replica
 from tests.support.certificates import Authority, authority

@@ -5,7 +5,6 @@ off is passed over for the next, within the call's own deadline. The servers'
 errors come back as members of the error tree.
 """
 
-import json
 import random
 import threading
 import time
@@ -14,15 +13,14 @@ from typing import Any, TypeVar
 
 import grpc
 
-from dtrain.protocol import errors
-from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, TimedOut, Unavailable
+from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Unavailable
 from dtrain.protocol.pb.coordinator_pb2_grpc import CoordinatorStub
 from dtrain.runtime import grpc_tls
+from dtrain.runtime.grpc_errors import error_of
 from dtrain.runtime.tls import TlsFiles
 
 T = TypeVar("T")
 
-ERROR_KEY = "dtrain-error-bin"
 TRY_S_MAX = 3.0
 """One replica gets this long to answer before the next is asked: it may be frozen."""
 
@@ -112,7 +110,7 @@ class Caller:
             try:
                 return call(self._stubs[current], max(0.2, min(left_s, TRY_S_MAX)))
             except grpc.RpcError as error:
-                problem = translate(error, address)
+                problem = error_of(error, address)
             except Unavailable as error:
                 problem = error
             except ValueError as error:
@@ -188,75 +186,3 @@ def _fix(cause: str, secured: bool) -> str:
     if not secured and ("socket closed" in told or "reset" in told or "handshake" in told):
         return f"{fix}; if they use TLS, give --tls-cert, --tls-key and --tls-cacert"
     return fix
-
-
-def translate(error: grpc.RpcError, address: str) -> DtrainError:
-    """Return the error that a server's status stands for."""
-    status = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
-    details = (error.details() if isinstance(error, grpc.Call) else "") or str(error)
-    if isinstance(error, grpc.Call):
-        for key, value in error.trailing_metadata() or ():
-            if key == ERROR_KEY:
-                return _told(value if isinstance(value, bytes) else value.encode(), details)
-    if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
-        return Unavailable(
-            ErrorCode.COORDINATOR_UNAVAILABLE, f"the coordinator at {address} does not answer", cause=details
-        )
-    if status is grpc.StatusCode.RESOURCE_EXHAUSTED and "concurrent" in details.lower():
-        # Too many calls for this replica, which has not looked at ours; another one may have room.
-        return Unavailable(
-            ErrorCode.COORDINATOR_UNAVAILABLE, f"the coordinator at {address} is busy", cause=details
-        )
-    if status is grpc.StatusCode.UNIMPLEMENTED:
-        return errors.Refused(
-            ErrorCode.OLDER_RELEASE,
-            f"the coordinator at {address} is of a release that does not know how to do this",
-            cause=details,
-            fix="upgrade the coordinators first, one by one: docs/compatibility.md",
-        )
-    kind, code = _BY_STATUS.get(status, (errors.InvariantBroken, ErrorCode.BUG))
-    return kind(code, f"the coordinator at {address} answered {status.name}: {details}")
-
-
-_BY_STATUS: dict[grpc.StatusCode, tuple[type[DtrainError], ErrorCode]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: (errors.Refused, ErrorCode.USAGE),
-    grpc.StatusCode.NOT_FOUND: (errors.NotFound, ErrorCode.NOT_FOUND),
-    grpc.StatusCode.ALREADY_EXISTS: (errors.Conflict, ErrorCode.ALREADY_EXISTS),
-    grpc.StatusCode.FAILED_PRECONDITION: (errors.Conflict, ErrorCode.CONFLICT),
-    grpc.StatusCode.ABORTED: (errors.Conflict, ErrorCode.CONFLICT),
-    grpc.StatusCode.RESOURCE_EXHAUSTED: (errors.Refused, ErrorCode.USAGE),
-    grpc.StatusCode.UNAUTHENTICATED: (errors.Refused, ErrorCode.ETCD_AUTH),
-    grpc.StatusCode.PERMISSION_DENIED: (errors.Refused, ErrorCode.NOT_PERMITTED),
-}
-
-_KINDS: dict[str, type[DtrainError]] = {
-    kind.__name__: kind
-    for kind in (
-        errors.Refused,
-        errors.NotFound,
-        errors.Conflict,
-        errors.Unavailable,
-        errors.OutcomeUnknown,
-        errors.LeadershipLost,
-        TimedOut,
-        errors.InvariantBroken,
-    )
-}
-
-
-def _told(value: bytes, details: str) -> DtrainError:
-    try:
-        told = json.loads(value)
-        kind = _KINDS.get(told.get("kind", ""), DtrainError)
-        code = ErrorCode(told.get("code", ""))
-    except (ValueError, AttributeError):
-        # A newer server may know codes that this client does not.
-        return DtrainError(ErrorCode.BUG, details)
-    # A replica that has just lost its leadership can still be asked again.
-    kind = Unavailable if kind is errors.LeadershipLost else kind
-    return kind(
-        code,
-        str(told.get("message") or details),
-        cause=str(told.get("cause", "")),
-        fix=str(told.get("fix", "")),
-    )

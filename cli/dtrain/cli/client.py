@@ -30,10 +30,11 @@ from dtrain.cli.answers import (
     Rows,
     Submitted,
 )
-from dtrain.cli.calling import Caller, translate
+from dtrain.cli.calling import Caller
 from dtrain.protocol import codec
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused, Unavailable
 from dtrain.protocol.pb import coordinator_pb2 as pb
+from dtrain.runtime.grpc_errors import error_of
 
 if TYPE_CHECKING:
     from dtrain.protocol.cluster import Cordon
@@ -451,7 +452,7 @@ class Client(Caller):
             try:
                 found[address] = self._info(stub, address, timeout_s)
             except grpc.RpcError as error:
-                found[address] = translate(error, address)
+                found[address] = error_of(error, address)
         return found
 
     def _info(self, stub: Any, address: str, timeout_s: float) -> ReplicaInfo:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from dtrain.cli import terminal
 from dtrain.cli.globals import Settings
 from dtrain.cli.options import connected, formatted
 
@@ -119,7 +120,14 @@ def run(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code; every error is written to stderr."""
     settings = Settings()
     try:
-        result: Any = cli.main(args=list(argv), prog_name="dtrain", standalone_mode=False, obj=settings)
+        result: Any = cli.main(
+            args=list(argv),
+            prog_name="dtrain",
+            standalone_mode=False,
+            obj=settings,
+            # click takes colours out of what goes into a pipe.
+            color=True if terminal.colours_forced() else None,
+        )
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 1
     except BaseException as error:  # noqa: BLE001 - the last place that can say what happened

@@ -1,6 +1,7 @@
 """Writes results: data to stdout, talk to stderr, colour only on a terminal."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,10 @@ import click
 from dtrain.cli import terminal
 from dtrain.cli.render import lists
 from dtrain.cli.render.table import Table
+from dtrain.protocol.phases import JobPhase
+
+_PHASE = re.compile(rf"(?<= )(?:{'|'.join(lists.PHASE_COLOURS)})(?= |$)")
+"""The first of a line is its phase: what a reason says of other jobs comes after it."""
 
 
 def width() -> int:
@@ -64,20 +69,15 @@ def listing(
 
 
 def coloured(lines: Sequence[str]) -> list[str]:
-    """Lines as they may be printed, with phases coloured where stdout is a terminal."""
-    import os
-
+    """Lines as they may be printed, with phases coloured where stdout wants that."""
     lines = [terminal.text(line) for line in lines]
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+    if not terminal.colours(sys.stdout):
         return lines
-    return [_paint(line) for line in lines]
+    return [_PHASE.sub(_paint, line, count=1) for line in lines]
 
 
-def _paint(line: str) -> str:
-    for phase, colour in lists.PHASE_COLOURS.items():
-        if f" {phase} " in line:
-            return line.replace(f" {phase} ", f" {click.style(phase, fg=colour)} ", 1)
-    return line
+def _paint(found: re.Match[str]) -> str:
+    return click.style(found[0], fg=lists.PHASE_COLOURS[JobPhase(found[0])])
 
 
 def log(line: bytes, *, err: bool = False) -> None:

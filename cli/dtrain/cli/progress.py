@@ -7,6 +7,7 @@ from types import TracebackType
 
 import click
 
+from dtrain.cli import terminal
 from dtrain.cli.durations import show_bytes, show_s
 
 IN_PLACE_S = 0.2
@@ -19,7 +20,7 @@ class Progress:
     def __init__(self, what: str, *, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._what = what
         self._monotonic = monotonic
-        self._in_place = sys.stderr.isatty()
+        self._in_place = terminal.moves(sys.stderr)
         self._begun = monotonic()
         # Nothing at all for work that is over in a moment.
         self._told_at = self._begun

@@ -10,12 +10,12 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dtrain.cli import checkpointing, listing, output, records, watching
+from dtrain.cli import checkpointing, listing, output, records, terminal, watching
 from dtrain.cli.answers import Reading
 from dtrain.cli.client import Client
 from dtrain.cli.records import Cluster, Job
@@ -29,12 +29,18 @@ from dtrain.protocol.errors import DtrainError, OutcomeUnknown, Unavailable
 from dtrain.protocol.events import EventRecord
 from dtrain.protocol.rows import AgentRow, JobRow
 
+if TYPE_CHECKING:
+    from rich.live import Live
+
 T = TypeVar("T")
 R = TypeVar("R", JobRow, AgentRow)
 Json = dict[str, Any]
 
 REDRAW_S = 1.0
 """Steps and ages on a terminal are looked at this often."""
+
+_FLEETING = {"STEP", "PROGRESS", "ETA", "GOODPUT", "AGE", "SINCE", "MIRROR-AGE"}
+"""Columns that change all the time."""
 
 
 def piped(wanted: str) -> bool:
@@ -129,18 +135,39 @@ def events(
 
 
 class _Screen:
-    """A table in place, until the verb ends."""
+    """A table in place, until the verb ends; on a dumb terminal each row again when it says something new."""
 
     def __init__(self) -> None:
-        from rich.live import Live
-        from rich.text import Text
+        self._told: set[tuple[str, ...]] = set()
+        self._live: Live | None = None
+        if terminal.moves(sys.stdout):
+            from rich import live
 
-        self._text = Text
-        self._live = Live(auto_refresh=False)
-        click.get_current_context().with_resource(self._live)
+            self._live = click.get_current_context().with_resource(live.Live(auto_refresh=False))
 
     def show(self, table: Table) -> None:
-        self._live.update(self._text("\n".join(table.lines(output.width()))), refresh=True)
+        lines = output.coloured(table.lines(output.width()))
+        if self._live is None:
+            self._add(table, lines)
+            return
+        from rich.text import Text
+
+        self._live.update(Text.from_ansi("\n".join(lines)), refresh=True)
+
+    def _add(self, table: Table, lines: Sequence[str]) -> None:
+        """Nothing can be taken back there: what changes with every step would fill it."""
+        lasting = [place for place, heading in enumerate(table.headings) if heading not in _FLEETING]
+        rows = {
+            tuple(row[place] for place in lasting): line
+            for row, line in zip(table.rows, lines[1:], strict=True)
+        }
+        fresh = [line for row, line in rows.items() if row not in self._told]
+        if fresh and not self._told:
+            click.echo(lines[0])
+        for line in fresh:
+            click.echo(line)
+        self._told = set(rows)
+        sys.stdout.flush()
 
 
 def _redraw(read: Callable[..., listing.Listed[T]], show: Callable[[listing.Listed[T]], Table]) -> None:

@@ -1,4 +1,4 @@
-r"""What others wrote, made harmless for a terminal.
+r"""What a terminal can do and wants; and what others wrote, made harmless for it.
 
 Names, reasons and messages come from other people's jobs and machines: a line
 break in one would forge a second line, and an escape sequence would move the
@@ -6,7 +6,9 @@ cursor, set the clipboard or the window's title. They are shown as ``\n`` and
 ``\x1b``. Programs get everything as it is, from ``-o json``.
 """
 
+import os
 import re
+from typing import TextIO
 
 _UNSAFE = re.compile(
     # Controls but for the tab, marks that turn the direction of text, line separators, lone surrogates
@@ -16,6 +18,27 @@ _UNSAFE_BYTES = re.compile(
     # Colours, tabs, and the carriage returns of progress bars are what logs are full of.
     rb"\x1b(?!\[[0-9;]{0,20}m)|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]|\xc2[\x80-\x9f]"
 )
+
+
+def colours(stream: TextIO) -> bool:
+    """Whether what goes there may be coloured.
+
+    ``NO_COLOR`` (not empty) says never, then ``FORCE_COLOR`` (neither empty nor 0) always;
+    else only a terminal gets them, and none that says it is a dumb one.
+    """
+    if os.environ.get("NO_COLOR"):
+        return False
+    return colours_forced() or moves(stream)
+
+
+def colours_forced() -> bool:
+    """Somebody wants colours in pipes and files, too."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("FORCE_COLOR", "") not in ("", "0")
+
+
+def moves(stream: TextIO) -> bool:
+    """Whether it is a terminal on which a line can be changed in place."""
+    return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
 
 
 def text(line: str) -> str:

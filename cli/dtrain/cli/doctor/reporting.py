@@ -85,6 +85,6 @@ def configuration(settings: Settings) -> dict[str, Any]:
 
 def _word(level: Level) -> str:
     text = f"{level.value:<7}"
-    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+    if terminal.colours(sys.stdout):
         return click.style(text, fg=_COLOURS[level])
     return text

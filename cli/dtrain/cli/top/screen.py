@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+from dtrain.cli import terminal
 from dtrain.cli.top.frame import Line
 
 ESCAPE_S = 0.05
@@ -65,11 +66,7 @@ _KEYS = {
 
 def usable() -> bool:
     """Whether keys can be read and lines changed in place."""
-    return (
-        sys.stdin.isatty()
-        and sys.stdout.isatty()
-        and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
-    )
+    return sys.stdin.isatty() and terminal.moves(sys.stdout)
 
 
 class Keys:
@@ -127,7 +124,7 @@ class Screen:
 
     def __init__(self) -> None:
         self._in, self._out = sys.stdin.fileno(), sys.stdout.fileno()
-        self._colours = not os.environ.get("NO_COLOR")
+        self._colours = terminal.colours(sys.stdout)
         self._before: list[Any] = []
         self._handlers: dict[int, Any] = {}
         self._shown: list[str] = []

@@ -1,71 +1,21 @@
-"""The error tree as gRPC statuses: one table.
-
-Code, message, cause and fix travel as JSON in the trailing metadata, so that a
-client shows the same words wherever an error was raised.
-"""
+"""What servicers raise ends the call: the only place where an error becomes a status."""
 
 import functools
-import json
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import grpc
 
-from dtrain.protocol.errors import (
-    Conflict,
-    DtrainError,
-    ErrorCode,
-    InvariantBroken,
-    LeadershipLost,
-    NotFound,
-    OutcomeUnknown,
-    Refused,
-    TimedOut,
-    Unavailable,
-)
-from dtrain.runtime import log
+from dtrain.protocol.errors import DtrainError, ErrorCode, InvariantBroken
+from dtrain.runtime import grpc_errors, log
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
-
-ERROR_KEY = "dtrain-error-bin"
-
-_STATUS: tuple[tuple[type[DtrainError], grpc.StatusCode], ...] = (
-    # Most special first.
-    (NotFound, grpc.StatusCode.NOT_FOUND),
-    (Refused, grpc.StatusCode.INVALID_ARGUMENT),
-    (Conflict, grpc.StatusCode.ABORTED),
-    (Unavailable, grpc.StatusCode.UNAVAILABLE),
-    (OutcomeUnknown, grpc.StatusCode.UNKNOWN),
-    (LeadershipLost, grpc.StatusCode.FAILED_PRECONDITION),
-    (TimedOut, grpc.StatusCode.DEADLINE_EXCEEDED),
-    (InvariantBroken, grpc.StatusCode.INTERNAL),
-)
-
-_BY_CODE = {
-    # More than the class says.
-    ErrorCode.ALREADY_EXISTS: grpc.StatusCode.ALREADY_EXISTS,
-    ErrorCode.NOT_PERMITTED: grpc.StatusCode.PERMISSION_DENIED,
-}
-
-
-def status_of(error: DtrainError) -> grpc.StatusCode:
-    """Return the status for an error."""
-    if error.code in _BY_CODE:
-        return _BY_CODE[error.code]
-    return next((code for kind, code in _STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 
 def abort(context: grpc.ServicerContext, error: DtrainError) -> NoReturn:
     """End a call with ``error``."""
-    detail = {
-        "kind": type(error).__name__,
-        "code": error.code.value,
-        "message": error.message,
-        "cause": error.cause,
-        "fix": error.fix,
-    }
-    context.set_trailing_metadata(((ERROR_KEY, json.dumps(detail).encode()),))
-    context.abort(status_of(error), error.message)
+    context.set_trailing_metadata(grpc_errors.metadata_of(error))
+    context.abort(grpc_errors.status_of(error), error.message)
     raise AssertionError("abort returned")
 
 

@@ -13,17 +13,16 @@ from typing import Any, TypeVar
 
 import grpc
 
-from dtrain.protocol import codec, errors
-from dtrain.protocol.errors import Conflict, DtrainError, ErrorCode, NotFound, Refused, Unavailable
+from dtrain.protocol.errors import DtrainError, ErrorCode, OutcomeUnknown, Refused, Unavailable
 from dtrain.protocol.pb import coordinator_pb2 as pb
 from dtrain.protocol.pb.coordinator_pb2_grpc import CoordinatorStub
 from dtrain.runtime import grpc_tls
+from dtrain.runtime.grpc_errors import error_of
 
 T = TypeVar("T")
 
 THREADS = 8
 CALL_S = 3.0
-ERROR_KEY = "dtrain-error-bin"
 CHANNELS_MAX = 32
 LOG_BYTES_MAX = 64 * 1024
 POINTS_MAX = 200
@@ -141,7 +140,7 @@ class Calls:
         for address in self._addresses():
             try:
                 return await self._one(address, call)
-            except (Unavailable, errors.OutcomeUnknown) as error:
+            except (Unavailable, OutcomeUnknown) as error:
                 # All calls may be repeated: another replica answers as well.
                 last = error
         raise last
@@ -153,7 +152,7 @@ class Calls:
         try:
             return call(CoordinatorStub(self._channel(address)))  # type: ignore[no-untyped-call]
         except grpc.RpcError as error:
-            raise _translate(error, address) from error
+            raise error_of(error, address) from error
 
     def _channel(self, address: str) -> grpc.Channel:
         generation = self._tls.generation if self._tls is not None else 0
@@ -187,45 +186,3 @@ def _info(stub: Any) -> dict[str, Any]:
         "problems": list(reply.problems),
         "etcd_version": reply.etcd_version,
     }
-
-
-_KINDS: dict[str, type[DtrainError]] = {
-    kind.__name__: kind for kind in (Refused, NotFound, Conflict, Unavailable, errors.OutcomeUnknown)
-}
-_STATUSES: dict[grpc.StatusCode, tuple[type[DtrainError], ErrorCode]] = {
-    grpc.StatusCode.NOT_FOUND: (NotFound, ErrorCode.NOT_FOUND),
-    grpc.StatusCode.INVALID_ARGUMENT: (Refused, ErrorCode.USAGE),
-    grpc.StatusCode.PERMISSION_DENIED: (Refused, ErrorCode.NOT_PERMITTED),
-}
-
-
-def _translate(error: grpc.RpcError, address: str) -> DtrainError:
-    if not isinstance(error, grpc.Call):
-        return Unavailable(ErrorCode.COORDINATOR_UNAVAILABLE, f"the coordinator at {address} does not answer")
-    for key, value in error.trailing_metadata() or ():
-        if key == ERROR_KEY:
-            try:
-                told = codec.loads(value)
-                kind = _KINDS.get(told["kind"], Unavailable)
-                return kind(
-                    ErrorCode(told["code"]),
-                    told["message"],
-                    cause=told.get("cause", ""),
-                    fix=told.get("fix", ""),
-                )
-            except (DtrainError, ValueError, KeyError, TypeError):
-                break
-    known = _STATUSES.get(error.code())
-    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-        return Refused(
-            ErrorCode.USAGE,
-            f"the coordinator at {address} is of a release that cannot do this",
-            fix="upgrade the coordinators",
-        )
-    if known is not None:
-        return known[0](known[1], error.details() or error.code().name)
-    return Unavailable(
-        ErrorCode.COORDINATOR_UNAVAILABLE,
-        f"the coordinator at {address} does not answer",
-        cause=error.details() or error.code().name,
-    )
