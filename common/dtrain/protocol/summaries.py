@@ -11,12 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dtrain.protocol import moving
 from dtrain.protocol.checkpoint import Latest
 from dtrain.protocol.cluster import Cordon
 from dtrain.protocol.ids import Step
 from dtrain.protocol.job import TERMINAL_PHASES, Intent, JobPhase, JobSpec, JobStatus
 from dtrain.protocol.ledger import goodput
-from dtrain.protocol.rows import AgentRow, JobRow
+from dtrain.protocol.moving import Share
+from dtrain.protocol.rows import AgentRow, JobRow, Movement
 from dtrain.protocol.snapshot import NodeRecord
 from dtrain.protocol.standing import agent_status, reported_step, sentences
 from dtrain.protocol.wording import some
@@ -47,6 +49,8 @@ class Part:
     """Ranks that stand still for longer than they may, and their steps."""
     at_work: tuple[tuple[int, str], ...] = ()
     """Ranks that stand still and yet were found at work, and where."""
+    shares: tuple[Share, ...] = ()
+    """Checkpoints on their way."""
 
 
 def part(snapshot: bytes) -> Part | None:
@@ -82,6 +86,7 @@ def part_of(document: Mapping[str, Any]) -> Part:
             for stack in document.get("stacks", ())
             if stack.get("moving")
         ),
+        moving.shares(document),
     )
 
 
@@ -127,6 +132,7 @@ def job_row(
         restarts=status.restarts if status else (),
         restarts_window_s=spec.restarts.window_s if spec else 0.0,
         restarts_max=spec.restarts.max_restarts if spec else 0,
+        moving=() if finished else moved(status, current),
     )
 
 
@@ -195,6 +201,11 @@ def step_s(parts: Iterable[Part]) -> float | None:
     """
     took = [seconds for one in parts for seconds in one.step_s]
     return statistics.median(took) if took else None
+
+
+def moved(status: JobStatus | None, parts: Iterable[Part]) -> tuple[Movement, ...]:
+    """How far the checkpoints of the current attempt are that its machines move."""
+    return moving.movements([one.shares for one in parts], len(status.members) if status else 0)
 
 
 def reason(status: JobStatus | None, parts: Iterable[Part]) -> str:
