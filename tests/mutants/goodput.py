@@ -61,10 +61,17 @@ MUTANTS: tuple[Mutant, ...] = (
         "A wrong clock of an agent makes steps into detection.",
         f"{CORE}/ledger.py",
         (
-            "return DETECTION, min(since_ms, self._noticed(failure))",
-            "return DETECTION, max(since_ms, self._noticed(failure))",
+            "return DETECTION, min(since_ms, age_ms)",
+            "return DETECTION, max(since_ms, age_ms)",
         ),
         f"{_TESTS}::test_an_agents_clock_that_is_wrong_takes_no_more_than_there_was",
+    ),
+    mutant(
+        "a-failure-that-nobody-led-through-counts-as-work",
+        "What passed between a failure and the next leader is productive.",
+        f"{CORE}/ledger.py",
+        ("since_ms += self._seen_late(age_ms - since_ms)", "pass"),
+        f"{_TESTS}::test_a_failure_while_nobody_led_is_detection_from_when_its_agent_saw_it",
     ),
     mutant(
         "unsaved-steps-in-the-counter",

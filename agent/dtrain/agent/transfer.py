@@ -22,6 +22,8 @@ from dtrain.agent import lines, transfer_archive
 from dtrain.agent.launch.processes import boot_id
 from dtrain.agent.transfer_cache import Cache
 from dtrain.agent.transfer_fetch import Fetcher
+from dtrain.agent.transfer_moves import TELL_EVERY_S as TELL_MOVES_EVERY_S
+from dtrain.agent.transfer_moves import Observer
 from dtrain.agent.transfer_packages import Packages, delete, failed
 from dtrain.agent.transfer_upload import Uploader
 from dtrain.agent.transfer_use import TELL_EVERY_S, Teller
@@ -36,6 +38,7 @@ from dtrain.agent.transferring import (
     Fetch,
     FetchFailed,
     KeepManifest,
+    Moved,
     ReleaseFetch,
     StoreUse,
     TransferOrder,
@@ -120,6 +123,10 @@ class Transfer:
             self._put_aside(order)
         elif isinstance(order, Archive):
             self._archives.submit(self._archive, order)
+
+    def progress(self) -> Moved:
+        """Say how far everything is that runs now."""
+        return Moved(self._uploader.progress(), self._fetcher.progress())
 
     def _upload(self, order: Upload) -> None:
         try:
@@ -230,8 +237,18 @@ def serve(
     meter = StoreMeter()
     transfer = Transfer(emit, Stores(meter), cache, packages, packages_bytes)
     threading.Thread(target=_tell_use, args=(Teller(meter), emit), name="use", daemon=True).start()
+    threading.Thread(
+        target=_tell_moves, args=(Observer(transfer.progress), emit), name="moves", daemon=True
+    ).start()
     for line in orders:
         transfer.handle(lines.decode(ORDERS, line))
+
+
+def _tell_moves(observer: Observer, emit: Callable[[Moved], None]) -> None:
+    while True:
+        time.sleep(TELL_MOVES_EVERY_S)
+        if (moved := observer.news()) is not None:
+            emit(moved)
 
 
 def _tell_use(teller: Teller, emit: Callable[[StoreUse], None]) -> None:

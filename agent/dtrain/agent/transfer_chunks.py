@@ -83,6 +83,10 @@ class Chunks:
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(LANES, thread_name_prefix="lane")
         self._counted: dict[tuple[int, int], Tier] = {}
+        self._counted_bytes = 0
+        self._wanted: set[tuple[int, int]] = set()
+        """Chunks that somebody asked for or that were begun with: every one counted is among them."""
+        self._wanted_bytes = 0
         self._closed = False
 
     @property
@@ -93,6 +97,12 @@ class Chunks:
             for (blob, number), tier in self._counted.items():
                 found[tier] += self._blobs[blob].length(number)
         return found
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Bytes that are at hand, and those that are wanted so far."""
+        with self._lock:
+            return self._counted_bytes, self._wanted_bytes
 
     def bring(self, blobs: Iterable[int]) -> None:
         """Begin with all chunks of these blobs, without waiting: a failure comes up when they are needed.
@@ -204,6 +214,7 @@ class Chunks:
             self._find(blob)
             tasks = []
             for number in numbers:
+                self._want(index, number)
                 task = blob.tasks.get(number)
                 if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
                     task = blob.tasks[number] = self._pool.submit(self._bring, index, number, blob.version)
@@ -225,7 +236,8 @@ class Chunks:
         shared = self._blobs[index].shared
         assert shared is not None
         for number in numbers:
-            self._counted[index, number] = shared.tier
+            self._want(index, number)
+            self._count_locked(index, number, shared.tier)
 
     def _turn_private(self, index: int) -> None:
         blob = self._blobs[index]
@@ -327,7 +339,17 @@ class Chunks:
 
     def _count(self, index: int, number: int, tier: Tier) -> None:
         with self._lock:
-            self._counted[index, number] = tier
+            self._count_locked(index, number, tier)
+
+    def _count_locked(self, index: int, number: int, tier: Tier) -> None:
+        if (index, number) not in self._counted:
+            self._counted_bytes += self._blobs[index].length(number)
+        self._counted[index, number] = tier
+
+    def _want(self, index: int, number: int) -> None:
+        if (index, number) not in self._wanted:
+            self._wanted.add((index, number))
+            self._wanted_bytes += self._blobs[index].length(number)
 
 
 def laid_out(manifest: Manifest, first: int) -> tuple[list[int], int]:

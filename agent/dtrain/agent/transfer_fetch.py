@@ -24,6 +24,7 @@ from dtrain.agent.transferring import (
     Fetch,
     Fetched,
     FetchFailed,
+    FetchMoved,
     KeepManifest,
     Supplied,
     TransferReport,
@@ -163,6 +164,13 @@ class Fetcher:
                 raise
         else:
             self._emit(Supplied(order.id, order.rank, have, held.chunks.tiers))
+
+    def progress(self) -> tuple[FetchMoved, ...]:
+        """Say how far each fetch is that ranks may ask things of."""
+        with self._lock:
+            held = list(self._held.items())
+        found = (FetchMoved(name, *one.chunks.progress) for name, one in held)
+        return tuple(one for one in found if one.total_bytes)
 
     def keep_manifest(self, order: KeepManifest) -> None:
         """Have a committed manifest in the cache; what comes in the way is left to the restore to find."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from dtrain.agent import rank_manifest
 from dtrain.agent.transfer_cache import Cache
-from dtrain.agent.transferring import CancelUpload, KeptBlob, TransferReport, Upload, Uploaded
+from dtrain.agent.transferring import CancelUpload, KeptBlob, PartMoved, TransferReport, Upload, Uploaded
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import (
     CHUNK_BYTES,
@@ -54,14 +54,23 @@ _ATTEMPTS_MAX = 100_000  # the patience is the bound
 _log = log.get("transfer.upload")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Job:
     """One upload in progress and the keys it has tried to write."""
 
+    order: Upload
     store: BlobStore
     flow: Flow
     trouble: "_Trouble"
     keys: list[str] = field(default_factory=list)
+    taken_before: int = 0
+    """What the store had taken in all when the present try began."""
+    furthest: int = 0
+
+    def done_bytes(self) -> int:
+        """How much of the snapshot the store has taken; a try that begins anew does not make it less."""
+        self.furthest = max(self.furthest, self.flow.taken_bytes - self.taken_before)
+        return min(self.furthest, self.order.sealed.size_bytes)
 
 
 class _Trouble:
@@ -127,7 +136,7 @@ class Uploader:
         self._later = later
         self._lock = threading.Lock()
         self._cancelled: OrderedDict[tuple[Uid, Seq], None] = OrderedDict()
-        self._running: dict[tuple[Uid, Seq], list[Flow]] = {}
+        self._running: dict[tuple[Uid, Seq], list[_Job]] = {}
         self._caps: OrderedDict[Uid, Bandwidth] = OrderedDict()
 
     def run(self, order: Upload) -> None:
@@ -140,14 +149,14 @@ class Uploader:
         patience_s = order.patience_s if self._patience_s is None else self._patience_s
         trouble = _Trouble(order, self._now)
         flow = Flow(self._pace(order), patience_s=patience_s, on_trouble=trouble.note)
-        job = _Job(self._stores(order.store), flow, trouble)
+        job = _Job(order, self._stores(order.store), flow, trouble)
         began = self._now()
         # Also where a connection hangs: the reason must be with the leader before its deadline is.
         alarm = threading.Timer(patience_s, flow.stop)
         alarm.daemon = True
         alarm.start()
         try:
-            with self._cancellable(order, job.flow):
+            with self._cancellable(job):
                 part, kept = self._write(order, job)
             with self._lock:
                 self._check(order)
@@ -181,8 +190,19 @@ class Uploader:
             while len(self._cancelled) > _CANCELLED_MAX:
                 self._cancelled.popitem(last=False)
             running = list(self._running.get((order.uid, order.seq), ()))
-        for flow in running:
-            flow.stop()
+        for job in running:
+            job.flow.stop()
+
+    def progress(self) -> tuple[PartMoved, ...]:
+        """Say how far each upload is that runs now."""
+        with self._lock:
+            running = [job for jobs in self._running.values() for job in jobs]
+            return tuple(
+                PartMoved(
+                    job.order.job, job.order.uid, job.order.sealed.seq, job.order.rank, job.done_bytes()
+                )
+                for job in running
+            )
 
     def _check(self, order: Upload) -> None:
         if (order.uid, order.sealed.seq) in self._cancelled:
@@ -201,16 +221,16 @@ class Uploader:
         return Unavailable(ErrorCode.STORE_UNAVAILABLE, what + trouble)
 
     @contextlib.contextmanager
-    def _cancellable(self, order: Upload, flow: Flow) -> Iterator[None]:
-        key = (order.uid, order.sealed.seq)
+    def _cancellable(self, job: _Job) -> Iterator[None]:
+        key = (job.order.uid, job.order.sealed.seq)
         with self._lock:
-            self._check(order)
-            self._running.setdefault(key, []).append(flow)
+            self._check(job.order)
+            self._running.setdefault(key, []).append(job)
         try:
             yield
         finally:
             with self._lock:
-                self._running[key].remove(flow)
+                self._running[key].remove(job)
                 if not self._running[key]:
                     del self._running[key]
 
@@ -300,6 +320,9 @@ class Uploader:
     def _put(self, job: _Job, key: str, parts: list[bytes] | list[memoryview], crcs: Sequence[int]) -> None:
         def attempt() -> None:
             job.flow.wait(0)
+            with self._lock:
+                job.done_bytes()
+                job.taken_before = job.flow.taken_bytes
             try:
                 job.store.put(key, parts, chunk_crcs=crcs, flow=job.flow)
             except (Unavailable, OutcomeUnknown) as error:

@@ -205,6 +205,34 @@ class Supplied:
 
 
 @dataclass(frozen=True, slots=True)
+class PartMoved:
+    """How much of one rank's part the store has taken."""
+
+    job: JobName
+    uid: Uid
+    seq: Seq
+    rank: Rank
+    done_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FetchMoved:
+    """How much of what ranks have asked for so far, or surely will, is here."""
+
+    id: str
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """How far everything is that runs now: told now and then, and lost without harm."""
+
+    parts: tuple[PartMoved, ...] = ()
+    fetches: tuple[FetchMoved, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class FetchFailed:
     """The checkpoint cannot be had. ``bad``: it is damaged; else the store did not answer."""
 
@@ -260,7 +288,15 @@ class StoreUse:
 
 
 TransferReport = (
-    Uploaded | UploadFailed | Fetched | Supplied | FetchFailed | Unpacked | UnpackFailed | TransferEnded
+    Uploaded
+    | UploadFailed
+    | Fetched
+    | Supplied
+    | FetchFailed
+    | Moved
+    | Unpacked
+    | UnpackFailed
+    | TransferEnded
 )
 """What the core is told."""
 
@@ -289,6 +325,7 @@ REPORTS: Mapping[str, type] = {
         Fetched,
         Supplied,
         FetchFailed,
+        Moved,
         Unpacked,
         UnpackFailed,
         TransferEnded,

@@ -11,6 +11,7 @@ from dtrain.cli import exits, following, jobfile, loglines, output, packaging, r
 from dtrain.cli.client import Client
 from dtrain.cli.identity import new_id
 from dtrain.cli.jobfile import Pack
+from dtrain.cli.live import Looking
 from dtrain.cli.records import Job
 from dtrain.cli.render import failures, sentences
 from dtrain.protocol import codec
@@ -146,12 +147,20 @@ def watch(
     """
     changes = sentences.Turns()
 
+    looking = Looking(client, accepted.name)
+
     def changed(job: Job) -> None:
+        looking.see(job)
         for line in changes.lines(job):
-            output.say(f"[dtrain] {line}")
+            say(f"[dtrain] {line}")
 
     def write(line: loglines.Line) -> None:
-        output.log(following.show(line, prefix=prefix), err=line.stream == "stderr")
+        with looking.aside():
+            output.log(following.show(line, prefix=prefix), err=line.stream == "stderr")
+
+    def say(line: str) -> None:
+        with looking.aside():
+            output.say(line)
 
     shown: set[int] = set()
 
@@ -161,9 +170,10 @@ def watch(
         return picked
 
     follower = following.Follower(
-        client, accepted.name, ranks=chosen, write=write, changed=changed, trouble=output.say, check=check
+        client, accepted.name, ranks=chosen, write=write, changed=changed, trouble=say, check=check
     )
-    job = follower.run(after_revision=accepted.revision)
+    with looking:
+        job = follower.run(after_revision=accepted.revision)
     failure = job.status.failure if job.status else None
     if job.phase is JobPhase.FAILED and failure is not None:
         for line in failures.failure_card(failure):

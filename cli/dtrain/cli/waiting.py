@@ -7,6 +7,7 @@ from enum import Enum
 
 from dtrain.cli import exits, reading
 from dtrain.cli.client import Client
+from dtrain.cli.live import Live
 from dtrain.cli.records import Job
 from dtrain.protocol.errors import ErrorCode, Refused, TimedOut
 from dtrain.protocol.job import JobPhase
@@ -71,7 +72,7 @@ def parse(text: str) -> Goal:
 def until(
     client: Client, name: str, done: Callable[[Job], bool], *, what: str, timeout_s: float | None
 ) -> Job:
-    """Return the job as soon as ``done`` says so of its records.
+    """Return the job as soon as ``done`` says so of its records; meanwhile show what its checkpoints do.
 
     Raises:
         TimedOut: not within ``timeout_s`` (None: no limit).
@@ -79,21 +80,23 @@ def until(
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     revision, wait_s = 0, 0.0
-    while True:
-        job, revision = reading.one(client, name, after_revision=revision, wait_s=wait_s)
-        if done(job):
-            return job
-        wait_s = POLL_S
-        if deadline is not None:
-            wait_s = min(wait_s, deadline - time.monotonic())
-            if wait_s <= 0:
-                raise TimedOut(
-                    ErrorCode.WAIT_TIMED_OUT,
-                    f"job {name} is {job.phase}: {what} did not happen within {timeout_s:g} s",
-                    cause=job.status.reason if job.status else "no leader has looked at the job yet",
-                    fix=f"wait longer, or look: dtrain describe job {name}",
-                )
-        wait_s = max(wait_s, 0.001)
+    with Live() as live:
+        while True:
+            job, revision = reading.one(client, name, after_revision=revision, wait_s=wait_s)
+            if done(job):
+                return job
+            live.show(job.row(time.time()).moving)
+            wait_s = POLL_S
+            if deadline is not None:
+                wait_s = min(wait_s, deadline - time.monotonic())
+                if wait_s <= 0:
+                    raise TimedOut(
+                        ErrorCode.WAIT_TIMED_OUT,
+                        f"job {name} is {job.phase}: {what} did not happen within {timeout_s:g} s",
+                        cause=job.status.reason if job.status else "no leader has looked at the job yet",
+                        fix=f"wait longer, or look: dtrain describe job {name}",
+                    )
+            wait_s = max(wait_s, 0.001)
 
 
 def exit_code(goal: Goal, job: Job) -> int:

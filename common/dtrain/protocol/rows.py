@@ -12,6 +12,29 @@ from dtrain.protocol.phases import TERMINAL_PHASES, JobPhase
 
 
 @dataclass(frozen=True, slots=True)
+class Movement:
+    """How far a checkpoint is on its way, over all machines; ``moving.py`` sums it."""
+
+    kind: str
+    """"save": to the store; "restore": to the ranks."""
+    seq: int
+    step: int
+    done_bytes: int
+    total_bytes: int = 0
+    """0: not known yet."""
+    bytes_per_s: float = 0.0
+    """Of the last seconds."""
+    left_s: float | None = None
+    """Until the slowest machine has done its part, at its rate; None: nobody knows."""
+    machines: int = 0
+    """Machines that have told of their parts."""
+    machines_done: int = 0
+    """Of these, the ones that are through."""
+    expected: int = 0
+    """Machines of the attempt."""
+
+
+@dataclass(frozen=True, slots=True)
 class JobRow:
     """A job in a list. Times are UTC; 0, "" and None: not known, or there is none."""
 
@@ -49,6 +72,8 @@ class JobRow:
     """Epoch seconds of those that count against the budget; older ones than ``restarts_window_s`` do not."""
     restarts_window_s: float = 0.0
     restarts_max: int = 0
+    moving: tuple[Movement, ...] = ()
+    """Checkpoints on their way to the store or back."""
 
     @property
     def finished(self) -> bool:

@@ -14,6 +14,8 @@ from dtrain.protocol.ids import AgentName, Attempt, Incarnation, Rank, Seq, Step
 SNAPSHOT_BYTES_MAX = 16 * 1024
 """etcd keeps every version: a larger snapshot is cut before it is written."""
 
+TRANSFERS_MAX = 4
+
 
 class WorkerPhase(StrEnum):
     """Phase of one machine's part of a job, and of each rank.
@@ -222,6 +224,31 @@ class RankState:
     """How long checkpoints have held it in this attempt: copying, and waiting for an outcome."""
 
 
+class TransferKind(StrEnum):
+    """Which way the bytes of a checkpoint go."""
+
+    SAVE = "save"
+    RESTORE = "restore"
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """How far one machine's part of a checkpoint is on its way to the store, or to the ranks.
+
+    For people alone: nothing is decided from it.
+    """
+
+    kind: TransferKind
+    seq: Seq
+    step: Step
+    done_bytes: int
+    """In the store, or at hand for the ranks; never less than was said before of the same transfer."""
+    total_bytes: int = 0
+    """0: not known yet, as some rank has not said what it has, or needs."""
+    bytes_per_s: float = 0.0
+    """Of the last seconds; 0.0: nothing moves, or nobody has watched for long enough."""
+
+
 @dataclass(frozen=True, slots=True)
 class CommandOutcome:
     """The newest command an agent has taken on for a job."""
@@ -273,6 +300,8 @@ class WorkerSnapshot:
     """When that was last, wall time, epoch seconds, for people."""
     seq_over: Seq = Seq(0)
     """The highest checkpoint number of this submission that is over here: never to be given out again."""
+    transfers: tuple[Transfer, ...] = ()
+    """Of checkpoints under way and of the restore, at most ``TRANSFERS_MAX``; quick ones are over untold."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dtrain.protocol import moving
 from dtrain.protocol.checkpoint import Latest
 from dtrain.protocol.cluster import Cordon
 from dtrain.protocol.ids import Step
 from dtrain.protocol.job import TERMINAL_PHASES, Intent, JobPhase, JobSpec, JobStatus
 from dtrain.protocol.ledger import goodput
-from dtrain.protocol.rows import AgentRow, JobRow
+from dtrain.protocol.moving import Share
+from dtrain.protocol.rows import AgentRow, JobRow, Movement
 from dtrain.protocol.snapshot import NodeRecord
 from dtrain.protocol.standing import agent_status, reported_step, sentences
+from dtrain.protocol.wording import some
 
 RANKS_NAMED = 4
 QUEUE_AGING_S = 600.0
@@ -46,6 +49,8 @@ class Part:
     """Ranks that stand still for longer than they may, and their steps."""
     at_work: tuple[tuple[int, str], ...] = ()
     """Ranks that stand still and yet were found at work, and where."""
+    shares: tuple[Share, ...] = ()
+    """Checkpoints on their way."""
 
 
 def part(snapshot: bytes) -> Part | None:
@@ -81,6 +86,7 @@ def part_of(document: Mapping[str, Any]) -> Part:
             for stack in document.get("stacks", ())
             if stack.get("moving")
         ),
+        moving.shares(document),
     )
 
 
@@ -126,6 +132,7 @@ def job_row(
         restarts=status.restarts if status else (),
         restarts_window_s=spec.restarts.window_s if spec else 0.0,
         restarts_max=spec.restarts.max_restarts if spec else 0,
+        moving=() if finished else moved(status, current),
     )
 
 
@@ -196,6 +203,11 @@ def step_s(parts: Iterable[Part]) -> float | None:
     return statistics.median(took) if took else None
 
 
+def moved(status: JobStatus | None, parts: Iterable[Part]) -> tuple[Movement, ...]:
+    """How far the checkpoints of the current attempt are that its machines move."""
+    return moving.movements([one.shares for one in parts], len(status.members) if status else 0)
+
+
 def reason(status: JobStatus | None, parts: Iterable[Part]) -> str:
     """The leader's sentence on a job, and what its ranks add to it."""
     decided, *noticed = sentences(status)
@@ -217,9 +229,7 @@ def _of_steps(status: JobStatus | None, parts: Sequence[Part]) -> list[str]:
 
 
 def _names(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:RANKS_NAMED]))
-    more = f" and {len(ranks) - RANKS_NAMED} more" if len(ranks) > RANKS_NAMED else ""
-    return f"rank{'' if len(ranks) == 1 else 's'} {shown}{more}"
+    return f"rank{'' if len(ranks) == 1 else 's'} {some(ranks, RANKS_NAMED)}"
 
 
 def _why(node: NodeRecord | None, cordon: Cordon | None) -> str:

@@ -13,6 +13,7 @@ from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.ids import ClusterName
 from dtrain.protocol.keys import Keys
 from dtrain.protocol.snapshot import NodeRecord
+from dtrain.protocol.wording import some
 from dtrain.storage.etcd.port import KeyValue
 
 NAMED_MAX = 3
@@ -60,7 +61,7 @@ def sentences(own: str, agents: Mapping[str, str], replicas: Mapping[str, str]) 
         for version in sorted(set(far.values())):
             names = sorted(name for name in far if far[name] == version)
             yield (
-                f"{what} {_some(names)} runs dtrain {version} and this replica {own}: at most one "
+                f"{what} {some(names, NAMED_MAX)} runs dtrain {version} and this replica {own}: at most one "
                 "minor release may lie between them; upgrade coordinators, then agents, one minor "
                 "release at a time"
             )
@@ -84,9 +85,3 @@ def _version(kind: type[NodeRecord] | type[ReplicaRecord], record: bytes) -> str
 def _minor(version: str) -> tuple[int, int] | None:
     found = _NUMBERS.match(version)
     return (int(found[1]), int(found[2])) if found is not None else None
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    more = len(listed) - NAMED_MAX
-    return ", ".join(listed[:NAMED_MAX]) + (f" and {more} more" if more > 0 else "")

@@ -173,7 +173,7 @@ def test_missing_rank_is_refused() -> None:
 
 def test_many_problems_are_counted_not_listed() -> None:
     tensors = {f"t{i}": tensor((4,)) for i in range(20)}
-    with pytest.raises(Refused, match="and 15 more problems"):
+    with pytest.raises(Refused, match="; and 15 more"):
         merged(rank_manifest(0, tensors=tensors), rank_manifest(1, tensors={}))
 
 

@@ -13,6 +13,7 @@ from dtrain.agent.core.state import AgentState, Held, JobState
 from dtrain.agent.launching import ProcessId
 from dtrain.protocol.ids import AgentName, Rank
 from dtrain.protocol.snapshot import Failure, FailureKind, StuckProcess, WorkerPhase
+from dtrain.protocol.wording import some
 
 STUCK_AFTER_S = 10.0
 """A process of a launcher that ended may take that long to leave: tens of gigabytes are given back."""
@@ -88,8 +89,7 @@ def problem(state: AgentState) -> str:
             f"{agent} obeys nobody: the term of etcd's leader is {state.refused_term}, and it has obeyed term"
             f" {state.term}; etcd was restored from an older state (docs/operations.md: etcd lost its data)",
         )
-    more = f"; and {len(found) - SHOWN_MAX} more" if len(found) > SHOWN_MAX else ""
-    return "; ".join(found[:SHOWN_MAX]) + more
+    return some(found, SHOWN_MAX, between="; ")
 
 
 def sentence(agent: AgentName, one: Held) -> str:

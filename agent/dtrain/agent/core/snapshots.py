@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from dtrain.agent.core import hangs
+from dtrain.agent.core import hangs, moving
 from dtrain.agent.core.health import stuck
 from dtrain.agent.core.state import AgentState, JobState
 from dtrain.agent.core.warming import is_warm
@@ -38,11 +38,12 @@ def snapshot_of(state: AgentState, job: JobState) -> WorkerSnapshot:
         dumped_at=job.dumped_at,
         warm=is_warm(job),
         warning=job.launcher.warning[:WARNING_CHARS_MAX],
+        transfers=moving.transfers(job),
     )
 
 
 def is_progress(before: WorkerSnapshot | None, after: WorkerSnapshot) -> bool:
-    """Only steps and numbers moved: the snapshot need not be written at once.
+    """Only steps, numbers and bytes moved: the snapshot need not be written at once.
 
     The first time that a number is not finite is told at once, what follows now and then.
     """
@@ -76,4 +77,4 @@ def _structure(snapshot: WorkerSnapshot) -> WorkerSnapshot:
         )
         for rank in snapshot.ranks
     )
-    return dataclasses.replace(snapshot, ranks=ranks)
+    return dataclasses.replace(snapshot, ranks=ranks, transfers=())

@@ -135,6 +135,22 @@ class UploadTry:
 
 
 @dataclass(frozen=True, slots=True)
+class Course:
+    """How one upload of all local ranks, or one restore, has gone so far; ``moving`` has the rules."""
+
+    seq: Seq
+    fetch: str = ""
+    """Id of the restore; "": it is an upload."""
+    parts: Mapping[Rank, int] = field(default_factory=dict)
+    """Bytes that the store has taken of each rank's part, as far as told."""
+    done_bytes: int = 0
+    total_bytes: int = 0
+    """0: not known."""
+    marks: tuple[tuple[float, int], ...] = ()
+    """(monotonic instant, bytes done) of the last seconds, oldest first."""
+
+
+@dataclass(frozen=True, slots=True)
 class Watch:
     """How long a rank has stood at its step, and how long it usually does; ``hangs`` has the rules."""
 
@@ -356,6 +372,8 @@ class JobState:
     """How often stacks were collected in this attempt, for the leader or for a person."""
     dumped_at: float = 0.0
     """When that was last (wall time)."""
+    courses: tuple[Course, ...] = ()
+    """How far what moves is, for people."""
 
     @property
     def store(self) -> str:
@@ -492,6 +510,7 @@ def durable_view(job: JobState) -> JobState:
         departing=tuple(dataclasses.replace(one, asked_at=0.0) for one in job.departing),
         restore=dataclasses.replace(job.restore, plan=None, tries=0, ordered=False, tiers={}),
         uploads=(),
+        courses=(),
         pace=Pace(),
         habit=dataclasses.replace(job.habit, longest_s=coarse(job.habit.longest_s)),
         dump="",

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import assert_never
 
-from dtrain.agent.core import packages, saving
+from dtrain.agent.core import moving, packages, saving
 from dtrain.agent.core.decisions import Action, RankMessage, TransferOrder
 from dtrain.agent.core.failures import MESSAGE_CHARS_MAX, fail
 from dtrain.agent.core.saving import replace_rank
@@ -14,6 +14,7 @@ from dtrain.agent.transferring import (
     Fetch,
     Fetched,
     FetchFailed,
+    Moved,
     ReleaseFetch,
     Supplied,
     TransferEnded,
@@ -62,6 +63,8 @@ def reported(
         case FetchFailed():
             job = _fetching(state, report.id)
             return state if job is None else state.with_job(_fetch_failed(state, job, report, now, wall))
+        case Moved():
+            return moving.moved(state, report, now)
         case Unpacked():
             return packages.unpacked(state, report)
         case UnpackFailed():

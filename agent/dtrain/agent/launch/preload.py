@@ -20,6 +20,7 @@ from typing import Any
 
 from dtrain.agent.launch.processes import open_descriptors, thread_count, thread_names
 from dtrain.protocol import checksum
+from dtrain.protocol.wording import some
 
 # DDP's constructor imports torch._dynamo, which takes longer than torch itself.
 TORCH_MODULES = ("torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo")
@@ -69,9 +70,8 @@ class Preloaded:
 
 def _counted(names: Sequence[str]) -> str:
     shown = sorted(set(names))
-    more = f" and {len(shown) - THREADS_SHOWN} more" if len(shown) > THREADS_SHOWN else ""
     plural = "" if len(names) == 1 else "s"
-    return f"{len(names)} more thread{plural} ({', '.join(shown[:THREADS_SHOWN])}{more})"
+    return f"{len(names)} more thread{plural} ({some(shown, THREADS_SHOWN)})"
 
 
 def calm_libraries() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from dtrain.cli.doctor.findings import Verdict, fail, passed, skipped, warn
 from dtrain.cli.durations import show_bytes, show_s
+from dtrain.protocol.wording import some
 from dtrain.storage.etcd.versions import FLOOR, SAFE_WITH_USERS
 
 Version = tuple[int, int, int]
@@ -21,6 +22,7 @@ NOFILE_WARN = 4096
 FREE_WARN_BYTES, FREE_FAIL_BYTES = 10e9, 1e9
 STORE_SLOW_BYTES_S = 20e6
 MEMORY_WARN_SHARE = 0.5
+NAMED_MAX = 5
 
 
 def version_of(text: str) -> Version | None:
@@ -214,7 +216,7 @@ def versions(found: Mapping[str, Sequence[str]]) -> Verdict:
     """``found``: by release, who runs it."""
     if len(found) <= 1:
         return passed("all run " + (next(iter(found)) if found else "nothing"))
-    said = "; ".join(f"{version}: {_some(sorted(who))}" for version, who in sorted(found.items()))
+    said = "; ".join(f"{version}: {some(sorted(who), NAMED_MAX)}" for version, who in sorted(found.items()))
     minors = sorted({version[:2] for text in found if (version := version_of(text)) is not None})
     if minors and (minors[0][0] != minors[-1][0] or minors[-1][1] - minors[0][1] > 1):
         return fail(said, "at most one minor release may lie between them: docs/compatibility.md")
@@ -241,8 +243,8 @@ def links(asked: int, refused: Sequence[str]) -> Verdict:
         return skipped("there is no agent to connect to")
     if refused:
         return warn(
-            f"{_some(refused)} cannot be connected to from here: if not from the coordinators either, they"
-            " get no commands",
+            f"{some(refused, NAMED_MAX)} cannot be connected to from here: if not from the coordinators"
+            " either, they get no commands",
             "check --advertise and --host of the agent, and firewalls towards its port",
         )
     return passed(f"{asked} addresses of agents answer")
@@ -395,8 +397,3 @@ def fits(needed: int, slots_each: int, free: Sequence[int], total: Sequence[int]
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds >= 0.0095 else f"{seconds * 1000:.1f} ms"
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:5])
-    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown

@@ -2,7 +2,7 @@
 
 from dtrain.cli.durations import show_bytes, show_s
 from dtrain.cli.records import Agent, Job
-from dtrain.cli.render import timeshare
+from dtrain.cli.render import moving, timeshare
 from dtrain.cli.render.failures import failure_card, show_exit
 from dtrain.cli.render.lists import events, progress, restarts
 from dtrain.cli.render.table import UNKNOWN, Table, When, ago
@@ -36,6 +36,7 @@ def job(job: Job, now: float, *, whole: bool = False) -> list[str]:
             lines.append(f"    stacks of all ranks: {_stacks_command(job, status.failure.attempt)}")
         lines += _consequence(job, status.failure.attempt)
     lines += ["", _checkpoint_summary(job, now), f"Step          {_progress(row)}"]
+    lines += [f"{moving.title(one):13} {moving.sentence(one)}" for one in row.moving]
     if status and status.ledger:
         lines.append(f"Goodput       {_goodput(status.ledger, now)}")
         lines += timeshare.details(status.ledger, now, saves=bool(status.store))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dtrain.cli import terminal
 from dtrain.cli.durations import show_s
 from dtrain.cli.records import Job
-from dtrain.cli.render import describe, lists
+from dtrain.cli.render import describe, lists, moving
 from dtrain.cli.render.table import UNKNOWN, Table, When, ago
 from dtrain.cli.top.seen import Seen
 from dtrain.cli.top.text import cut
@@ -235,7 +235,7 @@ def _jobs(look: Look, seen: Seen, now: float, at: float, wide: bool) -> _List:
             f"0 ({show_s(stalled_s)})" if stalled_s else rate(row),
             ranks,
             UNKNOWN if row.eta_s is None else show_s(row.eta_s),
-            row.reason,
+            "; ".join((*map(moving.short, row.moving), row.reason)),
         )
         colour = "yellow" if stalled_s else lists.PHASE_COLOURS.get(row.phase, "")
         word = "" if stalled_s else str(row.phase)
@@ -272,6 +272,7 @@ def ordered(rows: Iterable[JobRow], sort: Sort, *, backwards: bool = False) -> l
 
 def _job_detail(row: JobRow, now: float) -> str:
     parts = [f"{row.name}: {row.reason}" if row.reason else row.name]
+    parts += map(moving.line, row.moving)
     if row.attempt:
         parts.append(f"attempt {row.attempt}")
     if row.latest_seq:

@@ -28,7 +28,8 @@ def command(job: str, after: int | None) -> int:
 
     A table has events, phases and reasons. With -o json, or in a pipe, each change of each record is
     one line with the revision of its transaction: none is left out, none comes twice, and a watch with
-    --from goes on behind the last one, on any replica. Progress between checkpoints is no record.
+    --from goes on behind the last one, on any replica. Progress between checkpoints is no record: how far
+    one is on its way to the store or back is shown below the table, and not in a pipe.
     """
     import json
     import sys
@@ -36,6 +37,7 @@ def command(job: str, after: int | None) -> int:
     from dtrain.cli import context, output, reading, records, staying, watching
     from dtrain.cli.answers import Reading
     from dtrain.cli.client import closing
+    from dtrain.cli.live import Looking
     from dtrain.cli.render import changes
 
     lines = staying.piped(settings().output or "table")
@@ -43,21 +45,31 @@ def command(job: str, after: int | None) -> int:
     with closing(context.connect(settings())) as client:
         name = reading.name(client, job)
         teller = changes.Teller(name)
-        try:
-            for moment in watching.moments(client, [f"jobs/{name}/"], output.say, after=revision):
-                revision = moment.revision
-                if lines:
-                    for document in changes.documents(name, moment):
-                        click.echo(json.dumps(document, ensure_ascii=False))
-                    sys.stdout.flush()
-                else:
-                    for line in output.coloured(teller.lines(moment)):
-                        click.echo(line)
-                found = records.group(Reading(tuple(moment.items.values()), revision, 0.0, "")).jobs.get(name)
-                gone = found is None and any(change.value is None for change in moment.changes)
-                if gone or (found is not None and found.finished):
-                    return 0
-        except KeyboardInterrupt:
-            output.say(f"to go on from here: dtrain watch {name} --from {revision}")
-            return 130
+        with Looking(client, name) as looking:
+
+            def say(line: str) -> None:
+                with looking.aside():
+                    output.say(line)
+
+            try:
+                for moment in watching.moments(client, [f"jobs/{name}/"], say, after=revision):
+                    revision = moment.revision
+                    if lines:
+                        for document in changes.documents(name, moment):
+                            click.echo(json.dumps(document, ensure_ascii=False))
+                        sys.stdout.flush()
+                    else:
+                        with looking.aside():
+                            for line in output.coloured(teller.lines(moment)):
+                                click.echo(line)
+                    items = tuple(moment.items.values())
+                    found = records.group(Reading(items, revision, 0.0, "")).jobs.get(name)
+                    gone = found is None and any(change.value is None for change in moment.changes)
+                    if gone or (found is not None and found.finished):
+                        return 0
+                    if not lines:
+                        looking.see(found)
+            except KeyboardInterrupt:
+                say(f"to go on from here: dtrain watch {name} --from {revision}")
+                return 130
     return 0

@@ -13,6 +13,7 @@ from dtrain.protocol.errors import DtrainError, ErrorCode, NotFound, Unavailable
 from dtrain.protocol.ids import ClusterName, JobName, Uid
 from dtrain.protocol.job import JobStatus
 from dtrain.protocol.keys import Keys
+from dtrain.protocol.wording import some
 from dtrain.runtime import retry
 from dtrain.storage.blobs.port import BlobStore
 from dtrain.storage.etcd.mirror import Mirror
@@ -23,6 +24,7 @@ STORES_MAX = 8
 """Asked for a job that etcd knows nothing of."""
 SUBMISSIONS_MAX = 1000
 """Of one listing: the newest ones."""
+UIDS_TOLD_MAX = 5
 READS_AT_ONCE = 2
 BUSY_S_MAX = 2.0
 READ_S_MAX = 8.0
@@ -98,7 +100,7 @@ class PastJobs:
                 raise Unavailable(
                     ErrorCode.STORE_UNAVAILABLE, f"the archive could not be read: {problem}", fix="try again"
                 )
-            uids = ", ".join(name.uid for _, name in names[:5])
+            uids = some((name.uid for _, name in names), UIDS_TOLD_MAX)
             raise NotFound(
                 ErrorCode.NOT_FOUND,
                 f"there is no archived job {job}" + (f" with uid {uid}" if uid else ""),

@@ -23,6 +23,7 @@ from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import AgentName, Rank, Seq, Step
 from dtrain.protocol.job import JobPhase, Wanted
 from dtrain.protocol.snapshot import DurablePart, RankState, SaveProblem, WorkerSnapshot
+from dtrain.protocol.wording import some
 
 COMMAND_LATENCY_S = 0.5
 """From a decision to the moment at which a rank knows the target step."""
@@ -54,6 +55,9 @@ FAILED_BACKOFF_S_MAX = 60.0
 
 FINAL_TRIES_MAX = 3
 """Tries of the checkpoint at the end of training; then ranks are let go without it."""
+
+TOLD_MAX = 8
+"""So many ranks are told by number."""
 
 
 # What is there ------------------------------------------------------------------
@@ -384,7 +388,7 @@ def _follow(draft: Draft, members: Sequence[Seat], stored: Stored[OpenRecord]) -
         abort(draft, stored, f"training ended at step {ended.step}", warning=False)
     elif draft.now >= deadline:
         missing = [rank for rank in range(record.world_size) if rank not in parts]
-        late = f"ranks {_some(missing)} are not durable" if missing else "it could not be verified"
+        late = f"ranks {some(missing, TOLD_MAX)} are not durable" if missing else "it could not be verified"
         why = f": {verdict.problem}" if verdict is not None and verdict.problem else ""
         why = f"{late} within {record.timeout_s:g} s{why}" + _who_asks(members, record)
         abort(draft, stored, why, Cause.TIMEOUT)
@@ -416,7 +420,7 @@ def _who_asks(members: Sequence[Seat], record: OpenRecord) -> str:
         groups.setdefault(wish, []).append(rank.rank)
     if list(groups) == [f"asked for step {record.step}"]:
         return ""
-    return "; " + ", ".join(f"ranks {_some(ranks)} {wish}" for wish, ranks in groups.items())
+    return "; " + ", ".join(f"ranks {some(ranks, TOLD_MAX)} {wish}" for wish, ranks in groups.items())
 
 
 def _first_problem(members: Sequence[Seat], seq: Seq) -> SaveProblem | None:
@@ -777,7 +781,8 @@ def _settle_one(draft: Draft, stored: Stored[OpenRecord], patient: bool, deadlin
         missing = [Rank(rank) for rank in range(record.world_size) if rank not in parts]
         if patient and sealed.is_awaited(draft, record, missing):
             return False
-        abort(draft, stored, f"the attempt ended before ranks {_some(missing)} were durable", warning=False)
+        why = f"the attempt ended before ranks {some(missing, TOLD_MAX)} were durable"
+        abort(draft, stored, why, warning=False)
         return True
     if verdict is not None and verdict.ok:
         commit(draft, stored, verdict, settled=True)
@@ -794,8 +799,3 @@ def _settle_one(draft: Draft, stored: Stored[OpenRecord], patient: bool, deadlin
     if not remember_departed(draft, stored):
         ask_verdict(draft, record, parts)
     return False
-
-
-def _some(ranks: Sequence[int]) -> str:
-    text = ", ".join(str(rank) for rank in ranks[:8])
-    return text + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")

@@ -11,6 +11,10 @@ from dtrain.coordinator.core.stamps import iso
 from dtrain.coordinator.core.views import FleetView, Moment
 from dtrain.protocol.checkpoint import CommitRecord
 from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, Condition, JobPhase, JobSpec, JobStatus
+from dtrain.protocol.wording import some
+
+NAMED_MAX = 8
+"""So many members are told by name."""
 
 OF_RANKS = ("NonFinite", "Straggling")
 """Conditions that only some jobs ever have."""
@@ -79,9 +83,8 @@ def _of_ranks(
 
 def _placed(status: JobStatus) -> Condition:
     if status.phase in PLACED_PHASES and status.members:
-        names = ", ".join(member.agent for member in status.members[:8])
-        more = len(status.members) - 8
-        return Condition("Placed", "True", "MembersChosen", names + (f" and {more} more" if more > 0 else ""))
+        names = some((member.agent for member in status.members), NAMED_MAX)
+        return Condition("Placed", "True", "MembersChosen", names)
     return Condition("Placed", "False", status.phase.value.capitalize(), status.reason)
 
 

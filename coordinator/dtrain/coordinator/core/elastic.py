@@ -18,6 +18,7 @@ from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import AgentName, Seq
 from dtrain.protocol.job import Intent, JobPhase, JobSpec, JobStatus
 from dtrain.protocol.snapshot import WorkerPhase
+from dtrain.protocol.wording import some
 
 WARM_S = 120.0
 """How long a machine may import before the job grows without waiting for it any longer."""
@@ -252,5 +253,4 @@ def _agents(number: int) -> str:
 
 
 def _names(names: Sequence[AgentName]) -> str:
-    more = f" and {len(names) - placement.SHOWN_MAX} more" if len(names) > placement.SHOWN_MAX else ""
-    return ", ".join(names[: placement.SHOWN_MAX]) + more
+    return some(names, placement.SHOWN_MAX)

@@ -12,6 +12,7 @@ from dtrain.coordinator.core.draft import Draft
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import AgentName
 from dtrain.protocol.job import Member
+from dtrain.protocol.wording import some
 
 
 def are_mixed(versions: Iterable[str]) -> bool:
@@ -23,9 +24,7 @@ def obstacle(members: Sequence[Member]) -> str:
     """Why an attempt of these cannot save, or "". What started the ranks counts, not what watches them."""
     if not are_mixed(member.version for member in members):
         return ""
-    shown = ", ".join(f"{member.agent} {member.version}" for member in members[: placement.SHOWN_MAX])
-    more = len(members) - placement.SHOWN_MAX
-    shown += f" and {more} more" if more > 0 else ""
+    shown = some((f"{member.agent} {member.version}" for member in members), placement.SHOWN_MAX)
     return f"nothing can be saved: the ranks are of two releases ({shown}); see docs/compatibility.md"
 
 
@@ -47,7 +46,7 @@ def due(draft: Draft) -> frozenset[AgentName]:
 
 def note_end(draft: Draft, chosen: Set[AgentName]) -> str:
     """Record that the attempt ends because of it, which costs no restart; return the reason."""
-    names = ", ".join(sorted(chosen)[: placement.SHOWN_MAX])
+    names = some(sorted(chosen), placement.SHOWN_MAX)
     text = f"going on with machines of one release ({names}) to save again"
     draft.event(EventReason.MIXED_RELEASES, text)
     draft.set(charge=False, fruitless=0)

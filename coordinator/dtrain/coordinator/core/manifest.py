@@ -23,9 +23,11 @@ from dtrain.protocol.checkpoint import (
 )
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.ids import ClusterName, JobName, Rank, Seq, Uid
+from dtrain.protocol.wording import some
 
 NAMES_TOLD_MAX = 3
 PROBLEMS_TOLD_MAX = 5
+RANKS_TOLD_MAX = 8
 
 ITEM_BITS = {
     "BOOL": 8,
@@ -136,11 +138,9 @@ def merge(
 
 
 def _refusal(record: OpenRecord, problems: Sequence[str]) -> Refused:
-    told = "; ".join(problems[:PROBLEMS_TOLD_MAX])
-    more = len(problems) - PROBLEMS_TOLD_MAX
     return Refused(
         ErrorCode.RANKS_DISAGREE,
-        f"checkpoint {record.seq}: {told}" + (f"; and {more} more problems" if more > 0 else ""),
+        f"checkpoint {record.seq}: {some(problems, PROBLEMS_TOLD_MAX, between='; ')}",
         fix="state under one name must be equal on all ranks; give per-rank state a per-rank name; "
         "where ranks do not compute bit for bit alike, set DTRAIN_CHECK_REPLICAS=off in the job's env",
     )
@@ -204,10 +204,9 @@ def _named_by_some(groups: Sequence[Sequence[RankManifest]]) -> list[str]:
         # Random generators are each rank's own, and named so.
         alone = sorted(name for name in own - others if not name.startswith("rng/"))
         if alone:
-            more = f" and {len(alone) - NAMES_TOLD_MAX} more" if len(alone) > NAMES_TOLD_MAX else ""
-            told = ", ".join(alone[:NAMES_TOLD_MAX])
+            told = some(alone, NAMES_TOLD_MAX)
             problems.append(
-                f"only ranks {_ranks(group)} name {told}{more} (stages of a pipeline are saved by dcp.save)"
+                f"only ranks {_ranks(group)} name {told} (stages of a pipeline are saved by dcp.save)"
             )
     return problems
 
@@ -220,7 +219,7 @@ def _names(manifest: RankManifest) -> Iterator[str]:
 
 
 def _ranks(group: Sequence[RankManifest]) -> str:
-    return ", ".join(str(manifest.rank) for manifest in group[:8])
+    return some((manifest.rank for manifest in group), RANKS_TOLD_MAX)
 
 
 def _blobs(manifest: RankManifest) -> list[str]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from dtrain.coordinator.core import (
     checkpoints,
+    conditions,
     draining,
     elastic,
     failures,
@@ -47,6 +48,7 @@ from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import AgentName, Attempt, Step
 from dtrain.protocol.job import EXIT_CODE_DO_NOT_RETRY, JobPhase, Member, RestorePoint, RuleAction, Wanted
 from dtrain.protocol.snapshot import BadBlob, Failure, FailureKind, WorkerPhase, WorkerSnapshot
+from dtrain.protocol.wording import some
 
 SILENT_S = 10.0
 """An agent that shows nothing of the attempt while others are READY is replaced after that."""
@@ -145,7 +147,7 @@ def start_attempt(draft: Draft, members: tuple[Member, ...], store: str) -> None
         joining_since="",
         tally=tally.attempt_begun(draft.status),
     )
-    names = ", ".join(member.agent for member in members[:8]) + (", ..." if len(members) > 8 else "")
+    names = some((member.agent for member in members), conditions.NAMED_MAX)
     draft.event(
         EventReason.ATTEMPT_STARTED, f"{_count(world, 'rank')} on {names}, {origin}", f"attempt/{number}"
     )
@@ -230,8 +232,7 @@ def _all_training(draft: Draft) -> None:
 def _say_progress_of_start(draft: Draft, members: Sequence[Seat], ready: int) -> None:
     if ready < len(members):
         waiting = [seat.member.agent for seat in members if not _is_ready(seat)]
-        more = f" and {len(waiting) - 4} more" if len(waiting) > 4 else ""
-        draft.say(f"{ready} of {len(members)} agents ready; waiting for {', '.join(waiting[:4])}{more}")
+        draft.say(f"{ready} of {len(members)} agents ready; waiting for {some(waiting, placement.SHOWN_MAX)}")
     else:
         training = sum(1 for seat in members if _is_training(seat))
         draft.say(f"restoring: ranks of {training} of {len(members)} agents train")

@@ -15,6 +15,7 @@ from dtrain.coordinator.core.views import AgentView
 from dtrain.protocol.ids import AgentName, JobName, Rank
 from dtrain.protocol.job import JobPhase, JobSpec, Member
 from dtrain.protocol.snapshot import WorkerPhase
+from dtrain.protocol.wording import more, some
 
 JOIN_WINDOW_S = 2.0
 """How long a job with enough machines waits for more of those it may have."""
@@ -234,8 +235,7 @@ def previous_places(draft: Draft) -> dict[AgentName, int]:
 
 def draining(names: Sequence[AgentName]) -> str:
     """Who is about to go, in words."""
-    more = f" and {len(names) - SHOWN_MAX} more" if len(names) > SHOWN_MAX else ""
-    return f"{', '.join(names[:SHOWN_MAX])}{more} {'is' if len(names) == 1 else 'are'} draining"
+    return f"{some(names, SHOWN_MAX)} {'is' if len(names) == 1 else 'are'} draining"
 
 
 def _short_of(draft: Draft, usable: dict[AgentName, AgentView]) -> str:
@@ -277,8 +277,7 @@ def _short_of(draft: Draft, usable: dict[AgentName, AgentView]) -> str:
             f"{small} with fewer slots in all" if spec.nproc_per_node else f"{small} without any slot"
         )
     for job, names in kept.items():
-        more = f" and {len(names) - SHOWN_MAX} more" if len(names) > SHOWN_MAX else ""
-        parts.append(held_back(names[:SHOWN_MAX], job) + more)
+        parts.append(held_back(names[:SHOWN_MAX], job) + more(len(names), SHOWN_MAX))
     if former:
         lacking = "packed working directories" if spec.package is not None else "nproc_per_node: auto"
         parts.append(f"{former} of a release without {lacking}")

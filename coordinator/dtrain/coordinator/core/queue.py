@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from dtrain.protocol.ids import AgentName, JobName
+from dtrain.protocol.wording import some
 
 AGING_S = 600.0
 """Waiting that counts as much as one point of priority."""
@@ -427,7 +428,7 @@ def held_back(agents: Sequence[AgentName], job: JobName) -> str:
 
 def _names(jobs: Sequence[str]) -> str:
     if len(jobs) > 3:
-        return f"{', '.join(jobs[:3])} and {len(jobs) - 3} more have"
+        return f"{some(jobs, 3)} have"
     return f"{' and '.join(jobs)} {'has' if len(jobs) == 1 else 'have'}"
 
 

@@ -26,6 +26,7 @@ from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import AgentName, Attempt, Rank, Seq, Step
 from dtrain.protocol.job import TERMINAL_PHASES, JobPhase, Member
 from dtrain.protocol.snapshot import Failure, FailureKind, WorkerPhase, WorkerSnapshot
+from dtrain.protocol.wording import some
 
 SEQS_AHEAD_MAX = 1_000_000
 ATTEMPTS_AHEAD_MAX = 10_000
@@ -116,7 +117,7 @@ def end_unknown(job: JobView, fleet: FleetView) -> Decision:
         )
         order = Stop(header, UNKNOWN_GRACE_S, release=True, why=why)
         commands.append(Directed(agent, view.node.address, order, incarnation=view.node.incarnation))
-    names = ", ".join(directed.agent for directed in commands[:4])
+    names = some((directed.agent for directed in commands), placement.SHOWN_MAX)
     return Decision(
         commands=tuple(commands),
         reasons=(

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dtrain.coordinator.web.records import Agent, Cluster, Job
-from dtrain.protocol import codec, standing
+from dtrain.protocol import codec, moving, standing
 from dtrain.protocol.events import EventRecord
 from dtrain.protocol.job import JobPhase, JobSpec
+from dtrain.protocol.rows import Movement
 from dtrain.protocol.snapshot import RankState, WorkerSnapshot
 from dtrain.runtime import redact
 
@@ -176,7 +177,16 @@ def _head(job: Job) -> Json:
         "by": intent.by if intent and spec and intent.uid == spec.uid else "",
         "conditions": codec.to_json(status).get("conditions", []) if status else [],
         "failure": _failure(job),
+        "moving": [codec.to_json(one) for one in _moving(job)],
     }
+
+
+def _moving(job: Job) -> tuple[Movement, ...]:
+    """Checkpoints on their way to the store or back."""
+    if job.finished or job.status is None:
+        return ()
+    told = [moving.shares(codec.to_json(snapshot)) for snapshot in job.workers.values()]
+    return moving.movements(told, len(job.status.members))
 
 
 def _failure(job: Job) -> Json:

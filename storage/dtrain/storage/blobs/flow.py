@@ -43,12 +43,18 @@ class Flow:
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._durable_bytes = 0
+        self._taken_bytes = 0
         self._breakers: set[Callable[[], None]] = set()
 
     @property
     def durable_bytes(self) -> int:
         """What stores have confirmed so far."""
         return self._durable_bytes
+
+    @property
+    def taken_bytes(self) -> int:
+        """What stores have taken so far, durable or not yet; what was sent twice counts twice."""
+        return max(self._taken_bytes, self._durable_bytes)
 
     def admit(self, size: int) -> None:
         """Return once ``size`` more bytes may leave.
@@ -66,6 +72,14 @@ class Flow:
         """
         if self._stop.wait(seconds) if seconds > 0 else self._stop.is_set():
             raise Stopped
+
+    def taken(self, size: int) -> None:
+        """Take note of ``size`` more bytes that the store has and does not vouch for yet.
+
+        For stores that confirm a blob as a whole: of the others ``confirmed`` says enough.
+        """
+        with self._lock:
+            self._taken_bytes += size
 
     def confirmed(self, size: int) -> None:
         """Take note that the store holds ``size`` more bytes."""

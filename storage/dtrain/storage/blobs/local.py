@@ -394,12 +394,14 @@ def _write(fd: int, key: str, chunks: Sequence[memoryview], chunk_crcs: Sequence
                     direct = _set_direct(fd, False)
                 flow.admit(len(piece))
                 try:
-                    written += os.write(fd, piece)
+                    size = os.write(fd, piece)
                 except OSError as error:
                     if not direct or error.errno != errno.EINVAL:
                         raise
                     direct = _set_direct(fd, False)  # memory or position do not suit the device
-                    written += os.write(fd, piece)
+                    size = os.write(fd, piece)
+                written += size
+                flow.taken(size)
         os.fsync(fd)
         # A frozen disk may have held this up for long: an end that was asked for meanwhile still counts.
         flow.wait(0)

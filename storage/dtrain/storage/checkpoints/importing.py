@@ -31,6 +31,7 @@ from dtrain.protocol.checkpoint import (
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.ids import ClusterName, JobName, Rank
 from dtrain.protocol.snapshot import DurablePart
+from dtrain.protocol.wording import some
 from dtrain.runtime import retry
 from dtrain.storage.blobs import digest
 from dtrain.storage.blobs.port import PART_BYTES, BlobStore
@@ -47,6 +48,7 @@ HEADER_ALIGN = 64
 STORE_PATIENCE_S = 600.0
 _ATTEMPTS_MAX = 100_000  # the patience is the bound
 _TOLD_MAX = 5
+_OBJECTS_TOLD_MAX = 20
 
 # What blobs keep under another type, as every release reads it: the view, and how many of it make one.
 _AS = {
@@ -145,7 +147,7 @@ def arrange(
     bases = {name: name.partition("/")[0] for name in objects}
     missing = [name for name in wanted if name not in objects and name not in bases.values()]
     if missing:
-        known = ", ".join(sorted(objects)[:20]) or "nothing"
+        known = some(sorted(objects), _OBJECTS_TOLD_MAX) or "nothing"
         raise _refused(f"there is nothing under the name {missing[0]!r}", f"it has {known}")
     if wanted:
         objects = {name: value for name, value in objects.items() if {name, bases[name]} & set(wanted)}
@@ -225,7 +227,7 @@ def _grouped(
 
 
 def _collision(names: Iterable[str]) -> Refused:
-    told = ", ".join(sorted(set(names))[:_TOLD_MAX])
+    told = some(sorted(set(names)), _TOLD_MAX)
     return _refused(f"several things would have the name {told}", "change --map or --prefix")
 
 

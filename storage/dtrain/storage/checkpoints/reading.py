@@ -25,6 +25,7 @@ from dtrain.protocol.checkpoint import (
 )
 from dtrain.protocol.errors import ErrorCode, NotFound, Refused
 from dtrain.protocol.ids import Rank
+from dtrain.protocol.wording import some
 from dtrain.runtime import retry
 from dtrain.storage.blobs import digest
 from dtrain.storage.blobs.port import BlobStore
@@ -107,9 +108,7 @@ def told(tensors: Sequence[str]) -> str:
     """Names of tensors for a sentence; a few are enough."""
     if not tensors:
         return "no tensor"
-    more = len(tensors) - _TENSORS_TOLD_MAX
-    names = ", ".join(tensors[:_TENSORS_TOLD_MAX]) + (f" and {more} more" if more > 0 else "")
-    return f"tensor{'s' if len(tensors) > 1 else ''} {names}"
+    return f"tensor{'s' if len(tensors) > 1 else ''} {some(tensors, _TENSORS_TOLD_MAX)}"
 
 
 def read_manifest(store: BlobStore, key: str, sha256: str) -> Manifest:

@@ -19,6 +19,7 @@ from typing import IO, cast
 
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.protocol.package import PACKAGE_BYTES_MAX, PACKAGE_FILES_MAX
+from dtrain.protocol.wording import more
 from dtrain.storage.packages.ignoring import DTRAINIGNORE, Rules, rules_of
 from dtrain.storage.packages.links import leads
 
@@ -235,8 +236,8 @@ def _clashes(paths: Sequence[str], links: dict[str, str]) -> list[str]:
 
 def _odd(root: Path, problems: Sequence[str]) -> CannotPackError:
     shown = list(problems[:SHOWN_MAX])
-    if len(problems) > SHOWN_MAX:
-        shown.append(f"and {len(problems) - SHOWN_MAX} more")
+    if left_out := more(len(problems), SHOWN_MAX):
+        shown.append(left_out.strip())
     return CannotPackError(
         f"{root} cannot be packed: {len(problems)} of its entries would not be the same elsewhere",
         shown,

@@ -7,6 +7,7 @@ import { h, say } from "./dom.js";
 import { ago, number, span } from "./format.js";
 import { bar, percent } from "./goodput.js";
 import { logPanel } from "./logs.js";
+import { Moving } from "./moving.js";
 import { seriesPanel } from "./series.js";
 import { Pager, Table } from "./table.js";
 import { draw, story } from "./timeline.js";
@@ -38,6 +39,7 @@ class JobPage {
     this.tools = h("div", { class: "tools", role: "group", "aria-label": "Change this job" });
     this.facts = h("dl", { class: "facts" });
     this.failure = h("section", { class: "card", "aria-label": "Root cause", id: "failure", hidden: true });
+    this.moving = new Moving();
     this.goodput = h("section", { "aria-labelledby": "goodput-title", hidden: true });
     this.timeline = h("div", { id: "timeline-box" });
     this.conditions = h("ul", {});
@@ -54,6 +56,7 @@ class JobPage {
       this.reason,
       this.tools,
       this.failure,
+      this.moving.element,
       this.facts,
       section("timeline-title", "Timeline", this.timeline),
       this.goodput,
@@ -130,6 +133,7 @@ class JobPage {
       this.conditions.replaceChildren(...conditions.map((one) => h("li", {}, one)));
     }
     this.goodput.hidden = !head.ledger;
+    this.moving.show(head.moving || []);
     this.acting();
   }
 
