@@ -6,7 +6,7 @@
 
 # ruff: noqa: E501 - code is quoted as it stands
 
-from tests.mutants import causes, counting, elasticity, goodput, meeting, queueing
+from tests.mutants import causes, counting, elasticity, goodput, meeting, queueing, telling
 from tests.mutants.mutant import (
     AGENT,
     COORDINATOR,
@@ -1363,6 +1363,7 @@ MUTANTS: tuple[Mutant, ...] = (
     # Who gets ranks, why attempts end, who waits: a module each ----------------------------
     *elasticity.MUTANTS,
     *goodput.MUTANTS,
+    *telling.MUTANTS,
     *causes.MUTANTS,
     *counting.MUTANTS,
     *queueing.MUTANTS,

@@ -28,6 +28,7 @@ from dtrain.protocol.job import (
 )
 from dtrain.protocol.snapshot import FailureKind, StackKind
 from dtrain.storage.etcd.port import Delete, Txn
+from tests.scenarios.receiver import ANSWERS, LAST
 from tests.scenarios.stage import TICK_S, Stage, StageMachine
 from tests.sim.training import SimRank
 
@@ -404,6 +405,20 @@ class Script:
         data, crc = blobs[key]
         blobs[key] = (data[:-1] + bytes([data[-1] ^ 1]), crc)
         self._stage.checks.damaged.add(key)
+
+    def do_receiver(self, *words: str) -> None:
+        """``receiver takes``, ``receiver is away``, ``receiver fails`` (503), ``receiver refuses`` (400),
+
+        ``receiver takes one more while its leader dies``: what a webhook's receiver does; the first of these
+        names the webhook, which is told of warnings.
+        """
+        mood = " ".join(words)
+        if mood not in (*ANSWERS, LAST):
+            raise ScriptError(f"nobody knows a receiver that {mood}")
+        if self._stage.receiver is None:
+            self._stage.name_webhook()
+        assert self._stage.receiver is not None
+        self._stage.receiver.mood = mood
 
     # Looking.
 

@@ -29,9 +29,10 @@ from dtrain.protocol.keys import Keys
 from dtrain.protocol.pb import coordinator_pb2 as pb
 from dtrain.storage.blobs.memory import MemoryBlobs
 from dtrain.storage.etcd.memory import MemoryEtcd
-from dtrain.storage.etcd.mirror import MirrorState
+from dtrain.storage.etcd.mirror import Change, MirrorState
 from dtrain.storage.etcd.port import Delete, Put, RangeResult, Status, Txn, TxnResult, prefix_end
 from dtrain.storage.etcd.session import FixedSession
+from tests.scenarios.receiver import Receiver, StageSender
 from tests.scenarios.transcript import Transcript
 from tests.sim.checks import Checks
 from tests.sim.etcd import go_back
@@ -114,6 +115,8 @@ class Stage:
         self._ports = 10_000
         self._leases = 0
         self._published = 1
+        self.receiver: Receiver | None = None
+        """Of a webhook, if there is one."""
         self.coordinators = {name: Coordinator(self, name) for name in ("c1", "c2")}
         for name in self.coordinators:
             record = ReplicaRecord(ReplicaId(name), f"{name}:1")
@@ -186,6 +189,12 @@ class Stage:
             self.scheduler.after(0.3, self._elect)
             return
         able[0].win()
+
+    def name_webhook(self) -> None:
+        """Every coordinator's file names a receiver, from now on."""
+        self.receiver = Receiver(self)
+        for coordinator in self.coordinators.values():
+            coordinator.take_webhook(self.receiver)
 
     def leader(self) -> "Coordinator":
         """The replica that holds the leader key."""
@@ -360,6 +369,11 @@ class Coordinator:
         """Keys that it is about to write."""
         self.checked_at = -1
         """For the checks: the revision that they have seen."""
+        self.term: Term | None = None
+        """As long as it takes itself for the leader."""
+        self.sender: StageSender | None = None
+        if stage.receiver is not None:
+            self.take_webhook(stage.receiver)
         self._tick: Any = None
         self._moments = 0
         self.enter(self.sync if begin == 1 else self.relist)
@@ -368,6 +382,10 @@ class Coordinator:
     def now(self) -> float:
         return self.stage.scheduler.now
 
+    def take_webhook(self, receiver: Receiver) -> None:
+        """Call this receiver while it leads."""
+        self.sender = StageSender(receiver, self, Link(self.stage, lambda: False))
+
     # Leadership.
 
     def win(self) -> None:
@@ -375,7 +393,7 @@ class Coordinator:
         self.lease = stage.new_lease()
         record = codec.encode(ReplicaRecord(ReplicaId(self.name), f"{self.name}:1"))
         put = Put(stage.keys.leader, record, self.lease)
-        term = Term(stage.etcd.txn(Txn(success=(put,))).revision)
+        self.term = term = Term(stage.etcd.txn(Txn(success=(put,))).revision)
         stage.publish()
         self.drive(lambda: self.driver.on_term(term, self.now()))
         self._renew(self.process)
@@ -423,6 +441,7 @@ class Coordinator:
         self.watch = self.stage.etcd.watch(root, end, found.revision + 1)
         changes = self.mirror.relist(found.items, found.revision)
         self.driver.on_changes(changes, found.revision, self.now())
+        self._tell(changes)
 
     def sync(self) -> None:
         """The mirror takes in what has come."""
@@ -432,10 +451,18 @@ class Coordinator:
             self.relist()
             return
         for batch in batches:
-            self.driver.on_changes(self.mirror.apply(batch), self.mirror.revision, self.now())
+            changes = self.mirror.apply(batch)
+            self.driver.on_changes(changes, self.mirror.revision, self.now())
+            self._tell(changes)
+
+    def _tell(self, changes: tuple[Change, ...] = ()) -> None:
+        """A turn of the thread that calls the webhook's receiver."""
+        if (sender := self.sender) is not None:
+            self.process.later(0.001, lambda: sender.tell(changes))
 
     def _hear(self) -> None:
         self.drive(lambda: self.driver.on_heard(self.now(), self.now()))
+        self._tell()
         self.process.later(TICK_S, self._hear)
 
     def enter(self, call: Callable[[], None]) -> None:

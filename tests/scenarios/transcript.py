@@ -10,7 +10,7 @@ from typing import Any
 from dtrain.coordinator.core.decisions import Directed
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import CommitRecord, OpenRecord
-from dtrain.protocol.cluster import Cordon, ReplicaRecord
+from dtrain.protocol.cluster import Cordon, ReplicaRecord, WebhookCursor
 from dtrain.protocol.events import EventReason, EventRecord, EventType
 from dtrain.protocol.job import JobStatus
 from dtrain.protocol.keys import Keys
@@ -48,6 +48,8 @@ class Transcript:
         self.events: list[EventReason] = []
         """Of all events so far."""
         self._commands: set[tuple[str, str, int, bool]] = set()
+        self._event_at: dict[int, int] = {}
+        """The number of the newest event by its revision."""
 
     def take(self) -> list[str]:
         """Return what has happened, and begin anew."""
@@ -115,6 +117,8 @@ class Transcript:
         """A key has changed."""
         place = self._keys.parse(event.kv.key)
         value = None if event.kind == "delete" else event.kv.value
+        if value and event.kv.key.startswith(self._keys.webhook("")):
+            self._cursor(codec.decode(WebhookCursor, value))
         match place.kind if place else "":
             case "leader":
                 self._leader(value, event.kv.create_revision)
@@ -127,6 +131,7 @@ class Transcript:
             case "event" if value and place is not None:
                 record = codec.decode(EventRecord, value)
                 self.events.append(record.reason)
+                self._event_at[event.kv.mod_revision] = record.seq
                 sign = "!" if record.type is EventType.WARNING else ""
                 head = f"event {self._of(place.job)}"
                 self.line(f"{record.reason}{sign}", self._ordinal(record.message), head)
@@ -159,6 +164,10 @@ class Transcript:
         self._terms[revision] = len(self._terms) + 1
         replica = codec.decode(ReplicaRecord, value).replica
         self.line("leader", f"{replica}, term {self._terms[revision]}")
+
+    def _cursor(self, cursor: WebhookCursor) -> None:
+        told = max((seq for at, seq in self._event_at.items() if at <= cursor.revision), default=0)
+        self.line("cursor", f"all is told up to event {told}" if told else "nothing is told yet")
 
     def _of(self, job: str) -> str:
         return f"{job} " if self.several else ""

@@ -53,6 +53,7 @@ from tests.sim.rules import RULES
 from tests.sim.schedule import JobShape, Schedule
 from tests.sim.scheduler import Scheduler, Trace
 from tests.sim.training import Group
+from tests.sim.webhooks import TOLD_S_MAX, Webhooks
 
 CALM_S_MAX = 250.0
 """From the calm to success, training itself not counted."""
@@ -134,6 +135,7 @@ class Cluster:
         self.rotten: dict[tuple[JobName, int], None] = {}
         self.network = Network(self)
         self.faults = Faults(self)
+        self.webhooks = Webhooks(self) if shape.webhook else None
         self.agent_ttl_s = shape.agent_ttl_s
         self.replicas = {
             f"c{number}": Replica(self, f"c{number}", ttl_s=ttl_s)
@@ -378,7 +380,19 @@ class Cluster:
             )
         if not self._failed():
             checks.at_the_end()
+        if self.webhooks is not None and not self._failed():
+            self._tell(self.webhooks)
         return calm_s
+
+    def _tell(self, hooks: Webhooks) -> None:
+        """Whatever became of its receiver, it hears of everything."""
+        self.scheduler.run(
+            self.scheduler.now + TOLD_S_MAX * (1 + self.schedule.shape.clock_drift),
+            self._after_each,
+            lambda: self._failed() or self._now_and_then(lambda: not hooks.behind()),
+        )
+        if not self._failed() and (sentence := hooks.behind()):
+            hooks.bad(sentence)
 
     def _failed(self) -> bool:
         return bool(self.checks.violations)

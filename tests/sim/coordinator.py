@@ -182,6 +182,7 @@ class Coordinator:
         )
         self.mirror._stop = SimFlag(self.process)  # type: ignore[assignment]
         self.mirror._log = QuietLog(self.scheduler.log, replica.name)
+        self.webhook = None if cluster.webhooks is None else cluster.webhooks.sender(self)
         self._tick: Event | None = None
         self.loops: list[Task] = []
         """What must not end before the process does."""
@@ -194,6 +195,8 @@ class Coordinator:
             self.process.spawn(self.mirror._run, "mirror"),
             self.process.spawn(self.leadership.run, "lease"),
         ]
+        if self.webhook is not None:
+            self.loops.append(self.process.spawn(self.webhook.run, "webhook"))
         self._hear()
 
     def now(self) -> float:
@@ -243,6 +246,8 @@ class Coordinator:
 
     def _on_changes(self, changes: tuple[Change, ...], revision: int) -> None:
         self.cluster.checks.mirror_at(self.replica.name, self.mirror, revision)
+        if self.webhook is not None:
+            self.webhook.note(changes)
         for change in changes:
             if change.key == self.cluster.keys.leader:
                 self.leadership.nudge(change.after)

@@ -1,4 +1,6 @@
-"""More kinds of faults: ranks that hang or compute nonsense or give up, operators who scale and vacate."""
+"""More kinds of faults: ranks that hang or compute nonsense or give up, operators who scale and vacate,
+receivers of webhooks that do not receive.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -6,7 +8,7 @@ from dtrain.coordinator.api.cordons import Cordons
 from dtrain.protocol.ids import AgentName, JobName
 from dtrain.protocol.snapshot import StackKind
 from tests.sim import rules
-from tests.sim.kinds import KINDS, a_job, a_machine, a_rank, kind
+from tests.sim.kinds import KINDS, a_job, a_machine, a_rank, kind, nobody
 from tests.sim.process import SimClock
 from tests.sim.schedule import Strike
 
@@ -122,3 +124,19 @@ def _pause(faults: "Faults", strike: Strike) -> None:
     cluster, job = faults.cluster, JobName(strike.target)
     if job in cluster.jobs and cluster.pause(job):
         faults.until(strike, lambda: cluster.unpause(job))
+
+
+def _mood(name: str, attribute: str, much: tuple[float, float], lasts_s: tuple[float, float]) -> None:
+    def apply(faults: "Faults", strike: Strike) -> None:
+        hooks = faults.cluster.webhooks
+        if hooks is not None:
+            faults.rate(strike, hooks.receiver, attribute, strike.args["much"])
+
+    kind(name, nobody, every_s=(10.0, 40.0), lasts_s=lasts_s, args={"much": much}, apart=3)(apply)
+
+
+_mood("receiver away", "away", (0.3, 2.0), (2.0, 90.0))
+_mood("receiver fails", "failing", (0.3, 2.0), (2.0, 60.0))
+_mood("receiver refuses", "refusing", (0.2, 1.0), (2.0, 40.0))
+_mood("receiver slow", "slow_s", (0.5, 25.0), (5.0, 60.0))
+_mood("answers of the receiver lost", "deaf", (0.1, 0.8), (5.0, 60.0))

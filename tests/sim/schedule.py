@@ -63,6 +63,8 @@ class Shape:
     """How many keys the mirror asks for at once."""
     scrub_s: float = 0.0
     """Interval in which committed checkpoints are read again; 0: never."""
+    webhook: bool = False
+    """The leader tells a receiver of everything that happens."""
 
     def slots_of(self, number: int) -> int:
         """Slots of machine ``number``, from 1."""
@@ -123,6 +125,7 @@ class Schedule:
             f"seed {self.seed}: {len(shape.replica_ttls_s)} replicas (TTL {ttls}), {shape.machines} machines"
             f" (TTL {shape.agent_ttl_s} s, {slots} slots), clocks within {shape.clock_drift:.0%}"
             + (f", bad machines kept free for {shape.cordon_s:g} s" if shape.cordon_s else "")
+            + (", a webhook" if shape.webhook else "")
         ]
         for job in shape.jobs:
             more = {

@@ -20,6 +20,9 @@ MORE_FOCUS_SHARE = 0.4
 
 CALM_BETWEEN_S = 70.0
 
+NO_WEBHOOK, WEBHOOK_SHARE = 1000, 0.3
+"""Seeds up to it go on telling the stories that they told before there were receivers."""
+
 
 def calm(seed: int) -> Schedule:
     """A run of one job without faults."""
@@ -45,6 +48,9 @@ def draw(seed: int) -> Schedule:
     shape = replace(shape, scrub_s=apart.choice((0.0, 0.0, 10.0, 40.0)))
     shape = _more_machines(more, shape)
     mix |= _mix_apart(apart, 1, (0.0, 0.0, 0.3, 0.6)) | _mix_more(more)
+    if seed > NO_WEBHOOK and more.random() < WEBHOOK_SHARE:
+        shape = replace(shape, webhook=True)
+        mix |= _mix_apart(more, 3, (0.0, 0.4, 0.8))
     return Schedule(seed, shape, storms, ends_calm, mix)
 
 

@@ -230,6 +230,18 @@ def test_an_event_that_is_refused_for_good_does_not_hold_up_the_others(
     assert receiver.ids().count(told[0]) == sender.REFUSED_TIMES_MAX
 
 
+def test_a_receiver_that_was_away_for_long_and_stumbles_once_has_not_refused(
+    world: World, receiver: Receiver
+) -> None:
+    world.lead(hook(receiver))
+    until(lambda: world.cursor() > 0)
+    receiver.answers = [(503, {})] * (2 * sender.REFUSED_TIMES_MAX) + [(400, {})]
+    told = world.happen()
+    until(lambda: len(receiver.calls) == 2 * sender.REFUSED_TIMES_MAX + 2)
+    assert set(receiver.ids()) == {told}
+    until(lambda: world.cursor() >= world.etcd.range(KEYS.event(JOB, 1)).items[0].mod_revision)
+
+
 def test_a_redirect_is_not_followed(world: World, receiver: Receiver) -> None:
     other = Receiver()
     world.lead(hook(receiver))

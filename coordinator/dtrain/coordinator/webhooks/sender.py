@@ -109,7 +109,8 @@ class Sender:
         self._said = ""
         self._written_at = 0.0
         self._due: deque[_Due] = deque()
-        self._tries = 0
+        self._tries = self._refusals = 0
+        """Of the event at hand."""
         self._retry_at = 0.0
         self._failing_since: float | None = None
         self._why = ""
@@ -204,7 +205,7 @@ class Sender:
             self._fresh.clear()
             self._missed = True
         self._due.clear()
-        self._tries, self._retry_at = 0, 0.0
+        self._tries, self._refusals, self._retry_at = 0, 0, 0.0
         self._led = term
         if cursor is None:
             # Named for the first time: what happened before is no news.
@@ -275,17 +276,19 @@ class Sender:
         if answer.ok:
             if self._failing_since is not None:
                 self._log("webhook answers again", webhook=self._hook.name)
-            self._failing_since, self._why, self._tries = None, "", 0
+            self._failing_since, self._why = None, ""
+            self._tries = self._refusals = 0
             return 0.0
         if self._why != answer.why:
             self._log("webhook failed", webhook=self._hook.name, id=identity, problem=answer.why, tries=tries)
         self._why = answer.why
         if self._failing_since is None:
             self._failing_since = self._clock.monotonic()
-        refused = 300 <= answer.status < 500 and answer.status not in _LATER
-        if refused and tries >= REFUSED_TIMES_MAX:
+        # Counted apart: a receiver that was away for long and stumbles once as it comes back refuses nothing.
+        self._refusals += 300 <= answer.status < 500 and answer.status not in _LATER
+        if self._refusals >= REFUSED_TIMES_MAX:
             self._log("webhook refuses an event", webhook=self._hook.name, id=identity)
-            self._tries = 0
+            self._tries = self._refusals = 0
             return 0.0
         pause_s = min(RETRY_S_MAX, RETRY_S_FIRST * 2.0 ** min(tries - 1, 10))
         return max(pause_s * (0.5 + 0.5 * self._rng.random()), min(answer.after_s, 300.0))
