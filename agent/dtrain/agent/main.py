@@ -138,7 +138,7 @@ class Agent:
         if self._journal.problem:
             self.log("journal moved aside", problem=self._journal.problem)
         logs = RankLogs(data_dir / "logs")
-        self._series = Series(clock.wall, logs.keep)
+        self._series = Series(clock.wall, logs.keep, logs.kept)
         self._rank_watch = RankWatch(logs, self._post)
         self._ranks = RankServer(
             run_dir / "ranks.sock",
