@@ -1,8 +1,8 @@
 """What ranks reported over time, for whoever draws it: loss, step time, throughput, stalls, uploads.
 
 Of each attempt the first rank of this machine is kept, in memory and bounded. A restarted
-agent goes on from what its former self wrote down for the archive. Read off the agent's states, before and after each
-event, so that the core knows nothing of it. ``see`` is called by the thread
+agent goes on from what its former self wrote down for the archive. Read off the agent's states,
+before and after each event, so that the core knows nothing of it. ``see`` is called by the thread
 that supervises, ``read`` by those that answer.
 """
 

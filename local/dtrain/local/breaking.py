@@ -7,6 +7,7 @@ are those of daemons (c1, a1) and of etcd's members (etcd-0).
 import contextlib
 import os
 import signal
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from dtrain.local.daemons import Daemon, Keeper
@@ -25,7 +26,7 @@ NOTICE_S = 30
 """What a notice says that a machine has left, as on the dearest of clouds."""
 
 
-class Breakable:
+class Breakable(ABC):
     """The half of ``LocalCluster`` that breaks things; not of use by itself."""
 
     folder: Path
@@ -38,9 +39,9 @@ class Breakable:
     _keepers: list[Keeper]
 
     @property
+    @abstractmethod
     def etcd(self) -> GatewayEtcd:
         """A client of the cluster's etcd."""
-        raise NotImplementedError
 
     # Looking ---------------------------------------------------------------------------
 

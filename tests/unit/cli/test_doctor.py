@@ -10,15 +10,19 @@ import pytest
 
 from dtrain.cli import context
 from dtrain.cli.context import known_here
-from dtrain.cli.doctor import job, judging, machine, reporting, running, store
+from dtrain.cli.doctor import etcd, job, judging, machine, reporting, running, store
 from dtrain.cli.doctor.findings import Check, Finding, Level, Verdict, passed
 from dtrain.cli.globals import Settings
 from dtrain.cli.main import run
 from dtrain.protocol.errors import ErrorCode, Unavailable
+from dtrain.protocol.ids import ClusterName
+from dtrain.runtime.config import EtcdOptions
 from dtrain.storage.blobs import digest
 from dtrain.storage.blobs.flow import Flow
 from dtrain.storage.blobs.memory import MemoryBlobs
 from dtrain.storage.blobs.port import BlobInfo
+from dtrain.storage.etcd.open import open_etcd
+from dtrain.storage.etcd.port import Etcd
 
 GB = 1e9
 
@@ -268,3 +272,17 @@ def test_the_source_of_each_setting_is_told_and_no_secret(
     assert told["user"] == {"value": "ops", "source": "ETCDCTL_USER"}
     assert told["key"]["source"] == "default"
     assert "hunter2" not in json.dumps(told)
+
+
+def test_one_client_of_etcd_serves_all_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[EtcdOptions] = []
+
+    def opening(options: EtcdOptions) -> Etcd:
+        opened.append(options)
+        return open_etcd(options)
+
+    monkeypatch.setattr(etcd, "open_etcd", opening)
+    options = EtcdOptions(endpoints=("http://127.0.0.1:9",))
+    found = running.run(etcd.checks(ClusterName("local"), options, 10.0), lambda _: None)
+    assert {one.check for one in found if one.level is Level.FAIL} >= {"version", "latency", "database"}
+    assert opened == [options]

@@ -17,6 +17,7 @@ from dtrain.storage.etcd import inspect
 from dtrain.storage.etcd.access import certificate_ends
 from dtrain.storage.etcd.endpoints import parse_endpoint
 from dtrain.storage.etcd.open import open_etcd
+from dtrain.storage.etcd.port import Etcd
 
 SAMPLES = 20
 LEASE_TTL_S = 10
@@ -29,9 +30,9 @@ def checks(cluster: ClusterName, options: EtcdOptions, ttl_s: float) -> list[Che
     return [
         Check("etcd", "members", lambda: [_members(options, facts)]),
         Check("etcd", "version", lambda: _versions(cluster, options, facts)),
-        Check("etcd", "latency", lambda: _latency(options, ttl_s)),
+        Check("etcd", "latency", lambda: _latency(facts, ttl_s)),
         Check("etcd", "disk", lambda: [judging.fsync(one.fsync_p99_s) for one in facts.well()]),
-        Check("etcd", "database", lambda: _database(options, facts)),
+        Check("etcd", "database", lambda: _database(facts)),
         Check("etcd", "compaction", lambda: _compaction(facts)),
         Check("etcd", "clock", lambda: _clocks(facts)),
         Check("etcd", "access", lambda: _access(options)),
@@ -39,12 +40,28 @@ def checks(cluster: ClusterName, options: EtcdOptions, ttl_s: float) -> list[Che
 
 
 class _Facts:
-    """What members say, asked once for all checks. Each check may be the first."""
+    """What members say, asked once for all checks, and one client for all. Each check may be the first.
+
+    The client ends with the process: a check that has not come back by the end still uses it.
+    """
 
     def __init__(self, options: EtcdOptions) -> None:
         self._options = options
         self._lock = threading.Lock()
+        self._client_lock = threading.Lock()
+        self._client: Etcd | None = None
         self._found: dict[str, inspect.MemberFacts | DtrainError] = {}
+
+    def client(self) -> Etcd:
+        """Of the whole cluster.
+
+        Raises:
+            Refused: BAD_SETTING; an endpoint is no URL.
+        """
+        with self._client_lock:
+            if self._client is None:
+                self._client = open_etcd(self._options)
+            return self._client
 
     def all(self) -> dict[str, inspect.MemberFacts | DtrainError]:
         with self._lock:
@@ -85,30 +102,29 @@ def _members(options: EtcdOptions, facts: _Facts) -> Verdict:
 
 def _versions(cluster: ClusterName, options: EtcdOptions, facts: _Facts) -> Iterator[Verdict]:
     for_test = False
-    with contextlib.closing(open_etcd(options)) as etcd, contextlib.suppress(DtrainError):
-        for_test = bool(etcd.range(Keys(cluster).test, deadline_s=3.0).items)
+    with contextlib.suppress(DtrainError):
+        for_test = bool(facts.client().range(Keys(cluster).test, deadline_s=3.0).items)
     for version in sorted({one.version for one in facts.well()}):
         yield judging.etcd_version(version, for_test=for_test, users=bool(options.user))
 
 
-def _latency(options: EtcdOptions, ttl_s: float) -> list[Verdict]:
+def _latency(facts: _Facts, ttl_s: float) -> list[Verdict]:
     """Grants and ends leases: raft has to agree on each, and no key is touched."""
     samples: list[float] = []
-    with contextlib.closing(open_etcd(options)) as etcd:
-        for _ in range(SAMPLES):
-            lease = secrets.randbits(62) | 1
-            begun = time.monotonic()
-            etcd.grant(LEASE_TTL_S, lease)
-            samples.append(time.monotonic() - begun)
-            with contextlib.suppress(Unavailable):
-                # Left alone, it ends by itself.
-                etcd.revoke(lease)
+    etcd = facts.client()
+    for _ in range(SAMPLES):
+        lease = secrets.randbits(62) | 1
+        begun = time.monotonic()
+        etcd.grant(LEASE_TTL_S, lease)
+        samples.append(time.monotonic() - begun)
+        with contextlib.suppress(Unavailable):
+            # Left alone, it ends by itself.
+            etcd.revoke(lease)
     return [judging.commit_latency(samples, ttl_s)]
 
 
-def _database(options: EtcdOptions, facts: _Facts) -> Iterator[Verdict]:
-    with contextlib.closing(open_etcd(options)) as etcd:
-        status = etcd.status(deadline_s=5.0)
+def _database(facts: _Facts) -> Iterator[Verdict]:
+    status = facts.client().status(deadline_s=5.0)
     yield judging.alarms(status.alarms)
     for one in facts.well():
         yield judging.database(one.db_bytes or status.db_size_bytes, one.quota_bytes or status.db_quota_bytes)
