@@ -91,6 +91,10 @@ class RankLogs:
             file.seek(max(0, file.seek(0, os.SEEK_END) - bytes_max))
             return file.read(bytes_max)
 
+    def folder(self, job: JobName, uid: Uid) -> Path:
+        """Of all attempts of a submission."""
+        return self._job(job, uid)
+
     def all(self) -> Iterator[AttemptLogs]:
         """Every attempt of which there are logs here, and of which enough is known."""
         for folder in self._root.glob("*/attempt_*"):
