@@ -371,7 +371,7 @@ class Harness:
         return status
 
     def led_by_former_release(self, job: JobName) -> None:
-        """Note that leaders who keep no ledger have written the job's status: it begins after the last of them."""
+        """Leaders who keep no ledger write the job's status: it begins after the last of them."""
         self._submitted_at.pop(job, None)
 
     def _assert_time(self, job: JobName, status: JobStatus) -> None:
