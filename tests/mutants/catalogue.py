@@ -152,7 +152,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "readiness-taken-from-an-agent-s-former-life",
         "G6: START goes out on the word of an agent that has restarted since.",
-        f"{CORE}/phases.py",
+        f"{CORE}/liveness.py",
         ("(seat.phase is WorkerPhase.READY and seat.current)", "(seat.phase is WorkerPhase.READY)"),
         f"{ON_COORDINATOR}/test_plan_start.py::"
         "test_agent_that_restarts_after_ready_is_prepared_again_before_any_start",

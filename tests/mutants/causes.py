@@ -125,7 +125,7 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant(
         "lost-machine-charged",
         "A lost machine costs a restart of the budget.",
-        f"{CORE}/phases.py",
+        f"{CORE}/endings.py",
         (
             "    return Ending(cause, charge=any(cause is failure for failure in charged), others=others)",
             "    return Ending(cause, charge=True, others=others)",

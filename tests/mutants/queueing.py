@@ -177,8 +177,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "A suspended job goes back into the queue unasked.",
         f"{CORE}/suspending.py",
         (
-            "    phases.release_strays(draft)\n    if is_wanted(draft):\n        draft.say",
-            "    phases.release_strays(draft)\n    if not is_wanted(draft):\n        draft.say",
+            "    closing.release_strays(draft)\n    if is_wanted(draft):\n        draft.say",
+            "    closing.release_strays(draft)\n    if not is_wanted(draft):\n        draft.say",
         ),
         f"{ON_COORDINATOR}/test_plan_suspending.py::test_resumed_it_waits_in_the_queue_and_goes_on_where_it_was",
     ),
@@ -197,7 +197,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "A job that is being suspended cannot be cancelled.",
         f"{CORE}/suspending.py",
         (
-            "    if phases.wants_cancel(draft):\n        phases.cancel(draft)\n        return\n    members",
+            "    if closing.wants_cancel(draft):\n        closing.cancel(draft)\n        return\n    members",
             "    members",
         ),
         f"{ON_COORDINATOR}/test_plan_suspending.py::test_it_can_be_cancelled_at_any_time",

@@ -9,6 +9,7 @@ from typing import assert_never
 
 from dtrain.coordinator.core import (
     checkpoints,
+    closing,
     conditions,
     elastic,
     orders,
@@ -150,9 +151,9 @@ def _decide(draft: Draft) -> None:
         case JobPhase.SUSPENDED:
             suspending.suspended(draft)
         case JobPhase.CANCELLING:
-            phases.cancelling(draft)
+            closing.cancelling(draft)
         case JobPhase.SUCCEEDED | JobPhase.FAILED | JobPhase.CANCELLED:
-            phases.terminal(draft)
+            closing.terminal(draft)
         case other:
             assert_never(other)
 
