@@ -207,8 +207,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "A job that must not be retried is resumed.",
         f"{CORE}/suspending.py",
         (
-            "    if ending.do_not_retry:\n        checkpoints.settle",
-            "    if False:\n        checkpoints.settle",
+            "    if ending.do_not_retry:\n        settling.settle",
+            "    if False:\n        settling.settle",
         ),
         f"{ON_COORDINATOR}/test_plan_suspending.py::test_exit_code_93_meanwhile_ends_the_job",
     ),
@@ -245,7 +245,7 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant(
         "outcome-told-while-paused",
         "Ranks of a paused job hear that their checkpoint is committed, and go on.",
-        f"{CORE}/checkpoints.py",
+        f"{CORE}/outcomes.py",
         (
             "            if seq not in undecided and seq != draft.status.held:",
             "            if seq not in undecided:",
@@ -276,7 +276,7 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant(
         "hour-of-pause-counted-as-steps",
         "The first checkpoint after a pause is opened as far ahead as the pause was long.",
-        f"{CORE}/checkpoints.py",
+        f"{CORE}/targets.py",
         ("(0.0 if _is_held(draft, seat) else rate", "(0.0 if False else rate"),
         f"{ON_COORDINATOR}/test_plan_pausing.py::test_what_was_paused_for_an_hour_is_not_an_hour_ahead_when_it_is_let_go",
     ),

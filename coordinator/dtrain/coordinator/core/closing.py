@@ -5,7 +5,7 @@ Open checkpoints are settled before: committed, or never to be.
 
 from collections.abc import Sequence
 
-from dtrain.coordinator.core import checkpoints, elastic, nonfinite, retention, spares
+from dtrain.coordinator.core import elastic, nonfinite, outcomes, retention, settling, spares
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.liveness import LIVE_PHASES, Seat, Standing, seats
 from dtrain.protocol.commands import Stop
@@ -23,8 +23,8 @@ RELEASE_S = 60.0
 
 def succeed(draft: Draft) -> None:
     """All ranks of all members exited with 0."""
-    checkpoints.settle(draft, patient=False)
-    last = checkpoints.final_commit(draft)
+    settling.settle(draft, patient=False)
+    last = outcomes.final_commit(draft)
     step = draft.status.step if last is None else last.step
     if last is not None:
         reason = f"training ended; checkpoint {last.seq} of step {step} is the last one"
@@ -32,12 +32,12 @@ def succeed(draft: Draft) -> None:
         reason = "training ended; no store is configured, so there is no checkpoint of its end"
     elif unfit := nonfinite.unfit_at_end(draft):
         reason = f"training ended; there is no checkpoint of its end, as {unfit}"
-    elif checkpoints.gave_up_final(draft):
+    elif outcomes.gave_up_final(draft):
         reason = "training ended; the checkpoint of its end failed too often"
     else:
         reason = "training ended; its ranks did not ask for a checkpoint of the end"
     draft.enter(JobPhase.SUCCEEDED, reason)
-    draft.event(EventReason.JOB_SUCCEEDED, reason, warning=checkpoints.gave_up_final(draft))
+    draft.event(EventReason.JOB_SUCCEEDED, reason, warning=outcomes.gave_up_final(draft))
 
 
 def fail(draft: Draft, event: EventReason, reason: str) -> None:
@@ -72,7 +72,7 @@ def cancelling(draft: Draft) -> None:
     due = (draft.now if since is None else since) + grace + CANCEL_SLACK_S
     alive = still_alive(seats(draft))
     if not alive or draft.now >= due:
-        checkpoints.settle(draft, patient=False)
+        settling.settle(draft, patient=False)
         cancelled(draft, "cancelled")
         return
     draft.wake(due)
@@ -101,7 +101,7 @@ def cancelled(draft: Draft, reason: str) -> None:
 def terminal(draft: Draft) -> None:
     """Release what agents and the store still hold; the phase never changes again."""
     draft.say(draft.status.reason or f"the job is over: {draft.status.phase}")
-    checkpoints.settle(draft, patient=False)
+    settling.settle(draft, patient=False)
     holding = sorted(draft.job.workers)
     for agent in holding:
         header = draft.header(f"release.{draft.status.attempt}")

@@ -9,7 +9,7 @@ import everything before, while the others go on training, and they join togethe
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dtrain.coordinator.core import checkpoints, draining, kinds, placement, spares
+from dtrain.coordinator.core import checkpoints, committing, draining, kinds, placement, spares
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.liveness import Seat, Standing
 from dtrain.coordinator.core.stamps import iso, parse_iso
@@ -90,7 +90,7 @@ def due(draft: Draft, members: Sequence[Seat]) -> Resize | None:
 
 def _held(draft: Draft) -> set[Seq]:
     """The open checkpoint that ranks hold at, if any."""
-    return {stored.value.seq for stored in checkpoints.own_open(draft) if stored.value.hold_s > 0}
+    return {stored.value.seq for stored in committing.own_open(draft) if stored.value.hold_s > 0}
 
 
 def _may_begin(draft: Draft) -> bool:
@@ -209,7 +209,7 @@ def is_due(draft: Draft, members: Sequence[Seat], change: Resize) -> bool:
         reason = EventReason.GROWING if change.joiners else EventReason.SHRINKING
         draft.event(reason, text, f"attempt/{draft.status.attempt}")
     draft.explain(text)
-    if not checkpoints.own_open(draft) and (deaf := draining.not_answering(draft, members)):
+    if not committing.own_open(draft) and (deaf := draining.not_answering(draft, members)):
         draft.say(f"agent {deaf} does not answer; the checkpoint waits for it")
         return False
     held = _held(draft)

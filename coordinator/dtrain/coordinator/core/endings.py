@@ -6,7 +6,7 @@ themselves counts against the job's budget.
 
 from collections.abc import Sequence
 
-from dtrain.coordinator.core import checkpoints, failures, hangs, nonfinite, quarantine
+from dtrain.coordinator.core import failures, hangs, nonfinite, outcomes, quarantine
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.failures import Ending
 from dtrain.coordinator.core.liveness import Seat, Standing, is_ready
@@ -161,7 +161,7 @@ def _not_starting(draft: Draft, members: Sequence[Seat]) -> list[Failure]:
 
 
 def _disagreement(draft: Draft, members: Sequence[Seat]) -> list[Failure]:
-    ended = checkpoints.end_of_training(members)
+    ended = outcomes.end_of_training(members)
     if ended is None or ended.agree:
         return []
     steps = ", ".join(str(step) for step in ended.steps)

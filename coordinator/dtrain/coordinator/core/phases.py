@@ -20,11 +20,13 @@ from dtrain.coordinator.core import (
     importing,
     kinds,
     nonfinite,
+    outcomes,
     pausing,
     placement,
     retention,
     rollback,
     rules,
+    settling,
     spares,
     stragglers,
     suspicion,
@@ -57,7 +59,7 @@ PROBE_RETRY_S = 5.0
 def queued(draft: Draft) -> None:
     """Wait for a store that answers and for enough machines."""
     if closing.wants_cancel(draft):
-        checkpoints.settle(draft, patient=False)
+        settling.settle(draft, patient=False)
         closing.cancelled(draft, "cancelled while it waited for machines")
         return
     if importing.follow(draft):
@@ -277,7 +279,7 @@ def running(draft: Draft) -> None:
             draft.say(f"{seat.why}; waiting before it is called lost")
     if not (going or pause or change):
         checkpoints.drive(draft, members)
-    checkpoints.tell_outcomes(draft, members)
+    outcomes.tell_outcomes(draft, members)
     nonfinite.note(draft, members)
     stragglers.note(draft, members)
     closing.release_strays(draft)
@@ -308,7 +310,7 @@ def attempt_over(draft: Draft, ending: Ending, *, avoid: Set[AgentName] = frozen
     if not failure.hopeless:
         suspicion.note(draft, failure, ending.others, cordon_s=consequence.cordon_s)
     if over:
-        checkpoints.settle(draft, patient=False)
+        settling.settle(draft, patient=False)
         closing.fail(draft, consequence.event, text)
         return
     if consequence.action is RuleAction.ROLLBACK:
@@ -346,10 +348,10 @@ def recovering(
 ) -> None:
     """Between attempts: settle, charge the budget, pause, place."""
     if closing.wants_cancel(draft):
-        checkpoints.settle(draft, patient=False)
+        settling.settle(draft, patient=False)
         closing.cancelled(draft, "cancelled between attempts")
         return
-    if not checkpoints.settle(draft, patient=True):
+    if not settling.settle(draft, patient=True):
         closing.stop_survivors(draft)
         return
     if importing.is_awaited(draft):
