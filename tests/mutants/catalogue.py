@@ -730,14 +730,14 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "stale-mirror-does-not-brake",
         "I9: losses are declared from a mirror that has not heard of etcd.",
-        f"{COORDINATOR}/world.py",
-        ("now - self._heard_at > MIRROR_AGE_S_MAX:", "now - self._heard_at > 1000 * MIRROR_AGE_S_MAX:"),
+        f"{COORDINATOR}/losses.py",
+        ("now - heard_at > MIRROR_AGE_S_MAX:", "now - heard_at > 1000 * MIRROR_AGE_S_MAX:"),
         f"{ON_COORDINATOR}/test_world.py::test_a_stale_mirror_brakes_and_says_when_it_will",
     ),
     _mutant(
         "brake-counts-any-loss",
         "I9: a third of the fleet may vanish at once without a doubt.",
-        f"{COORDINATOR}/world.py",
+        f"{COORDINATOR}/losses.py",
         ("len(gone) > BRAKE_SHARE * total", "len(gone) > total"),
         f"{ON_COORDINATOR}/test_world.py::test_the_brake_comes_on_when_a_third_of_the_fleet_vanishes",
     ),
@@ -1270,8 +1270,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "released-with-the-first-return",
         "G5: etcd ends all leases; when the first agent is back, the others are called lost.",
-        f"{COORDINATOR}/world.py",
-        ("len(gone) > 1 or any(self._is_just_back(agent, now) for agent in recent)", "len(gone) > 1"),
+        f"{COORDINATOR}/losses.py",
+        ("len(gone) > 1 or any(self._is_just_back(agent, now, ttl_s) for agent in recent)", "len(gone) > 1"),
         f"{ON_COORDINATOR}/test_world.py::"
         "test_one_that_comes_back_shows_that_others_who_vanished_with_it_may_live",
     ),
