@@ -14,7 +14,7 @@ from types import TracebackType
 
 import click
 
-from dtrain.cli import listing, output
+from dtrain.cli import listing, output, terminal
 from dtrain.cli.client import Client
 from dtrain.cli.records import Job
 from dtrain.cli.render import moving
@@ -37,7 +37,7 @@ class Live:
 
     def __init__(self, *, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
-        self._in_place = sys.stderr.isatty()
+        self._in_place = terminal.moves(sys.stderr)
         self._lock = threading.RLock()
         self._line = ""
         self._closed = False

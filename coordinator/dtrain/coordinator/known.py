@@ -4,6 +4,7 @@ Records are decoded when they are first read. One that cannot be is remembered w
 only its own job is left alone.
 """
 
+import re
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -42,6 +43,9 @@ RATE_SPAN_S = 1.0
 """Shortest time that says something about a rate: the first snapshot of an attempt is urgent, and old."""
 
 NOTHING_SWEPT = SweepFound()
+
+_TRANSFERS = b',"transfers":'
+_WRITTEN_AT = re.compile(rb',"at":[^,}]*')
 
 
 @dataclass(slots=True)
@@ -129,6 +133,20 @@ def read(job: KnownJob, key: str, cell: Cell[T], kind: type[T]) -> Stored[T] | N
 def uid_of(cell: Cell[Any]) -> str:
     """Return the submission that a record is of; "" if it cannot be read."""
     return "" if cell.stored is None else str(cell.stored.value.uid)
+
+
+def moved(before: KeyValue, after: KeyValue) -> bool:
+    """Whether only bytes have moved on since: nothing is decided from that, and looks at large jobs are dear.
+
+    Told by the text, which ends with ``transfers``: to decode it is most of what a look costs.
+    """
+    (rest, told), (rest_now, told_now) = _without_transfers(before.value), _without_transfers(after.value)
+    return told != told_now and rest == rest_now
+
+
+def _without_transfers(snapshot: bytes) -> tuple[bytes, bytes]:
+    rest, found, told = snapshot.partition(_TRANSFERS)
+    return _WRITTEN_AT.sub(b"", rest if found else rest[:-1]), told
 
 
 def is_current(snapshot: WorkerSnapshot, status: JobStatus | None) -> bool:

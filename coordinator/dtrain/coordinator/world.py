@@ -33,6 +33,7 @@ from dtrain.coordinator.known import (
     KnownJob,
     T,
     is_current,
+    moved,
     pace_of,
     read,
     sightings,
@@ -426,7 +427,10 @@ class World:
             job = self._jobs[parsed.job] = KnownJob(parsed.job)
         match parsed.kind:
             case "worker":
+                known = job.workers.get(parsed.agent)
                 self._worker_changed(job, parsed.agent, change, now)
+                if known is not None and change.after is not None and moved(known.kv, change.after):
+                    return
             case "pin":
                 readers = job.pins.setdefault(parsed.seq, set())
                 (readers.discard if change.after is None else readers.add)(parsed.name)

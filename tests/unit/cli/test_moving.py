@@ -1,16 +1,21 @@
 """How far a checkpoint is, as people read it: in describe, in top, and while they wait."""
 
+import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from tests.support.tty import Terminal
+from tests.unit.cli.fakes import JOB, NOW, FakeReplica, Item, item, reading, running_job, snapshot
 from tests.unit.cli.fakes import KEYS as WHERE
-from tests.unit.cli.fakes import NOW, item, reading, running_job, snapshot
 
 from dtrain.cli import live, records
 from dtrain.cli.live import PLAIN_S, Live
+from dtrain.cli.main import run
 from dtrain.cli.render import describe, moving
-from dtrain.protocol.ids import AgentName, JobName, Seq, Step
+from dtrain.protocol.ids import AgentName, Seq, Step
+from dtrain.protocol.job import JobPhase
 from dtrain.protocol.rows import Movement
 from dtrain.protocol.snapshot import Transfer, TransferKind
 
@@ -87,7 +92,7 @@ def moving_job() -> records.Job:
     told = Transfer(TransferKind.SAVE, Seq(5), Step(50), 30_000_000, 50_000_000, 10e6)
     machines = (("a1", 0), ("a2", 2))
     workers = [
-        item(WHERE.worker(AgentName(agent), JobName("digits")), snapshot(agent, first, 45, transfers=(told,)))
+        item(WHERE.worker(AgentName(agent), JOB), snapshot(agent, first, 45, transfers=(told,)))
         for agent, first in machines
     ]
     cluster = records.group(reading(*running_job()), reading(*workers))
@@ -140,6 +145,7 @@ def test_on_a_terminal_the_line_makes_room_and_is_gone_at_the_end(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(live, "_width", lambda: 80)
     with Live() as shown:
         shown.show([SAVE])
@@ -148,3 +154,53 @@ def test_on_a_terminal_the_line_makes_room_and_is_gone_at_the_end(
     shown.show([SAVE])
     line = moving.bar(SAVE, 79)
     assert capsys.readouterr().err == (f"\r\x1b[K{line}\r\x1b[Ka line of the log\n\r\x1b[K{line}\r\x1b[K")
+
+
+def items(done: int, **job: object) -> list[Item]:
+    """The job as etcd has it while both machines have ``done`` bytes of 50 MB."""
+    told = Transfer(TransferKind.SAVE, Seq(5), Step(50), done, 50_000_000, 10e6)
+    return [
+        *(one for one in running_job(**job) if "/workers/" not in one.key),
+        item(WHERE.worker(AgentName("a1"), JOB), snapshot("a1", 0, 45, transfers=(told,))),
+        item(WHERE.worker(AgentName("a2"), JOB), snapshot("a2", 2, 45, transfers=(told,))),
+    ]
+
+
+@pytest.mark.parametrize(
+    "words", [("watch", "digits"), ("submit", "FILE", "--follow")], ids=lambda words: words[0]
+)
+def test_a_bar_stays_below_what_is_told_and_goes_with_the_job(
+    words: tuple[str, ...], replica: FakeReplica, address: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("name: digits\nnnodes: 2\nnproc_per_node: 2\nscript: train.py\n")
+    (tmp_path / "train.py").touch()
+    replica.items = items(10_000_000)
+    replica.logs[3, 0, "stdout"] = b"first line\n"
+    command = (sys.executable, "-m", "dtrain.cli", *(str(file) if word == "FILE" else word for word in words))
+    env = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "TERM")}
+    env |= {"DTRAIN_COORDINATORS": address, "XDG_CONFIG_HOME": str(tmp_path / "config")}
+    with Terminal(command, env=env, columns=160) as terminal:
+        terminal.shows("[####................] Saving: checkpoint 5 (step 50): 20.0 MB of 100.0 MB (20 %)")
+        replica.update(items(30_000_000, reason="another sentence"))
+        terminal.shows("[############........] Saving: checkpoint 5", "another sentence")
+        assert terminal.text.count("Saving") == 1
+        written = [line for line in terminal.lines if line]
+        assert "Saving" in written[-1]
+        replica.update(items(30_000_000, phase=JobPhase.SUCCEEDED, reason="done"))
+        terminal.until("it ends", lambda: terminal.process.poll() is not None)
+        terminal.draw(0.2)
+        assert terminal.process.returncode == 0, terminal.text
+        assert "Saving" not in terminal.text
+        assert "SUCCEEDED" in terminal.text
+
+
+def test_a_watch_in_a_pipe_is_records_alone(
+    replica: FakeReplica, address: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    replica.items = items(10_000_000, phase=JobPhase.SUCCEEDED)
+    assert run(["watch", "digits", "--coordinators", address]) == 0
+    out, err = capfd.readouterr()
+    assert "transfers" not in out
+    assert err == ""
+    assert "List" not in replica.calls[1:]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,7 +28,14 @@ from dtrain.protocol.ids import (
 )
 from dtrain.protocol.job import Entry, EntryKind, JobPhase, JobSpec, JobStatus, Member
 from dtrain.protocol.keys import Keys
-from dtrain.protocol.snapshot import NodeRecord, RankState, WorkerPhase, WorkerSnapshot
+from dtrain.protocol.snapshot import (
+    NodeRecord,
+    RankState,
+    Transfer,
+    TransferKind,
+    WorkerPhase,
+    WorkerSnapshot,
+)
 from dtrain.storage.etcd.port import KeyValue
 
 KEYS = Keys(ClusterName("test"))
@@ -83,6 +91,19 @@ def test_the_step_is_what_all_ranks_have_done_and_never_behind_what_is_stored() 
         cluster_of(*behind, kv(KEYS.worker(AgentName("a1"), job), snapshot((2, 3)))), Query("jobs")
     )
     assert found["row:x"]["step"] == 6
+
+
+def test_what_moves_is_summed_on_the_jobs_page() -> None:
+    told = Transfer(TransferKind.SAVE, Seq(3), Step(7), 30, 40, 5.0)
+    job = JobName("x")
+    items = [
+        *job_items("x")[:2],
+        kv(KEYS.worker(AgentName("a1"), job), replace(snapshot((7,)), transfers=(told,))),
+    ]
+    (shown,) = pages.parts(cluster_of(*items), Query("job", "x"))["head"]["moving"]
+    assert (shown["kind"], shown["seq"], shown["done_bytes"], shown["total_bytes"]) == ("save", 3, 30, 40)
+    assert shown["left_s"] == 2.0
+    assert pages.parts(cluster_of(*job_items("x")), Query("job", "x"))["head"]["moving"] == []
 
 
 def test_what_an_older_attempt_has_left_behind_is_not_shown() -> None:

@@ -1,6 +1,6 @@
 """What a replica knows, built from changes of the mirror alone."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -38,7 +38,16 @@ from dtrain.protocol.job import (
     Wanted,
 )
 from dtrain.protocol.keys import Keys
-from dtrain.protocol.snapshot import Draining, FailureKind, NodeRecord, RankState, WorkerPhase, WorkerSnapshot
+from dtrain.protocol.snapshot import (
+    Draining,
+    FailureKind,
+    NodeRecord,
+    RankState,
+    Transfer,
+    TransferKind,
+    WorkerPhase,
+    WorkerSnapshot,
+)
 from dtrain.storage.etcd.mirror import Change
 from dtrain.storage.etcd.port import KeyValue
 
@@ -323,6 +332,28 @@ def test_events_of_a_job_are_numbers_and_touch_nothing() -> None:
         etcd.put(KEYS.event(JOB, seq), b"{}")
     assert etcd.world.take_touched() == []
     assert etcd.world.job_view(JOB).events == (1, 2, 10)
+
+
+def test_bytes_on_their_way_touch_nothing_and_whatever_comes_with_them_does() -> None:
+    # What is told by the text must be its end.
+    assert fields(WorkerSnapshot)[-1].name == "transfers"
+    etcd = Etcd()
+    etcd.put(KEYS.status(JOB), status())
+    key, told = KEYS.worker(A1, JOB), snapshot(step=3)
+    etcd.put(key, replace(told, at=1.0))
+    etcd.world.take_touched()
+    for at, done in enumerate((0, 5, 9), 2):
+        moved = Transfer(TransferKind.SAVE, Seq(1), Step(3), done, 9)
+        etcd.put(key, replace(told, at=float(at), transfers=(moved,)))
+        assert etcd.world.take_touched() == []
+    etcd.put(key, replace(told, at=5.0))
+    assert etcd.world.take_touched() == []
+    etcd.put(key, replace(told, at=6.0))
+    assert etcd.world.take_touched() == [JOB]
+    etcd.put(key, replace(snapshot(step=4), at=7.0, transfers=(moved,)))
+    assert etcd.world.take_touched() == [JOB]
+    view = etcd.world.job_view(JOB)
+    assert view.workers[A1].value.transfers == (moved,)
 
 
 def test_pins_hold_until_the_last_reader_leaves() -> None:
