@@ -29,7 +29,7 @@ from dtrain.protocol.job import (
 from dtrain.protocol.snapshot import FailureKind, StackKind
 from dtrain.storage.etcd.port import Delete, Txn
 from tests.scenarios.receiver import ANSWERS, LAST
-from tests.scenarios.stage import TICK_S, Stage, StageMachine
+from tests.scenarios.stage import TICK_S, WALL_AT_START, Stage, StageMachine
 from tests.sim.training import SimRank
 
 RULE = "----"
@@ -100,6 +100,7 @@ class Script:
         self._stage = stage
         self._saved = 0
         """The revision that the backup of etcd is of."""
+        self._submitted_at: dict[str, float] = {}
 
     def run(self, line: str) -> None:
         """Run one line."""
@@ -152,13 +153,14 @@ class Script:
             spares=int(options.get("spares", "0")),
             nonfinite=NonFinitePolicy(NonFiniteAction(action), back=int(back or "1")),
             priority=int(options.get("priority", "0")),
-            submitted_at=iso(stage.scheduler.now),
+            submitted_at=iso(WALL_AT_START + stage.scheduler.now),
         )
         stage.told.several = bool(stage.specs)
         stage.jobs[job].spec = spec
         # The simulation's checks find a job by its submission.
         stage.jobs[JobName(spec.uid)] = stage.jobs[job]
         stage.specs[job] = spec
+        self._submitted_at[name] = stage.scheduler.now
         stage.put(stage.keys.spec(job), spec)
         self._intend(job, Intent(spec.uid))
 
@@ -314,7 +316,7 @@ class Script:
 
     def do_blamed(self, name: str, times: str) -> None:
         """``blamed a2 2``: so many attempts of other jobs have ended because of it."""
-        agent, began = AgentName(name), 1_800_000_000.0
+        agent, began = AgentName(name), WALL_AT_START
         blames = tuple(
             Blame(JobName(f"other-{n}"), Uid(f"o{n}"), Attempt(1), FailureKind.SIGNAL, began)
             for n in range(int(times))
@@ -419,6 +421,16 @@ class Script:
             self._stage.name_webhook()
         assert self._stage.receiver is not None
         self._stage.receiver.mood = mood
+
+    def do_ledger(self, name: str) -> None:
+        """``ledger JOB``: tell where its time went, by the newest status, beside the time that has passed."""
+        stage, status = self._stage, self._stage.checks.history(JobName(name)).status
+        if status is None or status.ledger is None:
+            raise ScriptError(f"{name} has no ledger")
+        parts = ", ".join(f"{name} {ms / 1000:.1f}" for name, ms in status.ledger.spent.items())
+        all_s = sum(status.ledger.spent.values()) / 1000
+        passed_s = stage.told.written_at[name] - self._submitted_at[name]
+        stage.told.line("time", f"{parts}; {all_s:.1f} of the {passed_s:.1f} s that have passed")
 
     # Looking.
 

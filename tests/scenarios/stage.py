@@ -42,6 +42,7 @@ from tests.sim.scheduler import Event, Scheduler
 from tests.sim.training import Group
 
 TICK_S = 1.0
+WALL_AT_START = 1_800_000_000.0
 TTL_S = 10
 RAISED = 1_000_000_000
 """By so much a restored etcd's revisions are raised."""
@@ -89,7 +90,7 @@ class Stage:
         self.store = MemoryBlobs("stage")
         self.stores = Stores(lambda _uri: self.store)
         self.checks = Checks(self)  # type: ignore[arg-type]
-        self.told = Transcript(self.keys)
+        self.told = Transcript(self.keys, lambda: self.scheduler.now)
         # What a story does to its cluster is harm at any time, as far as the checks can know.
         self.faults = SimpleNamespace(
             seal_failure=0.0, launcher_failure=0.0, store_slow_s=0.0, harm_until=float("inf")
@@ -513,7 +514,7 @@ class Coordinator:
 
     def moment(self, now: float) -> Moment:
         self._moments += 1
-        return Moment(now, 1_800_000_000.0 + now, f"{self._moments:016x}")
+        return Moment(now, WALL_AT_START + now, f"{self._moments:016x}")
 
 
 class StageMachine(Machine):

@@ -5,6 +5,7 @@ forgotten: phases with their reason, events, checkpoints opened and committed, w
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from dtrain.coordinator.core.decisions import Directed
@@ -36,8 +37,11 @@ def plain(text: str) -> str:
 class Transcript:
     """Lines since the last ``take``; equal facts of several agents in a row share a line."""
 
-    def __init__(self, keys: Keys) -> None:
+    def __init__(self, keys: Keys, now: Callable[[], float]) -> None:
         self._keys = keys
+        self._now = now
+        self.written_at: dict[str, float] = {}
+        """When the newest status of each job was written."""
         self._lines: list[tuple[str, list[str], str]] = []
         self._statuses: dict[str, JobStatus] = {}
         self._snapshots: dict[tuple[str, str], WorkerSnapshot] = {}
@@ -175,6 +179,7 @@ class Transcript:
     def _job(self, name: str, new: JobStatus) -> None:
         old = self._statuses.get(name)
         self._statuses[name] = new
+        self.written_at[name] = self._now()
         if old is None or (old.phase, old.attempt, old.reason) != (new.phase, new.attempt, new.reason):
             self.line(new.phase, new.reason, f"job {self._of(name)}")
         if len(new.restarts) != (0 if old is None else len(old.restarts)):

@@ -22,8 +22,15 @@ class Terminal:
     """Runs a command on a terminal of its own; ``screen`` is what is on it after ``until``."""
 
     def __init__(
-        self, command: Sequence[str], *, env: Mapping[str, str], columns: int = 80, lines: int = 24
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        columns: int = 80,
+        lines: int = 24,
+        owned: bool = False,
     ) -> None:
+        """``owned``: it is the command's controlling terminal: Ctrl-C reaches whoever is in front."""
         self.screen = pyte.Screen(columns, lines)
         self._stream = pyte.ByteStream(self.screen)
         self._master, self._slave = os.openpty()
@@ -38,7 +45,9 @@ class Terminal:
             stdout=self._slave,
             stderr=self._slave,
             # A group whose parent is in its session can be stopped, as by a shell.
-            process_group=0,
+            process_group=None if owned else 0,
+            start_new_session=owned,
+            preexec_fn=_own if owned else None,  # noqa: PLW1509 - one system call, before the command is there
         )
 
     def __enter__(self) -> Self:
@@ -122,3 +131,8 @@ class Terminal:
 
     def _resize(self, columns: int, lines: int) -> None:
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+
+def _own() -> None:
+    """Make stdin the controlling terminal of this session."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)

@@ -46,7 +46,7 @@ INCREMENT_BYTES_MAX = 2 * 1024 * 1024
 ANSWER_S_MAX = 180.0
 RETRY_S_FIRST, RETRY_S_MAX = 2.0, 60.0
 RESUMED_DAYS_MAX = 7
-"""Attempts that ended longer ago, and could never be copied, are left alone by a restarted agent."""
+"""Attempts that ended longer ago, and could never be copied, are given up."""
 
 Ended = Callable[[str, str, Attempt, int], bool]
 
@@ -149,6 +149,14 @@ class Archiver:
         """Something is still to be copied, and the store takes it."""
         return bool((self._open or self._new) and not self._told)
 
+    def folders(self) -> set[Path]:
+        """Of the attempts whose ranks may still write, or whose logs are still to be copied.
+
+        One that is just being made may be missing for a moment.
+        """
+        with self._lock:
+            return {*dict(self._open), *(logs.folder for logs in self._new)}
+
     def close(self) -> None:
         """End ``run`` soon."""
         self._stopped = True
@@ -215,6 +223,12 @@ class Archiver:
         elif not (one.logs.store and self._bytes_max) and self._has_settled(one, now):
             # Nothing to copy it to: only the times were noted.
             self._done(one)
+        elif now - one.ended_at > RESUMED_DAYS_MAX * 86400 and not self._is_waiting_for(one):
+            self._log("log copy given up", job=one.logs.job, attempt=one.logs.attempt, problem=self._told)
+            self._open.pop(one.logs.folder, None)
+
+    def _is_waiting_for(self, one: _Open) -> bool:
+        return self._waiting is not None and self._waiting[1] is one
 
     def _next(self, now: float) -> None:
         for one in list(self._open.values()):
@@ -359,6 +373,12 @@ class Archiver:
         except OSError as error:
             # Forgotten by a restarted agent, it is copied once more.
             self._tell("archive book not written", one, str(error))
+
+
+def is_copied(folder: Path) -> bool:
+    """Whether the store has what is kept of an attempt that has ended."""
+    book = _read_book(folder)
+    return book.done and bool(book.whole_keys)
 
 
 def _files(logs: AttemptLogs) -> Iterator[tuple[str, Path]]:

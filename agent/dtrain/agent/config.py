@@ -16,6 +16,7 @@ from dtrain.runtime.serving import check_listen
 from dtrain.runtime.tls import TLS, TlsFiles, tls_files
 
 TTL_S_MIN, TTL_S_MIN_SHORT = 5, 2
+LOG_KEEP_DAYS_MAX = 3650
 LOG_COPY_BYTES_MAX = 8 * 1024 * 1024
 
 SETTINGS = (
@@ -80,6 +81,20 @@ SETTINGS = (
         5 * 1024 * 1024,
         size,
     ),
+    Setting(
+        "log-keep",
+        "days for which logs stay on this machine after their attempt, once the store has them; four times "
+        "as long without a copy; 0: for ever",
+        7.0,
+        float,
+    ),
+    Setting(
+        "log-size",
+        "room for logs on this machine, such as 50GB: beyond it the oldest of attempts that are over go, "
+        "those first that the store has; 0: no limit",
+        0,
+        size,
+    ),
     Setting("log-json", "one JSON object per line (default: unless stderr is a terminal)", None, switch),
     *TLS,
     *ETCD,
@@ -123,6 +138,10 @@ class Config:
     log_copy_interval_s: float = 15.0
     log_copy_bytes: int = 5 * 1024 * 1024
     """Of each log in the store, its beginning and its end; 0: logs stay on the machine."""
+    log_keep_days: float = 7.0
+    """For so long are logs kept here that the store has too; 0: for ever."""
+    log_bytes_max: int = 0
+    """Room for all logs here; 0: no limit."""
 
     def __post_init__(self) -> None:
         least = TTL_S_MIN_SHORT if self.allow_short_ttl else TTL_S_MIN
@@ -149,6 +168,10 @@ class Config:
             raise _bad(
                 f"--log-copy-interval cannot be {self.log_copy_interval_s} s",
                 "use 0.2 to 3600; --log-copy-size 0 turns copies off",
+            )
+        if not 0 <= self.log_keep_days <= LOG_KEEP_DAYS_MAX:
+            raise _bad(
+                f"--log-keep cannot be {self.log_keep_days} days", f"use 0 (for ever) to {LOG_KEEP_DAYS_MAX}"
             )
         if not 0 <= self.log_copy_bytes <= LOG_COPY_BYTES_MAX:
             raise _bad(
@@ -211,6 +234,8 @@ def load(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         package_cache_bytes=values["package-cache-size"],
         log_copy_interval_s=values["log-copy-interval"],
         log_copy_bytes=values["log-copy-size"],
+        log_keep_days=values["log-keep"],
+        log_bytes_max=values["log-size"],
     )
 
 

@@ -85,6 +85,16 @@ class RankLogs:
         with (folder / name).open("ab") as file:
             file.write(line)
 
+    def kept(self, job: JobName, uid: Uid, attempt: Attempt, name: str, bytes_max: int) -> bytes:
+        """Return the end of what ``keep`` has written; raises OSError, as where it has written nothing."""
+        with (self._job(job, uid) / f"attempt_{attempt}" / KEPT / name).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - bytes_max))
+            return file.read(bytes_max)
+
+    def folder(self, job: JobName, uid: Uid) -> Path:
+        """Of all attempts of a submission."""
+        return self._job(job, uid)
+
     def all(self) -> Iterator[AttemptLogs]:
         """Every attempt of which there are logs here, and of which enough is known."""
         for folder in self._root.glob("*/attempt_*"):

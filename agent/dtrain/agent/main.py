@@ -38,6 +38,7 @@ from dtrain.agent.driver import AgentDriver, Ports
 from dtrain.agent.journal import Journal
 from dtrain.agent.launch.processes import boot_id
 from dtrain.agent.link import AgentServer, AgentServicer
+from dtrain.agent.log_keeper import LogKeeper
 from dtrain.agent.logs import RankLogs
 from dtrain.agent.measures import Measures
 from dtrain.agent.notice_value import Notice
@@ -138,7 +139,7 @@ class Agent:
         if self._journal.problem:
             self.log("journal moved aside", problem=self._journal.problem)
         logs = RankLogs(data_dir / "logs")
-        self._series = Series(clock.wall, logs.keep)
+        self._series = Series(clock.wall, logs.keep, logs.kept)
         self._rank_watch = RankWatch(logs, self._post)
         self._ranks = RankServer(
             run_dir / "ranks.sock",
@@ -169,6 +170,15 @@ class Agent:
             clock=clock,
             interval_s=settings.log_copy_interval_s,
             bytes_max=settings.log_copy_bytes,
+            log=self.log,
+        )
+        self._keeper = LogKeeper(
+            data_dir / "logs",
+            busy=self._archiver.folders,
+            here=lambda: [logs.folder(name, one.uid) for name, one in dict(self._driver.state.jobs).items()],
+            clock=clock,
+            keep_s=settings.log_keep_days * 86400,
+            bytes_max=settings.log_bytes_max,
             log=self.log,
         )
         life = secrets.token_hex(8)
@@ -270,6 +280,7 @@ class Agent:
         self._consulting.start()
         self._server.start(self._servicer)
         threading.Thread(target=self._archive, name="archive", daemon=True).start()
+        threading.Thread(target=self._keep_logs, name="log-keeper", daemon=True).start()
         if self._status is not None:
             threading.Thread(target=self._serve_status, name="status", daemon=True).start()
         self.log("agent started", address=self.address, slots=self._settings.slots)
@@ -296,6 +307,7 @@ class Agent:
         """Free everything: for tests that go on living."""
         self._notices.close()
         self._archiver.close()
+        self._keeper.close()
         self._reporting.close()
         self._consulting.close()
         self._ranks.close()
@@ -449,6 +461,12 @@ class Agent:
             self._archiver.run()
         except Exception as error:  # noqa: BLE001 - whatever it is, logs must not stay behind unnoticed
             self._fail(f"the archiver died: {error!r}")
+
+    def _keep_logs(self) -> None:
+        try:
+            self._keeper.run()
+        except Exception as error:  # noqa: BLE001 - whatever it is, a disk must not fill unnoticed
+            self._fail(f"the keeper of logs died: {error!r}")
 
     def _serve_status(self) -> None:
         assert self._status is not None

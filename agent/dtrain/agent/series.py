@@ -1,8 +1,8 @@
 """What ranks reported over time, for whoever draws it: loss, step time, throughput, stalls, uploads.
 
-Of each attempt the first rank of this machine is kept, in memory and bounded:
-a restarted agent begins anew. Read off the agent's states, before and after each
-event, so that the core knows nothing of it. ``see`` is called by the thread
+Of each attempt the first rank of this machine is kept, in memory and bounded. A restarted
+agent goes on from what its former self wrote down for the archive. Read off the agent's states,
+before and after each event, so that the core knows nothing of it. ``see`` is called by the thread
 that supervises, ``read`` by those that answer.
 """
 
@@ -47,6 +47,8 @@ class _Attempt:
     taken_at: float = float("-inf")
     step: int = 0
     step_at: float = 0.0
+    paced: bool = False
+    """A report of its own steps was seen: from there on time is known by steps."""
     sealed_at: dict[Seq, float] = field(default_factory=dict)
     began_at: float = 0.0
     kept_at: float = 0.0
@@ -65,14 +67,24 @@ _Job = tuple[JobName, Uid]
 
 
 Keep = Callable[[JobName, Uid, Attempt, str, bytes], None]
+Recall = Callable[[JobName, Uid, Attempt, str, int], bytes]
 
 
 class Series:
-    """Curves of the jobs that ran here lately. ``keep`` appends to the archive, or raises OSError."""
+    """Curves of the jobs that ran here lately.
 
-    def __init__(self, wall: Callable[[], float], keep: Keep = lambda *_: None) -> None:
+    ``keep`` appends to the archive, ``recall`` reads the end of what was appended; both may raise OSError.
+    """
+
+    def __init__(
+        self,
+        wall: Callable[[], float],
+        keep: Keep = lambda *_: None,
+        recall: Recall = lambda *_: b"",
+    ) -> None:
         self._wall = wall
         self._keep = keep
+        self._recall = recall
         self._lock = threading.Lock()
         self._jobs: OrderedDict[_Job, OrderedDict[Attempt, _Attempt]] = OrderedDict()
 
@@ -132,8 +144,10 @@ class Series:
     def _take(self, kept: _Attempt, rank: LocalRank, at: float, now: float) -> None:
         if rank.step <= kept.step and kept.step_at:
             return  # a step that was told of before
-        if kept.step_at and rank.step > kept.step:
+        if kept.paced:
             kept.add(THROUGHPUT, at, rank.step, (rank.step - kept.step) / (now - kept.step_at))
+        # A rank joins, warms up and makes its first steps in one: from there on a time is one of steps.
+        kept.paced = bool(kept.step_at)
         kept.taken_at, kept.step, kept.step_at = now, rank.step, now
         if rank.timing is not None and rank.timing.step_s > 0:
             kept.add(STEP_TIME, at, rank.step, rank.timing.step_s)
@@ -147,10 +161,23 @@ class Series:
         while len(self._jobs) > JOBS_MAX:
             self._jobs.popitem(last=False)
         if job.attempt not in attempts:
-            attempts[job.attempt] = _Attempt(rank.rank, began_at=now, kept_at=now)
+            kept = attempts[job.attempt] = _Attempt(rank.rank, began_at=now, kept_at=now)
+            self._go_on(job, kept)
             while len(attempts) > ATTEMPTS_MAX:
                 attempts.popitem(last=False)
         return attempts[job.attempt]
+
+    def _go_on(self, job: JobState, kept: _Attempt) -> None:
+        """Take up what a former life of the agent has written down of this attempt."""
+        found = b""
+        with contextlib.suppress(OSError):
+            found = self._recall(
+                job.name, job.uid, job.attempt, curves.ARCHIVED_NAME, 2 * curves.LINE_BYTES_MAX
+            )
+        for curve in curves.newest(found):
+            if (curve.attempt, curve.rank) == (job.attempt, kept.rank):
+                for at, step, value in curve.points:
+                    kept.add(curve.name, at, step, value)
 
 
 def _curves(attempt: Attempt, found: _Attempt, points_max: int) -> list[Curve]:

@@ -119,6 +119,11 @@ def cli() -> None:
 def run(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code; every error is written to stderr."""
     settings = Settings()
+    completing = "_DTRAIN_COMPLETE" in os.environ
+    if completing:
+        from dtrain.cli import shells
+
+        shells.use()
     try:
         result: Any = cli.main(
             args=list(argv),
@@ -131,6 +136,9 @@ def run(argv: Sequence[str]) -> int:
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 1
     except BaseException as error:  # noqa: BLE001 - the last place that can say what happened
+        if completing:
+            # Somebody is typing: what is wrong with the line is said once it is sent off.
+            return 0
         return _explain(error, settings)
     return result if isinstance(result, int) else 0
 

@@ -1,8 +1,8 @@
 """What ranks reported over time, as agents keep it in the archive: lines, the last of which has all of it.
 
 A line is written when an attempt ends, and now and then before, so that a lost
-machine takes no more with it than came since. An agent that was restarted
-begins anew: its lines know only what it has heard itself.
+machine takes no more with it than came since. An agent that was restarted goes
+on from the last line that it finds.
 """
 
 from dataclasses import dataclass

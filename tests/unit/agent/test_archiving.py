@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dtrain.agent import log_times, transfer_archive
-from dtrain.agent.archiver import RETRY_S_FIRST, SETTLE_S, SMALL_MAX, Archiver
+from dtrain.agent.archiver import RETRY_S_FIRST, SETTLE_S, SMALL_MAX, Archiver, is_copied
 from dtrain.agent.core.archiving import Range, increment, whole
 from dtrain.agent.logs import RankLogs
 from dtrain.agent.transferring import Archive, Archived
@@ -289,3 +289,37 @@ def test_parts_of_a_file_that_is_gone_are_left_out(tmp_path: Path) -> None:
     )
     transfer_archive.run(Archive("i", "memory://m", "c/_archive/x.gz", parts), lambda _: store)
     assert archive.unpack(store.get("c/_archive/x.gz")) == (Part("1/stdout", 1, b"bc"),)
+
+
+def test_what_runs_or_is_still_to_be_copied_is_named_and_given_up_after_a_week(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.begin(ranks=1)
+    folder = tmp_path / "train-u1" / "attempt_1"
+    assert bench.archiver.folders() == {folder}
+    bench.write(0, "a line\n")
+
+    def away(order: Archive) -> None:
+        bench.archiver.take(Archived(order.id, "the store is away"))
+
+    bench.turn(20.0, answer=away)
+    bench.over = True
+    bench.turn(20.0, answer=away)
+    bench.turn(6 * 86400.0, answer=away)
+    assert bench.archiver.folders() == {folder}
+    bench.turn(2 * 86400.0, answer=away)
+    assert bench.archiver.folders() == set()
+    assert not is_copied(folder)
+
+
+def test_an_attempt_is_copied_when_all_of_it_is_in_the_store(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.begin(ranks=1)
+    bench.write(0, "a line\n")
+    bench.turn(20.0)
+    folder = tmp_path / "train-u1" / "attempt_1"
+    assert not is_copied(folder)
+    bench.over = True
+    bench.turn(1.0)
+    bench.turn(2 * SETTLE_S)
+    assert is_copied(folder)
+    assert bench.archiver.folders() == set()

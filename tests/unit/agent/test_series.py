@@ -1,6 +1,7 @@
 """What an agent keeps of what ranks report, and how little of it."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from dtrain.agent.core.ring import Ring
 from dtrain.agent.core.state import AgentState, JobState, LocalRank, Machine
+from dtrain.agent.logs import RankLogs
 from dtrain.agent.series import ATTEMPTS_MAX, JOBS_MAX, NAMES_MAX, POINTS, Series
 from dtrain.protocol import curves
 from dtrain.protocol.ids import (
@@ -90,8 +92,36 @@ def test_loss_step_time_and_throughput_follow_the_reports() -> None:
         bench.report(step=Step(step), metrics={"loss": 1.0 / step}, timing=Timing(step_s=0.25))
     assert [point[1:] for point in bench.curve("loss")] == [(10, 0.1), (20, 0.05), (40, 0.025)]
     assert [point[2] for point in bench.curve("step_s")] == [0.25] * 3
-    assert [point[1:] for point in bench.curve("throughput")] == [(20, 10.0), (40, 20.0)]
+    assert [point[1:] for point in bench.curve("throughput")] == [(40, 20.0)]
     assert bench.curve("loss")[0][0] == 1e9 + 1001.0
+
+
+def test_joining_and_the_first_step_are_no_throughput() -> None:
+    """From a rank's joining to its first report there is a warm-up, and work that is no step."""
+    bench = Bench()
+    bench.report(step=Step(400))
+    bench.report(step=Step(401), after_s=30.0)
+    for step in (411, 421):
+        bench.report(step=Step(step), after_s=1.0)
+    assert [point[1:] for point in bench.curve("throughput")] == [(411, 10.0), (421, 10.0)]
+
+
+def test_a_restarted_agent_goes_on_from_what_was_written_down(tmp_path: Path) -> None:
+    logs, bench = RankLogs(tmp_path), Bench()
+    bench.series = Series(lambda: 1e9 + bench.now, logs.keep, logs.kept)
+    logs.prepare(JobName("j"), Uid("u-j"), Attempt(1), Rank(0), ranks=1, store="")
+    for step in range(1, 102):
+        bench.report(step=Step(step), metrics={"loss": 1.0 / step})
+    bench.series = Series(lambda: 1e9 + bench.now, logs.keep, logs.kept)
+    for step in range(102, 141):
+        bench.report(step=Step(step), metrics={"loss": 1.0 / step})
+    bench.report(step=Step(140), exit_code=0)
+    steps = [step for _, step, _ in bench.curve("loss")]
+    assert steps == sorted(set(steps))
+    assert (steps[0], steps[-1]) == (1, 140)
+    archived = logs.kept(JobName("j"), Uid("u-j"), Attempt(1), curves.ARCHIVED_NAME, 1 << 20)
+    (loss,) = [curve for curve in curves.newest(archived) if curve.name == "loss"]
+    assert (loss.points[0][1], loss.points[-1][1]) == (1, 140)
 
 
 def test_reports_that_come_fast_are_taken_at_a_bounded_pace() -> None:

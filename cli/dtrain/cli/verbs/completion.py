@@ -16,7 +16,10 @@ def command(shell: str) -> None:
     """Print what makes SHELL complete verbs, options and the names of jobs and agents."""
     from click.shell_completion import get_completion_class
 
+    from dtrain.cli import shells
+
+    shells.use()
     kind = get_completion_class(shell)
     assert kind is not None
     root = click.get_current_context().find_root().command
-    click.echo(kind(root, {}, "dtrain", "_DTRAIN_COMPLETE").source())
+    click.echo(kind(root, {}, "dtrain", shells.VARIABLE).source())

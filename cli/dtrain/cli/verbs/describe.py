@@ -2,14 +2,24 @@
 
 import click
 
-from dtrain.cli.options import complete_job, connected, examples, formatted, settings
+from dtrain.cli.options import complete_agent, complete_job, connected, examples, formatted, settings
+
+_KINDS = {"job": "job", "jobs": "job", "agent": "agent", "agents": "agent", "node": "agent"}
+
+
+def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    first: str = next(iter(ctx.params.get("what") or ()), "")
+    kind = _KINDS.get(first) or _KINDS.get(incomplete.partition("/")[0])
+    found = complete_agent if kind == "agent" else complete_job
+    kinds = [] if first else [one for one in ("job", "agent") if one.startswith(incomplete)]
+    return kinds + found(ctx, param, incomplete)
 
 
 @click.command(
     short_help="Everything about one job or agent, the answer first.",
     epilog=examples("dtrain describe job digits", "dtrain describe agent gpu-02"),
 )
-@click.argument("what", nargs=-1, required=True, metavar="[job|agent] NAME", shell_complete=complete_job)
+@click.argument("what", nargs=-1, required=True, metavar="[job|agent] NAME", shell_complete=_complete)
 @click.option("--all", "whole", is_flag=True, help="All that failed with a rank, and all events.")
 @click.option("--uid", default="", help="An earlier submission of a job's name: see 'dtrain archive'.")
 @formatted("table", "json", "yaml")
@@ -53,13 +63,12 @@ def command(*, what: tuple[str, ...], whole: bool, uid: str) -> None:
 
 
 def _target(what: tuple[str, ...]) -> tuple[str, str]:
-    kinds = {"job": "job", "jobs": "job", "agent": "agent", "agents": "agent", "node": "agent"}
     match what:
-        case (kind, name) if kind in kinds:
-            return kinds[kind], name
-        case (name,) if "/" in name and name.split("/", 1)[0] in kinds:
-            return kinds[name.split("/", 1)[0]], name.split("/", 1)[1]
-        case (name,) if name not in kinds:
+        case (kind, name) if kind in _KINDS:
+            return _KINDS[kind], name
+        case (name,) if "/" in name and name.split("/", 1)[0] in _KINDS:
+            return _KINDS[name.split("/", 1)[0]], name.split("/", 1)[1]
+        case (name,) if name not in _KINDS:
             return "job", name
         case _:
             raise click.UsageError(f"cannot describe {' '.join(what)!r}: write 'job NAME' or 'agent NAME'")
