@@ -155,6 +155,7 @@ class Harness:
         nonfinite: NonFinitePolicy = NonFinitePolicy(),  # noqa: B008 - immutable
         priority: int = 0,
         grow_cooldown_s: float = 60.0,
+        store: str = "",
     ) -> JobName:
         """Submit a job; its ranks leave marks."""
         job = JobName(name)
@@ -168,6 +169,7 @@ class Harness:
             nproc_per_node=nproc,
             working_dir=str(folder),
             checkpoint=CheckpointPolicy(
+                store=store,
                 every_steps=every_steps,
                 keep_last=keep_last,
                 timeout_s=timeout_s,

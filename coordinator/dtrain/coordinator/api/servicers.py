@@ -1,6 +1,5 @@
 """The Coordinator service: what clients ask of any replica."""
 
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from dtrain.coordinator.api import consulting
 from dtrain.coordinator.api.callers import sees_all, who, without_secrets
 from dtrain.coordinator.api.checkpoints import CheckpointDesk
 from dtrain.coordinator.api.cordons import Cordons
@@ -26,17 +26,13 @@ from dtrain.protocol.checkpoint import Order, OrderKind, Pin
 from dtrain.protocol.cluster import LeaderRecord
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused
 from dtrain.protocol.ids import (
-    AgentName,
     ClusterName,
-    JobName,
     ReplicaId,
     Seq,
     Step,
     Term,
     Uid,
-    parse_name,
 )
-from dtrain.protocol.job import TERMINAL_PHASES, JobSpec, JobStatus
 from dtrain.protocol.keys import Keys
 from dtrain.protocol.pb import coordinator_pb2 as pb
 from dtrain.protocol.pb import coordinator_pb2_grpc
@@ -47,7 +43,6 @@ from dtrain.storage.blobs.probe import SOON_S, probe_soon
 from dtrain.storage.etcd.mirror import Mirror
 
 PREFIX_CHARACTERS_MAX = 256
-JOBS_CONSULTED_MAX = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,32 +254,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         request: pb.ConsultRequest,
         context: grpc.ServicerContext,  # noqa: ARG002 - grpc's signature
     ) -> pb.ConsultReply:
-        """Answer from the mirror, however old it is: the agent judges by its age."""
-        if len(request.jobs) > JOBS_CONSULTED_MAX:
-            raise Refused(ErrorCode.USAGE, f"an agent asks about {JOBS_CONSULTED_MAX} jobs at most")
-        # Before the records: they may be newer than it says, never older.
-        age_s = self._mirror.age_s()
-        agent = AgentName(parse_name(request.agent, "agent"))
-        return pb.ConsultReply(
-            etcd_age_s=age_s if math.isfinite(age_s) else -1.0,
-            jobs=[self._standing(agent, part) for part in request.jobs],
-        )
-
-    def _standing(self, agent: AgentName, part: pb.JobPart) -> pb.JobStanding:
-        job = JobName(parse_name(part.job, "job"))
-        try:
-            spec = self._lookup.record(self._keys.spec(job), JobSpec)
-            status = self._lookup.record(self._keys.status(job), JobStatus)
-        except DtrainError:
-            spec = status = None  # of a newer version, perhaps: nothing can be said about it
-        if spec is None or status is None:
-            return pb.JobStanding(job=job)
-        return pb.JobStanding(
-            job=job,
-            current=spec.uid == status.uid == part.uid and status.phase not in TERMINAL_PHASES,
-            attempt=status.attempt,
-            member=any(member.agent == agent for member in status.members),
-        )
+        return consulting.answer(self._mirror, self._keys, request)
 
     # Checkpoints.
 
