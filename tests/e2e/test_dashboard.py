@@ -36,10 +36,11 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
-    """Two replicas with a dashboard and metrics each, two agents."""
+    """Two replicas with a dashboard and metrics each, two agents with a slot more than most tests need."""
     folder = tmp_path_factory.mktemp("d")
     flags = ("--health-listen", "127.0.0.1:0", "--log-json", "true")
-    with Harness(folder, coordinators=2, agents=2, dashboards=True, coordinator_flags=flags) as made:
+    wanted = {"coordinators": 2, "agents": 2, "slots": (2, 3)}
+    with Harness(folder, **wanted, dashboards=True, coordinator_flags=flags) as made:
         made.await_ready()
         yield made
         made.assert_clean()
@@ -86,6 +87,37 @@ def test_a_killed_rank_shows_as_attempt_2_with_its_reason_on_the_open_page(
     assert "attempt 2" in page.text("#announce")
     assert "null" not in page.text("main")
     assert "undefined" not in page.text("main")
+
+
+def test_a_checkpoint_on_its_way_is_a_bar_that_fills_and_can_be_read_aloud(
+    harness: Harness, page: Page, job: JobName
+) -> None:
+    stop = harness.stop_file("moves")
+    # 34 MB of weights and momentum at 3 MB/s.
+    args = f"--steps 1000000 --pause-ms 20 --size 2048 --stop-file {stop}"
+    slow = harness.start("moves", args, nnodes=1, nproc=1, every_steps=0, bandwidth_mb_s=3.0, marks=False)
+    page.open(f"{url(harness)}/jobs/{slow}")
+    page.until_text("RUNNING", "h1")
+    assert page.run("return document.querySelector('#moving').hidden")
+    harness.client.set_intent(slow, checkpoint_token="now")
+
+    bar = "document.querySelector('#moving [role=progressbar]')"
+
+    def percent() -> int:
+        return int(page.run(f"return {bar}?.getAttribute('aria-valuenow') ?? -1"))
+
+    first = page.until("a bar", lambda: percent() + 1) - 1
+    page.run(f"window.bar = {bar}")
+    assert page.run("return window.bar.getAttribute('aria-label')").startswith("Saving checkpoint ")
+    page.until("it fills", lambda: percent() > first)
+    told = r"^Saving checkpoint \d+ \(step \d+\): [\d.]+ MB of 34 MB \(\d+ %\) in the store, .*MB/s"
+    assert re.search(told, page.text("#moving"))
+    assert page.run(f"return window.bar === {bar}"), "whoever reads it loses it"
+    assert page.run(ACCESS) == []
+    page.until("it is gone", lambda: page.run("return document.querySelector('#moving').hidden"))
+    assert harness.commits(slow)
+    stop.touch()
+    harness.await_end(slow)
 
 
 def test_the_page_draws_what_ranks_report_and_shows_their_log(

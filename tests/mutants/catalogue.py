@@ -152,7 +152,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "readiness-taken-from-an-agent-s-former-life",
         "G6: START goes out on the word of an agent that has restarted since.",
-        f"{CORE}/phases.py",
+        f"{CORE}/liveness.py",
         ("(seat.phase is WorkerPhase.READY and seat.current)", "(seat.phase is WorkerPhase.READY)"),
         f"{ON_COORDINATOR}/test_plan_start.py::"
         "test_agent_that_restarts_after_ready_is_prepared_again_before_any_start",
@@ -730,14 +730,14 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "stale-mirror-does-not-brake",
         "I9: losses are declared from a mirror that has not heard of etcd.",
-        f"{COORDINATOR}/world.py",
-        ("now - self._heard_at > MIRROR_AGE_S_MAX:", "now - self._heard_at > 1000 * MIRROR_AGE_S_MAX:"),
+        f"{COORDINATOR}/losses.py",
+        ("now - heard_at > MIRROR_AGE_S_MAX:", "now - heard_at > 1000 * MIRROR_AGE_S_MAX:"),
         f"{ON_COORDINATOR}/test_world.py::test_a_stale_mirror_brakes_and_says_when_it_will",
     ),
     _mutant(
         "brake-counts-any-loss",
         "I9: a third of the fleet may vanish at once without a doubt.",
-        f"{COORDINATOR}/world.py",
+        f"{COORDINATOR}/losses.py",
         ("len(gone) > BRAKE_SHARE * total", "len(gone) > total"),
         f"{ON_COORDINATOR}/test_world.py::test_the_brake_comes_on_when_a_third_of_the_fleet_vanishes",
     ),
@@ -776,7 +776,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "settle-skipped",
         "G2: an open checkpoint of an older attempt may still be committed behind the new one's back.",
-        f"{CORE}/checkpoints.py",
+        f"{CORE}/settling.py",
         (
             "    since = draft.in_phase_since if waits else None\n",
             "    return True\n    since = draft.in_phase_since if waits else None\n",
@@ -844,14 +844,14 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "commit-without-a-rank",
         "G2: a checkpoint is committed although a rank's part is missing.",
-        f"{CORE}/checkpoints.py",
+        f"{CORE}/committing.py",
         ("    return len(parts) == record.world_size\n", "    return len(parts) >= record.world_size - 1\n"),
         f"{ON_COORDINATOR}/test_plan_checkpoints.py::test_commit_needs_every_rank_and_a_good_verdict",
     ),
     _mutant(
         "parts-of-another-step-counted",
         "G2: parts of two steps make up one checkpoint.",
-        f"{CORE}/checkpoints.py",
+        f"{CORE}/committing.py",
         (
             "    return (part.seq, part.attempt, part.step, part.nonce) == (\n"
             "        record.seq,\n        record.attempt,\n        record.step,\n        record.nonce,\n    )",
@@ -863,7 +863,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "parts-of-another-attempt-counted",
         "G4: what a zombie of an older attempt reports makes up the present one's checkpoint.",
-        f"{CORE}/checkpoints.py",
+        f"{CORE}/committing.py",
         (
             "    return (part.seq, part.attempt, part.step, part.nonce) == (\n"
             "        record.seq,\n        record.attempt,\n        record.step,\n        record.nonce,\n    )",
@@ -877,8 +877,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "G2: a checkpoint that the store does not hold is committed.",
         f"{CORE}/checkpoints.py",
         (
-            "    elif verdict is not None and verdict.ok and is_complete(parts, record):\n        if ended",
-            "    elif verdict is not None and is_complete(parts, record):\n        if ended",
+            "    elif verdict is not None and verdict.ok and committing.is_complete(parts, record):\n        if ended",
+            "    elif verdict is not None and committing.is_complete(parts, record):\n        if ended",
         ),
         f"{ON_COORDINATOR}/test_plan_checkpoints.py::"
         "test_refused_verdict_aborts_and_a_silent_store_is_asked_again",
@@ -888,7 +888,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "A checkpoint whose reported loss is not finite is committed.",
         f"{CORE}/checkpoints.py",
         (
-            "    if unfit := nonfinite.refusal(draft, record):\n        abort_unfit(draft, stored, unfit)\n    elif",
+            "    if unfit := nonfinite.refusal(draft, record):\n        committing.abort_unfit(draft, stored, unfit)\n    elif",
             "    if",
         ),
         f"{ON_COORDINATOR}/test_plan_nonfinite.py::"
@@ -897,9 +897,9 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "unfit-state-is-settled",
         "A checkpoint whose reported loss is not finite is committed between attempts.",
-        f"{CORE}/checkpoints.py",
+        f"{CORE}/settling.py",
         (
-            "    if unfit := nonfinite.refusal(draft, record):\n        abort_unfit(draft, stored, unfit)\n        return True\n",
+            "    if unfit := nonfinite.refusal(draft, record):\n        committing.abort_unfit(draft, stored, unfit)\n        return True\n",
             "",
         ),
         f"{ON_COORDINATOR}/test_plan_nonfinite.py::"
@@ -933,7 +933,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "commit-not-guarded-by-its-intent",
         "G2: a checkpoint that was aborted meanwhile is committed all the same.",
-        f"{CORE}/checkpoints.py",
+        f"{CORE}/committing.py",
         (
             "    draft.delete(keys.open(name, record.seq), stored.mod_revision)\n    latest",
             "    draft.delete(keys.open(name, record.seq), None)\n    latest",
@@ -943,14 +943,14 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "latest-goes-back",
         "I4: a checkpoint that is settled late becomes the newest one.",
-        f"{CORE}/checkpoints.py",
+        f"{CORE}/committing.py",
         ("    elif latest is None or latest.value.seq < record.seq:\n", "    elif True:\n"),
         f"{ON_COORDINATOR}/test_plan_checkpoints.py::test_latest_never_moves_back",
     ),
     _mutant(
         "final-checkpoint-not-awaited",
         "G2: ranks are let go before the checkpoint of their last step is committed.",
-        f"{CORE}/checkpoints.py",
+        f"{CORE}/outcomes.py",
         (
             "    if not draft.status.store or final_commit(draft) is not None or gave_up_final(draft):\n",
             "    if True:\n",
@@ -960,7 +960,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "departed-machine-s-parts-forgotten",
         "G2: a machine lost after its upload wastes a durable checkpoint.",
-        f"{CORE}/checkpoints.py",
+        f"{CORE}/committing.py",
         (
             "    if not missing:\n        return False\n    by_rank",
             "    if missing:\n        return False\n    by_rank",
@@ -1202,7 +1202,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "part-of-another-import",
         "G2: what was written for an aborted import is committed as the next one.",
-        f"{CORE}/checkpoints.py",
+        f"{CORE}/committing.py",
         ("if part is not None and _belongs(part, record) else {}", "if part is not None else {}"),
         f"{ON_COORDINATOR}/test_plan_importing.py::test_a_part_of_anything_else_is_not_looked_at",
     ),
@@ -1270,8 +1270,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant(
         "released-with-the-first-return",
         "G5: etcd ends all leases; when the first agent is back, the others are called lost.",
-        f"{COORDINATOR}/world.py",
-        ("len(gone) > 1 or any(self._is_just_back(agent, now) for agent in recent)", "len(gone) > 1"),
+        f"{COORDINATOR}/losses.py",
+        ("len(gone) > 1 or any(self._is_just_back(agent, now, ttl_s) for agent in recent)", "len(gone) > 1"),
         f"{ON_COORDINATOR}/test_world.py::"
         "test_one_that_comes_back_shows_that_others_who_vanished_with_it_may_live",
     ),

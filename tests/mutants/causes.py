@@ -125,7 +125,7 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant(
         "lost-machine-charged",
         "A lost machine costs a restart of the budget.",
-        f"{CORE}/phases.py",
+        f"{CORE}/endings.py",
         (
             "    return Ending(cause, charge=any(cause is failure for failure in charged), others=others)",
             "    return Ending(cause, charge=True, others=others)",
@@ -290,7 +290,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "A checkpoint that was open at a rollback is committed as the newest one.",
         f"{CORE}/rollback.py",
         (
-            '            checkpoints.abort(draft, stored, "training is rolled back past it", warning=False)\n',
+            '            committing.abort(draft, stored, "training is rolled back past it", warning=False)\n',
             "            pass\n",
         ),
         f"{ON_COORDINATOR}/test_plan_rules.py::test_what_was_being_saved_is_no_way_around_a_rollback",

@@ -8,14 +8,14 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant(
         "commit-not-counted",
         "Checkpoints are committed and the monitoring says that none are.",
-        f"{CORE}/checkpoints.py",
+        f"{CORE}/committing.py",
         ("        tally=tally.committed(status, verdict.size_bytes),\n", ""),
         f"{ON_COORDINATOR}/test_tally.py::test_a_commit_counts_once_with_its_bytes",
     ),
     mutant(
         "failed-checkpoint-not-counted",
         "Checkpoints fail all night and no alert comes.",
-        f"{CORE}/checkpoints.py",
+        f"{CORE}/committing.py",
         ("    draft.set(tally=tally.aborted(status, Cause.LATE if late else cause))\n", ""),
         f"{ON_COORDINATOR}/test_tally.py::test_a_checkpoint_that_fails_is_counted_by_its_cause",
     ),

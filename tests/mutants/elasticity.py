@@ -117,7 +117,7 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant(
         "warm-spare-released",
         "What a spare has imported is thrown away in each decision.",
-        f"{CORE}/phases.py",
+        f"{CORE}/closing.py",
         (
             "        if spares.is_kept(draft, agent) or elastic.is_joining(draft, agent):",
             "        if elastic.is_joining(draft, agent):",
@@ -128,7 +128,7 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant(
         "joining-machine-released",
         "What a joining machine has imported is thrown away before it joins.",
-        f"{CORE}/phases.py",
+        f"{CORE}/closing.py",
         (
             "        if spares.is_kept(draft, agent) or elastic.is_joining(draft, agent):",
             "        if spares.is_kept(draft, agent):",

@@ -177,8 +177,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "A suspended job goes back into the queue unasked.",
         f"{CORE}/suspending.py",
         (
-            "    phases.release_strays(draft)\n    if is_wanted(draft):\n        draft.say",
-            "    phases.release_strays(draft)\n    if not is_wanted(draft):\n        draft.say",
+            "    closing.release_strays(draft)\n    if is_wanted(draft):\n        draft.say",
+            "    closing.release_strays(draft)\n    if not is_wanted(draft):\n        draft.say",
         ),
         f"{ON_COORDINATOR}/test_plan_suspending.py::test_resumed_it_waits_in_the_queue_and_goes_on_where_it_was",
     ),
@@ -197,7 +197,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "A job that is being suspended cannot be cancelled.",
         f"{CORE}/suspending.py",
         (
-            "    if phases.wants_cancel(draft):\n        phases.cancel(draft)\n        return\n    members",
+            "    if closing.wants_cancel(draft):\n        closing.cancel(draft)\n        return\n    members",
             "    members",
         ),
         f"{ON_COORDINATOR}/test_plan_suspending.py::test_it_can_be_cancelled_at_any_time",
@@ -207,8 +207,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "A job that must not be retried is resumed.",
         f"{CORE}/suspending.py",
         (
-            "    if ending.do_not_retry:\n        checkpoints.settle",
-            "    if False:\n        checkpoints.settle",
+            "    if ending.do_not_retry:\n        settling.settle",
+            "    if False:\n        settling.settle",
         ),
         f"{ON_COORDINATOR}/test_plan_suspending.py::test_exit_code_93_meanwhile_ends_the_job",
     ),
@@ -245,7 +245,7 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant(
         "outcome-told-while-paused",
         "Ranks of a paused job hear that their checkpoint is committed, and go on.",
-        f"{CORE}/checkpoints.py",
+        f"{CORE}/outcomes.py",
         (
             "            if seq not in undecided and seq != draft.status.held:",
             "            if seq not in undecided:",
@@ -276,7 +276,7 @@ MUTANTS: tuple[Mutant, ...] = (
     mutant(
         "hour-of-pause-counted-as-steps",
         "The first checkpoint after a pause is opened as far ahead as the pause was long.",
-        f"{CORE}/checkpoints.py",
+        f"{CORE}/targets.py",
         ("(0.0 if _is_held(draft, seat) else rate", "(0.0 if False else rate"),
         f"{ON_COORDINATOR}/test_plan_pausing.py::test_what_was_paused_for_an_hour_is_not_an_hour_ahead_when_it_is_let_go",
     ),

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from dtrain.agent.core.events import DrainAsked
-from dtrain.coordinator.api.servicers import CoordinatorServicer
+from dtrain.coordinator.api import consulting
 from dtrain.coordinator.core.decisions import Decision, Directed, Work
 from dtrain.coordinator.core.manifest import merge
 from dtrain.coordinator.core.plan import plan
@@ -429,11 +429,8 @@ class Coordinator:
 
     def consult(self, request: pb.ConsultRequest) -> pb.ConsultReply:
         """Answer as the API does."""
-        servicer = CoordinatorServicer.__new__(CoordinatorServicer)
-        servicer._mirror = SimpleNamespace(get=self.mirror.get, age_s=lambda: 0.0)  # type: ignore[assignment]
-        servicer._keys = self.stage.keys
-        reply: pb.ConsultReply = servicer.Consult(request, None)
-        return reply
+        mirror = SimpleNamespace(get=self.mirror.get, age_s=lambda: 0.0)
+        return consulting.answer(mirror, self.stage.keys, request)
 
     def relist(self) -> None:
         """The mirror reads everything anew."""

@@ -10,7 +10,7 @@ import pytest
 
 from dtrain.agent import link
 from dtrain.cli.client import Client, closing
-from dtrain.coordinator.api import server, servicers
+from dtrain.coordinator.api import lookup, server
 from dtrain.protocol import codec
 from dtrain.protocol.errors import Refused
 from dtrain.protocol.pb import agent_pb2
@@ -186,7 +186,7 @@ def test_metadata_of_unreasonable_size_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_answer_too_large_to_send_is_an_error_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servicers, "READ_BYTES_MAX", 1000)
+    monkeypatch.setattr(lookup, "READ_BYTES_MAX", 1000)
     replica = Replica(None)
     try:
         puts = tuple(Put(f"{KEYS.jobs}j{i}/spec", b'{"v":1}' * 10) for i in range(20))

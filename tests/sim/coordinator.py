@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from dtrain.coordinator.api.servicers import CoordinatorServicer
+from dtrain.coordinator.api import consulting
 from dtrain.coordinator.core.decisions import Decision, Directed, Work
 from dtrain.coordinator.core.manifest import merge
 from dtrain.coordinator.core.plan import plan
@@ -237,10 +237,7 @@ class Coordinator:
 
     def consult(self, request: pb.ConsultRequest) -> pb.ConsultReply:
         """Answer an agent that cannot reach etcd, as the API does."""
-        servicer = CoordinatorServicer.__new__(CoordinatorServicer)
-        servicer._mirror, servicer._keys = self.mirror, self.cluster.keys
-        reply: pb.ConsultReply = servicer.Consult(request, None)
-        return reply
+        return consulting.answer(self.mirror, self.cluster.keys, request)
 
     # The mirror's thread hands over to the driver's.
 

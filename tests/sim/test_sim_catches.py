@@ -9,7 +9,7 @@ import pytest
 from dtrain.agent.core import commands
 from dtrain.agent.reporter import Reporter
 from dtrain.coordinator import persistence
-from dtrain.coordinator.core import checkpoints, liveness, manifest, phases, retention
+from dtrain.coordinator.core import committing, liveness, manifest, phases, retention, settling
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.world import World
 from dtrain.protocol.commands import Prepare, Start
@@ -104,7 +104,7 @@ def test_a_leader_that_is_not_fenced_is_caught(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_open_checkpoints_that_are_not_settled_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "settle", lambda _draft, **_how: True)
+    monkeypatch.setattr(settling, "settle", lambda _draft, **_how: True)
     assert is_hunted_down(
         "is open for attempt", {"rank crash": 8.0, "checkpoint now": 2.0, "store slow": 15.0}
     )
@@ -142,7 +142,7 @@ def test_slots_given_to_two_jobs_are_caught(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_commit_without_all_parts_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "is_complete", lambda parts, _record: len(parts) > 0)
+    monkeypatch.setattr(committing, "is_complete", lambda parts, _record: len(parts) > 0)
     # The merge would refuse it: both guards have to fail.
     monkeypatch.setattr(manifest, "_identity", lambda *_args: [])
     monkeypatch.setattr(manifest, "tiling_problem", lambda _entry: "")

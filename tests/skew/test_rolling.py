@@ -61,6 +61,7 @@ def test_a_rolling_upgrade_restarts_no_rank(cluster_of: Clusters, former: Releas
         pids, term = harness.pids(job), 0
 
         # Coordinators: each release leads twice, over what the other one has written.
+        harness.led_by_former_release(job)
         stop(harness, "c1")
         term = led_by(harness, "c2", job, term)
         start(harness, "c1", new)

@@ -155,6 +155,7 @@ class Harness:
         nonfinite: NonFinitePolicy = NonFinitePolicy(),  # noqa: B008 - immutable
         priority: int = 0,
         grow_cooldown_s: float = 60.0,
+        store: str = "",
     ) -> JobName:
         """Submit a job; its ranks leave marks."""
         job = JobName(name)
@@ -168,6 +169,7 @@ class Harness:
             nproc_per_node=nproc,
             working_dir=str(folder),
             checkpoint=CheckpointPolicy(
+                store=store,
                 every_steps=every_steps,
                 keep_last=keep_last,
                 timeout_s=timeout_s,
@@ -369,6 +371,10 @@ class Harness:
         assert status.phase == wanted, f"{job} ended {status.phase}: {status.reason}\n{self._story()}"
         self._assert_time(job, status)
         return status
+
+    def led_by_former_release(self, job: JobName) -> None:
+        """Leaders who keep no ledger write the job's status: it begins after the last of them."""
+        self._submitted_at.pop(job, None)
 
     def _assert_time(self, job: JobName, status: JobStatus) -> None:
         """The ledger of a job that is over has all time from its submission to its end."""

@@ -38,76 +38,24 @@ Memory is bounded by the records that exist, not by how long they have existed.
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 from dtrain.protocol import codec
 from dtrain.protocol.audit_agents import AgentAudit
+from dtrain.protocol.audit_job import KEPT_KINDS, AuditedJob, Record, as_kind
 from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord, Quarantine, Verification
 from dtrain.protocol.errors import Refused
 from dtrain.protocol.events import EventReason, EventRecord
 from dtrain.protocol.ids import RESTORE_BUMP_LEAST, AgentName, ClusterName, JobName
-from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobPhase, JobStatus, Tally
+from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, JobStatus, Tally
 from dtrain.protocol.keys import Keys, Parsed
 from dtrain.protocol.ledger import faults, faults_between
+from dtrain.protocol.phases import PHASE_CHANGES
 from dtrain.protocol.snapshot import FailureKind, NodeRecord, WorkerSnapshot
 
 VIOLATIONS_KEPT = 1000
 """Told in full; further ones are only counted."""
-
-PHASE_CHANGES: Mapping[JobPhase, frozenset[JobPhase]] = {
-    JobPhase.QUEUED: frozenset(
-        {JobPhase.STARTING, JobPhase.SUSPENDED, JobPhase.CANCELLED, JobPhase.FAILED, JobPhase.CANCELLING}
-    ),
-    JobPhase.STARTING: frozenset(
-        {
-            JobPhase.RUNNING,
-            JobPhase.RECOVERING,
-            JobPhase.SUSPENDING,
-            JobPhase.CANCELLING,
-            JobPhase.CANCELLED,
-            JobPhase.FAILED,
-            JobPhase.SUCCEEDED,
-        }
-    ),
-    JobPhase.RUNNING: frozenset(
-        {
-            JobPhase.STARTING,
-            JobPhase.RECOVERING,
-            JobPhase.SUSPENDING,
-            JobPhase.CANCELLING,
-            JobPhase.CANCELLED,
-            JobPhase.FAILED,
-            JobPhase.SUCCEEDED,
-        }
-    ),
-    JobPhase.RECOVERING: frozenset(
-        {
-            JobPhase.STARTING,
-            JobPhase.QUEUED,
-            JobPhase.SUSPENDED,
-            JobPhase.CANCELLING,
-            JobPhase.CANCELLED,
-            JobPhase.FAILED,
-        }
-    ),
-    JobPhase.SUSPENDING: frozenset(
-        {
-            JobPhase.SUSPENDED,
-            JobPhase.QUEUED,
-            JobPhase.CANCELLING,
-            JobPhase.CANCELLED,
-            JobPhase.SUCCEEDED,
-            JobPhase.FAILED,
-        }
-    ),
-    JobPhase.SUSPENDED: frozenset({JobPhase.QUEUED, JobPhase.CANCELLED}),
-    JobPhase.CANCELLING: frozenset({JobPhase.CANCELLED}),
-    JobPhase.CANCELLED: frozenset(),
-    JobPhase.SUCCEEDED: frozenset(),
-    JobPhase.FAILED: frozenset(),
-}
 
 _LEADERS_KINDS = {
     "status": JobStatus,
@@ -120,10 +68,6 @@ _LEADERS_KINDS = {
     "event": EventRecord,
 }
 _READ_KINDS = _LEADERS_KINDS | {"worker": WorkerSnapshot, "node": NodeRecord}
-
-T = TypeVar("T")
-Record = object
-"""A decoded record; for a spec its uid, for a pin the bytes as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +112,7 @@ class Auditor:
         self._term: int | None = None
         self._term_last = 0
         self._revision = 0
-        self._jobs: dict[JobName, _Job] = {}
+        self._jobs: dict[JobName, AuditedJob] = {}
         self._agents = AgentAudit(self._bad)
         self._slots: dict[AgentName, int] = {}
         """As the machines said last."""
@@ -197,9 +141,9 @@ class Auditor:
                     self._bad("I2", f"term {self._term} after term {self._term_last}")
                 self._term_last = max(self._term_last, self._term)
             elif place.kind == "node":
-                self._agents.node(place, _as(NodeRecord, record), change.create_revision)
+                self._agents.node(place, as_kind(NodeRecord, record), change.create_revision)
                 self._note_slots(record)
-            elif place.job and place.kind in _KEPT_KINDS:
+            elif place.job and place.kind in KEPT_KINDS:
                 self._job(place.job).records[place] = record
             if place.kind in _LEADERS_KINDS and record is not None:
                 term: int = record.term  # type: ignore[attr-defined]
@@ -219,7 +163,7 @@ class Auditor:
         for place, _, record in found:
             # What agents showed before the backup is no news to whoever has seen what they showed later.
             if place.kind == "worker" and not leapt:
-                self._agents.snapshot(place, _as(WorkerSnapshot, record), term_last)
+                self._agents.snapshot(place, as_kind(WorkerSnapshot, record), term_last)
 
     def feed(self, revision: int, changes: Sequence[Change]) -> None:
         """Check one revision against everything before it, then apply it."""
@@ -230,7 +174,7 @@ class Auditor:
             if place.kind == "leader":
                 self._lead(change)
             elif place.kind == "node":
-                self._agents.node(place, _as(NodeRecord, record), change.create_revision)
+                self._agents.node(place, as_kind(NodeRecord, record), change.create_revision)
                 self._note_slots(record)
         now: dict[Parsed, Record | None] = {place: record for place, _, record in parsed if place.job}
         for place, record in now.items():
@@ -246,9 +190,9 @@ class Auditor:
                     self._check_checkpoint(place, job, record, now)
                 case "latest":
                     self._check_latest(place, job, record)
-        touched = {place.job for place in now if place.kind in _KEPT_KINDS}
+        touched = {place.job for place in now if place.kind in KEPT_KINDS}
         for place, record in now.items():
-            if place.kind in _KEPT_KINDS:
+            if place.kind in KEPT_KINDS:
                 self._job(place.job).put(place, record)
         for name in touched:
             self._jobs[name].tell_breaches(name, self._bad)
@@ -257,7 +201,7 @@ class Auditor:
                 self._check_event(place, record)
             elif place.kind == "worker":
                 self.snapshots += record is not None
-                self._agents.snapshot(place, _as(WorkerSnapshot, record), self._term_last)
+                self._agents.snapshot(place, as_kind(WorkerSnapshot, record), self._term_last)
 
     # Inside ---------------------------------------------------------------------------
 
@@ -273,8 +217,8 @@ class Auditor:
         else:
             self.violations_more += 1
 
-    def _job(self, name: JobName) -> "_Job":
-        return self._jobs.setdefault(name, _Job())
+    def _job(self, name: JobName) -> AuditedJob:
+        return self._jobs.setdefault(name, AuditedJob())
 
     def _parse(self, changes: Iterable[Change]) -> list[tuple[Parsed, Change, Record | None]]:
         found: list[tuple[Parsed, Change, Record | None]] = []
@@ -298,7 +242,7 @@ class Auditor:
             self._bad("readable", f"{change.key}: {error}")
             return None
 
-    def _check_gap(self, name: JobName, before: "_Job", after: "_Job") -> None:
+    def _check_gap(self, name: JobName, before: AuditedJob, after: AuditedJob) -> None:
         """Compare what only rises across revisions that nobody could read."""
         if after.attempt_last < before.attempt_last:
             self._bad("I5", f"{name} went from attempt {before.attempt_last} to {after.attempt_last}")
@@ -331,7 +275,7 @@ class Auditor:
         if term != self._term:
             self._bad("I1", f"{_name(place)} was written by term {term} while {self._term or 'nobody'} led")
 
-    def _check_status(self, place: Parsed, job: "_Job", record: Record | None) -> None:
+    def _check_status(self, place: Parsed, job: AuditedJob, record: Record | None) -> None:
         before = job.status(place.job)
         if not isinstance(record, JobStatus):
             if before is not None:
@@ -428,7 +372,7 @@ class Auditor:
         if lost and record.failure != before.failure:
             self._bad("I9", f"an agent of {place.job} was declared lost under the brake: {record.reason}")
 
-    def _check_open(self, place: Parsed, job: "_Job", record: Record | None) -> None:
+    def _check_open(self, place: Parsed, job: AuditedJob, record: Record | None) -> None:
         before = job.records.get(place)
         if not isinstance(record, OpenRecord):
             return
@@ -442,7 +386,7 @@ class Auditor:
         job.seq_opened = max(job.seq_opened, place.seq)
 
     def _check_checkpoint(
-        self, place: Parsed, job: "_Job", record: Record | None, now: Mapping[Parsed, Record | None]
+        self, place: Parsed, job: AuditedJob, record: Record | None, now: Mapping[Parsed, Record | None]
     ) -> None:
         before = job.records.get(place)
         if not isinstance(record, CommitRecord):
@@ -468,7 +412,7 @@ class Auditor:
             )
 
     def _check_retired(
-        self, place: Parsed, job: "_Job", before: CommitRecord, now: Mapping[Parsed, Record | None]
+        self, place: Parsed, job: AuditedJob, before: CommitRecord, now: Mapping[Parsed, Record | None]
     ) -> None:
         name = _name(place)
         tombstone = now.get(Parsed("garbage", job=place.job, seq=place.seq))
@@ -494,7 +438,7 @@ class Auditor:
         ):
             self._bad("I3", f"{name} was retired while attempt {status.attempt} restored from it")
 
-    def _check_latest(self, place: Parsed, job: "_Job", record: Record | None) -> None:
+    def _check_latest(self, place: Parsed, job: AuditedJob, record: Record | None) -> None:
         before = job.records.get(place)
         if isinstance(record, Latest):
             if isinstance(before, Latest) and record.seq < before.seq:
@@ -514,111 +458,6 @@ class Auditor:
             key = Parsed("checkpoint", job=place.job, seq=int(number))  # type: ignore[arg-type]
             if not isinstance(self._job(place.job).records.get(key), CommitRecord):
                 self._bad("I3", f"checkpoint {number} of {place.job} was acknowledged without a record")
-
-
-_KEPT_KINDS = frozenset({"status", "open", "checkpoint", "latest", "garbage", "pin", "spec"})
-"""What the rules look back at, of a job."""
-
-
-class _Bad(Protocol):
-    def __call__(self, invariant: str, message: str) -> None: ...
-
-
-class _Job:
-    """The records of one job, and what outlives them."""
-
-    def __init__(self) -> None:
-        self.records: dict[Parsed, Record] = {}
-        self.attempt_last = 0
-        self.seq_opened = 0
-        self._told: set[str] = set()
-
-    def latest(self, name: JobName) -> Latest | None:
-        return _as(Latest, self.records.get(Parsed("latest", job=name)))
-
-    def status(self, name: JobName) -> JobStatus | None:
-        return _as(JobStatus, self.records.get(Parsed("status", job=name)))
-
-    def put(self, place: Parsed, record: Record | None) -> None:
-        if record is None:
-            self.records.pop(place, None)
-        else:
-            self.records[place] = record
-        if isinstance(record, JobStatus):
-            self.attempt_last = max(self.attempt_last, record.attempt)
-
-    def begin(self, name: JobName) -> None:
-        """Take the numbers that only rise from the records."""
-        status = self.status(name)
-        if status is not None:
-            self.attempt_last, self.seq_opened = status.attempt, status.seq_last
-        seqs = [place.seq for place in self.records if place.kind in ("open", "checkpoint", "garbage")]
-        self.seq_opened = max([self.seq_opened, *seqs])
-
-    def tell_breaches(self, name: JobName, bad: _Bad) -> None:
-        """Check what must hold of the records of any one revision; each breach is told once."""
-        found = [
-            *self._breaches_of_open(name),
-            *self._breaches_of_latest(name),
-            *self._breaches_of_pause(name),
-        ]
-        for invariant, message in found:
-            if message not in self._told:
-                bad(invariant, message)
-        self._told = {message for _, message in found}
-
-    def _breaches_of_open(self, name: JobName) -> Iterator[tuple[str, str]]:
-        status = self.status(name)
-        if status is None:
-            return
-        mine = [
-            record
-            for record in self.records.values()
-            if isinstance(record, OpenRecord) and record.uid == status.uid
-        ]
-        for record in mine:
-            what = f"checkpoint {record.seq} of {name} is open"
-            if record.attempt != status.attempt:
-                yield "I5", f"{what} for attempt {record.attempt} in attempt {status.attempt}"
-            elif status.phase in TERMINAL_PHASES or status.phase is JobPhase.SUSPENDED:
-                yield "I5", f"{what} although the job is {status.phase}"
-        if len({record.attempt for record in mine}) > 1:
-            yield "I5", f"several attempts of {name} can commit at once"
-
-    def _breaches_of_pause(self, name: JobName) -> Iterator[tuple[str, str]]:
-        status = self.status(name)
-        if status is None or not status.held:
-            return
-        record = self.records.get(Parsed("checkpoint", job=name, seq=status.held))
-        if not isinstance(record, CommitRecord) or record.attempt != status.attempt:
-            yield "I5", f"{name} is paused at checkpoint {status.held}, which attempt {status.attempt} lacks"
-        if status.phase is not JobPhase.RUNNING:
-            yield "I5", f"{name} is paused although it is {status.phase}"
-
-    def _breaches_of_latest(self, name: JobName) -> Iterator[tuple[str, str]]:
-        latest, status = self.latest(name), self.status(name)
-        commits = {
-            place.seq: record for place, record in self.records.items() if isinstance(record, CommitRecord)
-        }
-        if latest is not None:
-            pointed = commits.get(latest.seq)
-            if pointed is None:
-                yield "I4", f"latest of {name} points at {latest.seq}, which is not committed"
-            elif pointed.step != latest.step:
-                yield "I4", f"latest of {name} says step {latest.step}, its checkpoint {pointed.step}"
-            if commits and max(commits) > latest.seq:
-                yield "I4", f"latest of {name} is {latest.seq}, and {max(commits)} is committed"
-        elif (
-            status is not None
-            and any(record.uid == status.uid for record in commits.values())
-            and self.records.get(Parsed("spec", job=name)) in (None, status.uid)
-        ):
-            # Submitted again, the former job's pointer goes before its commits do.
-            yield "I4", f"{name} has commits but no latest"
-
-
-def _as(kind: type[T], record: Record | None) -> T | None:
-    return record if isinstance(record, kind) else None
 
 
 def _uid_of(spec: bytes) -> str:

@@ -34,7 +34,16 @@ class Share:
         return 0 < self.total_bytes <= self.done_bytes
 
 
-def shares(document: Mapping[str, Any]) -> tuple[Share, ...]:
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What one machine tells of what it moves for a job."""
+
+    shares: tuple[Share, ...] = ()
+    settled: int = 0
+    """The highest checkpoint that it knows the outcome of."""
+
+
+def told(document: Mapping[str, Any]) -> Told:
     """What the JSON of one ``WorkerSnapshot`` says of what moves.
 
     Parts of an unsettled checkpoint that were durable before anybody had watched them count, too.
@@ -63,19 +72,23 @@ def shares(document: Mapping[str, Any]) -> tuple[Share, ...]:
         size = sum(one for _, one in parts)
         total = size if len(parts) >= ranks else 0
         found.append(Share(TransferKind.SAVE.value, seq, parts[0][0], size, total, told=False))
-    return tuple(found)
+    return Told(tuple(found), int(document.get("seq_over", 0)))
 
 
-def movements(machines: Iterable[Sequence[Share]], expected: int) -> tuple[Movement, ...]:
+def movements(machines: Iterable[Told], expected: int) -> tuple[Movement, ...]:
     """Sum what ``expected`` machines move; checkpoints that were too quick to be watched are left out.
 
     A restore is over, and nothing is said of it, once all machines that told of it have everything.
     A save is told until it is settled: that the store has all of it is not yet that it is committed.
     """
+    machines = list(machines)
+    # All hear of an outcome one after the other: what those that have not yet tell of is over, too.
+    settled = max((machine.settled for machine in machines), default=0)
     found: dict[tuple[str, int], list[Share]] = {}
     for machine in machines:
-        for share in machine:
-            found.setdefault((share.kind, share.seq), []).append(share)
+        for share in machine.shares:
+            if share.kind != TransferKind.SAVE or share.seq > settled:
+                found.setdefault((share.kind, share.seq), []).append(share)
     made = []
     for (kind, _), of_one in sorted(found.items()):
         if not any(one.told for one in of_one):

@@ -1,5 +1,6 @@
 """Where a job stands, in one word, and groups of such words. Imports nothing else of ours."""
 
+from collections.abc import Mapping
 from enum import StrEnum
 
 
@@ -34,3 +35,57 @@ TERMINAL_PHASES = frozenset({JobPhase.SUCCEEDED, JobPhase.FAILED, JobPhase.CANCE
 
 PLACED_PHASES = frozenset({JobPhase.STARTING, JobPhase.RUNNING, JobPhase.SUSPENDING, JobPhase.CANCELLING})
 """Phases in which ``JobStatus.members`` occupy slots."""
+
+PHASE_CHANGES: Mapping[JobPhase, frozenset[JobPhase]] = {
+    JobPhase.QUEUED: frozenset(
+        {JobPhase.STARTING, JobPhase.SUSPENDED, JobPhase.CANCELLED, JobPhase.FAILED, JobPhase.CANCELLING}
+    ),
+    JobPhase.STARTING: frozenset(
+        {
+            JobPhase.RUNNING,
+            JobPhase.RECOVERING,
+            JobPhase.SUSPENDING,
+            JobPhase.CANCELLING,
+            JobPhase.CANCELLED,
+            JobPhase.FAILED,
+            JobPhase.SUCCEEDED,
+        }
+    ),
+    JobPhase.RUNNING: frozenset(
+        {
+            JobPhase.STARTING,
+            JobPhase.RECOVERING,
+            JobPhase.SUSPENDING,
+            JobPhase.CANCELLING,
+            JobPhase.CANCELLED,
+            JobPhase.FAILED,
+            JobPhase.SUCCEEDED,
+        }
+    ),
+    JobPhase.RECOVERING: frozenset(
+        {
+            JobPhase.STARTING,
+            JobPhase.QUEUED,
+            JobPhase.SUSPENDED,
+            JobPhase.CANCELLING,
+            JobPhase.CANCELLED,
+            JobPhase.FAILED,
+        }
+    ),
+    JobPhase.SUSPENDING: frozenset(
+        {
+            JobPhase.SUSPENDED,
+            JobPhase.QUEUED,
+            JobPhase.CANCELLING,
+            JobPhase.CANCELLED,
+            JobPhase.SUCCEEDED,
+            JobPhase.FAILED,
+        }
+    ),
+    JobPhase.SUSPENDED: frozenset({JobPhase.QUEUED, JobPhase.CANCELLED}),
+    JobPhase.CANCELLING: frozenset({JobPhase.CANCELLED}),
+    JobPhase.CANCELLED: frozenset(),
+    JobPhase.SUCCEEDED: frozenset(),
+    JobPhase.FAILED: frozenset(),
+}
+"""Where each phase may lead; records that say otherwise break the audit."""

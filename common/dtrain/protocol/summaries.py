@@ -17,7 +17,7 @@ from dtrain.protocol.cluster import Cordon
 from dtrain.protocol.ids import Step
 from dtrain.protocol.job import TERMINAL_PHASES, Intent, JobPhase, JobSpec, JobStatus
 from dtrain.protocol.ledger import goodput
-from dtrain.protocol.moving import Share
+from dtrain.protocol.moving import Told
 from dtrain.protocol.rows import AgentRow, JobRow, Movement
 from dtrain.protocol.snapshot import NodeRecord
 from dtrain.protocol.standing import agent_status, reported_step, sentences
@@ -49,7 +49,7 @@ class Part:
     """Ranks that stand still for longer than they may, and their steps."""
     at_work: tuple[tuple[int, str], ...] = ()
     """Ranks that stand still and yet were found at work, and where."""
-    shares: tuple[Share, ...] = ()
+    moves: Told = Told()
     """Checkpoints on their way."""
 
 
@@ -86,7 +86,7 @@ def part_of(document: Mapping[str, Any]) -> Part:
             for stack in document.get("stacks", ())
             if stack.get("moving")
         ),
-        moving.shares(document),
+        moving.told(document),
     )
 
 
@@ -205,7 +205,7 @@ def step_s(parts: Iterable[Part]) -> float | None:
 
 def moved(status: JobStatus | None, parts: Iterable[Part]) -> tuple[Movement, ...]:
     """How far the checkpoints of the current attempt are that its machines move."""
-    return moving.movements([one.shares for one in parts], len(status.members) if status else 0)
+    return moving.movements([one.moves for one in parts], len(status.members) if status else 0)
 
 
 def reason(status: JobStatus | None, parts: Iterable[Part]) -> str:

@@ -1,4 +1,4 @@
-"""Long lists in sentences: a few by name, and how many there are besides."""
+"""Numbers of things in words, and long lists: a few by name, and how many there are besides."""
 
 from collections.abc import Iterable
 
@@ -18,3 +18,8 @@ def some(things: Iterable[object], most: int, *, between: str = ", ") -> str:
 def more(total: int, most: int) -> str:
     """Return what ends a sentence that names ``most`` of ``total``: `` and 3 more``, or nothing."""
     return f" and {total - most} more" if total > most else ""
+
+
+def count(number: int, noun: str) -> str:
+    """Return ``1 rank``, ``2 ranks``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -23,9 +23,10 @@ from dtrain.coordinator.core.decisions import (
     Work,
 )
 from dtrain.coordinator.core.views import FleetView, Inspection, JobView, Moment, SweepFound
+from dtrain.coordinator.known import stamped
 from dtrain.coordinator.persistence import Committed, Conflict, Deposed, NotWritten, Outcome, Unknown
 from dtrain.coordinator.results import Collected, Inspected, Probed, Swept, Verified, WorkCrashed, WorkResult
-from dtrain.coordinator.world import World, stamped
+from dtrain.coordinator.world import World
 from dtrain.protocol.commands import Warm
 from dtrain.protocol.ids import AgentName, JobName, Term
 from dtrain.protocol.job import JobStatus

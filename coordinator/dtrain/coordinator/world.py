@@ -7,13 +7,10 @@ cannot be decoded makes its own job untouchable, never the others.
 Not thread-safe: the driver owns it.
 """
 
-import re
-from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from dataclasses import replace
 
-from dtrain.coordinator.core import elastic, pace, releases, stragglers
+from dtrain.coordinator.core import elastic, releases
 from dtrain.coordinator.core.decisions import InspectCheckpoint
 from dtrain.coordinator.core.placement import UNREACHABLE_REST_S
 from dtrain.coordinator.core.queue import Machine, Running, Waiting
@@ -24,13 +21,28 @@ from dtrain.coordinator.core.views import (
     FleetView,
     Inspection,
     JobView,
-    Pace,
-    Sightings,
     Stored,
     SweepFound,
     Verdict,
 )
+from dtrain.coordinator.known import (
+    NOTHING_SWEPT,
+    NUMBERED,
+    SINGLE,
+    Cell,
+    KnownJob,
+    T,
+    is_current,
+    moved,
+    pace_of,
+    read,
+    sightings,
+    step_rate,
+    uid_of,
+)
 from dtrain.coordinator.line import Line
+from dtrain.coordinator.losses import Losses
+from dtrain.coordinator.slots import Slots
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import (
     CommitRecord,
@@ -44,108 +56,15 @@ from dtrain.protocol.checkpoint import (
 from dtrain.protocol.cluster import Cordon, ReplicaRecord, Suspicion
 from dtrain.protocol.errors import DtrainError
 from dtrain.protocol.ids import AgentName, ClusterName, JobName, ReplicaId, Seq, Term, Uid, parse_name
-from dtrain.protocol.job import PLACED_PHASES, TERMINAL_PHASES, Intent, JobPhase, JobSpec, JobStatus, Wanted
+from dtrain.protocol.job import TERMINAL_PHASES, Intent, JobPhase, JobSpec, JobStatus, Wanted
 from dtrain.protocol.keys import Keys, Parsed
 from dtrain.protocol.snapshot import NodeRecord, WorkerSnapshot
 from dtrain.storage.etcd.mirror import Change
-from dtrain.storage.etcd.port import KeyValue
 
-T = TypeVar("T")
-
-BRAKE_WINDOW_S = 60.0
-BRAKE_SHARE = 0.3
-BRAKE_AGENTS_MIN = 3
-MIRROR_AGE_S_MAX = 15.0
-LOST_KEPT_S = 3600.0
-STEP_SAMPLES = 8
-RATE_SPAN_S = 1.0
-"""Shortest time that says something about a rate: the first snapshot of an attempt is urgent, and old."""
 AGENT_RENEWALS_PER_S = 700.0
 AGENT_TTL_S_MAX = 120.0
-AGENT_RENEWAL_SHARE = 1 / 3
-"""Of the TTL, between two renewals of an agent's lease."""
-ALONE_S = 0.25
-"""How long an agent must be the only one that vanished: etcd ends many leases one after the other."""
-LOSS_SLACK_S = 1.0
-"""etcd looks for expired leases twice a second."""
-
-NOTHING_SWEPT = SweepFound()
-
-_TRANSFERS = b',"transfers":'
-_WRITTEN_AT = re.compile(rb',"at":[^,}]*')
 
 _WAITING_PHASES = frozenset({JobPhase.QUEUED, JobPhase.STARTING, JobPhase.RECOVERING})
-
-
-@dataclass(slots=True)
-class _Cell(Generic[T]):
-    """A record as it came; decoded when first read, since most snapshots never are."""
-
-    kv: KeyValue
-    seen_at: float
-    stored: Stored[T] | None = None
-
-    def read(self, kind: type[T]) -> Stored[T]:
-        if self.stored is None:
-            value = codec.decode(kind, self.kv.value)
-            self.stored = Stored(value, self.kv.mod_revision, self.kv.create_revision, self.seen_at)
-        return self.stored
-
-
-@dataclass(slots=True)
-class _Job:
-    """All that is known of one job. Numbered records by their number."""
-
-    name: JobName
-    single: dict[str, _Cell[Any]] = field(default_factory=dict)
-    """spec, intent, status, latest."""
-    numbered: dict[str, dict[Seq, _Cell[Any]]] = field(default_factory=dict)
-    """open, checkpoint, garbage, bad, verified."""
-    orders: dict[str, Stored[Order]] = field(default_factory=dict)
-    inspections: dict[tuple[Seq, str, str, int], Inspection] = field(default_factory=dict)
-    pins: dict[Seq, set[str]] = field(default_factory=dict)
-    events: set[int] = field(default_factory=set)
-    workers: dict[AgentName, _Cell[WorkerSnapshot]] = field(default_factory=dict)
-    departed: dict[AgentName, WorkerSnapshot] = field(default_factory=dict)
-    verdicts: dict[tuple[Seq, str], Verdict] = field(default_factory=dict)
-    collected: set[Seq] = field(default_factory=set)
-    swept_at: float | None = None
-    swept_found: SweepFound = SweepFound()
-    swept_former: set[Uid] = field(default_factory=set)
-    unknown: tuple[Seq, Seq] | None = None
-    store_ok: bool | None = None
-    store_problem: str = ""
-    store_probed_at: float | None = None
-    progress: dict[AgentName, deque[tuple[float, int]]] = field(default_factory=dict)
-    """(instant, step) of the current attempt, oldest first."""
-    progress_of: tuple[str, int] = ("", 0)
-    """The uid and attempt that ``progress`` is of."""
-    sightings: Sightings = Sightings()
-    pace: Pace = Pace()
-    broken: dict[str, str] = field(default_factory=dict)
-    """Why a record cannot be used, by key."""
-    status: JobStatus | None = None
-    """The status record decoded, if it can be."""
-
-    def is_empty(self) -> bool:
-        return not (
-            self.single
-            or self.workers
-            or self.pins
-            or self.orders
-            or self.events
-            or any(self.numbered.get(kind) for kind in self.numbered)
-        )
-
-
-_SINGLE: dict[str, type] = {"spec": JobSpec, "intent": Intent, "status": JobStatus, "latest": Latest}
-_NUMBERED: dict[str, type] = {
-    "open": OpenRecord,
-    "checkpoint": CommitRecord,
-    "garbage": Garbage,
-    "bad": Quarantine,
-    "verified": Verification,
-}
 
 
 class World:
@@ -168,24 +87,17 @@ class World:
         self._cordon_s = cordon_s
         self._agent_ttl_s = agent_ttl_s
         self._keys = Keys(cluster)
-        self._jobs: dict[JobName, _Job] = {}
+        self._jobs: dict[JobName, KnownJob] = {}
         self._agents: dict[AgentName, AgentView] = {}
         self._agents_shared = False
-        self._lost_at: dict[AgentName, float] = {}
-        self._left: set[AgentName] = set()
-        """Of these, the ones that drained."""
-        self._losses: deque[tuple[float, AgentName]] = deque()
-        self._back_at: dict[AgentName, float] = {}
-        """When agents that had been lost came back; only the last TTL matters."""
+        self._losses = Losses()
         self._cordons: dict[AgentName, Cordon | None] = {}
         """None: it is there, and cannot be read."""
         self._suspicions: dict[AgentName, Stored[Suspicion]] = {}
         self._versions: dict[ReplicaId, str] = {}
         """What the coordinators run."""
         self._unreachable: dict[AgentName, float] = {}
-        self._usage: dict[JobName, dict[AgentName, int]] = {}
-        self._used: dict[AgentName, int] = {}
-        self._reserved: dict[JobName, JobStatus] = {}
+        self._slots = Slots()
         self._waiting: set[JobName] = set()
         self._line = Line()
         self._queue_seen = NO_QUEUE
@@ -301,15 +213,15 @@ class World:
         commit is guarded by its own job's records only.
         """
         if status is None:
-            self._reserved.pop(job, None)
+            self._slots.reserved.pop(job, None)
         else:
-            self._reserved[job] = status
+            self._slots.reserved[job] = status
         self._count_slots(job)
 
     def forget_local(self) -> None:
         """Drop what only a former leadership of this replica can have known."""
         self._unreachable.clear()
-        self._reserved.clear()
+        self._slots.reserved.clear()
         for job in sorted(self._jobs):
             self._count_slots(job)
 
@@ -333,7 +245,7 @@ class World:
         workers: dict[AgentName, Stored[WorkerSnapshot]] = {}
         for agent in sorted(job.workers):
             key = self._keys.worker(agent, name)
-            stored = _read(job, key, job.workers[agent], WorkerSnapshot)
+            stored = read(job, key, job.workers[agent], WorkerSnapshot)
             if stored is not None:
                 workers[agent] = stored
         garbage = self._records(job, "garbage", Garbage)
@@ -363,9 +275,9 @@ class World:
             store_ok=job.store_ok,
             store_problem=job.store_problem,
             store_probed_at=job.store_probed_at,
-            step_rate=_step_rate(job, workers.values()),
-            sightings=_sightings(job, workers.values()),
-            pace=_pace(job, workers.values()),
+            step_rate=step_rate(job, workers.values()),
+            sightings=sightings(job, workers.values()),
+            pace=pace_of(job, workers.values()),
             quarantined=self.quarantine(name),
         )
 
@@ -375,7 +287,7 @@ class World:
         ours = [] if job is None else [key for key in job.broken if self._concerns(job, key)]
         return job.broken[min(ours)] if job is not None and ours else ""
 
-    def _concerns(self, job: _Job, key: str) -> bool:
+    def _concerns(self, job: KnownJob, key: str) -> bool:
         # An agent writes under every job's name: only a member's snapshot may hold up a job.
         parsed = self._keys.parse(key)
         if parsed is None or parsed.kind != "worker" or job.status is None:
@@ -399,13 +311,13 @@ class World:
             term=term,
             took_office_at=took_office_at,
             agents=self._agents,
-            lost_at=dict(self._lost_at),
-            left=frozenset(self._left),
+            lost_at=dict(self._losses.lost_at),
+            left=frozenset(self._losses.left),
             cordoned=frozenset(self._cordons),
-            used=self._used_by_others(name),
+            used=self._slots.of_others(name),
             unreachable=dict(self._unreachable),
             brake=self.brake(now),
-            losses_settle_at=self.losses_settle_at(now),
+            losses_settle_at=self._losses.settle_at(now, self._agents, ttl_s=self.agent_ttl_s),
             agent_ttl_s=self.agent_ttl_s,
             default_store=self.default_store,
             scrub_interval_s=self._scrub_interval_s,
@@ -423,69 +335,19 @@ class World:
 
     def brake(self, now: float) -> str:
         """Return why nothing may be declared lost now, or ""."""
-        if self._heard_at is None or now - self._heard_at > MIRROR_AGE_S_MAX:
-            return f"etcd has not been heard of for {MIRROR_AGE_S_MAX:.0f} s"
-        gone = {
-            agent
-            for at, agent in self._losses
-            if now - at <= BRAKE_WINDOW_S and (self._is_gone(agent) or self._is_just_back(agent, now))
-        }
-        total = len(self._agents.keys() | gone)
-        if len(gone) >= BRAKE_AGENTS_MIN and len(gone) > BRAKE_SHARE * total:
-            return f"{len(gone)} of {total} agents vanished within {BRAKE_WINDOW_S:.0f} s"
-        return ""
-
-    def _is_gone(self, agent: AgentName) -> bool:
-        return agent in self._lost_at and agent not in self._agents
-
-    def _is_just_back(self, agent: AgentName, now: float) -> bool:
-        """Whether others that vanished with it deserve a moment: a healed network brings them back singly.
-
-        Released with the first of them, the brake would let go of all that are still on their way.
-        """
-        at = self._back_at.get(agent)
-        return at is not None and now - at <= self.agent_ttl_s
+        return self._losses.brake(now, self._agents, heard_at=self._heard_at, ttl_s=self.agent_ttl_s)
 
     def lost_count(self) -> int:
         """Return how many agents vanished within the last hour without a word, and are not back."""
-        return len(self._lost_at.keys() - self._left)
-
-    def losses_settle_at(self, now: float) -> float:
-        """Return when it will be seen whether more agents follow those that just vanished; 0.0: no need to.
-
-        Agents that lose etcd together lose their leases over the time between two renewals.
-        Acting on each as it goes would restart a third of a fleet before the brake is on. One
-        that is alone is acted on after a moment. One that is back was there all the time: it was
-        etcd that ended its lease, and it has probably ended those of the others, too.
-        """
-        spread_s = self.agent_ttl_s * AGENT_RENEWAL_SHARE + LOSS_SLACK_S
-        recent = {agent: at for at, agent in self._losses if now - at <= spread_s}
-        gone = [at for agent, at in recent.items() if self._is_gone(agent)]
-        if not gone:
-            return 0.0
-        together = len(gone) > 1 or any(self._is_just_back(agent, now) for agent in recent)
-        return max(gone) + (spread_s if together else ALONE_S)
+        return self._losses.count()
 
     def brake_changes_at(self, now: float) -> float | None:
         """Return when the brake may change by time alone, or None."""
-        instants = [at + BRAKE_WINDOW_S for at, _agent in self._losses]
-        instants += [at + self.agent_ttl_s for at in self._back_at.values()]
-        if self._heard_at is not None:
-            instants.append(self._heard_at + MIRROR_AGE_S_MAX)
-        later = [instant for instant in instants if instant > now]
-        # A hair later: at the instant itself the old answer still holds.
-        return min(later) + 0.001 if later else None
+        return self._losses.changes_at(now, heard_at=self._heard_at, ttl_s=self.agent_ttl_s)
 
     def tidy(self, now: float) -> None:
         """Forget losses that no decision asks for any more."""
-        while self._losses and now - self._losses[0][0] > BRAKE_WINDOW_S:
-            self._losses.popleft()
-        for agent in [name for name, at in self._back_at.items() if now - at > self.agent_ttl_s]:
-            del self._back_at[agent]
-        for agent in [name for name, at in self._lost_at.items() if now - at > LOST_KEPT_S]:
-            if not any(agent in usage for usage in self._usage.values()):
-                del self._lost_at[agent]
-        self._left &= self._lost_at.keys()
+        self._losses.forget(now, self._slots.used.keys(), ttl_s=self.agent_ttl_s)
         for agent in [name for name in self._unreachable if name not in self._agents]:
             del self._unreachable[agent]
 
@@ -498,13 +360,7 @@ class World:
         if change.after is None:
             if known is not None:
                 del self._agents[agent]
-                self._lost_at[agent] = now
-                self._back_at.pop(agent, None)
-                if known.node.draining is None:
-                    self._losses.append((now, agent))
-                else:
-                    # One that said that it would go is no sign of a broken network.
-                    self._left.add(agent)
+                self._losses.note_gone(agent, now, drained=known.node.draining is not None)
             self._unreachable.pop(agent, None)
         else:
             try:
@@ -516,9 +372,7 @@ class World:
             same = known is not None and known.node.incarnation == node.incarnation
             seen_at = known.seen_at if known is not None and same else now
             self._agents[agent] = self._seen(agent, AgentView(node, seen_at), known, now)
-            self._left.discard(agent)
-            if self._lost_at.pop(agent, None) is not None:
-                self._back_at[agent] = now
+            self._losses.note_present(agent, now)
             if not same:
                 self._unreachable.pop(agent, None)
         self._touch_fleet(agent)
@@ -570,12 +424,12 @@ class World:
         if job is None:
             if change.after is None or not self._may_name_a_job(parsed.job):
                 return
-            job = self._jobs[parsed.job] = _Job(parsed.job)
+            job = self._jobs[parsed.job] = KnownJob(parsed.job)
         match parsed.kind:
             case "worker":
                 known = job.workers.get(parsed.agent)
                 self._worker_changed(job, parsed.agent, change, now)
-                if known is not None and change.after is not None and _moved(known.kv, change.after):
+                if known is not None and change.after is not None and moved(known.kv, change.after):
                     return
             case "pin":
                 readers = job.pins.setdefault(parsed.seq, set())
@@ -586,7 +440,7 @@ class World:
                 self._order_changed(job, parsed.name, change, now)
             case "event":
                 (job.events.discard if change.after is None else job.events.add)(parsed.seq)
-            case kind if kind in _SINGLE:
+            case kind if kind in SINGLE:
                 self._single_changed(job, kind, change, now)
             case kind:
                 self._numbered_changed(job, kind, parsed.seq, change, now)
@@ -605,7 +459,7 @@ class World:
             return False
         return True
 
-    def _order_changed(self, job: _Job, order_id: str, change: Change, now: float) -> None:
+    def _order_changed(self, job: KnownJob, order_id: str, change: Change, now: float) -> None:
         job.orders.pop(order_id, None)
         if change.after is None:
             return
@@ -617,20 +471,25 @@ class World:
             return
         job.orders[order_id] = Stored(order, change.after.mod_revision, change.after.create_revision, now)
 
-    def _single_changed(self, job: _Job, kind: str, change: Change, now: float) -> None:
+    def _single_changed(self, job: KnownJob, kind: str, change: Change, now: float) -> None:
         before = job.single.get(kind)
         job.broken.pop(change.key, None)
         if change.after is None:
             job.single.pop(kind, None)
         elif before is None or before.kv.mod_revision != change.after.mod_revision:
-            job.single[kind] = _Cell(change.after, now)
+            job.single[kind] = Cell(change.after, now)
         cell = job.single.get(kind)
-        stored = None if cell is None else _read(job, change.key, cell, _SINGLE[kind])
+        stored = None if cell is None else read(job, change.key, cell, SINGLE[kind])
         if kind == "status":
             job.status = None if stored is None else stored.value
             self._forget_older_attempts(job)
             self._count_slots(job.name)
-        if kind == "spec" and stored is not None and before is not None and _uid(before) != stored.value.uid:
+        if (
+            kind == "spec"
+            and stored is not None
+            and before is not None
+            and uid_of(before) != stored.value.uid
+        ):
             # A name used again is another job: nothing found out about the old one holds.
             job.verdicts.clear()
             job.collected.clear()
@@ -639,7 +498,7 @@ class World:
             job.store_problem = ""
         self._note_waiting(job)
 
-    def _numbered_changed(self, job: _Job, kind: str, seq: Seq, change: Change, now: float) -> None:
+    def _numbered_changed(self, job: KnownJob, kind: str, seq: Seq, change: Change, now: float) -> None:
         cells = job.numbered.setdefault(kind, {})
         before = cells.get(seq)
         job.broken.pop(change.key, None)
@@ -659,33 +518,33 @@ class World:
             and before.kv.create_revision == change.after.create_revision
         )
         # A rewrite (another leader's term, a report copied in) does not restart the time allowed.
-        cells[seq] = _Cell(change.after, before.seen_at if before is not None and same else now)
-        _read(job, change.key, cells[seq], _NUMBERED[kind])
+        cells[seq] = Cell(change.after, before.seen_at if before is not None and same else now)
+        read(job, change.key, cells[seq], NUMBERED[kind])
 
-    def _worker_changed(self, job: _Job, agent: AgentName, change: Change, now: float) -> None:
+    def _worker_changed(self, job: KnownJob, agent: AgentName, change: Change, now: float) -> None:
         job.broken.pop(change.key, None)
         if change.after is not None:
-            job.workers[agent] = _Cell(change.after, now)
+            job.workers[agent] = Cell(change.after, now)
             return
         cell = job.workers.pop(agent, None)
-        stored = None if cell is None else _read(job, change.key, cell, WorkerSnapshot)
+        stored = None if cell is None else read(job, change.key, cell, WorkerSnapshot)
         job.broken.pop(change.key, None)
-        if stored is not None and _is_current(stored.value, job.status):
+        if stored is not None and is_current(stored.value, job.status):
             job.departed[agent] = stored.value
 
-    def _forget_older_attempts(self, job: _Job) -> None:
-        job.departed = {agent: last for agent, last in job.departed.items() if _is_current(last, job.status)}
+    def _forget_older_attempts(self, job: KnownJob) -> None:
+        job.departed = {agent: last for agent, last in job.departed.items() if is_current(last, job.status)}
 
     # Reading records.
 
-    def _record(self, job: _Job, kind: str, of: type[T]) -> Stored[T] | None:
+    def _record(self, job: KnownJob, kind: str, of: type[T]) -> Stored[T] | None:
         cell = job.single.get(kind)
-        return None if cell is None else _read(job, f"{self._keys.job(job.name)}{kind}", cell, of)
+        return None if cell is None else read(job, f"{self._keys.job(job.name)}{kind}", cell, of)
 
-    def _records(self, job: _Job, kind: str, of: type[T]) -> tuple[Stored[T], ...]:
+    def _records(self, job: KnownJob, kind: str, of: type[T]) -> tuple[Stored[T], ...]:
         found = []
         for seq, cell in sorted(job.numbered.get(kind, {}).items()):
-            stored = _read(job, cell.kv.key, cell, of)
+            stored = read(job, cell.kv.key, cell, of)
             if stored is not None and stored.value.seq == seq:
                 found.append(stored)
             elif stored is not None:
@@ -696,43 +555,21 @@ class World:
 
     def _count_slots(self, name: JobName) -> None:
         job = self._jobs.get(name)
-        new: dict[AgentName, int] = {}
-        for status in (job.status if job is not None else None, self._reserved.get(name)):
-            if status is not None and status.phase in PLACED_PHASES:
-                for member in status.members:
-                    new[member.agent] = max(new.get(member.agent, 0), member.nproc)
-        old = self._usage.get(name, {})
-        if new == old:
+        decided = job.status if job is not None else None
+        changed, freed = self._slots.count(name, (decided, self._slots.reserved.get(name)))
+        if not changed:
             return
-        for agent in old.keys() | new.keys():
-            left = self._used.get(agent, 0) + new.get(agent, 0) - old.get(agent, 0)
-            if left:
-                self._used[agent] = left
-            else:
-                self._used.pop(agent, None)
-        if new:
-            self._usage[name] = new
-        else:
-            self._usage.pop(name, None)
         self._line.machines_changed()
         self._note_line(name)
-        if any(new.get(agent, 0) < slots for agent, slots in old.items()):
+        if freed:
             self._touched |= self._waiting
 
-    def _used_by_others(self, name: JobName) -> Mapping[AgentName, int]:
-        used = dict(self._used)
-        for agent, slots in self._usage.get(name, {}).items():
-            used[agent] -= slots
-            if not used[agent]:
-                del used[agent]
-        return used
-
-    def _note_waiting(self, job: _Job) -> None:
+    def _note_waiting(self, job: KnownJob) -> None:
         spec = job.single.get("spec")
         waits = spec is not None and (
             job.status is None
             or job.status.phase in _WAITING_PHASES
-            or job.status.uid != _uid(spec)
+            or job.status.uid != uid_of(spec)
             or self._may_grow(job, job.status)
         )
         (self._waiting.add if waits else self._waiting.discard)(job.name)
@@ -744,10 +581,10 @@ class World:
         job = self._jobs.get(name)
         self._line.put(name, None if job is None else self._in_line(job))
 
-    def _in_line(self, job: _Job) -> Waiting | Running | None:
+    def _in_line(self, job: KnownJob) -> Waiting | Running | None:
         """What the job is to others: one that has machines, or wants some."""
         spec = self._record(job, "spec", JobSpec)
-        if used := self._usage.get(job.name):
+        if used := self._slots.of(job.name):
             return self._as_running(job, None if spec is None else spec.value, used)
         intent, status = self._record(job, "intent", Intent), job.status
         if spec is None or ("status" in job.single and status is None):
@@ -787,8 +624,8 @@ class World:
             ready=restarts or not store or bool(job.store_ok),
         )
 
-    def _as_running(self, job: _Job, spec: JobSpec | None, used: Mapping[AgentName, int]) -> Running:
-        status = self._reserved.get(job.name) or job.status
+    def _as_running(self, job: KnownJob, spec: JobSpec | None, used: Mapping[AgentName, int]) -> Running:
+        status = self._slots.reserved.get(job.name) or job.status
         known = self._line.runs(job.name)
         return Running(
             job.name,
@@ -811,10 +648,10 @@ class World:
                 instants.append(since + UNREACHABLE_REST_S)
                 continue
             slots = view.node.slots
-            found[name] = Machine(slots, slots - self._used.get(name, 0))
+            found[name] = Machine(slots, slots - self._slots.used.get(name, 0))
         return found, min(instants, default=None)
 
-    def _may_grow(self, job: _Job, status: JobStatus) -> bool:
+    def _may_grow(self, job: KnownJob, status: JobStatus) -> bool:
         spec = self._record(job, "spec", JobSpec)
         return spec is not None and elastic.may_grow(spec.value, self._record(job, "intent", Intent), status)
 
@@ -829,83 +666,3 @@ class World:
                 and any(member.agent == agent for member in status.members)
             ):
                 self._touched.add(name)
-
-
-def _read(job: _Job, key: str, cell: _Cell[T], kind: type[T]) -> Stored[T] | None:
-    try:
-        return cell.read(kind)
-    except DtrainError as error:
-        job.broken[key] = f"{key} cannot be read: {error.message}"
-        return None
-
-
-def _uid(cell: _Cell[Any]) -> str:
-    return "" if cell.stored is None else str(cell.stored.value.uid)
-
-
-def _moved(before: KeyValue, after: KeyValue) -> bool:
-    """Whether only bytes have moved on since: nothing is decided from that, and looks at large jobs are dear.
-
-    Told by the text, which ends with ``transfers``: to decode it is most of what a look costs.
-    """
-    (rest, told), (rest_now, told_now) = _without_transfers(before.value), _without_transfers(after.value)
-    return told != told_now and rest == rest_now
-
-
-def _without_transfers(snapshot: bytes) -> tuple[bytes, bytes]:
-    rest, found, told = snapshot.partition(_TRANSFERS)
-    return _WRITTEN_AT.sub(b"", rest if found else rest[:-1]), told
-
-
-def _is_current(snapshot: WorkerSnapshot, status: JobStatus | None) -> bool:
-    return status is not None and snapshot.uid == status.uid and snapshot.attempt >= status.attempt
-
-
-def _sightings(job: _Job, workers: Iterable[Stored[WorkerSnapshot]]) -> Sightings:
-    """Which ranks are slower than the others, and since when, by all snapshots seen so far."""
-    if job.status is not None:
-        of = (str(job.status.uid), int(job.status.attempt))
-        shown = [stored for stored in workers if (stored.value.uid, stored.value.attempt) == of]
-        at = max((stored.seen_at for stored in shown), default=0.0)
-        values = [stored.value for stored in shown]
-        job.sightings = stragglers.observe(job.sightings, job.status, values, at)
-    return job.sightings
-
-
-def _pace(job: _Job, workers: Iterable[Stored[WorkerSnapshot]]) -> Pace:
-    if job.status is not None and job.status.phase in PLACED_PHASES:
-        job.pace = pace.observe(job.pace, job.status, workers)
-    return job.pace
-
-
-def _step_rate(job: _Job, workers: Iterable[Stored[WorkerSnapshot]]) -> float:
-    """Steps per second over the last few snapshots that showed progress; 0.0: not known.
-
-    Seen on one agent each: two agents' snapshots of different age, a moment
-    apart, would pass for thousands of steps a second.
-    """
-    if job.status is None:
-        return 0.0
-    of = (str(job.status.uid), int(job.status.attempt))
-    if of != job.progress_of:
-        job.progress.clear()
-        job.progress_of = of
-    for stored in workers:
-        snapshot = stored.value
-        if (snapshot.uid, snapshot.attempt) != of or not snapshot.ranks:
-            continue
-        step = max(rank.step for rank in snapshot.ranks)
-        seen = job.progress.setdefault(snapshot.agent, deque(maxlen=STEP_SAMPLES))
-        if step and (not seen or step > seen[-1][1]):
-            seen.append((stored.seen_at, step))
-    rates = [
-        (seen[-1][1] - seen[0][1]) / (seen[-1][0] - seen[0][0])
-        for seen in job.progress.values()
-        if seen and seen[-1][0] - seen[0][0] >= RATE_SPAN_S
-    ]
-    return max(rates, default=0.0)
-
-
-def stamped(verdict: Verdict, now: float) -> Verdict:
-    """Return the verdict with the instant at which it arrived."""
-    return replace(verdict, at=now)

@@ -37,7 +37,7 @@ from dtrain.protocol.errors import ErrorCode
 from dtrain.protocol.events import EventReason, EventType
 from dtrain.protocol.ids import Rank, Step
 from dtrain.protocol.phases import JobPhase
-from dtrain.protocol.rows import AgentRow, JobRow
+from dtrain.protocol.rows import AgentRow, JobRow, Movement
 from dtrain.protocol.snapshot import RankState, Timing, WorkerPhase
 
 COMMAND = (sys.executable, "-m", "dtrain.cli", "top")
@@ -108,6 +108,14 @@ def test_a_frame_says_who_leads_what_runs_and_what_happened() -> None:
         "[jobs] 2 agents 3 events 4 replicas  q quit",
     ):
         assert told in text, text
+
+
+def test_a_checkpoint_on_its_way_is_told_before_the_reason_and_whole_of_the_selected_job() -> None:
+    moves = Movement("save", 7, 40, 30_000_000, 40_000_000, 5e6, 2.0, machines=2, expected=2)
+    rows = (JobRow("digits", JobPhase.RUNNING, "all 4 ranks train", moving=(moves,)),)
+    shown = [line.text for line in frame.frame(Look(), seen(rows), (160, 24), now=NOW, at=100.0).lines]
+    assert any("saving 7: 75 % of 40.0 MB, 2s left; all 4 ranks train" in line for line in shown)
+    assert any("30.0 MB of 40.0 MB (75 %) in the store, 5.0 MB/s, about 2s left" in line for line in shown)
 
 
 def test_what_others_wrote_moves_no_cursor() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from dtrain.coordinator.api import servicers
+from dtrain.coordinator.api import stacks
 from dtrain.coordinator.api.checkpoints import CheckpointDesk
 from dtrain.coordinator.api.cordons import Cordons
 from dtrain.coordinator.api.records import Operators
@@ -546,8 +546,8 @@ class LogAgent(agent_pb2_grpc.AgentServicer):
 def test_stacks_of_a_large_job_are_cut_and_who_was_not_asked_is_told(
     replica: Replica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(servicers, "AGENTS_ASKED_MAX", 2)
-    monkeypatch.setattr(servicers, "STACKS_BYTES_MAX", 3000)
+    monkeypatch.setattr(stacks, "AGENTS_ASKED_MAX", 2)
+    monkeypatch.setattr(stacks, "STACKS_BYTES_MAX", 3000)
     agent = LogAgent("a1", {})
     try:
         spec = codec.decode(JobSpec, replica.submit().spec)

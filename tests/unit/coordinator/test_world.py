@@ -8,7 +8,8 @@ import pytest
 from dtrain.coordinator.core.decisions import InspectCheckpoint
 from dtrain.coordinator.core.queue import Queue
 from dtrain.coordinator.core.views import FleetView, Inspection, Verdict
-from dtrain.coordinator.world import BRAKE_WINDOW_S, LOST_KEPT_S, MIRROR_AGE_S_MAX, World
+from dtrain.coordinator.losses import BRAKE_WINDOW_S, LOST_KEPT_S, MIRROR_AGE_S_MAX
+from dtrain.coordinator.world import World
 from dtrain.protocol import codec
 from dtrain.protocol.checkpoint import CommitRecord, OpenRecord, Order, OrderKind, Verification
 from dtrain.protocol.cluster import Blame, Cordon, ReplicaRecord, Suspicion

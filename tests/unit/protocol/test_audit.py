@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dtrain.protocol import codec
-from dtrain.protocol.audit import PHASE_CHANGES, VIOLATIONS_KEPT, Auditor, Change
+from dtrain.protocol.audit import VIOLATIONS_KEPT, Auditor, Change
 from dtrain.protocol.checkpoint import CommitRecord, Garbage, Latest, OpenRecord
 from dtrain.protocol.events import EventReason, EventRecord, EventType
 from dtrain.protocol.ids import (
@@ -34,6 +34,7 @@ from dtrain.protocol.job import (
 )
 from dtrain.protocol.keys import Keys
 from dtrain.protocol.ledger import Ledger
+from dtrain.protocol.phases import PHASE_CHANGES
 from dtrain.protocol.snapshot import (
     CommandOutcome,
     DurablePart,

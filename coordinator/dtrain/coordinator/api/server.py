@@ -7,7 +7,8 @@ from concurrent import futures
 import grpc
 
 from dtrain.coordinator.api.errors import abort
-from dtrain.coordinator.api.servicers import REPLY_BYTES_MAX, CoordinatorServicer
+from dtrain.coordinator.api.lookup import REPLY_BYTES_MAX
+from dtrain.coordinator.api.servicers import CoordinatorServicer
 from dtrain.protocol.pb import coordinator_pb2_grpc
 from dtrain.runtime import grpc_tls
 

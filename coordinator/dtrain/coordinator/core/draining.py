@@ -10,7 +10,7 @@ its ranks anyway.
 
 from collections.abc import Sequence
 
-from dtrain.coordinator.core import checkpoints
+from dtrain.coordinator.core import checkpoints, committing
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.liveness import Seat
 from dtrain.coordinator.core.placement import draining as who_drains
@@ -51,7 +51,7 @@ def is_due(draft: Draft, members: Sequence[Seat], going: Sequence[Seat]) -> bool
     if draft.now >= until or checkpoints.is_pointless(draft, members):
         return True
     draft.wake(until)
-    if not checkpoints.own_open(draft) and (deaf := not_answering(draft, members)):
+    if not committing.own_open(draft) and (deaf := not_answering(draft, members)):
         # Its ranks would hear of the step when the others hold at it already, and that is too late.
         draft.say(f"agent {deaf} does not answer; the checkpoint waits for it")
         return False
@@ -70,7 +70,7 @@ def not_answering(draft: Draft, members: Sequence[Seat]) -> str:
 
 def is_decided(draft: Draft, members: Sequence[Seat], until: float) -> bool:
     """Go on with the checkpoint; True if it is committed, or has failed in a way that another one would."""
-    held = [stored.value for stored in checkpoints.own_open(draft) if stored.value.hold_s > 0]
+    held = [stored.value for stored in committing.own_open(draft) if stored.value.hold_s > 0]
     late_before = draft.status.late_saves
     checkpoints.drive(draft, members, hold_s=until - draft.now)
     if not any(draft.deletes_key(draft.keys.open(draft.job.name, record.seq)) for record in held):

@@ -9,7 +9,7 @@ import everything before, while the others go on training, and they join togethe
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dtrain.coordinator.core import checkpoints, draining, kinds, placement, spares
+from dtrain.coordinator.core import checkpoints, committing, draining, kinds, placement, spares
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.liveness import Seat, Standing
 from dtrain.coordinator.core.stamps import iso, parse_iso
@@ -18,7 +18,7 @@ from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import AgentName, Seq
 from dtrain.protocol.job import Intent, JobPhase, JobSpec, JobStatus
 from dtrain.protocol.snapshot import WorkerPhase
-from dtrain.protocol.wording import some
+from dtrain.protocol.wording import count, some
 
 WARM_S = 120.0
 """How long a machine may import before the job grows without waiting for it any longer."""
@@ -75,7 +75,7 @@ def due(draft: Draft, members: Sequence[Seat]) -> Resize | None:
     if not checkpoints.can_checkpoint(draft, members):
         # Without one all its work would be lost, which nobody has asked for.
         wanted = len(members) - surplus if surplus > 0 else len(members) + len(joining)
-        draft.say(f"it will be on {_agents(wanted)} after its next restart: it cannot be checkpointed")
+        draft.say(f"it will be on {count(wanted, 'agent')} after its next restart: it cannot be checkpointed")
         _note(draft, ())
         return None
     if surplus > 0:
@@ -90,7 +90,7 @@ def due(draft: Draft, members: Sequence[Seat]) -> Resize | None:
 
 def _held(draft: Draft) -> set[Seq]:
     """The open checkpoint that ranks hold at, if any."""
-    return {stored.value.seq for stored in checkpoints.own_open(draft) if stored.value.hold_s > 0}
+    return {stored.value.seq for stored in committing.own_open(draft) if stored.value.hold_s > 0}
 
 
 def _may_begin(draft: Draft) -> bool:
@@ -125,7 +125,7 @@ def _choose(draft: Draft, members: Sequence[Seat]) -> tuple[AgentName, ...]:
     chosen = free[: draft.spec.nnodes_max - len(members)]
     missing = draft.spec.nnodes_min - len(members) - len(chosen)
     if missing > 0:
-        draft.say(f"it goes on with {_agents(len(members))}; {missing} more are needed to grow")
+        draft.say(f"it goes on with {count(len(members), 'agent')}; {missing} more are needed to grow")
         return ()
     return tuple(sorted(chosen))
 
@@ -209,7 +209,7 @@ def is_due(draft: Draft, members: Sequence[Seat], change: Resize) -> bool:
         reason = EventReason.GROWING if change.joiners else EventReason.SHRINKING
         draft.event(reason, text, f"attempt/{draft.status.attempt}")
     draft.explain(text)
-    if not checkpoints.own_open(draft) and (deaf := draining.not_answering(draft, members)):
+    if not committing.own_open(draft) and (deaf := draining.not_answering(draft, members)):
         draft.say(f"agent {deaf} does not answer; the checkpoint waits for it")
         return False
     held = _held(draft)
@@ -230,12 +230,10 @@ def sentence(draft: Draft, change: Resize) -> str:
     """What changes, in words."""
     now = len(draft.status.members)
     if change.joiners:
-        return (
-            f"growing from {now} to {_agents(now + len(change.joiners))}: {_names(change.joiners)} will join"
-        )
-    return (
-        f"shrinking from {now} to {_agents(now - len(change.leavers))}: {_names(change.leavers)} will leave"
-    )
+        more = count(now + len(change.joiners), "agent")
+        return f"growing from {now} to {more}: {_names(change.joiners)} will join"
+    fewer = count(now - len(change.leavers), "agent")
+    return f"shrinking from {now} to {fewer}: {_names(change.leavers)} will leave"
 
 
 def is_joining(draft: Draft, agent: AgentName) -> bool:
@@ -246,10 +244,6 @@ def is_joining(draft: Draft, agent: AgentName) -> bool:
     # What another submission or an attempt left there would keep it from getting ready.
     ours = snapshot.uid == draft.status.uid and snapshot.phase is WorkerPhase.IDLE
     return ours and not snapshot.ranks
-
-
-def _agents(number: int) -> str:
-    return f"{number} agent{'' if number == 1 else 's'}"
 
 
 def _names(names: Sequence[AgentName]) -> str:

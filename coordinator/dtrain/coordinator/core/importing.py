@@ -8,7 +8,7 @@ attempt starts meanwhile. An order that is gone, with its lease or taken back,
 aborts the checkpoint: what was written is an orphan then.
 """
 
-from dtrain.coordinator.core import checkpoints
+from dtrain.coordinator.core import checkpoints, committing
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.tally import Cause
 from dtrain.coordinator.core.views import Stored
@@ -22,31 +22,31 @@ WORLD = 1
 
 def follow(draft: Draft) -> bool:
     """Decide about the import under way; False if there is none."""
-    current = next((one for one in checkpoints.own_open(draft) if one.value.imported), None)
+    current = next((one for one in committing.own_open(draft) if one.value.imported), None)
     if current is None:
         return False
     record = current.value
     order = draft.job.orders.get(record.imported)
-    parts = checkpoints.durable_parts(draft, record)
-    verdict = checkpoints.verdict_of(draft, record)
+    parts = committing.durable_parts(draft, record)
+    verdict = committing.verdict_of(draft, record)
     deadline = current.seen_at + record.timeout_s
     draft.explain("a checkpoint is being imported: the first attempt begins after it")
     if order is None:
-        checkpoints.abort(draft, current, "whoever imported it has gone, or has given up", warning=False)
+        committing.abort(draft, current, "whoever imported it has gone, or has given up", warning=False)
         return True
     if verdict is not None and verdict.ok and parts:
-        checkpoints.commit(draft, current, verdict)
+        committing.commit(draft, current, verdict)
     elif verdict is not None and not verdict.ok and not verdict.retry and parts:
-        checkpoints.abort(draft, current, verdict.problem, Cause.VERIFY)
+        committing.abort(draft, current, verdict.problem, Cause.VERIFY)
     elif draft.now >= deadline:
         why = f": {verdict.problem}" if verdict is not None and verdict.problem else ""
         why = f"it was not imported within {record.timeout_s:g} s{why}"
-        checkpoints.abort(draft, current, why, Cause.TIMEOUT)
+        committing.abort(draft, current, why, Cause.TIMEOUT)
     else:
         draft.wake(deadline)
         if parts:
             draft.say(f"verifying the imported checkpoint {record.seq}")
-            checkpoints.ask_verdict(draft, record, parts)
+            committing.ask_verdict(draft, record, parts)
         return True
     _answered(draft, record.imported, order)
     return True

@@ -171,3 +171,9 @@ def _until(draft: Draft, due: float, why: str) -> tuple[Standing, str]:
 def _lost(draft: Draft, why: str) -> tuple[Standing, str]:
     # The brake: when many vanish together, the network or etcd is the likelier cause.
     return (Standing.SETTLING if draft.fleet.brake else Standing.LOST), why
+
+
+def is_ready(seat: Seat) -> bool:
+    """Whether it has what START needs, or has started."""
+    # An agent that restarted after READY is asked again: what it readied may have died with it.
+    return (seat.phase is WorkerPhase.READY and seat.current) or seat.phase in STARTED_PHASES

@@ -9,7 +9,7 @@ No promise is made beyond HOLD_S_MAX: a rank that hears of nobody for so long go
 
 from collections.abc import Sequence
 
-from dtrain.coordinator.core import checkpoints, conditions, draining
+from dtrain.coordinator.core import checkpoints, committing, conditions, draining
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.liveness import Seat
 from dtrain.protocol.events import EventReason
@@ -36,7 +36,7 @@ def stands(draft: Draft, members: Sequence[Seat]) -> bool:
 def let_go(draft: Draft, members: Sequence[Seat]) -> None:
     """End the pause if nobody wants it any more, or ranks have gone on by themselves.
 
-    They are told by ``checkpoints.tell_outcomes``, from then on.
+    They are told by ``outcomes.tell_outcomes``, from then on.
     """
     if not draft.status.held:
         return
@@ -72,7 +72,7 @@ def drive(draft: Draft, members: Sequence[Seat]) -> None:
         about = f"attempt/{draft.status.attempt}"
         draft.event(EventReason.USER_REQUESTED, f"pause{_asked_by(draft)}", about)
     draft.explain(text)
-    if not checkpoints.own_open(draft):
+    if not committing.own_open(draft):
         if deaf := draining.not_answering(draft, members):
             # Its ranks would hear of the step when the others hold at it already, and that is too late.
             draft.say(f"agent {deaf} does not answer; the pause waits for it")
@@ -80,7 +80,7 @@ def drive(draft: Draft, members: Sequence[Seat]) -> None:
         if not checkpoints.rested(draft):
             return
     # One that ranks hold at for another reason is over too soon.
-    ours = {one.value.seq for one in checkpoints.own_open(draft) if one.value.hold_s >= HOLD_S_MAX}
+    ours = {one.value.seq for one in committing.own_open(draft) if one.value.hold_s >= HOLD_S_MAX}
     checkpoints.drive(draft, members, hold_s=HOLD_S_MAX)
     for record in draft.committed:
         if record.seq in ours:

@@ -11,20 +11,22 @@ from dataclasses import replace
 
 from dtrain.coordinator.core import (
     checkpoints,
+    closing,
     conditions,
     draining,
     elastic,
+    endings,
     failures,
-    hangs,
     importing,
     kinds,
     nonfinite,
+    outcomes,
     pausing,
     placement,
-    quarantine,
     retention,
     rollback,
     rules,
+    settling,
     spares,
     stragglers,
     suspicion,
@@ -34,38 +36,21 @@ from dtrain.coordinator.core.decisions import ProbeStore
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.failures import Ending
 from dtrain.coordinator.core.liveness import (
-    LIVE_PHASES,
-    STARTED_PHASES,
     TRAINING_PHASES,
     Seat,
     Standing,
     has_started,
+    is_ready,
     seats,
 )
-from dtrain.coordinator.core.views import Damage
-from dtrain.protocol.commands import Prepare, Start, Stop
+from dtrain.protocol.commands import Prepare, Start
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import AgentName, Attempt, Step
-from dtrain.protocol.job import EXIT_CODE_DO_NOT_RETRY, JobPhase, Member, RestorePoint, RuleAction, Wanted
-from dtrain.protocol.snapshot import BadBlob, Failure, FailureKind, WorkerPhase, WorkerSnapshot
-from dtrain.protocol.wording import some
-
-SILENT_S = 10.0
-"""An agent that shows nothing of the attempt while others are READY is replaced after that."""
-
-PREPARE_S = 120.0
-"""From the attempt's beginning to READY on every machine: a cold import of torch takes a minute."""
-
-UNREACHABLE_S = 5.0
-"""An agent that did not answer before the attempt either has that long to answer PREPARE."""
+from dtrain.protocol.job import JobPhase, Member, RestorePoint, RuleAction
+from dtrain.protocol.snapshot import FailureKind, WorkerPhase
+from dtrain.protocol.wording import count, some
 
 PROBE_RETRY_S = 5.0
-
-CANCEL_SLACK_S = 30.0
-"""Beyond the job's own grace: after that a cancelled job is over even if an agent is silent."""
-
-RELEASE_S = 60.0
-"""How long the last sweep of a finished job waits for its agents to let go of it."""
 
 
 # QUEUED ---------------------------------------------------------------------------
@@ -73,27 +58,27 @@ RELEASE_S = 60.0
 
 def queued(draft: Draft) -> None:
     """Wait for a store that answers and for enough machines."""
-    if wants_cancel(draft):
-        checkpoints.settle(draft, patient=False)
-        cancelled(draft, "cancelled while it waited for machines")
+    if closing.wants_cancel(draft):
+        settling.settle(draft, patient=False)
+        closing.cancelled(draft, "cancelled while it waited for machines")
         return
     if importing.follow(draft):
-        release_strays(draft)
+        closing.release_strays(draft)
         return
     # Where a checkpoint was imported to, the first attempt looks for it.
     store = draft.status.store or draft.spec.checkpoint.store or draft.fleet.default_store
     if store and not _store_is_usable(draft, store):
-        release_strays(draft)
+        closing.release_strays(draft)
         return
     if importing.begin(draft, store):
-        release_strays(draft)
+        closing.release_strays(draft)
         return
     found = placement.place(draft, join_window=True)
     if found.members:
         start_attempt(draft, found.members, store)
     else:
         draft.explain(found.why)
-        release_strays(draft)
+        closing.release_strays(draft)
 
 
 def _store_is_usable(draft: Draft, store: str) -> bool:
@@ -132,7 +117,7 @@ def start_attempt(draft: Draft, members: tuple[Member, ...], store: str) -> None
     world = sum(member.nproc for member in members)
     draft.enter(
         JobPhase.STARTING,
-        f"starting attempt {number}: {_count(world, 'rank')} on {_count(len(members), 'agent')}, {origin}",
+        f"starting attempt {number}: {count(world, 'rank')} on {count(len(members), 'agent')}, {origin}",
         attempt=number,
         members=members,
         restore=restore,
@@ -149,7 +134,7 @@ def start_attempt(draft: Draft, members: tuple[Member, ...], store: str) -> None
     )
     names = some((member.agent for member in members), conditions.NAMED_MAX)
     draft.event(
-        EventReason.ATTEMPT_STARTED, f"{_count(world, 'rank')} on {names}, {origin}", f"attempt/{number}"
+        EventReason.ATTEMPT_STARTED, f"{count(world, 'rank')} on {names}, {origin}", f"attempt/{number}"
     )
     kinds.tell_begin(draft, members)
     _prepare(draft, seats(draft))
@@ -160,18 +145,18 @@ def start_attempt(draft: Draft, members: tuple[Member, ...], store: str) -> None
 
 def starting(draft: Draft) -> None:
     """PREPARE everywhere, then START everywhere, until all ranks train."""
-    if wants_cancel(draft):
-        cancel(draft)
+    if closing.wants_cancel(draft):
+        closing.cancel(draft)
         return
     members = seats(draft)
-    ending = why_over(draft, members)
+    ending = endings.why_over(draft, members)
     if ending is not None:
         attempt_over(draft, ending, avoid=_at_fault(ending, members))
         return
     if going := draining.leaving(members):
         move(draft, going)
         return
-    ready = [seat for seat in members if _is_ready(seat)]
+    ready = [seat for seat in members if is_ready(seat)]
     _prepare(draft, members)
     rendezvous = "" if members[0].snapshot is None else members[0].snapshot.rendezvous
     if len(ready) == len(members) and rendezvous:
@@ -183,7 +168,7 @@ def starting(draft: Draft) -> None:
         _all_training(draft)
     else:
         _say_progress_of_start(draft, members, len(ready))
-    release_strays(draft)
+    closing.release_strays(draft)
 
 
 def _prepare(draft: Draft, members: Sequence[Seat]) -> None:
@@ -192,7 +177,7 @@ def _prepare(draft: Draft, members: Sequence[Seat]) -> None:
     if has_started(draft):
         return  # ranks run, or have run: a machine that lost its own cannot join them any more
     for seat in members:
-        if _is_ready(seat):
+        if is_ready(seat):
             continue
         member = seat.member
         draft.command(
@@ -214,10 +199,10 @@ def _prepare(draft: Draft, members: Sequence[Seat]) -> None:
 
 def _all_training(draft: Draft) -> None:
     world = draft.status.world_size
-    draft.enter(JobPhase.RUNNING, f"training on {_count(world, 'rank')}")
+    draft.enter(JobPhase.RUNNING, f"training on {count(world, 'rank')}")
     draft.event(
         EventReason.ALL_RANKS_TRAINING,
-        f"{_count(world, 'rank')} of attempt {draft.status.attempt} are training",
+        f"{count(world, 'rank')} of attempt {draft.status.attempt} are training",
         f"attempt/{draft.status.attempt}",
     )
     restore = draft.status.restore
@@ -231,16 +216,11 @@ def _all_training(draft: Draft) -> None:
 
 def _say_progress_of_start(draft: Draft, members: Sequence[Seat], ready: int) -> None:
     if ready < len(members):
-        waiting = [seat.member.agent for seat in members if not _is_ready(seat)]
+        waiting = [seat.member.agent for seat in members if not is_ready(seat)]
         draft.say(f"{ready} of {len(members)} agents ready; waiting for {some(waiting, placement.SHOWN_MAX)}")
     else:
         training = sum(1 for seat in members if _is_training(seat))
         draft.say(f"restoring: ranks of {training} of {len(members)} agents train")
-
-
-def _is_ready(seat: Seat) -> bool:
-    # An agent that restarted after READY is asked again: what it readied may have died with it.
-    return (seat.phase is WorkerPhase.READY and seat.current) or seat.phase in STARTED_PHASES
 
 
 def _is_training(seat: Seat) -> bool:
@@ -253,7 +233,7 @@ def _at_fault(ending: Ending, members: Sequence[Seat]) -> Set[AgentName]:
     """Who held up the start. Those that were still on their way when something else failed did not."""
     if ending.failure.kind not in (FailureKind.PREPARE, FailureKind.UNREACHABLE):
         return frozenset()
-    return {seat.member.agent for seat in members if not _is_ready(seat)}
+    return {seat.member.agent for seat in members if not is_ready(seat)}
 
 
 # RUNNING --------------------------------------------------------------------------
@@ -261,16 +241,16 @@ def _at_fault(ending: Ending, members: Sequence[Seat]) -> Set[AgentName]:
 
 def running(draft: Draft) -> None:
     """Watch the ranks, take checkpoints, and see the job to its end."""
-    if wants_cancel(draft):
-        cancel(draft)
+    if closing.wants_cancel(draft):
+        closing.cancel(draft)
         return
     members = seats(draft)
-    ending = why_over(draft, members)
+    ending = endings.why_over(draft, members)
     if ending is not None:
         attempt_over(draft, ending)
         return
     if all(seat.phase is WorkerPhase.DONE for seat in members):
-        succeed(draft)
+        closing.succeed(draft)
         return
     going = draining.leaving(members)
     if not going and (alike := kinds.due(draft)):
@@ -290,7 +270,7 @@ def running(draft: Draft) -> None:
             resize(draft, change)
             return
     else:
-        training = f"training on {_count(draft.status.world_size, 'rank')}"
+        training = f"training on {count(draft.status.world_size, 'rank')}"
         draft.explain(kinds.obstacle(draft.status.members) or training)
     if draft.fleet.brake:
         draft.say(f"no loss is declared while the brake is on: {draft.fleet.brake}")
@@ -299,192 +279,13 @@ def running(draft: Draft) -> None:
             draft.say(f"{seat.why}; waiting before it is called lost")
     if not (going or pause or change):
         checkpoints.drive(draft, members)
-    checkpoints.tell_outcomes(draft, members)
+    outcomes.tell_outcomes(draft, members)
     nonfinite.note(draft, members)
     stragglers.note(draft, members)
-    release_strays(draft)
+    closing.release_strays(draft)
     spares.keep_warm(draft)
     if draft.status.store:
         retention.sweep(draft)
-
-
-def succeed(draft: Draft) -> None:
-    """All ranks of all members exited with 0."""
-    checkpoints.settle(draft, patient=False)
-    last = checkpoints.final_commit(draft)
-    step = draft.status.step if last is None else last.step
-    if last is not None:
-        reason = f"training ended; checkpoint {last.seq} of step {step} is the last one"
-    elif not draft.status.store:
-        reason = "training ended; no store is configured, so there is no checkpoint of its end"
-    elif unfit := nonfinite.unfit_at_end(draft):
-        reason = f"training ended; there is no checkpoint of its end, as {unfit}"
-    elif checkpoints.gave_up_final(draft):
-        reason = "training ended; the checkpoint of its end failed too often"
-    else:
-        reason = "training ended; its ranks did not ask for a checkpoint of the end"
-    draft.enter(JobPhase.SUCCEEDED, reason)
-    draft.event(EventReason.JOB_SUCCEEDED, reason, warning=checkpoints.gave_up_final(draft))
-
-
-# Why an attempt ends ----------------------------------------------------------------
-
-
-def why_over(draft: Draft, members: Sequence[Seat]) -> Ending | None:
-    """What ends the attempt now, if anything does."""
-    if not members:
-        return Ending(_leader_failure(draft, FailureKind.PREPARE, "the attempt has no members"), charge=False)
-    snapshots = _snapshots_of_attempt(draft, members)
-    bad = _bad_restore(draft, snapshots)
-    if bad is not None:
-        _quarantine(draft, *bad)
-        text = f"checkpoint {bad[1].seq} is damaged: {bad[1].message or bad[1].blob}"
-        return Ending(_leader_failure(draft, FailureKind.RESTORE, text, bad[0]), charge=False)
-    found = failures.reported(snapshots)
-    if failures.wants_no_retry(snapshots):
-        meant = [f for f in found if f.exit_code == EXIT_CODE_DO_NOT_RETRY]
-        final = meant or [f for f in found if f.exit_code is not None] or found
-        cause = (
-            failures.root_cause(final) if final else _leader_failure(draft, FailureKind.EXIT, "exit code 93")
-        )
-        others = tuple(failure for failure in found if failure is not cause)
-        return Ending(cause, charge=True, do_not_retry=True, others=others)
-    if (sick := nonfinite.failure(draft, members)) is not None:
-        # A script that ends because of it only says the same again.
-        return Ending(sick, charge=True)
-    # Machines that go away or do not answer are nobody's fault: they cost no restart.
-    free = _losses(draft, members)
-    if draft.status.phase is JobPhase.STARTING:
-        free += _not_starting(draft, members)
-    else:
-        free += _forgotten(draft, members)
-        found += _disagreement(draft, members)
-    if not found and not free:
-        hang = hangs.find(draft, members)
-        return None if hang is None else Ending(hang, charge=True)
-    if all(failure.kind is FailureKind.COLLECTIVE for failure in found):
-        # Ranks whose peers have gone notice it long before anybody may call a machine lost.
-        free += _gone(draft, members)
-    cause = failures.root_cause([*found, *free])
-    charged = [failure for failure in found if failure.kind not in failures.FREE]
-    others = tuple(failure for failure in (*found, *free) if failure is not cause)
-    return Ending(cause, charge=any(cause is failure for failure in charged), others=others)
-
-
-def _snapshots_of_attempt(draft: Draft, members: Sequence[Seat]) -> list[WorkerSnapshot]:
-    """Newest snapshot of each member, of those that have gone too."""
-    found = []
-    for seat in members:
-        gone = draft.job.departed.get(seat.member.agent)
-        if seat.snapshot is not None:
-            found.append(seat.snapshot)
-        elif gone is not None and (gone.uid, gone.attempt) == (draft.status.uid, draft.status.attempt):
-            found.append(gone)
-    return found
-
-
-def _leader_failure(draft: Draft, kind: FailureKind, text: str, agent: AgentName | None = None) -> Failure:
-    return Failure(
-        kind,
-        text,
-        agent=agent or AgentName(""),
-        attempt=draft.status.attempt,
-        step=draft.status.step,
-        at=draft.moment.wall,
-    )
-
-
-def _losses(draft: Draft, members: Sequence[Seat]) -> list[Failure]:
-    return [
-        _leader_failure(draft, FailureKind.AGENT_LOST, seat.why, seat.member.agent)
-        for seat in members
-        if seat.standing is Standing.LOST
-    ]
-
-
-def _gone(draft: Draft, members: Sequence[Seat]) -> list[Failure]:
-    text = "ranks elsewhere have lost its ranks"
-    return [
-        _leader_failure(draft, FailureKind.ISOLATED, f"{seat.why}, and {text}", seat.member.agent)
-        for seat in members
-        if seat.agent is None and seat.standing is Standing.SETTLING
-    ]
-
-
-def _forgotten(draft: Draft, members: Sequence[Seat]) -> list[Failure]:
-    """Members whose agent reports the running attempt without ranks: they cannot come back into it."""
-    idle = (WorkerPhase.IDLE, WorkerPhase.STARTING, WorkerPhase.READY)
-    return [_ended(draft, seat) for seat in members if seat.phase in idle]
-
-
-def _ended(draft: Draft, seat: Seat) -> Failure:
-    # An agent that was cut off for too long has ended them, and says so: it is not called lost.
-    note = "" if seat.snapshot is None else seat.snapshot.note
-    kind = FailureKind.ISOLATED if note else FailureKind.AGENT_LOST
-    return _leader_failure(draft, kind, note or "the agent has lost its ranks", seat.member.agent)
-
-
-def _not_starting(draft: Draft, members: Sequence[Seat]) -> list[Failure]:
-    """Members that do not get ready: replaced without waiting for their lease."""
-    if draft.fleet.brake:
-        return []
-    # Attempts are one-shot: ranks that an agent ended, cut off from etcd, it does not start again.
-    ended = [seat for seat in members if seat.current and seat.phase is WorkerPhase.IDLE]
-    if ended:
-        return [_ended(draft, seat) for seat in ended]
-    since = draft.status_seen_at
-    others_ready = any(_is_ready(seat) for seat in members)
-    if all(_is_ready(seat) for seat in members):
-        waiting = [seat for seat in members if seat.phase is WorkerPhase.READY]
-        due = since + 2 * PREPARE_S
-        if not waiting or draft.now < due:
-            if waiting:
-                draft.wake(due)
-            return []
-        text = f"is ready but has not started its ranks within {2 * PREPARE_S:g} s"
-        return [_leader_failure(draft, FailureKind.PREPARE, text, seat.member.agent) for seat in waiting]
-    found = []
-    for seat in members:
-        if _is_ready(seat):
-            continue
-        agent = seat.member.agent
-        unreachable = draft.fleet.unreachable.get(agent)
-        if unreachable is not None and seat.agent is not None and unreachable >= seat.agent.seen_at:
-            due = since if unreachable >= since else since + UNREACHABLE_S
-            if draft.now >= due:
-                text = "does not answer PREPARE"
-                found.append(_leader_failure(draft, FailureKind.UNREACHABLE, text, agent))
-                continue
-            draft.wake(due)
-        limit = SILENT_S if others_ready and seat.snapshot is None else PREPARE_S
-        if draft.now >= since + limit:
-            text = f"is not ready within {limit:g} s"
-            found.append(_leader_failure(draft, FailureKind.PREPARE, text, agent))
-        else:
-            draft.wake(since + limit)
-    return found
-
-
-def _disagreement(draft: Draft, members: Sequence[Seat]) -> list[Failure]:
-    ended = checkpoints.end_of_training(members)
-    if ended is None or ended.agree:
-        return []
-    steps = ", ".join(str(step) for step in ended.steps)
-    return [_leader_failure(draft, FailureKind.EXCEPTION, f"ranks ended at different steps: {steps}")]
-
-
-def _bad_restore(draft: Draft, snapshots: Sequence[WorkerSnapshot]) -> tuple[AgentName, BadBlob] | None:
-    """Evidence that the checkpoint this attempt restores from is damaged in the store."""
-    restore = draft.status.restore
-    for snapshot in snapshots:
-        if restore is not None and snapshot.bad is not None and snapshot.bad.seq == restore.seq:
-            return snapshot.agent, snapshot.bad
-    return None
-
-
-def _quarantine(draft: Draft, agent: AgentName, bad: BadBlob) -> None:
-    damage = Damage(bad.blob, bad.chunk, bad.expected, bad.found, bad.rank)
-    quarantine.put_aside(draft, bad.seq, damage, agent)
 
 
 # RECOVERING -----------------------------------------------------------------------
@@ -509,8 +310,8 @@ def attempt_over(draft: Draft, ending: Ending, *, avoid: Set[AgentName] = frozen
     if not failure.hopeless:
         suspicion.note(draft, failure, ending.others, cordon_s=consequence.cordon_s)
     if over:
-        checkpoints.settle(draft, patient=False)
-        fail(draft, consequence.event, text)
+        settling.settle(draft, patient=False)
+        closing.fail(draft, consequence.event, text)
         return
     if consequence.action is RuleAction.ROLLBACK:
         # Numbers that went wrong may have begun to before the oldest checkpoint.
@@ -546,16 +347,16 @@ def recovering(
     draft: Draft, *, avoid: Set[AgentName] = frozenset(), only: Set[AgentName] = frozenset()
 ) -> None:
     """Between attempts: settle, charge the budget, pause, place."""
-    if wants_cancel(draft):
-        checkpoints.settle(draft, patient=False)
-        cancelled(draft, "cancelled between attempts")
+    if closing.wants_cancel(draft):
+        settling.settle(draft, patient=False)
+        closing.cancelled(draft, "cancelled between attempts")
         return
-    if not checkpoints.settle(draft, patient=True):
-        stop_survivors(draft)
+    if not settling.settle(draft, patient=True):
+        closing.stop_survivors(draft)
         return
     if importing.is_awaited(draft):
         text = "no checkpoint of it is left that is not damaged, and it must not begin from scratch"
-        fail(draft, EventReason.DO_NOT_RETRY, text)
+        closing.fail(draft, EventReason.DO_NOT_RETRY, text)
         return
     if not _charge(draft):
         return
@@ -565,18 +366,18 @@ def recovering(
     if draft.now < due:
         draft.wake(due)
         draft.say("waiting before the next attempt: the last ones got nowhere")
-        stop_survivors(draft)
+        closing.stop_survivors(draft)
         return
     found = placement.place(
         draft, avoid=avoid, without=rules.shunned(draft), only=only, join_window=since is not None
     )
     if found.members:
         start_attempt(draft, found.members, draft.status.store)
-        release_strays(draft)
+        closing.release_strays(draft)
         return
     draft.lacks_machines = True
     draft.explain(found.why)
-    stop_survivors(draft)
+    closing.stop_survivors(draft)
 
 
 def _charge(draft: Draft) -> bool:
@@ -589,125 +390,11 @@ def _charge(draft: Draft) -> bool:
     allowed = draft.spec.restarts.max_restarts
     if len(used) >= allowed:
         cause = "" if draft.status.failure is None else failures.sentence(draft.status.failure)
-        fail(
+        closing.fail(
             draft,
             EventReason.BUDGET_EXHAUSTED,
-            f"{cause}; the budget of {_count(allowed, 'restart')} is spent",
+            f"{cause}; the budget of {count(allowed, 'restart')} is spent",
         )
         return False
     draft.set(restarts=(*used, draft.moment.wall), charge=False)
     return True
-
-
-def fail(draft: Draft, event: EventReason, reason: str) -> None:
-    """End the job as FAILED; open checkpoints must have been settled."""
-    draft.event(event, reason, warning=True)
-    draft.enter(JobPhase.FAILED, reason, charge=False)
-    draft.event(EventReason.JOB_FAILED, reason, warning=True)
-
-
-# CANCELLING -----------------------------------------------------------------------
-
-
-def wants_cancel(draft: Draft) -> bool:
-    """An operator cancelled this submission, or another one has taken its place."""
-    if draft.spec.uid != draft.status.uid:
-        return True
-    intent = draft.job.intent
-    return (
-        intent is not None and intent.value.uid == draft.status.uid and intent.value.wanted is Wanted.CANCEL
-    )
-
-
-def cancel(draft: Draft) -> None:
-    """Begin to stop a placed job."""
-    by = "" if draft.job.intent is None else draft.job.intent.value.by
-    draft.enter(JobPhase.CANCELLING, "stopping all ranks: the job was cancelled")
-    draft.event(EventReason.USER_REQUESTED, "cancel" + (f" by {by}" if by else ""))
-    cancelling(draft)
-
-
-def cancelling(draft: Draft) -> None:
-    """Stop all ranks, gracefully, and wait until they are gone."""
-    grace = draft.spec.shutdown_grace_s
-    since = draft.in_phase_since
-    due = (draft.now if since is None else since) + grace + CANCEL_SLACK_S
-    alive = still_alive(seats(draft))
-    if not alive or draft.now >= due:
-        checkpoints.settle(draft, patient=False)
-        cancelled(draft, "cancelled")
-        return
-    draft.wake(due)
-    draft.say(f"waiting for ranks on {_count(len(alive), 'agent')} to end")
-    header = draft.header(f"cancel.{draft.status.attempt}")
-    for agent in alive:
-        draft.command(agent, Stop(header, grace, release=False, why="the job was cancelled"))
-
-
-def still_alive(members: Sequence[Seat]) -> list[AgentName]:
-    """Machines on which ranks of the attempt live, or may live for all that is known."""
-    return [
-        seat.member.agent
-        for seat in members
-        if seat.standing is not Standing.LOST
-        and (seat.phase in LIVE_PHASES or (seat.agent is None and seat.standing is Standing.SETTLING))
-    ]
-
-
-def cancelled(draft: Draft, reason: str) -> None:
-    """End the job as CANCELLED."""
-    draft.enter(JobPhase.CANCELLED, reason, charge=False)
-    draft.event(EventReason.JOB_CANCELLED, reason)
-
-
-# Terminal phases --------------------------------------------------------------------
-
-
-def terminal(draft: Draft) -> None:
-    """Release what agents and the store still hold; the phase never changes again."""
-    draft.say(draft.status.reason or f"the job is over: {draft.status.phase}")
-    checkpoints.settle(draft, patient=False)
-    holding = sorted(draft.job.workers)
-    for agent in holding:
-        header = draft.header(f"release.{draft.status.attempt}")
-        snapshot = draft.job.workers[agent].value
-        if snapshot.uid != draft.status.uid or snapshot.attempt > draft.status.attempt:
-            # Of an earlier submission: its agent could not be reached before the name was used again.
-            # A later one, and a later attempt, was forgotten by an etcd restored from a backup.
-            header = draft.header_of(snapshot)
-        draft.command(agent, Stop(header, draft.spec.shutdown_grace_s, release=True, why="the job is over"))
-    since = draft.in_phase_since
-    if since is None:
-        return
-    if holding and draft.now < since + RELEASE_S and not draft.status.swept:
-        if draft.status.store:
-            draft.wake(since + RELEASE_S)
-        return
-    retention.sweep_last(draft)
-
-
-def stop_survivors(draft: Draft) -> None:
-    """End what still runs of an attempt that is over and has no successor yet."""
-    header = draft.header(f"stop.{draft.status.attempt}")
-    for agent, stored in sorted(draft.job.workers.items()):
-        snapshot = stored.value
-        if snapshot.uid == draft.status.uid and snapshot.phase in LIVE_PHASES:
-            why = f"attempt {snapshot.attempt} is over"
-            draft.command(agent, Stop(header, draft.spec.shutdown_grace_s, release=False, why=why))
-
-
-def release_strays(draft: Draft) -> None:
-    """End what agents hold of this job without being members of its attempt."""
-    members = {member.agent for member in draft.status.members}
-    for agent, stored in sorted(draft.job.workers.items()):
-        snapshot = stored.value
-        if agent in members or snapshot.attempt > draft.status.attempt:
-            continue
-        if spares.is_kept(draft, agent) or elastic.is_joining(draft, agent):
-            continue
-        why = "this agent is not part of the attempt"
-        draft.command(agent, Stop(draft.header_of(snapshot), 0.0, release=True, why=why))
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -15,7 +15,7 @@ from dtrain.coordinator.core.views import AgentView
 from dtrain.protocol.ids import AgentName, JobName, Rank
 from dtrain.protocol.job import JobPhase, JobSpec, Member
 from dtrain.protocol.snapshot import WorkerPhase
-from dtrain.protocol.wording import more, some
+from dtrain.protocol.wording import count, more, some
 
 JOIN_WINDOW_S = 2.0
 """How long a job with enough machines waits for more of those it may have."""
@@ -243,7 +243,7 @@ def _short_of(draft: Draft, usable: dict[AgentName, AgentView]) -> str:
     held = fleet.queue.held_from(draft.job.name)
     missing = spec.nnodes_min - len(usable)
     plural = "" if spec.nnodes_min == 1 else "s"
-    slots = f"{spec.nproc_per_node} free slot{'' if spec.nproc_per_node == 1 else 's'}"
+    slots = count(spec.nproc_per_node, "free slot")
     if not spec.nproc_per_node:
         slots = "all slots free"
     parts = []

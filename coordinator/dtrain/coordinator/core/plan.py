@@ -8,7 +8,8 @@ the status record, what this leader saw for itself is in the views.
 from typing import assert_never
 
 from dtrain.coordinator.core import (
-    checkpoints,
+    closing,
+    committing,
     conditions,
     elastic,
     orders,
@@ -107,7 +108,7 @@ def plan(job: JobView, fleet: FleetView, moment: Moment) -> Decision:
         draft.event(EventReason.LEADER_CHANGED, f"coordinator {fleet.replica} leads (term {fleet.term})")
         draft.take_over()
     _tell_of_brake(draft)
-    if checkpoints.adopt(draft):
+    if committing.adopt(draft):
         draft.say("taking over the open checkpoints of an earlier leader")
         return _checked(draft)
     if restored.catch_up(draft):
@@ -150,9 +151,9 @@ def _decide(draft: Draft) -> None:
         case JobPhase.SUSPENDED:
             suspending.suspended(draft)
         case JobPhase.CANCELLING:
-            phases.cancelling(draft)
+            closing.cancelling(draft)
         case JobPhase.SUCCEEDED | JobPhase.FAILED | JobPhase.CANCELLED:
-            phases.terminal(draft)
+            closing.terminal(draft)
         case other:
             assert_never(other)
 

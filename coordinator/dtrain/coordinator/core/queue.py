@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from dtrain.protocol.ids import AgentName, JobName
-from dtrain.protocol.wording import some
+from dtrain.protocol.wording import count, some
 
 AGING_S = 600.0
 """Waiting that counts as much as one point of priority."""
@@ -407,10 +407,10 @@ def _sum(claims: Iterable[Mapping[AgentName, int]]) -> dict[AgentName, int]:
 
 
 def _machines(one: Waiting) -> str:
-    agents = f"{one.nodes_min} agent{'' if one.nodes_min == 1 else 's'}"
+    agents = count(one.nodes_min, "agent")
     if not one.ranks:
         return f"{agents} with nothing else on {'it' if one.nodes_min == 1 else 'them'}"
-    return f"{agents} with {one.ranks} free slot{'' if one.ranks == 1 else 's'}"
+    return f"{agents} with {count(one.ranks, 'free slot')}"
 
 
 def _held_back(kept: Sequence[tuple[AgentName, JobName]]) -> str:

@@ -16,7 +16,7 @@ The reports are bounded: an agent that lies cannot use up the numbers.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dtrain.coordinator.core import checkpoints, placement
+from dtrain.coordinator.core import committing, placement, settling
 from dtrain.coordinator.core.decisions import Decision, Directed, Reason
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.liveness import TRAINING_PHASES, Standing, seats
@@ -70,7 +70,7 @@ def _numbers(draft: Draft) -> bool:
     if stored_range is not None and stored_range[1] > limit:
         stored_range = None
     # Agents hear of an outcome after etcd: what is over for one and open there is of the past.
-    stale = [stored for stored in checkpoints.own_open(draft) if over and stored.value.seq <= over]
+    stale = [stored for stored in committing.own_open(draft) if over and stored.value.seq <= over]
     found = [stored.value.seq for stored in stale]
     used = max(over, heard)
     if used > status.seq_last:
@@ -83,7 +83,7 @@ def _numbers(draft: Draft) -> bool:
     first, last = Seq(min(found + known)), Seq(max(found + known))
     changed = (first, last) != (status.unknown_from, status.unknown_to)
     for stored in stale:
-        checkpoints.abort(draft, stored, "it was over before etcd was restored from a backup", warning=False)
+        committing.abort(draft, stored, "it was over before etcd was restored from a backup", warning=False)
     if changed:
         draft.set(unknown_from=first, unknown_to=last, seq_last=Seq(max(status.seq_last, last)))
         draft.event(
@@ -235,7 +235,7 @@ def _trains(draft: Draft, agent: AgentName, snapshot: WorkerSnapshot) -> bool:
 def _take_over(draft: Draft, found: _Found) -> None:
     """Go on with an attempt of which only its agents know: nothing of it is lost."""
     before = draft.status.attempt
-    checkpoints.settle(draft, patient=False)
+    settling.settle(draft, patient=False)
     draft.enter(
         JobPhase.STARTING,
         f"taking over attempt {found.attempt}, which trains",
@@ -264,7 +264,7 @@ def _give_up(draft: Draft, number: Attempt) -> None:
     text = (
         f"etcd was restored from a backup that knows attempt {before}; attempt {number} is not whole any more"
     )
-    checkpoints.settle(draft, patient=False)
+    settling.settle(draft, patient=False)
     placed = draft.status.phase in (JobPhase.STARTING, JobPhase.RUNNING)
     draft.set(attempt=number, members=())
     draft.event(EventReason.ETCD_RESTORED, text, f"attempt/{number}", warning=True)

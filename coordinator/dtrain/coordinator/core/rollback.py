@@ -3,7 +3,7 @@
 They stay committed, and what they hold stays; only no attempt begins from them any more.
 """
 
-from dtrain.coordinator.core import checkpoints
+from dtrain.coordinator.core import committing
 from dtrain.coordinator.core.draft import Draft
 from dtrain.protocol.events import EventReason
 
@@ -19,9 +19,9 @@ def pass_over(draft: Draft, back: int, *, to_scratch: bool = False) -> bool:
     passed = good[max(0 if to_scratch else 1, len(good) - back) :] if back > 0 else []
     if not passed:
         return False
-    for stored in checkpoints.own_open(draft):
+    for stored in committing.own_open(draft):
         if not draft.deletes_key(draft.keys.open(draft.job.name, stored.value.seq)):
-            checkpoints.abort(draft, stored, "training is rolled back past it", warning=False)
+            committing.abort(draft, stored, "training is rolled back past it", warning=False)
     # Those that retention has removed meanwhile need no mention any more.
     known = {stored.value.seq for stored in draft.commits()} | {commit.seq for commit in draft.committed}
     over = {seq for seq in draft.status.passed_over if seq in known} | {commit.seq for commit in passed}

@@ -11,7 +11,17 @@ ended, as any attempt does.
 
 from collections.abc import Sequence
 
-from dtrain.coordinator.core import checkpoints, draining, failures, pausing, phases
+from dtrain.coordinator.core import (
+    checkpoints,
+    closing,
+    committing,
+    draining,
+    endings,
+    failures,
+    outcomes,
+    pausing,
+    settling,
+)
 from dtrain.coordinator.core.draft import Draft
 from dtrain.coordinator.core.failures import Ending
 from dtrain.coordinator.core.liveness import Seat, seats
@@ -27,7 +37,7 @@ STOP_SLACK_S = 30.0
 
 def intervene(draft: Draft) -> bool:
     """Do instead of the phase's own work what suspending asks for; False: nothing."""
-    if phases.wants_cancel(draft):
+    if closing.wants_cancel(draft):
         return False
     match draft.status.phase:
         case JobPhase.STARTING | JobPhase.RUNNING:
@@ -70,13 +80,13 @@ def _begin(draft: Draft) -> bool:
 
 def _keep(draft: Draft) -> bool:
     """Suspend a job that waits for machines: it has none to give back."""
-    if not is_wanted(draft) or any(stored.value.imported for stored in checkpoints.own_open(draft)):
+    if not is_wanted(draft) or any(stored.value.imported for stored in committing.own_open(draft)):
         return False
     if draft.fleet.withheld:
         draft.say(f"it is suspended once all coordinators know how: {draft.fleet.withheld}")
         return False
-    if not checkpoints.settle(draft, patient=draft.status.phase is JobPhase.RECOVERING):
-        phases.stop_survivors(draft)
+    if not settling.settle(draft, patient=draft.status.phase is JobPhase.RECOVERING):
+        closing.stop_survivors(draft)
         return True
     draft.event(EventReason.USER_REQUESTED, f"suspend{_asked_by(draft)}")
     _end(draft)
@@ -88,20 +98,20 @@ def _keep(draft: Draft) -> bool:
 
 def suspending(draft: Draft) -> None:
     """Take the checkpoint, then stop all ranks and wait until they are gone."""
-    if phases.wants_cancel(draft):
-        phases.cancel(draft)
+    if closing.wants_cancel(draft):
+        closing.cancel(draft)
         return
     members = seats(draft)
     if not draft.status.stopping:
-        if (ending := phases.why_over(draft, members)) is not None:
+        if (ending := endings.why_over(draft, members)) is not None:
             _spoilt(draft, ending)
         elif all(seat.phase is WorkerPhase.DONE for seat in members):
-            phases.succeed(draft)
+            closing.succeed(draft)
         elif _is_saved(draft, members):
             draft.set(stopping=True)
         else:
-            checkpoints.tell_outcomes(draft, members)
-            phases.release_strays(draft)
+            outcomes.tell_outcomes(draft, members)
+            closing.release_strays(draft)
         if not draft.status.stopping:
             return
         draft.explain(_stage(draft.status.preempted_by, stopping=True))
@@ -121,7 +131,7 @@ def _is_saved(draft: Draft, members: Sequence[Seat]) -> bool:
     if draft.now >= until or checkpoints.is_pointless(draft, members):
         return True
     draft.wake(until)
-    if not checkpoints.own_open(draft) and (deaf := draining.not_answering(draft, members)):
+    if not committing.own_open(draft) and (deaf := draining.not_answering(draft, members)):
         draft.say(f"agent {deaf} does not answer; the checkpoint waits for it")
         return False
     return draining.is_decided(draft, members, until)
@@ -134,9 +144,9 @@ def _spoilt(draft: Draft, ending: Ending) -> None:
     draft.event(reason, failures.sentence(failure), about, warning=True)
     draft.set(failure=failure)
     if ending.do_not_retry:
-        checkpoints.settle(draft, patient=False)
+        settling.settle(draft, patient=False)
         text = f"{failures.sentence(failure)}; exit code 93 means do not retry"
-        phases.fail(draft, EventReason.DO_NOT_RETRY, text)
+        closing.fail(draft, EventReason.DO_NOT_RETRY, text)
         return
     draft.set(stopping=True)
 
@@ -145,8 +155,8 @@ def _stop(draft: Draft, members: Sequence[Seat]) -> None:
     grace = draft.spec.shutdown_grace_s
     since = draft.in_phase_since
     due = (draft.now if since is None else since) + grace + STOP_SLACK_S
-    settled = checkpoints.settle(draft, patient=draft.now < due)
-    alive = phases.still_alive(members)
+    settled = settling.settle(draft, patient=draft.now < due)
+    alive = closing.still_alive(members)
     # One phase after the other: where no rank lives yet, it would begin and end in one decision.
     if settled and since is not None and (not alive or draft.now >= due):
         _end(draft)
@@ -183,7 +193,7 @@ def _end(draft: Draft) -> None:
         text = f"stopped {where}, and resumed"
         draft.enter(JobPhase.QUEUED, text)
     draft.event(EventReason.SUSPENDED, text, f"attempt/{status.attempt}", warning=lost)
-    phases.release_strays(draft)
+    closing.release_strays(draft)
 
 
 # SUSPENDED ------------------------------------------------------------------------
@@ -191,11 +201,11 @@ def _end(draft: Draft) -> None:
 
 def suspended(draft: Draft) -> None:
     """Keep nothing but the checkpoints, until an operator wants it to go on."""
-    if phases.wants_cancel(draft):
-        checkpoints.settle(draft, patient=False)
-        phases.cancelled(draft, "cancelled while it was suspended")
+    if closing.wants_cancel(draft):
+        settling.settle(draft, patient=False)
+        closing.cancelled(draft, "cancelled while it was suspended")
         return
-    phases.release_strays(draft)
+    closing.release_strays(draft)
     if is_wanted(draft):
         draft.say(draft.status.reason)
         return

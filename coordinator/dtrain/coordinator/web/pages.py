@@ -185,7 +185,7 @@ def _moving(job: Job) -> tuple[Movement, ...]:
     """Checkpoints on their way to the store or back."""
     if job.finished or job.status is None:
         return ()
-    told = [moving.shares(codec.to_json(snapshot)) for snapshot in job.workers.values()]
+    told = [moving.told(codec.to_json(snapshot)) for snapshot in job.workers.values()]
     return moving.movements(told, len(job.status.members))
 
 
