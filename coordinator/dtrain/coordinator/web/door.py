@@ -72,7 +72,7 @@ class Door:
                     if first and first != _HANDSHAKE:
                         await _refuse(connection)
                 if first == _HANDSHAKE:
-                    # From here on the loop closes it: done twice, it could hit a newer one of the same number.
+                    # From here on the loop closes it: done twice, a newer one of its number may be hit.
                     ours = False
                     await asyncio.get_running_loop().connect_accepted_socket(
                         self._factory, connection, ssl=self._context, ssl_handshake_timeout=GREETING_S
