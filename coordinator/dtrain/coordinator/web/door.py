@@ -85,10 +85,10 @@ class Door:
 async def _first_byte(connection: socket.socket) -> bytes:
     """Wait for the first byte, and leave it unread; b"": there will be none."""
     loop = asyncio.get_running_loop()
-    readable = loop.create_future()
-    loop.add_reader(connection, lambda: readable.done() or readable.set_result(None))
+    readable = asyncio.Event()
+    loop.add_reader(connection, readable.set)
     try:
-        await readable
+        await readable.wait()
     finally:
         loop.remove_reader(connection)
     return connection.recv(1, socket.MSG_PEEK)
