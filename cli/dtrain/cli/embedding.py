@@ -11,6 +11,7 @@ from dtrain.cli.client import Client, closing
 from dtrain.cli.foreground import Foreground
 from dtrain.cli.identity import whoami
 from dtrain.cli.jobfile import Pack
+from dtrain.cli.pulse import ASK_S, Pulse
 from dtrain.cli.records import Job
 from dtrain.cli.submitting import Accepted
 from dtrain.local.cluster import LocalCluster
@@ -80,8 +81,14 @@ def _follow(
 ) -> int:
     with closing(Client(cluster.addresses)) as client:
         accepted = _accept(client, spec, folder, pack)
+        pulse = Pulse(lambda: cluster.etcd_servers.answers(ASK_S), output.say)
+
+        def check() -> None:
+            _check(cluster, folder)
+            pulse.check()
+
         try:
-            job = watch(client, accepted, lambda: _check(cluster, folder))
+            job = watch(client, accepted, check)
         except Foreground.Interrupted as interrupted:
             _stop(client, accepted.name, spec, folder)
             return interrupted.exit_code

@@ -17,6 +17,9 @@ from dtrain.cli.records import Job
 from dtrain.protocol.errors import DtrainError, NotFound, Refused
 
 STREAMS = ("stdout", "stderr")
+RANKS_MAX = 32
+"""So many are followed at once: of each log one call waits at a replica, which lets 72 wait for all of us."""
+
 _POLL_S = 2.0
 _DRAIN_S = 10.0
 """How long to go on reading logs after the job or attempt has ended."""
@@ -115,7 +118,8 @@ class Tail:
 class Follower:
     """Follows one job to its end.
 
-    ``ranks`` picks the ranks to read from a job with members; ``changed`` hears
+    ``ranks`` picks the ranks to read from a job with members, and is asked at every change: what it
+    picks later is read from its beginning, RANKS_MAX at most in one attempt; ``changed`` hears
     of every change of the job; ``write`` gets the lines, one at a time. What ``check``
     raises, asked each time around, ends it. ``start_at``: how far logs, by attempt, rank and
     stream, were read already.
@@ -143,6 +147,8 @@ class Follower:
         self._sink = write
         self._tails: list[tuple[Tail, threading.Thread]] = []
         self._attempt = 0
+        self._followed: set[int] = set()
+        self._left_out = 0
 
     def run(self, *, after_revision: int = 0) -> Job:
         """Return the job once it has ended and its logs are read.
@@ -188,23 +194,38 @@ class Follower:
 
     def _see(self, job: Job) -> None:
         self._changed(job)
-        if job.status is None or not job.status.members or job.attempt == self._attempt:
+        if job.status is None or not job.status.members:
             return
-        for tail, _ in self._tails:
-            tail.over.set()
-        self._attempt = job.attempt
-        for rank in self._ranks(job):
+        if job.attempt != self._attempt:
+            for tail, _ in self._tails:
+                tail.over.set()
+            self._attempt = job.attempt
+            self._followed.clear()
+            self._left_out = 0
+        fresh = [rank for rank in self._ranks(job) if rank not in self._followed]
+        room = max(0, RANKS_MAX - len(self._followed))
+        if (left_out := len(fresh) - room) > self._left_out:
+            self._left_out = left_out
+            self._trouble(
+                f"{RANKS_MAX} ranks of attempt {job.attempt} are followed, {left_out} more are not: "
+                "choose them with --rank, or read all of it with 'dtrain logs' without -f"
+            )
+        for rank in fresh[:room]:
+            self._followed.add(rank)
             for stream in self._streams:
-                tail = Tail(
-                    self._client,
-                    self._job,
-                    attempt=job.attempt,
-                    rank=rank,
-                    stream=stream,
-                    write=self._write,
-                    offset=self._start_at.get((job.attempt, rank, stream), 0),
-                )
-                self._tails.append((tail, tail.start()))
+                self._follow(job.attempt, rank, stream)
+
+    def _follow(self, attempt: int, rank: int, stream: str) -> None:
+        tail = Tail(
+            self._client,
+            self._job,
+            attempt=attempt,
+            rank=rank,
+            stream=stream,
+            write=self._write,
+            offset=self._start_at.get((attempt, rank, stream), 0),
+        )
+        self._tails.append((tail, tail.start()))
 
     def _drain(self) -> None:
         deadline = time.monotonic() + _DRAIN_S

@@ -81,6 +81,23 @@ class Wanted:
         """More than one rank was asked for, or may have been."""
         return self.agent is not None or self.ranks == "all" or "," in (self.ranks or "")
 
+    def followed(self, job: Job) -> list[int]:
+        """Return their numbers in the attempt that has begun; a machine with no part in it has none.
+
+        Raises:
+            Refused: BAD_RANKS; it cannot be read.
+        """
+        if self.agent is None:
+            return self.of(job, job.attempt, lambda: ())
+        members = job.status.members if job.status else ()
+        there = {
+            rank
+            for member in members
+            if member.agent == self.agent
+            for rank in range(member.first_rank, member.first_rank + member.nproc)
+        }
+        return sorted(there if self.ranks in (None, "all") else there & set(self._numbers()))
+
     def of(self, job: Job, attempt: int, places: Callable[[], Sequence[LogPlace]]) -> list[int]:
         """Return their numbers: as asked for, else rank 0 and those that failed.
 

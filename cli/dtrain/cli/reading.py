@@ -15,22 +15,25 @@ READ_ALONE_MAX = 8
 """So many jobs are read one by one; more of them with all others, in one go."""
 
 
-def everything(client: Client, *, after_revision: int = 0, wait_s: float = 0.0) -> Cluster:
-    """Jobs and agents, with snapshots."""
+def everything(
+    client: Client, *, after_revision: int = 0, wait_s: float = 0.0, history: bool = True
+) -> Cluster:
+    """Jobs and agents, with snapshots; ``history`` as in ``records.group``."""
     jobs = client.read("jobs/", after_revision=after_revision, wait_s=wait_s)
     agents, cordons = client.read("agents/"), client.read("cordons/")
-    return records.group(jobs, agents, cordons)
+    return records.group(jobs, agents, cordons, history=history)
 
 
-def some(client: Client, names: Sequence[str]) -> Cluster:
+def some(client: Client, names: Sequence[str], *, history: bool = True) -> Cluster:
     """The jobs of these full names, with snapshots; one that has gone since is left out."""
     if len(names) > READ_ALONE_MAX:
-        cluster = everything(client)
+        cluster = everything(client, history=history)
         cluster.jobs = {name: cluster.jobs[name] for name in names if name in cluster.jobs}
         return cluster
     own = [client.read(f"jobs/{name}/") for name in names]
     agents = client.read("agents/")
-    return records.group(*own, *(_of_job(agents, name) for name in names), _no_items(agents))
+    found = (*own, *(_of_job(agents, name) for name in names), _no_items(agents))
+    return records.group(*found, history=history)
 
 
 def job(client: Client, wanted: str) -> tuple[Job, Cluster]:

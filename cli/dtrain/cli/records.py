@@ -31,6 +31,17 @@ Json = dict[str, Any]
 # Keys are parsed relative to the root, so that no cluster name is needed.
 _KEYS = Keys(ClusterName("any"))
 
+_FOLDERS = {
+    **{kind: kind for kind in ("open", "garbage", "bad", "verified")},
+    "checkpoint": "checkpoints",
+    "event": "events",
+    "pin": "pins",
+    "order": "orders",
+}
+"""Where the documents of a kind of record stand in a job's."""
+
+_HISTORY = {"open", "garbage", "bad", "verified", "checkpoint", "event"}
+
 
 @dataclass(slots=True)
 class Job:
@@ -198,8 +209,12 @@ class Cluster:
     age_s: float = 0.0
 
 
-def group(*readings: Reading) -> Cluster:
-    """Group records by job, agent and replica; unknown keys are left out."""
+def group(*readings: Reading, history: bool = True) -> Cluster:
+    """Group records by job, agent and replica; unknown keys are left out.
+
+    Without ``history`` events and checkpoints are there as they are stored only (``as_json``): most of
+    what a cluster holds is those, and checking ten thousand of them takes as long as all the rest.
+    """
     cluster = Cluster(
         revision=min((reading.revision for reading in readings), default=0),
         age_s=max((reading.age_s for reading in readings), default=0.0),
@@ -207,7 +222,7 @@ def group(*readings: Reading) -> Cluster:
     for item in _items(readings):
         parsed = _KEYS.parse(_KEYS.root + item.key)
         if parsed is not None:
-            _place(cluster, parsed, item)
+            _place(cluster, parsed, item, history=history)
     if cluster.leader and (replica := cluster.replicas.get(cluster.leader.replica)):
         replica.term = cluster.term
     # A snapshot may outlive the records of its job by a moment; it is no job.
@@ -221,7 +236,7 @@ def _items(readings: Iterable[Reading]) -> Iterable[Item]:
         yield from reading.items
 
 
-def _place(cluster: Cluster, parsed: Parsed, item: Item) -> None:
+def _place(cluster: Cluster, parsed: Parsed, item: Item, *, history: bool) -> None:
     document = _json(item.value)
     match parsed.kind:
         case "leader":
@@ -251,10 +266,13 @@ def _place(cluster: Cluster, parsed: Parsed, item: Item) -> None:
             if snapshot is not None:
                 agent.workers[parsed.job] = job.workers[parsed.agent] = snapshot
         case _:
-            _place_in_job(cluster.jobs.setdefault(parsed.job, Job(parsed.job)), parsed, item, document)
+            job = cluster.jobs.setdefault(parsed.job, Job(parsed.job))
+            if history or parsed.kind not in _HISTORY:
+                _place_in_job(job, parsed, item)
+            _place_document(job, parsed, document)
 
 
-def _place_in_job(job: Job, parsed: Parsed, item: Item, document: Any) -> None:
+def _place_in_job(job: Job, parsed: Parsed, item: Item) -> None:
     seq = int(parsed.seq)
     match parsed.kind:
         case "spec":
@@ -281,16 +299,15 @@ def _place_in_job(job: Job, parsed: Parsed, item: Item, document: Any) -> None:
             _keep(job.verified, seq, _decode(Verification, item.value))
         case "order":
             job.orders.add(parsed.name)
-        case _:
-            return
+
+
+def _place_document(job: Job, parsed: Parsed, document: Any) -> None:
+    seq = int(parsed.seq)
     if parsed.kind in ("spec", "intent", "status", "latest"):
         job.raw[parsed.kind] = document
-    else:
-        folder = {"checkpoint": "checkpoints", "event": "events", "pin": "pins", "order": "orders"}.get(
-            parsed.kind, parsed.kind
-        )
+    elif parsed.kind in _FOLDERS:
         name = {"pin": f"{seq}/{parsed.name}", "order": parsed.name}.get(parsed.kind, str(seq))
-        job.raw.setdefault(folder, {})[name] = document
+        job.raw.setdefault(_FOLDERS[parsed.kind], {})[name] = document
 
 
 def _part(snapshot: WorkerSnapshot) -> Part:

@@ -287,6 +287,21 @@ class EtcdCluster:
             finally:
                 client.close()
 
+    def answers(self, limit_s: float) -> bool:
+        """Whether a member answers at all, within ``limit_s`` each; one without TLS."""
+        for member in self.members:
+            connection = http.client.HTTPConnection("127.0.0.1", member.client_port, timeout=limit_s)
+            try:
+                connection.request("GET", "/version")
+                connection.getresponse().read()
+            except (OSError, http.client.HTTPException):
+                continue
+            else:
+                return True
+            finally:
+                connection.close()
+        return False
+
     def kill(self, index: int = 0) -> None:
         """SIGKILL one member and wait for its end."""
         process = self.members[index].process

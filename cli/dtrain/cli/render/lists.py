@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from dtrain.protocol.events import EventRecord
 
 STALE_S = 10.0
-"""An idle etcd tells its watchers every 5 s that nothing is missing: younger than that means nothing."""
+"""Younger than this says nothing about etcd. With its progress interval of 5 s an idle etcd tells its
+watchers that nothing is missing up to two intervals after the last event (the first tick after an event
+is left out), so that a copy of 5 to 10 s is what a sound cluster has whenever nobody writes: a warning
+at 5 s would come and go there all day. A replica's exact age is in ``get coordinators``.
+"""
 
 PHASE_COLOURS = {
     JobPhase.RUNNING: "green",

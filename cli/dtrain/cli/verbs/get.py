@@ -98,7 +98,7 @@ def jobs(
         if settings().output in ("json", "yaml"):
             from dtrain.cli import reading
 
-            cluster = reading.some(client, [row.name for row in rows])
+            cluster = reading.some(client, [row.name for row in rows], history=False)
             revision = cluster.revision
             items = [job.as_json(now) for job in cluster.jobs.values()]
     output.listing(

@@ -167,15 +167,26 @@ class _Show:
             for line in changes.lines(now):
                 output.say(f"[dtrain] {line}")
 
+        several, without = self.wanted.several, 0
+
         def ranks(now: "Job") -> list[int]:
-            self.job, self._places = now, None
-            return self.wanted.of(now, now.attempt, self.places)
+            nonlocal several, without
+            found = self.wanted.followed(now)
+            several = several or len(found) > 1
+            if not found and now.attempt > without:
+                without = now.attempt
+                output.say(f"[dtrain] attempt {now.attempt} has none of these ranks on {self.wanted.agent}")
+            return found
 
         try:
             read: Sequence[Log] = ()
             if self.job.status and self.job.status.members:
                 read = self.until_now(self.job.attempt, goes_on=True)[1]
-            write = self.writer(self.wanted.several)
+            plain, prefixed = self.writer(False), self.writer(True)
+
+            def write(line: "Line") -> None:
+                (prefixed if several else plain)(line)
+
             follower = following.Follower(
                 self.client,
                 self.job.name,
