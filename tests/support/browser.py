@@ -111,11 +111,11 @@ def programs() -> tuple[str, str]:
 
 
 @contextmanager
-def chromium(profile: Path) -> Iterator[Page]:
-    """A browser with a fresh profile."""
+def chromium(profile: Path, *more: str) -> Iterator[Page]:
+    """A browser with a fresh profile; ``more``: further flags of it."""
     browser, driver_path = programs()
     options = webdriver.ChromeOptions()
-    for flag in (*FLAGS, f"--user-data-dir={profile}"):
+    for flag in (*FLAGS, f"--user-data-dir={profile}", *more):
         options.add_argument(flag)
     options.binary_location = browser
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})

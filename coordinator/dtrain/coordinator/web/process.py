@@ -15,6 +15,7 @@ import ssl
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -22,6 +23,7 @@ from dtrain.coordinator import config
 from dtrain.coordinator.config import Config
 from dtrain.coordinator.web import assets
 from dtrain.coordinator.web.calls import Calls
+from dtrain.coordinator.web.door import Door
 from dtrain.coordinator.web.settings import DashboardSettings
 from dtrain.coordinator.web.site import Site
 from dtrain.coordinator.web.streams import Feed
@@ -132,11 +134,34 @@ def _addresses(mirror: Mirror, keys: Keys, own: str) -> list[str]:
 
 
 class _Server(uvicorn.Server):
-    """Signals are ours: uvicorn would send them again to whoever handled them before."""
+    """Signals are ours: uvicorn would send them again to whoever handled them before. So is HTTPS's door."""
+
+    _door: "asyncio.Task[None] | None" = None
 
     @contextlib.contextmanager
     def capture_signals(self):  # type: ignore[no-untyped-def]
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        context = self.config.ssl
+        await super().startup(sockets if context is None else [])
+        if context is not None and sockets:
+            (listener,) = sockets
+            self._door = asyncio.create_task(Door(listener, context, self._protocol).serve())
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._door is not None:
+            self._door.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._door
+        await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        kind: Any = self.config.http_protocol_class
+        made: asyncio.Protocol = kind(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return made
 
 
 def _server(dashboard: DashboardSettings, site: Site) -> _Server:
