@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from dtrain.protocol.errors import ErrorCode, Refused
@@ -166,6 +167,21 @@ def _patiently(setting: str, path: str, read: Callable[[str], T]) -> T:
                     fix="name a file that this user can read",
                 ) from error
         time.sleep(0.1)
+
+
+def must_be_readable(flag: str, path: str, *, fix: str = "name a file that this user can read") -> None:
+    """Refuse a file that a daemon could not open later on.
+
+    Raises:
+        Refused: BAD_SETTING.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise Refused(
+            ErrorCode.BAD_SETTING, f"{flag} {path} cannot be read: {error.strerror}", fix=fix
+        ) from error
 
 
 def parse(

@@ -11,12 +11,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 from dtrain.protocol.errors import DtrainError, ErrorCode, Refused
 from dtrain.protocol.ids import parse_name
-from dtrain.runtime.config import Setting
+from dtrain.runtime.config import Setting, must_be_readable
 
 TLS = (
     Setting("tls-cert", "certificate chain for gRPC, PEM: TLS is on, and everyone must show one", ""),
@@ -119,13 +118,5 @@ def tls_files(values: Mapping[str, Any]) -> TlsFiles | None:
             fix="give --tls-cert, --tls-key and --tls-cacert, or none of them for plain text",
         )
     for name, path in given.items():
-        try:
-            with Path(path).open("rb") as file:
-                file.read(1)
-        except OSError as error:
-            raise Refused(
-                ErrorCode.BAD_SETTING,
-                f"--{name} {path} cannot be read: {error.strerror}",
-                fix="docs/security.md says how certificates are made",
-            ) from error
+        must_be_readable(f"--{name}", path, fix="docs/security.md says how certificates are made")
     return TlsFiles(given["tls-cert"], given["tls-key"], given["tls-cacert"])

@@ -154,7 +154,7 @@ def test_completion_scripts_are_printed(shell: str, capsys: pytest.CaptureFixtur
 def test_completion_of_names_is_silent_when_the_cluster_is_down() -> None:
     env = os.environ | {
         "_DTRAIN_COMPLETE": "bash_complete",
-        "COMP_WORDS": "dtrain describe ",
+        "COMP_WORDS": "dtrain cancel ",
         "COMP_CWORD": "2",
         "DTRAIN_COORDINATORS": "127.0.0.1:1",
     }

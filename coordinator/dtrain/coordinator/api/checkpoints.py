@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from dtrain.coordinator.api.errors import contended
 from dtrain.coordinator.core import retention
 from dtrain.coordinator.core.decisions import SweepOrphans
 from dtrain.coordinator.work import Orphans
@@ -195,7 +196,7 @@ class CheckpointDesk:
                 continue
             if result.succeeded:
                 return Pinned(commit, _store_of(found), put.lease, result.revision)
-        raise unknown or _contended(name)
+        raise unknown or contended(f"job {name}")
 
     def unpin(self, job: str, seq: int, holder: str, lease: int) -> tuple[bool, int]:
         """Take a pin off, or all of them ("*"); False: there was none.
@@ -293,7 +294,7 @@ class CheckpointDesk:
             result = self._etcd.txn(Txn((unchanged,), (put,)))
             if result.succeeded:
                 return Importing(request_id, held.lease, result.revision)
-        raise _contended(name)
+        raise contended(f"job {name}")
 
     def withdraw_import(self, job: str, request_id: str) -> Importing:
         """Take a request to import back, and with it what was opened for it."""
@@ -501,7 +502,3 @@ def _one(found: Mapping[str, list[KeyValue]], kind: str, of: type[T]) -> T | Non
 
 def _text(text: str) -> str:
     return text[:TEXT_CHARACTERS_MAX]
-
-
-def _contended(name: JobName) -> DtrainError:
-    return Conflict(ErrorCode.CONFLICT, f"job {name} is being changed by others", fix="try again")

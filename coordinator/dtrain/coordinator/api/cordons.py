@@ -3,9 +3,10 @@
 import difflib
 import secrets
 
+from dtrain.coordinator.api.errors import contended
 from dtrain.protocol import codec
 from dtrain.protocol.cluster import Cordon
-from dtrain.protocol.errors import Conflict, ErrorCode, NotFound, OutcomeUnknown, Refused
+from dtrain.protocol.errors import ErrorCode, NotFound, OutcomeUnknown, Refused
 from dtrain.protocol.ids import AgentName, ClusterName, parse_name
 from dtrain.protocol.keys import Keys
 from dtrain.runtime.clock import Clock, iso
@@ -81,9 +82,7 @@ class Cordons:
                 continue
             if result.succeeded:
                 return record, result.revision
-        raise unknown or Conflict(
-            ErrorCode.CONFLICT, f"the cordon of {name} is being changed by others", fix="try again"
-        )
+        raise unknown or contended(f"the cordon of {name}")
 
     def remove(self, agent: str) -> tuple[bool, int]:
         """Let ranks on a machine again, and forget what spoke against it; False: it was not cordoned.

@@ -6,10 +6,15 @@ from typing import Any, NoReturn, TypeVar
 
 import grpc
 
-from dtrain.protocol.errors import DtrainError, ErrorCode, InvariantBroken
+from dtrain.protocol.errors import Conflict, DtrainError, ErrorCode, InvariantBroken
 from dtrain.runtime import grpc_errors, log
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+
+def contended(what: str) -> Conflict:
+    """Return what is said of a record that others keep changing first."""
+    return Conflict(ErrorCode.CONFLICT, f"{what} is being changed by others", fix="try again")
 
 
 def abort(context: grpc.ServicerContext, error: DtrainError) -> NoReturn:

@@ -12,12 +12,12 @@ from typing import TypeVar
 
 from dtrain.coordinator import packages
 from dtrain.coordinator.api import validate
+from dtrain.coordinator.api.errors import contended
 from dtrain.coordinator.core import releases
 from dtrain.protocol import codec
 from dtrain.protocol.cluster import ReplicaRecord
 from dtrain.protocol.errors import (
     Conflict,
-    DtrainError,
     ErrorCode,
     NotFound,
     OutcomeUnknown,
@@ -134,7 +134,7 @@ class Operators:
                 return Submitted(spec, True, result.revision)
         if unknown is not None:
             raise unknown
-        raise _contended(spec.name)
+        raise contended(f"job {spec.name}")
 
     def _package_guards(self, spec: JobSpec) -> tuple[Compare, ...]:
         if spec.package is None:
@@ -223,7 +223,7 @@ class Operators:
                 return after, result.revision
         if unknown is not None:
             raise unknown
-        raise _contended(name)
+        raise contended(f"job {name}")
 
     def _need_all_to_know(self, what: str, code: ErrorCode = ErrorCode.CONFLICT) -> None:
         """Refuse what a coordinator of a former release could not read, if it led next."""
@@ -306,7 +306,3 @@ def _paused(text: str) -> bool | None:
     if text not in ("", "pause", "unpause"):
         raise Refused(ErrorCode.USAGE, f"{text[:40]!r} is no pause", fix="use one of: pause, unpause")
     return None if not text else text == "pause"
-
-
-def _contended(name: str) -> DtrainError:
-    return Conflict(ErrorCode.CONFLICT, f"job {name} is being changed by others", fix="try again")

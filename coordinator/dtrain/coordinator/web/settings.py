@@ -8,7 +8,7 @@ from typing import Any
 
 from dtrain.protocol.errors import ErrorCode, Refused
 from dtrain.runtime.addresses import is_wildcard
-from dtrain.runtime.config import Setting, words
+from dtrain.runtime.config import Setting, must_be_readable, words
 
 TOKEN_CHARACTERS_MIN, TOKEN_CHARACTERS_MAX = 16, 1024
 
@@ -55,7 +55,7 @@ class DashboardSettings:
             )
         for setting, path in (("cert", self.cert), ("key", self.key), ("token-file", self.token_file)):
             if path:
-                _must_be_readable(f"--dashboard-{setting}", path)
+                must_be_readable(f"--dashboard-{setting}", path)
         if self.token_file:
             read_token(self.token_file)
         if self.reading_needs_token and not self.token_file:
@@ -138,15 +138,3 @@ def read_token(path: str) -> str:
             fix=f"use {TOKEN_CHARACTERS_MIN} to {TOKEN_CHARACTERS_MAX}, such as from: openssl rand -hex 32",
         )
     return token
-
-
-def _must_be_readable(setting: str, path: str) -> None:
-    try:
-        with Path(path).open("rb") as file:
-            file.read(1)
-    except OSError as error:
-        raise Refused(
-            ErrorCode.BAD_SETTING,
-            f"{setting} {path} cannot be read: {error.strerror}",
-            fix="name a file that this user can read",
-        ) from error
