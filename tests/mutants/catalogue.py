@@ -1276,6 +1276,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "test_one_that_comes_back_shows_that_others_who_vanished_with_it_may_live",
     ),
     _mutant(
+        "news-beside-bytes-is-no-news",
+        "While a checkpoint is on its way, nobody looks at what else its machines tell.",
+        f"{COORDINATOR}/known.py",
+        ("    return told != told_now and rest == rest_now\n", "    return told != told_now\n"),
+        f"{ON_COORDINATOR}/test_world.py::"
+        "test_bytes_on_their_way_touch_nothing_and_whatever_comes_with_them_does",
+    ),
+    _mutant(
         "blocked-machine-used",
         "I6: ranks are started beside processes that cannot be killed.",
         f"{CORE}/placement.py",
