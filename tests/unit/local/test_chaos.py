@@ -235,6 +235,10 @@ class Board:
         self.broken.clear()
 
 
+LOOKS = 3
+"""Few, as a busy machine may see no more while the fault is held."""
+
+
 class Moving(Board):
     """Trains all the time, and after some looks elsewhere than on the machine that is to go."""
 
@@ -246,7 +250,7 @@ class Moving(Board):
         self.step += 5
         if self.broken:
             self.looks += 1
-        return moved(self.step, agents=("a3",) if self.looks > 20 or not self.broken else ("a1", "a2"))
+        return moved(self.step, agents=("a3",) if self.looks > LOOKS or not self.broken else ("a1", "a2"))
 
     def cannot(self, kind: Kind, part: Part) -> str:
         return ""
@@ -271,7 +275,7 @@ def test_a_machine_that_is_to_go_has_not_been_replaced_while_its_ranks_go_on() -
     assert chaos.calm()
     (struck_one,) = chaos.report().struck
     assert struck_one.works_s is not None
-    assert board.looks > 20
+    assert board.looks > LOOKS
 
 
 def test_each_fault_that_lasts_is_healed_and_measured() -> None:
