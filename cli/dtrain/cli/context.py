@@ -40,6 +40,9 @@ _VARIABLES = (
 )
 
 
+_TLS_FIELDS = tuple(setting.name.replace("-", "_") for setting in TLS)
+
+
 @dataclass(frozen=True, slots=True)
 class Known:
     """A cluster in the context file. ``pid`` is the ``dtrain up`` that runs it, 0 for none."""
@@ -54,6 +57,8 @@ class Known:
     tls_cert: str = ""
     tls_key: str = ""
     tls_cacert: str = ""
+    etcdctl: str = ""
+    """The program beside the etcd that it runs."""
 
     @property
     def alive(self) -> bool:
@@ -79,7 +84,7 @@ def load() -> tuple[str, dict[str, Known]]:
                 entry.get("folder", ""),
                 entry.get("pid", 0),
                 entry.get("started", 0),
-                *(str(entry.get(setting.name.replace("-", "_"), "")) for setting in TLS),
+                *(str(entry.get(field, "")) for field in (*_TLS_FIELDS, "etcdctl")),
             )
             for name, entry in document["clusters"].items()
         }
@@ -103,10 +108,12 @@ def forget(cluster: Known) -> None:
         _write(left, known)
 
 
-def known_here(name: str, coordinators: tuple[str, ...], endpoints: tuple[str, ...], folder: Path) -> Known:
+def known_here(
+    name: str, coordinators: tuple[str, ...], endpoints: tuple[str, ...], folder: Path, *, etcdctl: str = ""
+) -> Known:
     """Describe a cluster that lives as long as this process."""
     pid = os.getpid()
-    return Known(name, coordinators, endpoints, str(folder), pid, start_ticks(pid))
+    return Known(name, coordinators, endpoints, str(folder), pid, start_ticks(pid), etcdctl=etcdctl)
 
 
 def start_ticks(pid: int) -> int:
@@ -168,6 +175,15 @@ def addresses(settings: Settings) -> tuple[str, ...]:
             fix=f"start it again: dtrain up --name {name}",
         )
     return known[name].coordinators
+
+
+def local_cluster(settings: Settings) -> Known | None:
+    """Return the local cluster that is meant; None: another one is, or none runs."""
+    if settings.coordinators or settings.endpoints or os.environ.get("DTRAIN_ENDPOINTS_FILE"):
+        return None
+    name, known = load()
+    entry = known.get(settings.cluster or name)
+    return entry if entry is not None and entry.alive else None
 
 
 def connect(settings: Settings) -> "Client":

@@ -55,7 +55,7 @@ def test_the_verbs_are_those_of_the_folder() -> None:
         *("checkpoint", "cancel"),
         *("checkpoints", "cordon", "uncordon", "drain"),
         *("suspend", "resume", "pause", "unpause"),
-        *("coordinator", "agent", "archive", "version", "completion", "chaos", "audit", "scale"),
+        *("coordinator", "agent", "archive", "version", "completion", "chaos", "audit", "scale", "etcdctl"),
     }
 
 

@@ -1,6 +1,7 @@
 """Verbs against a replica over real gRPC: output, exit codes, what is asked of the cluster."""
 
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -403,6 +404,68 @@ def test_the_context_file_names_the_cluster_until_its_up_has_gone(
     context.path().write_text("{damaged")
     assert context.load() == ("", {})
     assert "runs no more" in capsys.readouterr().err
+
+
+@pytest.fixture
+def became(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, str]]]:
+    """What etcdctl was started with; one is installed."""
+    found: list[tuple[list[str], dict[str, str]]] = []
+
+    def execve(program: str, words: list[str], environ: dict[str, str]) -> None:
+        found.append(([program, *words[1:]], environ))
+        raise SystemExit(0)
+
+    for name in ("DTRAIN_ENDPOINTS", "ETCDCTL_ENDPOINTS", "DTRAIN_COORDINATORS", "ETCDCTL_USER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "execve", execve)
+    install(tmp_path / "bin")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    context.path().unlink(missing_ok=True)
+    return found
+
+
+def install(folder: Path) -> Path:
+    folder.mkdir()
+    program = folder / "etcdctl"
+    program.touch(0o755)
+    return program
+
+
+def test_etcdctl_of_a_local_cluster_is_the_one_beside_its_etcd(
+    tmp_path: Path, became: list[tuple[list[str], dict[str, str]]]
+) -> None:
+    beside = install(tmp_path / "a folder")
+    endpoints = ("http://127.0.0.1:1", "http://127.0.0.1:2")
+    context.remember(
+        context.known_here("local", ("127.0.0.1:1",), endpoints, Path("/x"), etcdctl=str(beside))
+    )
+    assert run(["etcdctl", "get", "--prefix", "/dtrain/", "-w", "json", "-o"]) == 0
+    ((words, environ),) = became
+    assert words == [str(beside), "get", "--prefix", "/dtrain/", "-w", "json", "-o"]
+    assert (environ["ETCDCTL_API"], environ["ETCDCTL_ENDPOINTS"]) == ("3", ",".join(endpoints))
+    beside.unlink()
+    assert run(["etcdctl", "get", "x"]) == 0
+    assert became[1][0][0] == str(tmp_path / "bin" / "etcdctl"), "where it has gone, the installed one"
+
+
+def test_etcdctl_of_another_etcd_gets_what_options_and_environment_say(
+    tmp_path: Path,
+    became: list[tuple[list[str], dict[str, str]]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Out,
+) -> None:
+    assert run(["etcdctl", "get", "x"]) == 3
+    assert "--endpoints" in capsys.readouterr().err
+    monkeypatch.setenv("DTRAIN_PASSWORD", "secret")
+    flags = ["--endpoints", "https://e:2379", "--user", "reader", "--cacert", str(install(tmp_path / "ca"))]
+    assert run([*flags, "etcdctl", "endpoint", "status"]) == 0
+    ((words, environ),) = became
+    assert words[1:] == ["endpoint", "status"]
+    assert (environ["ETCDCTL_ENDPOINTS"], environ["ETCDCTL_USER"]) == ("https://e:2379", "reader:secret")
+    assert environ["ETCDCTL_CACERT"] == flags[-1]
+    (tmp_path / "bin" / "etcdctl").unlink()
+    assert run([*flags, "etcdctl", "get", "x"]) == 4
+    assert "install it" in capsys.readouterr().err
 
 
 def test_a_misspelt_variable_is_refused_with_a_suggestion(

@@ -87,7 +87,13 @@ def command(
     with Foreground(lambda: cluster.stop(clean=False)) as foreground:
         try:
             cluster.start(lambda part: output.say(f"  {part}"))
-            known = context.known_here(cluster.name, cluster.addresses, cluster.endpoints, cluster.folder)
+            known = context.known_here(
+                cluster.name,
+                cluster.addresses,
+                cluster.endpoints,
+                cluster.folder,
+                etcdctl=cluster.etcdctl,
+            )
             localstore.write_down(cluster.folder, cluster.store_uri, cluster.store_env)
             context.remember(known)
             _explain(cluster, test=test)
@@ -123,7 +129,7 @@ def _explain(cluster: "LocalCluster", *, test: bool) -> None:
         "dtrain submit job.yaml --follow",
         "dtrain get jobs --watch",
         *(["dtrain chaos --count 20"] if test else []),
-        f"{cluster.etcdctl} --endpoints {','.join(cluster.endpoints)} watch --prefix {cluster.keys.root}",
+        f"dtrain etcdctl watch --prefix {cluster.keys.root}",
     ):
         click.echo(f"  {line}")
     click.echo("Ctrl-C stops everything")
