@@ -99,8 +99,7 @@ def cluster(checkout: Place) -> Iterator[Place]:
             ["wait", "digits"],
         ):
             subprocess.run(["dtrain", *words], cwd=checkout.folder, env=checkout.env, check=True, timeout=120)
-        # The last line but one is how to watch it with etcd's own client.
-        at = re.findall(r"--endpoints http://([\d.:]+)", log.read_text())[-1]
+        (at,) = re.findall(r"etcd \S+ at http://([\d.:]+)", log.read_text())
         yield Place(checkout.folder, checkout.env, checkout.names | {"127.0.0.1:2379": at})
     finally:
         process.terminate()

@@ -34,7 +34,7 @@ def remote(settings: Settings, environ: Mapping[str, str]) -> tuple[str, dict[st
             ErrorCode.ETCD_UNAVAILABLE,
             "it is not known here where the cluster's etcd is",
             cause="no local cluster runs, and neither --endpoints nor ETCDCTL_ENDPOINTS is set",
-            fix="dtrain --endpoints URL,... etcdctl ...; with --cacert, --cert and --key where etcd wants them",
+            fix="dtrain --endpoints URL,... etcdctl ...; with --cacert, --cert and --key if etcd wants them",
         )
     access = {
         "ETCDCTL_CACERT": options.cacert,
