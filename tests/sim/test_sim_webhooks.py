@@ -36,7 +36,7 @@ def told(seed: int, faults: Mapping[str, float] = LEADERS) -> tuple[Schedule, li
     return replace(drawn, shape=shape, storms=storms, ends_calm=True, mix=mix), []
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3, 5])
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
 def test_every_event_is_told_at_least_once_and_in_order(seed: int) -> None:
     schedule, clusters = told(seed)
     result = play(schedule, prepare=clusters.append)

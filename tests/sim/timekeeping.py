@@ -34,6 +34,12 @@ class Timekeeper:
         self._took: dict[str, dict[int, float]] = {}
         """By submission: how long each step took the last time that it was done."""
         self._repeated: dict[str, float] = {}
+        self._began_at: dict[tuple[str, int], float] = {}
+        """By submission and attempt: when its first rank had its state."""
+        self._seen: set[tuple[str, int]] = set()
+        """Attempts that a leader has written to be training."""
+        self._unseen: dict[str, float] = {}
+        """By submission: how long its attempts trained before; to the ledger that is their start."""
 
     def submitted(self, uid: str) -> None:
         """etcd has the job file of a submission."""
@@ -42,6 +48,7 @@ class Timekeeper:
     def began(self, uid: str, attempt: int, step: int) -> None:
         """All ranks of an attempt have their state."""
         self._at[uid, attempt] = step, self._cluster.scheduler.now
+        self._began_at.setdefault((uid, attempt), self._cluster.scheduler.now)
 
     def stepped(self, uid: str, attempt: int, step: int) -> None:
         """A rank has completed a step."""
@@ -61,6 +68,8 @@ class Timekeeper:
         ledger, uid = status.ledger, str(status.uid)
         if ledger is None or uid not in self._submitted_at:
             return
+        if status.phase is not JobPhase.STARTING:
+            self._see(uid, status.attempt)
         true_s = self._cluster.scheduler.now - self._submitted_at[uid]
         total_s = (ledger.until_ms - ledger.began_ms) / 1000
         # Both its beginning and its end may be shifted.
@@ -70,6 +79,12 @@ class Timekeeper:
             self._bad(f"the ledger of {job} has {total_s:.2f} s of {true_s:.2f} s")
         if status.phase is JobPhase.SUCCEEDED and not self._wrong_s:
             self._check_kept(job, uid, status.attempt, ledger.spent)
+
+    def _see(self, uid: str, attempt: int) -> None:
+        began_at = self._began_at.get((uid, attempt))
+        if began_at is not None and (uid, attempt) not in self._seen:
+            self._seen.add((uid, attempt))
+            self._unseen[uid] = self._unseen.get(uid, 0.0) + self._cluster.scheduler.now - began_at
 
     def _check_kept(self, job: str, uid: str, attempts: int, spent: Mapping[str, int]) -> None:
         """Productive is what the steps took that were kept, as near as reports let anybody know."""
@@ -81,5 +96,6 @@ class Timekeeper:
         aside_s = sum(spent.get(name, 0) for name in within) / 1000
         productive_s = spent.get(PRODUCTIVE, 0) / 1000
         slack_s = REPORT_S * attempts + (EQUAL + self._cluster.schedule.shape.clock_drift) * kept_s
+        aside_s += self._unseen.get(uid, 0.0)
         if not kept_s - aside_s - slack_s <= productive_s <= kept_s + tail_s + slack_s:
             self._bad(f"the ledger of {job} has {productive_s:.2f} productive s of {kept_s:.2f} s")
