@@ -24,7 +24,9 @@ from dtrain.agent.transferring import (
     Fetch,
     Fetched,
     FetchFailed,
+    Moved,
     ReleaseFetch,
+    StoreUse,
     TransferEnded,
     TransferReport,
     Upload,
@@ -362,7 +364,10 @@ class Client:
         self.client.start()
 
     def next(self) -> TransferReport:
-        return self.reports.get(timeout=WAIT_S)
+        """The next answer; how far things are, and what the store is asked, comes now and then."""
+        while isinstance(report := self.reports.get(timeout=WAIT_S), Moved | StoreUse):
+            pass
+        return report
 
 
 @pytest.fixture

@@ -16,7 +16,9 @@ from dtrain.agent.transferring import (
     Demand,
     Fetch,
     Fetched,
+    Moved,
     ReleaseFetch,
+    StoreUse,
     Supplied,
     TransferReport,
     Uploaded,
@@ -67,7 +69,7 @@ class FakeAgent:
         self.hellos: list[Hello] = []
         self.reports: list[Report] = []
         self.transfer: queue.SimpleQueue[TransferReport] = queue.SimpleQueue()
-        self.client = TransferClient(self.transfer.put)
+        self.client = TransferClient(self._told)
         self._changed = threading.Condition()
         self._connection: socket.socket | None = None
         self._seq = 0 if restore is None else restore.seq
@@ -158,6 +160,11 @@ class FakeAgent:
     def settle(self, seq: int) -> None:
         """An outcome that the test itself has sent."""
         self._asked_over, self._open = max(self._asked_over, seq), None
+
+    def _told(self, report: TransferReport) -> None:
+        # How far it is, and what it asks of the store, comes now and then, and answers nothing.
+        if not isinstance(report, Moved | StoreUse):
+            self.transfer.put(report)
 
     def _lead(self, report: Report) -> None:
         if not self.checkpoints:
