@@ -348,7 +348,7 @@ def test_every_panel_shows_something_and_no_alert_comes_while_all_is_well(
             return set(health.values()) == {"ok"}
 
         harness.until("all rules are evaluated", evaluated)
-        firing = {one["labels"]["alertname"] for one in prometheus.ask("alerts")["alerts"]}
-        assert not firing, firing
+        # A machine too busy for a checkpoint each 0.3 s makes one pending for a moment.
+        harness.until("no alert stays", lambda: not prometheus.ask("alerts")["alerts"], limit_s=60.0)
         stop.touch()
         harness.await_end(job)
