@@ -17,6 +17,7 @@ from dtrain.cli.submitting import Accepted
 from dtrain.local.cluster import LocalCluster
 from dtrain.protocol.errors import Conflict, DtrainError, ErrorCode, Unavailable
 from dtrain.protocol.job import JobPhase, JobSpec
+from dtrain.protocol.wording import count
 
 T = TypeVar("T")
 
@@ -56,7 +57,7 @@ def run(
     )
     with Foreground(lambda: cluster.stop(clean=False)):
         try:
-            machines = f"{spec.nnodes_max} agent{'' if spec.nnodes_max == 1 else 's'}"
+            machines = count(spec.nnodes_max, "agent")
             output.say(f"no cluster is configured: starting one for this run, on this machine ({machines})")
             cluster.start()
             return _follow(cluster, spec, folder, watch=watch, outcome=outcome, pack=pack)

@@ -121,6 +121,11 @@ class Looking:
             self._wanted.clear()
             self._live.show(())
 
+    def say(self, text: str) -> None:
+        """Say it on stderr beside the line."""
+        with self.aside():
+            output.say(text)
+
     def _run(self) -> None:
         while self._wanted.wait() and not self._over.is_set():
             with contextlib.suppress(DtrainError):

@@ -12,6 +12,7 @@ import click
 from dtrain.cli import terminal
 from dtrain.cli.render import lists
 from dtrain.cli.render.table import Table
+from dtrain.protocol import wording
 from dtrain.protocol.phases import JobPhase
 
 _PHASE = re.compile(rf"(?<= )(?:{'|'.join(lists.PHASE_COLOURS)})(?= |$)")
@@ -90,7 +91,7 @@ def log(line: bytes, *, err: bool = False) -> None:
 def unreadable(count: int, what: str) -> None:
     """Say on stderr when something is left out of a list."""
     if count:
-        say(f"{count} {what}{'' if count == 1 else 's'} cannot be shown by this release: upgrade dtrain here")
+        say(f"{wording.count(count, what)} cannot be shown by this release: upgrade dtrain here")
 
 
 def freshness(age_s: float) -> None:

@@ -146,21 +146,16 @@ def watch(
     ``check`` is called every few seconds at least; what it raises ends the watch.
     """
     changes = sentences.Turns()
-
     looking = Looking(client, accepted.name)
 
     def changed(job: Job) -> None:
         looking.see(job)
         for line in changes.lines(job):
-            say(f"[dtrain] {line}")
+            looking.say(f"[dtrain] {line}")
 
     def write(line: loglines.Line) -> None:
         with looking.aside():
             output.log(following.show(line, prefix=prefix), err=line.stream == "stderr")
-
-    def say(line: str) -> None:
-        with looking.aside():
-            output.say(line)
 
     shown: set[int] = set()
 
@@ -170,7 +165,7 @@ def watch(
         return picked
 
     follower = following.Follower(
-        client, accepted.name, ranks=chosen, write=write, changed=changed, trouble=say, check=check
+        client, accepted.name, ranks=chosen, write=write, changed=changed, trouble=looking.say, check=check
     )
     with looking:
         job = follower.run(after_revision=accepted.revision)

@@ -39,6 +39,7 @@ from dtrain.protocol.ids import Attempt, JobName, Uid
 from dtrain.protocol.job import JobSpec
 from dtrain.protocol.ranklink import StopRank
 from dtrain.protocol.snapshot import FailureKind, WorkerPhase
+from dtrain.protocol.wording import count
 
 if TYPE_CHECKING:
     from dtrain.agent.core.events import Consulted, SessionSeen, Standing
@@ -276,7 +277,7 @@ def sentence(before: AgentState, after: AgentState, now: float) -> str:
     if (old.state, old.scope) == (link.state, link.scope):
         return ""
     ranks = sum(1 for job in after.jobs.values() if _is_stoppable(job))
-    what = f"the ranks of {ranks} job{'' if ranks == 1 else 's'} go on while they complete steps"
+    what = f"the ranks of {count(ranks, 'job')} go on while they complete steps"
     what = what if ranks else "no ranks run here"
     if link.state is LinkState.OK:
         return f"etcd answers again after {now - old.silent_at:.0f} s"

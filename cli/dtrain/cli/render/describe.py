@@ -12,6 +12,7 @@ from dtrain.protocol.job import JobSpec
 from dtrain.protocol.ledger import Ledger, goodput
 from dtrain.protocol.rows import JobRow
 from dtrain.protocol.snapshot import FailureKind, Timing, WorkerPhase
+from dtrain.protocol.wording import count
 
 BLAMES_SHOWN = 8
 EVENTS_SHOWN = 20
@@ -193,7 +194,7 @@ def _stack_lines(job: Job, now: float) -> list[str]:
     last = max(snapshot.dumped_at for snapshot in found.values())
     often = "" if times == 1 else f"{times} times, the last time "
     when = f"collected {often}{show_s(max(0.0, now - last))} ago"
-    text = f"of {ranks} rank{'' if ranks == 1 else 's'}, {when}: {_stacks_command(job, job.attempt)}"
+    text = f"of {count(ranks, 'rank')}, {when}: {_stacks_command(job, job.attempt)}"
     lines = ["", f"Stacks        {text}"]
     rows = sorted(
         (stack.rank, agent, str(stack.kind), stack.where or UNKNOWN)

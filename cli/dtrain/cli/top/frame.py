@@ -13,6 +13,7 @@ from dtrain.cli.render.table import UNKNOWN, Table, When, ago
 from dtrain.cli.top.seen import Seen
 from dtrain.cli.top.text import cut
 from dtrain.cli.top.view import VIEWS, Look, Page, Sort, Target, View, settled
+from dtrain.protocol import wording
 from dtrain.protocol.events import EventType
 from dtrain.protocol.rows import AgentRow, JobRow
 
@@ -155,7 +156,7 @@ def _head(seen: Seen, now: float, at: float) -> list[Line]:
     silent = [name for name, age_s in sorted(seen.mirror_ages_s.items()) if age_s is None]
     silent = [name for name in silent if name in known.replicas]
     leader = f"leader {known.leader.replica} (term {known.term})" if known.leader else "no leader"
-    replicas = f"{count} replica{'' if count == 1 else 's'}"
+    replicas = wording.count(count, "replica")
     replicas += f", {', '.join(silent)} silent" if silent else ""
     cluster = f"cluster {seen.name}   " if seen.name else ""
     title = Line(f"dtrain top   {cluster}{leader}   {replicas}   {time}", "bold")

@@ -46,13 +46,8 @@ def command(job: str, after: int | None) -> int:
         name = reading.name(client, job)
         teller = changes.Teller(name)
         with Looking(client, name) as looking:
-
-            def say(line: str) -> None:
-                with looking.aside():
-                    output.say(line)
-
             try:
-                for moment in watching.moments(client, [f"jobs/{name}/"], say, after=revision):
+                for moment in watching.moments(client, [f"jobs/{name}/"], looking.say, after=revision):
                     revision = moment.revision
                     if lines:
                         for document in changes.documents(name, moment):
@@ -70,6 +65,6 @@ def command(job: str, after: int | None) -> int:
                     if not lines:
                         looking.see(found)
             except KeyboardInterrupt:
-                say(f"to go on from here: dtrain watch {name} --from {revision}")
+                looking.say(f"to go on from here: dtrain watch {name} --from {revision}")
                 return 130
     return 0

@@ -15,6 +15,7 @@ from dtrain.protocol.cluster import Blame, Cordon, Suspicion
 from dtrain.protocol.events import EventReason
 from dtrain.protocol.ids import AgentName
 from dtrain.protocol.snapshot import Failure, FailureKind
+from dtrain.protocol.wording import count
 
 SUSPECT_AT = 2.5
 """Score from which on a machine is kept free: three blames within a few hours."""
@@ -106,10 +107,7 @@ def note(draft: Draft, failure: Failure, others: Sequence[Failure], *, cordon_s:
     if score(now, wall) < SUSPECT_AT or agent in draft.fleet.cordoned:
         return
     jobs = len({one.uid for one in now})
-    text = (
-        f"{len(now)} attempt{'' if len(now) == 1 else 's'} of {jobs} job{'' if jobs == 1 else 's'} "
-        "ended because of it lately"
-    )
+    text = f"{count(len(now), 'attempt')} of {count(jobs, 'job')} ended because of it lately"
     _keep_off(draft, agent, draft.fleet.cordon_s, text)
 
 
